@@ -1,0 +1,396 @@
+"""Binning against integer arithmetic on clock ticks, fine numerical averages and closed forms."""
+
+import tracemalloc
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mtm import binning
+from mtm.binning import bin_spikes, bin_trace, n_bins
+
+FIVE_BINS = {"window": (-0.04, 0.06), "bin_size": 0.02}
+
+
+def counts_by_ticks(spikes, neurons, align, start, width, shape):
+    """Counts by the definition, in whole clock ticks, one spike and one trial at a time."""
+    counts = np.zeros(shape, int)
+    for spike, neuron in zip(spikes, neurons, strict=True):
+        for trial, event in enumerate(align):
+            since = spike - event - start
+            if 0 <= since < shape[1] * width:
+                counts[trial, since // width, neuron] += 1
+    return counts
+
+
+@st.composite
+def recordings(draw):
+    """A recording in whole ticks: spikes near few events, so that edges are hit often."""
+    # (ticks a second, ticks that the recording is away from zero); the last is a Unix time
+    rate, far = draw(
+        st.sampled_from(
+            [(1000, 0), (1000, 10**7), (10**6, 0), (10**6, 10**10), (30_000, 3 * 10**8)]
+            + [(1000, 1_700_000_000_000)]
+        )
+    )
+    width, bins = draw(st.integers(1, 60)), draw(st.integers(1, 7))
+    start = draw(st.integers(-3 * width, 3 * width))
+    align = [far + a for a in draw(st.lists(st.integers(-200, 200), max_size=5))]
+    n_neurons = draw(st.integers(1, 4))
+    near_edges = st.builds(
+        lambda edge, off: far + start + edge * width + off, st.integers(-4, 9), st.integers(-1, 1)
+    )
+    anywhere = st.integers(far - 600, far + 900)
+    spikes = draw(st.lists(st.one_of(near_edges, anywhere), max_size=40))
+    if align:  # relative to an event: exactly on its edges
+        spikes = [s + align[i % len(align)] - far for i, s in enumerate(spikes)]
+    neurons = draw(
+        st.lists(st.integers(0, n_neurons - 1), min_size=len(spikes), max_size=len(spikes))
+    )
+    return rate, width, bins, start, align, n_neurons, spikes, neurons
+
+
+@settings(max_examples=150, deadline=None)
+@given(recordings())
+@example((1000, 1, 3, 0, [10**7], 1, [10**7, 10**7 + 1, 10**7 + 2, 10**7 + 3], [0, 0, 0, 0]))
+def test_counts_equal_integer_arithmetic_on_ticks(recording):
+    rate, width, bins, start, align, n_neurons, spikes, neurons = recording
+    counts = bin_spikes(
+        np.array(spikes, float) / rate,
+        np.array(neurons, int),
+        np.array(align, float) / rate,
+        n_neurons=n_neurons,
+        window=(start / rate, (start + bins * width) / rate),
+        bin_size=width / rate,
+    )
+    shape = (len(align), bins, n_neurons)
+    assert counts.shape == shape and counts.dtype == np.uint8
+    np.testing.assert_array_equal(
+        counts, counts_by_ticks(spikes, neurons, align, start, width, shape)
+    )
+
+
+@pytest.mark.parametrize("align", [0.0, 0.1, 7.7, 1234.567, 1e4 + 1 / 3, 1e6 / 7, 1.7e9 + 0.1])
+@pytest.mark.parametrize("bin_size", [0.02, 0.01, 1 / 30, 0.05])
+def test_no_edge_is_lost_to_rounding(align, bin_size):
+    start, bins = -0.5, 60
+    b = np.arange(bins + 1)
+    orders = [
+        (align + start) + b * bin_size,
+        align + (start + b * bin_size),
+        (align + b * bin_size) + start,
+        np.concatenate([[align + start], align + start + np.cumsum(np.full(bins, bin_size))]),
+        np.array(
+            [float(Fraction(align) + Fraction(start) + int(i) * Fraction(bin_size)) for i in b]
+        ),
+    ]
+    for times in orders:
+        counts = bin_spikes(
+            times,
+            np.zeros(bins + 1, int),
+            [align],
+            n_neurons=1,
+            window=(start, start + bins * bin_size),
+            bin_size=bin_size,
+        )
+        # one in each bin, and the spike at the window's stop in none
+        np.testing.assert_array_equal(counts[0, :, 0], np.ones(bins))
+
+
+def test_bins_are_half_open_beyond_the_tolerance():
+    times = 1e4 + np.array([-0.04, -0.04 - 1e-6, -0.02 - 1e-6, 0.06, 0.06 - 1e-6])
+    counts = bin_spikes(times, [0, 1, 2, 3, 4], [1e4], n_neurons=5, **FIVE_BINS)
+    expected = np.zeros((1, 5, 5))
+    expected[0, 0, 0] = expected[0, 0, 2] = expected[0, 4, 4] = 1
+    np.testing.assert_array_equal(counts, expected)
+
+
+def test_a_spike_counts_in_every_window_that_holds_it():
+    counts = bin_spikes([10.0], [1], [10.0, 9.97, 10.03, 10.0, 11.0], n_neurons=2, **FIVE_BINS)
+    assert counts[:, :, 0].sum() == 0
+    np.testing.assert_array_equal(counts[:, :, 1].sum(axis=1), [1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(counts[:4, :, 1].argmax(axis=1), [2, 3, 0, 2])
+
+
+def test_order_of_spikes_and_trials_does_not_matter_and_arguments_are_left_alone():
+    rng = np.random.default_rng(0)
+    times, neurons = np.sort(rng.uniform(0, 20, 3000)), rng.integers(0, 6, 3000).astype(np.uint16)
+    align, shuffled, trials = rng.uniform(1, 19, 30), rng.permutation(3000), rng.permutation(30)
+    counts = bin_spikes(times, neurons, align, n_neurons=6, **FIVE_BINS)
+    given_times = times[shuffled]
+    again = bin_spikes(given_times, neurons[shuffled], align[trials], n_neurons=6, **FIVE_BINS)
+    np.testing.assert_array_equal(counts[trials], again)
+    np.testing.assert_array_equal(given_times, times[shuffled])
+
+
+@pytest.mark.parametrize("items", [1, 40, 173, 10**9])
+def test_chunks_of_trials_do_not_change_the_counts(monkeypatch, items):
+    rng = np.random.default_rng(1)
+    times, neurons, align = rng.uniform(0, 5, 2000), rng.integers(0, 3, 2000), rng.uniform(0, 5, 40)
+    expected = bin_spikes(times, neurons, align, n_neurons=3, **FIVE_BINS)
+    monkeypatch.setattr(binning, "_CHUNK_ITEMS", items)
+    counts = bin_spikes(times, neurons, align, n_neurons=3, **FIVE_BINS)
+    np.testing.assert_array_equal(counts, expected)
+
+
+def test_work_space_does_not_grow_with_the_recording():
+    align = np.arange(1000) + 0.5
+    tracemalloc.start()
+    counts = bin_spikes(align, np.zeros(1000, int), align, n_neurons=4000, **FIVE_BINS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts.sum() == 1000
+    assert peak < counts.nbytes + 40 * binning._CHUNK_ITEMS  # as int64 they would take 160 MB
+
+
+@pytest.mark.parametrize(
+    ("spikes", "dtype"), [(255, np.uint8), (256, np.uint16), (65_535, np.uint16)]
+)
+def test_the_largest_count_decides_the_dtype(monkeypatch, spikes, dtype):
+    monkeypatch.setattr(binning, "_CHUNK_ITEMS", 1)  # the promotion keeps the trials before it
+    times = np.concatenate([np.full(7, 1.0), np.full(spikes, 2.0), np.full(9, 3.0)])
+    counts = bin_spikes(
+        times, np.zeros(len(times), int), [1, 2, 3], n_neurons=2, window=(0, 0.5), bin_size=0.5
+    )
+    assert counts.dtype == dtype
+    np.testing.assert_array_equal(counts[:, 0], [[7, 0], [spikes, 0], [9, 0]])
+
+
+def test_a_count_beyond_uint16_is_refused_by_its_size():
+    times = np.concatenate([np.full(65_536, 1.0), np.full(70_000, 2.0)])
+    with pytest.raises(ValueError, match="largest count, 70000 .*bin_size"):
+        bin_spikes(
+            times, np.zeros(len(times), int), [1, 2], n_neurons=1, window=(0, 0.5), bin_size=0.5
+        )
+
+
+@pytest.mark.parametrize("n_neurons", [0, 3])
+@pytest.mark.parametrize("align", [[], [1.0, 2.0]])
+def test_nothing_to_count(n_neurons, align):
+    counts = bin_spikes([], [], align, n_neurons=n_neurons, **FIVE_BINS)
+    assert counts.shape == (len(align), 5, n_neurons) and counts.dtype == np.uint8
+    assert counts.sum() == 0
+
+
+def test_spikes_without_a_trial():
+    assert bin_spikes([1.0], [0], [], n_neurons=2, **FIVE_BINS).shape == (0, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spike_times": [1.0, np.nan]}, "spike_times holds 1 .*index 1; drop"),
+        ({"spike_times": [np.inf, 1.0]}, "spike_times holds 1 .*index 0"),
+        ({"spike_times": [[1.0, 2.0]]}, r"spike_times must be one-dimensional.*\(1, 2\)"),
+        ({"spike_times": ["a", "b"]}, "spike_times must be an array of numbers"),
+        ({"align_times": [1.0, np.nan]}, "align_times holds 1 .*drop those trials"),
+        ({"align_times": 1.0}, "align_times must be one-dimensional"),
+        ({"align_times": [1e16]}, "align_times are too far from zero"),
+        ({"spike_neurons": [0]}, r"spike_neurons has shape \(1,\).*\(2,\)"),
+        ({"spike_neurons": [0.0, 1.0]}, "spike_neurons must be integers, got float64"),
+        ({"spike_neurons": [True, False]}, "spike_neurons must be integers, got bool"),
+        ({"spike_neurons": [0, 3]}, r"spike_neurons runs from 0 to 3 .*\[0, n_neurons=3\)"),
+        ({"spike_neurons": [-1, 2]}, "spike_neurons runs from -1 to 2"),
+        ({"n_neurons": -1}, "n_neurons must be an integer of at least 0, got -1"),
+        ({"n_neurons": 2.5}, "n_neurons must be an integer of at least 0, got 2.5"),
+        ({"n_neurons": 0}, "spike_neurons runs from 0 to 1"),
+        ({"window": (0.0, 0.05)}, "holds 2.5 bins"),
+        ({"bin_size": 0.0}, "bin_size must be a positive"),
+    ],
+)
+def test_bad_spikes_are_refused_by_name(change, message):
+    good = {"spike_times": [1.0, 2.0], "spike_neurons": [0, 1], "align_times": [1.0]}
+    with pytest.raises(ValueError, match=message):
+        bin_spikes(**(good | {"n_neurons": 3} | FIVE_BINS | change))
+
+
+@pytest.mark.parametrize(
+    ("window", "bin_size", "bins"),
+    [((-0.5, 1.5), 0.02, 100), ((0, 0.3), 0.1, 3), ((-0.1, 0.6), 0.7, 1), ((0, 1), 1 / 3, 3)],
+)
+def test_n_bins(window, bin_size, bins):
+    assert n_bins(window, bin_size) == bins
+    assert n_bins(window, bin_size * (1 + 5e-7 / bins)) == bins
+
+
+@pytest.mark.parametrize(
+    ("window", "bin_size", "message"),
+    [
+        ((0.0, 1.0), 0.3, r"3.33333 bins of bin_size 0.3 s.*window\[1\] = 0.9"),
+        ((0.0, 1.0), 1.0 + 2e-5, "whole number"),
+        ((0.0, 1e-9), 1.0, "whole number"),
+        ((1.0, 1.0), 0.1, "window must be .*start < stop"),
+        ((1.0, 0.0), 0.1, "window must be"),
+        ((0.0, np.nan), 0.1, "window must be"),
+        ((0.0, np.inf), 0.1, "window must be"),
+        ((0.0, 1.0, 2.0), 0.1, "window must be"),
+        ((0.0, 1.0), 0.0, "bin_size must be a positive"),
+        ((0.0, 1.0), -0.1, "bin_size must be a positive"),
+        ((0.0, 1.0), np.nan, "bin_size must be a positive"),
+    ],
+)
+def test_n_bins_refuses(window, bin_size, message):
+    with pytest.raises(ValueError, match=message):
+        n_bins(window, bin_size)
+
+
+# ---- traces
+
+
+def fine_mean(times, values, start, stop, points=20_000):
+    """Mean of the interpolated samples over [start, stop] by the midpoint rule."""
+    step = (stop - start) / points
+    return np.interp(start + (np.arange(points) + 0.5) * step, times, values).mean()
+
+
+@pytest.mark.parametrize("far", [0.0, 1e4])
+@pytest.mark.parametrize("rate", [4, 60, 1000])  # samples a second: fewer and more than bins
+def test_trace_equals_a_fine_numerical_average(far, rate):
+    rng = np.random.default_rng(rate)
+    times = np.cumsum(rng.uniform(0.2, 1.0, 12 * rate)) / rate
+    values = 3 + np.sin(5 * times) + rng.normal(size=len(times))
+    values[rng.integers(0, len(times), len(times) // 10)] = np.nan
+    align = np.array([4.123, 2.0, 4.15, times[len(times) // 3]])  # overlapping, unordered
+    binned = bin_trace(times + far, values, align + far, max_gap=np.inf, **FIVE_BINS)
+    assert binned.shape == (4, 5) and binned.dtype == np.float32
+    known = ~np.isnan(values)
+    for trial, event in enumerate(align):
+        for b in range(5):
+            start = event - 0.04 + b * 0.02
+            expected = fine_mean(times[known], values[known], start, start + 0.02)
+            assert binned[trial, b] == pytest.approx(expected, abs=2e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    ticks=st.lists(st.integers(-50, 150), min_size=2, max_size=30, unique=True).map(sorted),
+    max_gap=st.integers(1, 60),
+    width=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
+def test_trace_by_definition_on_ticks(ticks, max_gap, width, seed):
+    """Exact means with fractions, and NaN where a long gap or the end of the samples is met."""
+    values = np.random.default_rng(seed).integers(-9, 9, len(ticks))
+    align, bins, far = [0, 31], 4, 10_000_000
+    binned = bin_trace(
+        (np.array(ticks) + far) / 1000,
+        values,
+        (np.array(align) + far) / 1000,
+        window=(0, bins * width / 1000),
+        bin_size=width / 1000,
+        max_gap=max_gap / 1000,
+    )
+    for trial, event in enumerate(align):
+        for b in range(bins):
+            start, stop = event + b * width, event + (b + 1) * width
+            total = Fraction(0)
+            known = ticks[0] <= start and stop <= ticks[-1]
+            for (t0, v0), (t1, v1) in zip(
+                list(zip(ticks, values, strict=True))[:-1],
+                list(zip(ticks, values, strict=True))[1:],
+                strict=True,
+            ):
+                low, high = max(start, t0), min(stop, t1)
+                if low < high:
+                    known = known and t1 - t0 <= max_gap
+                    middle = Fraction(low + high, 2) - t0
+                    total += (high - low) * (int(v0) + int(v1 - v0) * middle / (t1 - t0))
+            if known:
+                assert binned[trial, b] == pytest.approx(float(total / width), abs=1e-5)
+            else:
+                assert np.isnan(binned[trial, b])
+
+
+def test_trace_closed_forms_and_no_offset():
+    times = np.arange(0, 4, 1 / 60)
+    constant = bin_trace(times, np.full(len(times), 1e6 / 3), [2.0], **FIVE_BINS)
+    np.testing.assert_array_equal(constant, np.full((1, 5), np.float32(1e6 / 3)))
+    ramp = bin_trace(times, 7 * times - 2, [2.0], **FIVE_BINS)  # the mean of a ramp: its middle
+    np.testing.assert_allclose(
+        ramp[0], 7 * (2.0 + np.array([-3, -1, 1, 3, 5]) / 100) - 2, rtol=1e-6
+    )
+
+
+def test_trace_averages_what_is_faster_than_the_bins():
+    times = np.arange(0, 4, 1e-3)
+    fast = np.sin(2 * np.pi * 50 * times)  # one whole period a bin
+    binned = bin_trace(times, fast, [2.003], **FIVE_BINS)
+    assert np.abs(binned).max() < 0.01
+
+
+def test_trace_of_a_step_with_a_gap():
+    times = np.concatenate([np.arange(0, 1.0001, 0.01), np.arange(1.5, 2.5001, 0.01)])
+    values = (times > 1.2).astype(float)
+    binned = bin_trace(times, values, [1.0], window=(-0.1, 0.7), bin_size=0.1)[0]
+    # the gap runs from 1.0 to 1.5: bins that only touch it are known
+    np.testing.assert_allclose(binned, [0, *[np.nan] * 5, 1, 1], atol=1e-7)
+    across = bin_trace(times, values, [1.0], window=(-0.1, 0.7), bin_size=0.1, max_gap=0.5)[0]
+    np.testing.assert_allclose(across, [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1, 1], atol=1e-6)
+
+
+def test_trace_interpolates_short_runs_of_nan_only():
+    times = np.arange(0, 2, 0.01)
+    values = 5 * times
+    values[100:105] = np.nan  # samples at 0.99 and 1.05: a gap of 0.06 s
+    values[:3] = values[-3:] = np.nan
+    window = {"window": (0.0, 0.1), "bin_size": 0.02}
+    np.testing.assert_allclose(
+        bin_trace(times, values, [1.0], max_gap=0.06, **window)[0],
+        5 * (1.0 + np.array([1, 3, 5, 7, 9]) / 100),
+        rtol=1e-6,
+    )
+    np.testing.assert_array_equal(
+        np.isnan(bin_trace(times, values, [1.0], max_gap=0.05, **window)[0]), [1, 1, 1, 0, 0]
+    )
+    # the known samples run from 0.03 to 1.96: at both ends, bins must lie inside
+    np.testing.assert_array_equal(
+        np.isnan(bin_trace(times, values, [0.0, 0.03, 1.86, 1.88], **window)),
+        [[1, 1, 0, 0, 0], [0] * 5, [0] * 5, [0, 0, 0, 0, 1]],
+    )
+
+
+def test_trace_of_a_long_recording_keeps_its_digits():
+    times = np.arange(0, 10_000, 0.02) + 5_000.0
+    values = 1e5 + np.sin(times)
+    align = np.array([5_010.0, 14_900.0])
+    binned = bin_trace(times, values, align, window=(0, 1), bin_size=0.1)
+    start = align[:, None] + np.arange(10) * 0.1
+    expected = 1e5 + (np.cos(start) - np.cos(start + 0.1)) / 0.1
+    np.testing.assert_allclose(binned, expected, atol=0.0079)  # float32 at 1e5: steps of 0.0078
+    small = bin_trace(times, values - 1e5, align, window=(0, 1), bin_size=0.1)
+    np.testing.assert_allclose(small, expected - 1e5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("times", "values"), [([], []), ([1.0], [2.0]), ([1.0, 2.0], [np.nan] * 2)]
+)
+def test_trace_without_samples_is_unknown(times, values):
+    binned = bin_trace(times, values, [1.0, 1.5], **FIVE_BINS)
+    assert binned.shape == (2, 5) and binned.dtype == np.float32 and np.isnan(binned).all()
+
+
+def test_trace_without_trials():
+    assert bin_trace([0.0, 1.0], [0.0, 1.0], [], **FIVE_BINS).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"times": [0.0, 2.0, 1.0]}, r"times must be strictly increasing.*times\[2\].*np.unique"),
+        ({"times": [0.0, 1.0, 1.0]}, "times must be strictly increasing"),
+        ({"times": [0.0, np.nan, 2.0]}, "^times holds 1 NaN or infinite.*drop those samples"),
+        ({"times": [0.0, 1.0]}, "values has 3 samples but times has 2"),
+        ({"values": [0.0, np.inf, 1.0]}, "values holds 1 infinite.*index 1; set them to NaN"),
+        ({"values": np.zeros((3, 2))}, "values must be one-dimensional"),
+        ({"align_times": [np.nan]}, "align_times holds 1"),
+        ({"max_gap": 0.0}, "max_gap must be a positive"),
+        ({"max_gap": np.nan}, "max_gap must be a positive"),
+        ({"window": (0.0, 0.05)}, "holds 2.5 bins"),
+    ],
+)
+def test_bad_traces_are_refused_by_name(change, message):
+    good = {"times": [0.0, 1.0, 2.0], "values": [0.0, 1.0, 2.0], "align_times": [1.0]}
+    with pytest.raises(ValueError, match=message):
+        bin_trace(**(good | FIVE_BINS | change))
