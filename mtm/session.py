@@ -1,0 +1,466 @@
+"""One recording, cut into trials and binned: the object that everything else takes.
+
+A :class:`Session` holds spike counts ``(K, T, N)`` (trials, time bins, neurons), a region label for
+each neuron, and whatever behaviour goes with the trials. It is checked once, when it is made, so
+that the code after it can trust it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mtm.binning import bin_spikes, bin_trace
+
+FORMAT = "mtm-session"
+FORMAT_VERSION = 1
+UNLABELLED = ("", "root", "void", "nan", "none", "unknown")
+"""Labels (any case) that say "no region": such neurons are kept, but never form a region."""
+
+
+class SessionError(ValueError):
+    """A recording that cannot be used as it is; the message names session, field and remedy."""
+
+
+class Split(NamedTuple):
+    """Trial indices of the three parts of a session, each sorted."""
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+@dataclass(eq=False, repr=False)
+class Session:
+    """One recording, binned.
+
+    Args:
+        counts: spike counts, (K, T, N) trials x time bins x neurons; whole numbers from 0.
+        regions: brain region of each neuron, (N,) strings. ``None``, ``""``, ``"root"`` and
+            ``"void"`` mean "not labelled"; such neurons are used, but never form a region.
+        name: the session's key, unique among the sessions of a model (an eid, for IBL data).
+        subject: the animal.
+        bin_size: width of a time bin, seconds.
+        window: (start, stop) of the trial around the event it is aligned to, seconds. Default:
+            starts at 0.
+        behaviour: name -> one number a trial (K,), or one a bin (K, T). NaN = missing.
+        neurons: per-neuron table: column name -> (N,) numbers or strings.
+        rates: expected count of each bin, (K, T, N); only simulated recordings know it.
+        given_split: trials of each part, where the recording comes with a split of its own.
+        provenance: where the recording comes from; anything that JSON can hold.
+
+    Raises:
+        SessionError: naming the session, the field and the remedy.
+    """
+
+    counts: np.ndarray
+    regions: Sequence[str] | np.ndarray | None = None
+    name: str = "session"
+    subject: str = ""
+    bin_size: float = 0.02
+    window: tuple[float, float] | None = None
+    behaviour: dict[str, np.ndarray] = field(default_factory=dict)
+    neurons: dict[str, np.ndarray] = field(default_factory=dict)
+    rates: np.ndarray | None = None
+    given_split: Split | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise SessionError(f"session name must be a non-empty string, got {self.name!r}")
+        self.counts = self._check_counts(self.counts)
+        self.regions = self._check_regions(self.regions)
+        self.window = self._check_window(self.window)
+        self.behaviour = {
+            key: self._check_behaviour(key, value) for key, value in self.behaviour.items()
+        }
+        self.neurons = {key: self._check_column(key, value) for key, value in self.neurons.items()}
+        self.rates = self._check_rates(self.rates)
+        self.given_split = self._check_split(self.given_split)
+        try:
+            json.dumps(self.provenance)
+        except TypeError as error:
+            self._fail("provenance", f"{error}; keep numbers, strings, lists and dicts only")
+
+    # ------------------------------------------------------------------ checks
+
+    def _fail(self, what: str, problem: str) -> None:
+        raise SessionError(f"session {self.name!r}, {what}: {problem}")
+
+    def _check_counts(self, counts: Any) -> np.ndarray:
+        counts = np.asarray(counts)
+        if counts.ndim != 3:
+            self._fail("counts", f"need (trials, bins, neurons), got shape {counts.shape}")
+        if 0 in counts.shape:
+            empty = ("trials", "bins", "neurons")[counts.shape.index(0)]
+            self._fail("counts", f"no {empty} in it (shape {counts.shape})")
+        if counts.dtype.kind not in "uibf":
+            self._fail("counts", f"need numbers, got dtype {counts.dtype}")
+        if counts.dtype == np.uint8:  # always valid, and the largest arrays are of this type
+            return counts
+        if counts.dtype.kind == "f" and not np.isfinite(counts).all():
+            self._fail("counts", "NaN or infinite entries; remove or mend those trials first")
+        if counts.min() < 0:
+            self._fail("counts", f"negative counts (smallest {counts.min()})")
+        if counts.max() > np.iinfo(np.uint16).max:
+            self._fail("counts", f"largest count {counts.max()} is above 65535")
+        whole = counts.astype(np.uint8 if counts.max() < 256 else np.uint16)
+        if counts.dtype.kind == "f" and not np.array_equal(whole, counts):
+            self._fail("counts", "not whole numbers; pass spike counts, not rates or smoothed data")
+        return whole
+
+    def _check_regions(self, regions: Any) -> np.ndarray:
+        if regions is None:
+            return np.full(self.n_neurons, "", dtype="<U1")
+        regions = np.asarray(regions)
+        if regions.shape != (self.n_neurons,):
+            self._fail(
+                "regions",
+                f"need one label for each of the {self.n_neurons} neurons, got shape "
+                f"{regions.shape}; use '' for neurons without a label",
+            )
+        return np.array(["" if r is None else str(r) for r in regions.tolist()], dtype=np.str_)
+
+    def _check_window(self, window: Any) -> tuple[float, float]:
+        if not np.isfinite(self.bin_size) or self.bin_size <= 0:
+            self._fail("bin_size", f"need seconds above 0, got {self.bin_size!r}")
+        self.bin_size = float(self.bin_size)
+        length = self.n_bins * self.bin_size
+        if window is None:
+            return (0.0, length)
+        start, stop = (float(edge) for edge in window)
+        if not abs(stop - start - length) < 1e-6 * max(1.0, length):
+            self._fail(
+                "window",
+                f"({start}, {stop}) s lasts {stop - start:g} s, but {self.n_bins} bins of "
+                f"{self.bin_size} s last {length:g} s",
+            )
+        return (start, stop)
+
+    def _check_behaviour(self, key: str, values: Any) -> np.ndarray:
+        values = np.asarray(values)
+        if values.dtype.kind not in "uibf":
+            self._fail(f"behaviour {key!r}", f"need numbers, got dtype {values.dtype}")
+        if values.shape not in ((self.n_trials,), (self.n_trials, self.n_bins)):
+            self._fail(
+                f"behaviour {key!r}",
+                f"need ({self.n_trials},), one a trial, or ({self.n_trials}, {self.n_bins}), one "
+                f"a bin; got {values.shape}",
+            )
+        return values
+
+    def _check_column(self, key: str, values: Any) -> np.ndarray:
+        values = np.asarray(values)
+        if values.dtype.kind == "O":
+            values = values.astype(np.str_)
+        if values.shape[:1] != (self.n_neurons,):
+            self._fail(f"neurons {key!r}", f"need {self.n_neurons} rows, got shape {values.shape}")
+        return values
+
+    def _check_rates(self, rates: Any) -> np.ndarray | None:
+        if rates is None:
+            return None
+        rates = np.asarray(rates, dtype=np.float32)
+        if rates.shape != self.counts.shape:
+            self._fail("rates", f"need the counts' shape {self.counts.shape}, got {rates.shape}")
+        if not (np.isfinite(rates).all() and (rates > 0).all()):
+            self._fail("rates", "expected counts must be finite and above 0")
+        return rates
+
+    def _check_split(self, split: Any) -> Split | None:
+        if split is None:
+            return None
+        parts = []
+        for label, part in zip(Split._fields, split, strict=True):
+            part = np.unique(np.asarray(part, dtype=np.int64))
+            if part.size == 0:
+                self._fail("given_split", f"no trials in {label}")
+            if part[0] < 0 or part[-1] >= self.n_trials:
+                self._fail("given_split", f"{label} names trials outside 0..{self.n_trials - 1}")
+            parts.append(part)
+        if len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
+            self._fail("given_split", "a trial is in two parts; keep them apart")
+        return Split(*parts)
+
+    # ------------------------------------------------------------- what is in it
+
+    @property
+    def n_trials(self) -> int:
+        """Number of trials, K."""
+        return self.counts.shape[0]
+
+    @property
+    def n_bins(self) -> int:
+        """Number of time bins of a trial, T."""
+        return self.counts.shape[1]
+
+    @property
+    def n_neurons(self) -> int:
+        """Number of neurons, N."""
+        return self.counts.shape[2]
+
+    @property
+    def times(self) -> np.ndarray:
+        """Start of each bin, (T,) seconds from the event the trials are aligned to."""
+        return self.window[0] + self.bin_size * np.arange(self.n_bins)
+
+    @property
+    def firing_rates(self) -> np.ndarray:
+        """Mean firing rate of each neuron over all trials and bins, (N,) Hz."""
+        return self.counts.mean(axis=(0, 1), dtype=np.float64) / self.bin_size
+
+    @property
+    def region_names(self) -> list[str]:
+        """The labelled regions, sorted; ``root``, ``void`` and empty labels are not among them."""
+        return sorted({r for r in self.regions.tolist() if r.lower() not in UNLABELLED})
+
+    @property
+    def region_codes(self) -> np.ndarray:
+        """Index of each neuron's region in :attr:`region_names`, (N,) int64; -1 = no region."""
+        index = {region: code for code, region in enumerate(self.region_names)}
+        return np.array([index.get(region, -1) for region in self.regions.tolist()], dtype=np.int64)
+
+    def __repr__(self) -> str:
+        labels = self.region_names
+        sizes = ", ".join(f"{label} {np.sum(self.regions == label)}" for label in labels[:8])
+        more = f", and {len(labels) - 8} more" if len(labels) > 8 else ""
+        unlabelled = int(np.sum(self.region_codes < 0))
+        rates = self.firing_rates
+        lines = [
+            f"Session {self.name!r}" + (f" of subject {self.subject}" if self.subject else ""),
+            f"{self.n_trials} trials x {self.n_bins} bins x {self.n_neurons} neurons; "
+            f"{1000 * self.bin_size:g} ms bins, {self.window[0]:g} to {self.window[1]:g} s",
+            f"{len(labels)} regions: {sizes or 'none labelled'}{more}"
+            + (f"; {unlabelled} neurons without a region" if unlabelled and labels else ""),
+            f"firing rates: mean {rates.mean():.1f} Hz, from {rates.min():.1f} to "
+            f"{rates.max():.1f} Hz",
+        ]
+        if self.behaviour:
+            kinds = (f"{k} (per {'trial' if v.ndim == 1 else 'bin'})" for k, v in self._sorted())
+            lines.append("behaviour: " + ", ".join(kinds))
+        if self.rates is not None:
+            lines.append("true rates known (simulated)")
+        return "\n  ".join(lines)
+
+    def _sorted(self) -> list[tuple[str, np.ndarray]]:
+        return sorted(self.behaviour.items(), key=lambda item: (item[1].ndim, item[0]))
+
+    # ------------------------------------------------------------------- splits
+
+    def split(self, seed: int = 0) -> Split:
+        """Random 70/10/20 % split of the trials into train, val and test.
+
+        The draw depends on the session's name and the seed alone, so it stays the same whatever
+        other sessions are loaded, and in whatever order. Every trial is in exactly one part. A
+        recording that came with its own split keeps it, whatever the seed.
+
+        Raises:
+            SessionError: with fewer than 3 trials.
+        """
+        if self.given_split is not None:
+            return self.given_split
+        if self.n_trials < 3:
+            self._fail("split", f"{self.n_trials} trials cannot fill train, val and test")
+        digest = hashlib.sha256(f"{self.name}|{seed}".encode()).digest()
+        order = np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(
+            self.n_trials
+        )
+        n_test = max(1, round(0.2 * self.n_trials))
+        n_val = max(1, round(0.1 * self.n_trials))
+        return Split(
+            train=np.sort(order[n_test + n_val :]),
+            val=np.sort(order[n_test : n_test + n_val]),
+            test=np.sort(order[:n_test]),
+        )
+
+    def select(
+        self, trials: np.ndarray | None = None, neurons: np.ndarray | None = None
+    ) -> Session:
+        """A new session with only these trials and neurons (indices or boolean masks).
+
+        A split that came with the recording keeps those of its trials that are left.
+        """
+        trials = np.arange(self.n_trials)[slice(None) if trials is None else trials]
+        neurons = np.arange(self.n_neurons)[slice(None) if neurons is None else neurons]
+        split = self.given_split
+        if split is not None:
+            split = Split(*(np.flatnonzero(np.isin(trials, part)) for part in split))
+        return Session(
+            counts=self.counts[np.ix_(trials, np.arange(self.n_bins), neurons)],
+            regions=self.regions[neurons],
+            name=self.name,
+            subject=self.subject,
+            bin_size=self.bin_size,
+            window=self.window,
+            behaviour={key: value[trials] for key, value in self.behaviour.items()},
+            neurons={key: value[neurons] for key, value in self.neurons.items()},
+            rates=None if self.rates is None else self.rates[trials][:, :, neurons],
+            given_split=split,
+            provenance=self.provenance,
+        )
+
+    # ------------------------------------------------------------ making, storing
+
+    @classmethod
+    def from_spike_times(
+        cls,
+        spike_times: np.ndarray,
+        spike_clusters: np.ndarray,
+        align_times: np.ndarray,
+        *,
+        clusters: Sequence[Any] | np.ndarray | None = None,
+        regions: Sequence[str] | Mapping[Any, str] | np.ndarray | None = None,
+        window: tuple[float, float] = (-0.5, 1.5),
+        bin_size: float = 0.02,
+        traces: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+        behaviour: Mapping[str, np.ndarray] | None = None,
+        name: str = "session",
+        **fields: Any,
+    ) -> Session:
+        """Bin spike times around events.
+
+        Args:
+            spike_times: (S,) seconds.
+            spike_clusters: (S,) the id of the neuron that fired.
+            align_times: (K,) seconds; the event in each trial, where the window's 0 lies.
+            clusters: (N,) the ids, in the order of the neuron axis. A cluster without a spike
+                keeps its (silent) place. Default: 0..N-1 where ``regions`` lists N labels, else
+                every id that fired.
+            regions: label of each cluster: (N,) in that order, or a mapping from id to label.
+            window: (start, stop) around each event, seconds; a whole number of bins.
+            bin_size: seconds.
+            traces: continuous behaviour: name -> (sample times (S',) in seconds, values (S',));
+                averaged within each bin.
+            behaviour: as in :class:`Session`, already one value a trial or bin.
+            name: the session's key.
+            **fields: any other field of :class:`Session`.
+
+        Raises:
+            SessionError: naming the session, the field and the remedy.
+        """
+        spike_clusters = np.asarray(spike_clusters)
+        if clusters is None:
+            listed = regions is not None and not isinstance(regions, Mapping)
+            clusters = np.arange(len(regions)) if listed else np.unique(spike_clusters)
+        clusters = np.asarray(clusters)
+        order = np.argsort(clusters, kind="stable")
+        ids = clusters[order]
+        if np.any(ids[1:] == ids[:-1]):
+            raise SessionError(
+                f"session {name!r}, clusters: id {ids[1:][ids[1:] == ids[:-1]][0]} twice; "
+                "merge probes with an offset so that ids are unique"
+            )
+        place = np.searchsorted(ids, spike_clusters)
+        known = place < len(ids)
+        known[known] = ids[place[known]] == spike_clusters[known]
+        if not known.all():
+            strangers = np.unique(spike_clusters[~known])[:5].tolist()
+            raise SessionError(
+                f"session {name!r}, spike_clusters: ids {strangers} are not among the "
+                f"{len(ids)} clusters; list them in `clusters` or leave their spikes out"
+            )
+        if isinstance(regions, Mapping):
+            regions = [regions.get(cluster, "") for cluster in clusters.tolist()]
+        grid = {"window": window, "bin_size": bin_size}
+        try:
+            counts = bin_spikes(
+                spike_times, order[place], align_times, n_neurons=len(clusters), **grid
+            )
+            binned = {
+                key: bin_trace(times, values, align_times, **grid)
+                for key, (times, values) in (traces or {}).items()
+            }
+        except ValueError as error:
+            raise SessionError(f"session {name!r}, binning: {error}") from error
+        fields["neurons"] = {"cluster": clusters, **fields.get("neurons", {})}
+        return cls(
+            counts=counts,
+            regions=regions,
+            name=name,
+            behaviour={**(behaviour or {}), **binned},
+            **grid,
+            **fields,
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the session to one compressed ``.npz`` without pickled objects; returns the path.
+
+        The file appears complete or not at all: it is written beside its place and moved there.
+        """
+        path = Path(path)
+        meta = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "name": self.name,
+            "subject": self.subject,
+            "bin_size": self.bin_size,
+            "window": list(self.window),
+            "provenance": self.provenance,
+        }
+        arrays = {"meta": np.array(json.dumps(meta)), "counts": self.counts}
+        arrays["regions"] = self.regions
+        arrays |= {f"behaviour/{key}": value for key, value in self.behaviour.items()}
+        arrays |= {f"neurons/{key}": value for key, value in self.neurons.items()}
+        if self.rates is not None:
+            arrays["rates"] = self.rates
+        if self.given_split is not None:
+            arrays |= {f"split/{key}": part for key, part in self.given_split._asdict().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **arrays)
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Session:
+        """Read a session that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            SessionError: when the file is damaged, or not a session of this package.
+        """
+        path = Path(path)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+            meta = json.loads(str(arrays.pop("meta")[()]))
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as err:
+            raise SessionError(f"{path} is not a readable session file ({err})") from err
+        if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
+            raise SessionError(f"{path} is not a session file of this package")
+        if (version := meta.pop("version", None)) != FORMAT_VERSION:
+            raise SessionError(
+                f"{path} has format version {version}, this package reads {FORMAT_VERSION}; "
+                "write it again from the recording"
+            )
+        groups: dict[str, dict[str, np.ndarray]] = {"behaviour": {}, "neurons": {}, "split": {}}
+        fields: dict[str, Any] = {}
+        for key, value in arrays.items():
+            group, _, rest = key.partition("/")
+            (groups[group] if rest else fields)[rest or key] = value
+        split = groups.pop("split")
+        try:
+            return cls(
+                **{**meta, "window": tuple(meta["window"])},
+                **fields,
+                **groups,
+                given_split=Split(**split) if split else None,
+            )
+        except (TypeError, KeyError) as err:
+            raise SessionError(f"{path} lacks or adds a field of a session file ({err})") from err

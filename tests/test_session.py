@@ -1,0 +1,203 @@
+"""Sessions: checks, splits, selection, spike times, and files that come back as they went."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtm.session import Session, SessionError, Split
+
+
+def make(**changes):
+    rng = np.random.default_rng(0)
+    fields = {
+        "counts": rng.poisson(1.0, (20, 5, 4)),
+        "regions": ["CA1", "root", "DG", "CA1"],
+        "name": "mouse 1",
+        "subject": "M1",
+        "window": (-0.04, 0.06),
+        "behaviour": {"choice": np.arange(20) % 2 * 2 - 1, "wheel": rng.random((20, 5))},
+        "neurons": {"depth": np.arange(4.0), "uuid": np.array(list("abcd"), dtype=object)},
+        "provenance": {"lab": "here", "numbers": [1, 2]},
+    }
+    return Session(**{**fields, **changes})
+
+
+def test_what_it_says_of_itself():
+    session = make()
+    assert (session.n_trials, session.n_bins, session.n_neurons) == (20, 5, 4)
+    assert session.counts.dtype == np.uint8
+    assert session.region_names == ["CA1", "DG"]
+    assert session.region_codes.tolist() == [0, -1, 1, 0]
+    np.testing.assert_allclose(session.times, [-0.04, -0.02, 0.0, 0.02, 0.04], atol=1e-12)
+    np.testing.assert_allclose(session.firing_rates, session.counts.mean((0, 1)) / 0.02)
+    for part in (
+        "'mouse 1'",
+        "M1",
+        "20 trials x 5 bins x 4 neurons",
+        "CA1 2",
+        "choice (per trial)",
+    ):
+        assert part in repr(session)
+    assert make(counts=np.full((20, 5, 4), 300)).counts.dtype == np.uint16
+    assert make(regions=None).region_names == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"counts": np.zeros((3, 4))}, "counts: need .trials, bins, neurons., got shape"),
+        ({"counts": np.zeros((0, 5, 4))}, "counts: no trials"),
+        ({"counts": np.zeros((20, 5, 0))}, "counts: no neurons"),
+        ({"counts": np.full((20, 5, 4), -1)}, "counts: negative"),
+        ({"counts": np.full((20, 5, 4), 0.5)}, "counts: not whole numbers"),
+        ({"counts": np.full((20, 5, 4), np.nan)}, "counts: NaN"),
+        ({"counts": np.full((20, 5, 4), 70_000)}, "counts: largest count 70000"),
+        ({"counts": np.full((20, 5, 4), "x")}, "counts: need numbers"),
+        ({"regions": ["CA1"]}, "regions: need one label for each of the 4 neurons"),
+        ({"bin_size": 0.0}, "bin_size: need seconds above 0"),
+        ({"window": (0.0, 1.0)}, "window: .0.0, 1.0. s lasts 1 s, but 5 bins"),
+        ({"behaviour": {"wheel": np.zeros((20, 4))}}, "behaviour 'wheel': need .20,., one a trial"),
+        ({"behaviour": {"choice": np.array(["l"] * 20)}}, "behaviour 'choice': need numbers"),
+        ({"neurons": {"depth": np.zeros(3)}}, "neurons 'depth': need 4 rows"),
+        ({"rates": np.zeros((20, 5, 4))}, "rates: expected counts must be finite and above 0"),
+        ({"given_split": ([0], [1], [1])}, "given_split: a trial is in two parts"),
+        ({"given_split": ([0], [1], [99])}, "given_split: test names trials outside"),
+        ({"given_split": ([0], [], [1])}, "given_split: no trials in val"),
+        ({"provenance": {"x": object()}}, "provenance: .*not JSON serializable"),
+    ],
+)
+def test_errors_name_the_session_and_the_field(changes, message):
+    with pytest.raises(SessionError, match=f"session 'mouse 1', {message}"):
+        make(**changes)
+
+
+def test_a_name_is_needed():
+    with pytest.raises(SessionError, match="name"):
+        make(name="")
+
+
+@given(st.integers(3, 400), st.integers(0, 5))
+def test_splits_hold_every_trial_once(n_trials, seed):
+    session = Session(np.zeros((n_trials, 1, 1)), name=f"s{n_trials}")
+    split = session.split(seed)
+    assert sorted(np.concatenate(split).tolist()) == list(range(n_trials))
+    assert min(map(len, split)) >= 1
+    if n_trials >= 20:
+        assert abs(len(split.train) / n_trials - 0.7) < 0.05
+    for part in split:
+        assert (np.diff(part) > 0).all()
+
+
+def test_splits_depend_on_name_and_seed_alone():
+    one, same = make(), make(counts=np.ones((20, 5, 4)))
+    assert all(np.array_equal(a, b) for a, b in zip(one.split(), same.split(), strict=True))
+    for other in (make(name="mouse 2").split(), one.split(1)):
+        assert not np.array_equal(one.split().test, other.test)
+    # a golden draw: a split must never change between versions, or test trials leak into training
+    assert one.split().test.tolist() == [8, 10, 11, 13]
+    with pytest.raises(SessionError, match="split: 2 trials cannot fill"):
+        Session(np.zeros((2, 1, 1))).split()
+
+
+def test_a_given_split_is_kept_and_follows_a_selection():
+    session = make(given_split=Split([0, 1, 2, 5], [3, 6], [4, 7]))
+    assert session.split(3).val.tolist() == [3, 6]
+    part = session.select(trials=np.array([1, 3, 4, 5]))
+    assert [p.tolist() for p in part.split()] == [[0, 3], [1], [2]]
+
+
+def test_select_cuts_every_field():
+    session = make(rates=np.random.default_rng(0).random((20, 5, 4)) + 0.1)
+    part = session.select(trials=np.array([3, 1]), neurons=session.regions == "CA1")
+    np.testing.assert_array_equal(part.counts, session.counts[[3, 1]][:, :, [0, 3]])
+    np.testing.assert_array_equal(part.rates, session.rates[[3, 1]][:, :, [0, 3]])
+    np.testing.assert_array_equal(part.behaviour["wheel"], session.behaviour["wheel"][[3, 1]])
+    assert part.neurons["uuid"].tolist() == ["a", "d"] and part.regions.tolist() == ["CA1", "CA1"]
+
+
+def test_a_file_gives_back_the_session(tmp_path):
+    session = make(
+        rates=np.random.default_rng(0).random((20, 5, 4)) + 0.1,
+        given_split=Split(np.arange(14), [14, 15], np.arange(16, 20)),
+        behaviour={"a/b": np.arange(20.0), "with space": np.zeros((20, 5))},
+    )
+    path = session.save(tmp_path / "deep" / "x.npz")
+    with np.load(path, allow_pickle=False) as file:  # no pickled objects
+        assert all(file[key].dtype.kind != "O" for key in file.files)
+    again = Session.load(path)
+    assert repr(again) == repr(session) and again.provenance == session.provenance
+    for a, b in [
+        (again.counts, session.counts),
+        (again.rates, session.rates),
+        (again.regions, session.regions),
+        *zip(again.split(), session.split(), strict=True),
+        *((again.behaviour[k], v) for k, v in session.behaviour.items()),
+        *((again.neurons[k], v) for k, v in session.neurons.items()),
+    ]:
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert [p.name for p in path.parent.iterdir()] == ["x.npz"]
+
+
+def test_files_that_are_no_sessions_are_refused(tmp_path):
+    path = make().save(tmp_path / "good.npz")
+    whole = path.read_bytes()
+    for size in range(0, len(whole), max(1, len(whole) // 40)):
+        (tmp_path / "cut.npz").write_bytes(whole[:size])
+        with pytest.raises(SessionError, match="cut.npz"):
+            Session.load(tmp_path / "cut.npz")
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    with pytest.raises(SessionError, match=r"other\.npz"):
+        Session.load(tmp_path / "other.npz")
+    np.savez(tmp_path / "pickle.npz", meta=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(SessionError, match=r"pickle\.npz"):
+        Session.load(tmp_path / "pickle.npz")
+    with pytest.raises(FileNotFoundError):
+        Session.load(tmp_path / "absent.npz")
+
+
+def test_from_spike_times_counts_by_loop():
+    rng = np.random.default_rng(1)
+    times, clusters = rng.uniform(0, 50, 5000), rng.choice([3, 10, 7], 5000)
+    events = np.arange(2.0, 48.0, 3.0)
+    session = Session.from_spike_times(
+        times,
+        clusters,
+        events,
+        clusters=[10, 3, 5, 7],  # 5 never fires, and keeps its place
+        regions={10: "CA1", 7: "DG"},
+        window=(-0.1, 0.2),
+        bin_size=0.05,
+        traces={"wheel": (np.arange(0, 50, 0.01), np.arange(0, 50, 0.01))},
+        behaviour={"choice": np.ones(16)},
+        name="loop",
+    )
+    assert session.counts.shape == (16, 6, 4)
+    for k, event in enumerate(events):
+        for t in range(6):
+            for n, cluster in enumerate([10, 3, 5, 7]):
+                start = event - 0.1 + 0.05 * t
+                inside = (times >= start) & (times < start + 0.05) & (clusters == cluster)
+                assert session.counts[k, t, n] == inside.sum()
+    assert session.regions.tolist() == ["CA1", "", "", "DG"]
+    assert session.neurons["cluster"].tolist() == [10, 3, 5, 7]
+    middle = events[:, None] - 0.1 + 0.05 * (np.arange(6) + 0.5)
+    np.testing.assert_allclose(session.behaviour["wheel"], middle, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clusters": [0, 0]}, "clusters: id 0 twice"),
+        ({"clusters": [0]}, r"spike_clusters: ids \[1\] are not among the 1 clusters"),
+        ({"align_times": [np.nan]}, "binning: .*align"),
+        ({"spike_times": [0.1, np.inf]}, "binning: .*spike_times"),
+        ({"spike_times": [0.1]}, "binning"),
+        ({"window": (0, 0.03)}, "binning: .*window"),
+    ],
+)
+def test_from_spike_times_errors(changes, message):
+    fields = {"spike_times": [0.1, 0.2], "spike_clusters": [0, 1], "align_times": [0.1]}
+    with pytest.raises(SessionError, match=f"session 's', {message}"):
+        Session.from_spike_times(**{**fields, **changes}, name="s")
