@@ -1,0 +1,126 @@
+"""Scores against loops, closed forms, scikit-learn and the authors' code."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import poisson
+from sklearn.metrics import d2_tweedie_score, r2_score
+
+from mtm import metrics
+
+
+@pytest.fixture(scope="module")
+def example():
+    rng = np.random.default_rng(0)
+    log_rates = rng.normal(-1.5, 0.6, (20, 15, 6))
+    counts = rng.poisson(np.exp(log_rates + rng.normal(0, 0.3, log_rates.shape)))
+    counts[:, :, 2] = 0  # a silent neuron
+    return log_rates, counts
+
+
+def bits_by_loop(log_rates, counts, null):
+    """Log-likelihoods of scipy's Poisson distribution, one entry at a time."""
+    scores = []
+    for n in range(counts.shape[2]):
+        gain = 0.0
+        for k in range(counts.shape[0]):
+            for t in range(counts.shape[1]):
+                c = counts[k, t, n]
+                gain += poisson.logpmf(c, math.exp(log_rates[k, t, n]))
+                gain -= poisson.logpmf(c, null[n])
+        spikes = counts[:, :, n].sum()
+        scores.append(gain / spikes / math.log(2) if spikes else math.nan)
+    return np.array(scores)
+
+
+def test_bits_per_spike_against_a_loop(example):
+    log_rates, counts = example
+    means = np.maximum(counts.mean(axis=(0, 1)), 1e-9)
+    expected = bits_by_loop(log_rates, counts, means)
+    np.testing.assert_allclose(metrics.bits_per_spike(log_rates, counts), expected, rtol=1e-9)
+    null = np.linspace(0.1, 0.6, 6)
+    expected = bits_by_loop(log_rates, counts, null)
+    np.testing.assert_allclose(
+        metrics.bits_per_spike(log_rates, counts, np.log(null)), expected, rtol=1e-9
+    )
+    assert np.isnan(expected[2])
+
+
+def test_metrics_equal_the_authors(parity):
+    theirs = torch.load(parity / "metrics.pt", weights_only=True)
+    counts = theirs["spikes"].numpy().astype(int)
+    log_rates = np.log(np.maximum(theirs["pred_rates"].double().numpy(), 1e-9))
+    each = theirs["bits_per_spike_each"].numpy()
+    spiking = np.isfinite(each)
+    ours = metrics.bits_per_spike(log_rates, counts)
+    np.testing.assert_allclose(ours[spiking], each[spiking], rtol=1e-5)
+    assert np.isnan(ours[~spiking]).all() and (~spiking).sum() == 1
+    assert metrics.pooled_bits_per_spike(log_rates, counts) == pytest.approx(
+        theirs["bits_per_spike_pooled"], rel=1e-6
+    )
+    r2 = theirs["r2_psth_trial"].numpy()
+    conditions = theirs["behaviour_choice_reward_block"].numpy()
+    ours = np.stack(
+        [metrics.psth_r2(log_rates, counts, conditions), metrics.trial_r2(log_rates, counts)], 1
+    )
+    np.testing.assert_allclose(ours[spiking], r2[spiking], rtol=1e-4, atol=1e-6)
+
+
+def test_null_perfect_and_worse_predictions(example):
+    _, counts = example
+    spiking = counts.sum((0, 1)) > 0
+    null = np.broadcast_to(metrics.log_mean(counts), counts.shape)
+    np.testing.assert_allclose(metrics.bits_per_spike(null, counts)[spiking], 0, atol=1e-12)
+    np.testing.assert_allclose(metrics.poisson_d2(null, counts)[spiking], 0, atol=1e-12)
+    perfect = np.log(np.maximum(counts, 1e-12))
+    np.testing.assert_allclose(metrics.poisson_d2(perfect, counts)[spiking], 1, atol=1e-6)
+    np.testing.assert_allclose(metrics.trial_r2(perfect, counts)[spiking], 1, atol=1e-6)
+    assert (metrics.bits_per_spike(null + 3, counts)[spiking] < 0).all()
+
+
+def test_d2_and_r2_against_scikit_learn(example):
+    log_rates, counts = example
+    d2, r2 = metrics.poisson_d2(log_rates, counts), metrics.trial_r2(log_rates, counts)
+    for n in (0, 1, 3, 4, 5):
+        y, rate = counts[:, :, n].ravel(), np.exp(log_rates[:, :, n]).ravel()
+        assert d2[n] == pytest.approx(d2_tweedie_score(y, rate, power=1), abs=1e-10)
+        assert r2[n] == pytest.approx(r2_score(y, rate), abs=1e-10)
+    assert np.isnan(d2[2]) and np.isnan(r2[2])
+
+
+def test_psth_r2_against_a_loop(example):
+    log_rates, counts = example
+    conditions = np.arange(20) % 3 * 1.0
+    conditions[4] = np.nan
+    expected = []
+    for n in range(6):
+        groups = [np.flatnonzero(conditions == c) for c in range(3)]
+        y = np.concatenate([counts[g, :, n].mean(0) for g in groups])
+        rate = np.concatenate([np.exp(log_rates[g, :, n]).mean(0) for g in groups])
+        expected.append(r2_score(y, rate) if y.any() else np.nan)
+    ours = metrics.psth_r2(log_rates, counts, conditions)
+    np.testing.assert_allclose(ours, expected, atol=1e-10)
+    two_columns = np.stack([conditions, np.zeros(20)], 1)
+    np.testing.assert_allclose(metrics.psth_r2(log_rates, counts, two_columns), ours)
+
+
+def test_pooled_is_the_spike_weighted_mean(example):
+    log_rates, counts = example
+    spikes = counts.sum((0, 1))
+    each = np.nan_to_num(metrics.bits_per_spike(log_rates, counts))
+    silent_cost = np.exp(log_rates[:, :, 2]).sum()  # predicted spikes that never came
+    pooled = metrics.pooled_bits_per_spike(log_rates, counts)
+    expected = ((each * spikes).sum() - silent_cost / metrics.LOG2) / spikes.sum()
+    assert pooled == pytest.approx(expected)
+
+
+def test_bad_input_is_refused(example):
+    log_rates, counts = example
+    with pytest.raises(ValueError, match="same shape"):
+        metrics.bits_per_spike(log_rates[:, :-1], counts)
+    broken = log_rates.copy()
+    broken[0, 0, 0] = -np.inf
+    with pytest.raises(ValueError, match="finite"):
+        metrics.trial_r2(broken, counts)
