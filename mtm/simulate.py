@@ -1,0 +1,289 @@
+"""Simulated animals at a decision task, with the true firing rates kept.
+
+All animals share one brain circuit and one task; each has its own neurons. The circuit is a chain of
+named regions. A region carries a few latent variables that decay, receive its upstream regions'
+latents after a delay, receive task signals, and fluctuate on their own:
+
+    z_r(t) = decay_r z_r(t-1) + sum_s A_rs z_s(t - delay_rs) + B_r u(t) + noise
+    counts ~ Poisson(bin_size * base * exp(w . z_r(t) + w' arousal(t)))
+
+So a neuron can be predicted from its own region well (they share z), from other regions in part (what
+comes through the coupling), and from the past a little (z decays): the four activity tasks are
+solvable to different degrees, and the true rates say how far one could get.
+
+The task is the International Brain Laboratory's: a grating of some contrast left or right, a block
+prior for its side, a wheel turned to report it. Signs follow the IBL: a choice of -1 is to the right,
+a contrast above 0 is on the right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtm.session import Session
+
+CONTRASTS = np.array([0.0, 0.0625, 0.125, 0.25, 1.0])
+INPUTS = ("stimulus left", "stimulus right", "evidence", "turn", "movement", "reward")
+MOVEMENT = 0.4  # seconds that a turn of the wheel lasts
+DECISION_DELAY = 0.12  # seconds from stimulus to the start, and from the bound to the movement
+BURN_IN = 1.0  # seconds simulated before the window, so that the latents have forgotten their start
+
+
+@dataclass(frozen=True)
+class Region:
+    """One region of the circuit.
+
+    Attributes:
+        name: Allen acronym.
+        decay: time constant of its latents, seconds.
+        upstream: region -> (delay in seconds, strength).
+        inputs: task signal (see ``INPUTS``) -> strength.
+        own: standard deviation of the fluctuations that it shares with no other region.
+    """
+
+    name: str
+    decay: float
+    upstream: dict[str, tuple[float, float]]
+    inputs: dict[str, float]
+    own: float
+
+
+CIRCUIT = (
+    Region("LP", 0.15, {}, {"stimulus left": 1.5, "stimulus right": 1.5}, 0.8),
+    Region("VISa5", 0.15, {"LP": (0.04, 0.9)}, {"stimulus left": 0.5, "stimulus right": 0.5}, 0.4),
+    Region("MOs5", 0.30, {"VISa5": (0.06, 0.9)}, {"evidence": 1.5}, 0.5),
+    Region("CA1", 0.60, {"MOs5": (0.10, 0.6)}, {"reward": 1.5}, 0.7),
+    Region("SCig", 0.12, {"MOs5": (0.04, 0.9)}, {"turn": 2.0}, 0.35),
+    Region("PO", 0.12, {"SCig": (0.06, 0.9)}, {"movement": 2.5}, 0.35),
+)
+"""The default circuit, from thalamus over cortex to the movement and back."""
+
+
+def simulate(
+    n_sessions: int = 3,
+    n_trials: int = 200,
+    n_neurons: int = 96,
+    *,
+    seed: int = 0,
+    bin_size: float = 0.02,
+    window: tuple[float, float] = (-0.5, 1.5),
+    circuit: tuple[Region, ...] = CIRCUIT,
+    n_latents: int = 2,
+    mean_rate: float = 10.0,
+) -> list[Session]:
+    """Simulated sessions, one animal each, named ``sim-0``, ``sim-1``, ...
+
+    The circuit's weights depend on ``seed`` alone, and session i on ``seed`` and i, so that asking
+    for more sessions leaves the first ones as they are.
+
+    Args:
+        n_sessions: number of animals.
+        n_trials: K, trials of each.
+        n_neurons: N, neurons of each, spread evenly over the regions.
+        seed: of everything random.
+        bin_size: seconds.
+        window: (start, stop) around stimulus onset, seconds.
+        circuit: the regions, upstream before downstream.
+        n_latents: latent variables of each region.
+        mean_rate: geometric mean of the neurons' base rates, Hz.
+
+    Returns:
+        sessions with counts and true ``rates`` (K, T, N); behaviour ``choice``, ``contrast``,
+        ``block``, ``reward``, ``reaction-time`` (K,), ``wheel-speed`` and ``whisker-motion-energy``
+        (K, T).
+
+    Raises:
+        ValueError: for sizes that make no recording.
+    """
+    if min(n_sessions, n_trials) < 1 or n_neurons < len(circuit):
+        raise ValueError(
+            "need at least 1 session, 1 trial and a neuron for each of the "
+            f"{len(circuit)} regions; got {n_sessions}, {n_trials}, {n_neurons}"
+        )
+    weights = _circuit_weights(circuit, n_latents, np.random.default_rng([seed, 0]))
+    sessions = []
+    for i in range(n_sessions):
+        rng = np.random.default_rng([seed, 1, i])
+        grid = np.arange(window[0] - BURN_IN, window[1] - bin_size / 2, bin_size)  # bin starts
+        behaviour, inputs = _task(n_trials, grid, bin_size, rng)
+        latents, arousal = _latents(circuit, weights, inputs, bin_size, rng)
+        inside = slice(round(BURN_IN / bin_size), None)
+        regions = np.repeat([r.name for r in circuit], _shares(n_neurons, len(circuit)))
+        log_rates = _log_rates(regions, circuit, latents, arousal, mean_rate, rng)[:, inside]
+        rates = (np.exp(log_rates) * bin_size).astype(np.float32)
+        whisking = 0.6 * behaviour.pop("movement") + 0.5 * np.exp(0.5 * arousal)
+        whisking = whisking * np.exp(0.15 * rng.standard_normal(whisking.shape))
+        behaviour["whisker-motion-energy"] = whisking[:, inside]
+        behaviour["wheel-speed"] = behaviour["wheel-speed"][:, inside]
+        first_probe = {r.name for r in circuit[: (len(circuit) + 1) // 2]}
+        sessions.append(
+            Session(
+                counts=rng.poisson(rates),
+                regions=regions,
+                name=f"sim-{i}",
+                subject=f"SIM_{i:03d}",
+                bin_size=bin_size,
+                window=window,
+                behaviour=behaviour,
+                neurons={
+                    "probe": np.array(
+                        ["probe00" if r in first_probe else "probe01" for r in regions]
+                    )
+                },
+                rates=rates,
+                provenance={"origin": "mtm.simulate", "seed": seed, "session": i},
+            )
+        )
+    return sessions
+
+
+def _shares(n: int, parts: int) -> list[int]:
+    """n split into parts as even as possible: 8 in 3 -> [3, 3, 2]."""
+    return [n // parts + (i < n % parts) for i in range(parts)]
+
+
+def _circuit_weights(
+    circuit: tuple[Region, ...], n_latents: int, rng: np.random.Generator
+) -> dict[str, dict[str, np.ndarray]]:
+    """For each region, the matrices from its upstream regions and from its task inputs."""
+    weights = {}
+    for region in circuit:
+        rotations = {
+            name: strength * np.linalg.qr(rng.standard_normal((n_latents, n_latents)))[0]
+            for name, (_, strength) in region.upstream.items()
+        }
+        directions = {name: rng.standard_normal(n_latents) for name in region.inputs}
+        weights[region.name] = rotations | {
+            name: region.inputs[name] * d / np.linalg.norm(d) for name, d in directions.items()
+        }
+    return weights
+
+
+def _task(
+    n_trials: int, grid: np.ndarray, bin_size: float, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Behaviour of one animal, and the task signals (K, L, inputs) that reach its brain."""
+    block = _blocks(n_trials, rng)
+    side = np.where(rng.random(n_trials) < block, -1.0, 1.0)  # -1 left, +1 right
+    strength = rng.choice(CONTRASTS, n_trials)
+
+    # Evidence for "right" drifts to a bound; its start is shifted by the block's prior.
+    steps = np.arange(bin_size, 0.8, bin_size)
+    drift = 6.0 * side * np.sqrt(strength)
+    noise = rng.standard_normal((n_trials, len(steps))) * np.sqrt(bin_size)
+    evidence = np.cumsum(drift[:, None] * bin_size + noise, axis=1)
+    evidence += 0.25 * np.log((1 - block) / block)[:, None]
+    crossed = np.abs(evidence) >= 1.0
+    stop = np.where(crossed.any(axis=1), crossed.argmax(axis=1), len(steps) - 1)
+    decision = evidence[np.arange(n_trials), stop]
+    right = decision > 0
+    reaction_time = 2 * DECISION_DELAY + steps[stop]
+    correct = right == (side > 0)
+
+    since = grid[None, :] - reaction_time[:, None]  # (K, L) seconds since the movement began
+    speed = rng.uniform(2.0, 4.0, (n_trials, 1)) * _bump(since, MOVEMENT)  # rad/s
+    held = np.arange(len(steps))[None, :] <= stop[:, None]
+    held_evidence = np.where(held, evidence, decision[:, None]).clip(-1, 1)
+    index = np.round((grid - DECISION_DELAY) / bin_size).astype(int) - 1
+    carried = held_evidence[:, index.clip(0, len(steps) - 1)] * (index >= 0)
+    carried = carried * np.exp(-np.maximum(since - 0.2, 0) / 0.2)  # forgotten after the report
+    shown = (grid >= 0)[None, :] * (0.4 + 0.6 * np.exp(-np.maximum(grid, 0) / 0.15))
+    shown = shown * np.where(since < 0.1, 1.0, 0.0)  # the stimulus goes with the response
+    drive = shown * (strength**0.5)[:, None]
+    direction = np.where(right, 1.0, -1.0)[:, None]
+    signals = [
+        drive * (side < 0)[:, None],
+        drive * (side > 0)[:, None],
+        carried,
+        direction * _bump(since, MOVEMENT),
+        _bump(since, MOVEMENT),
+        correct[:, None] * _bump(since - 0.15, 0.5),
+    ]
+    behaviour = {
+        "choice": np.where(right, -1, 1),
+        "contrast": side * strength,
+        "block": block,
+        "reward": correct.astype(int),
+        "reaction-time": reaction_time,
+        "wheel-speed": speed,
+        "movement": speed,
+    }
+    return behaviour, np.stack(signals, axis=-1)
+
+
+def _blocks(n_trials: int, rng: np.random.Generator) -> np.ndarray:
+    """Probability of a stimulus on the left, (K,): a 0.5 block, then 0.2 and 0.8 in turn."""
+    lengths = [min(90, max(1, n_trials // 4))]
+    while sum(lengths) < n_trials:
+        lengths.append(int(rng.integers(20, 60)))
+    first = rng.integers(2)
+    levels = [0.5] + [(0.2, 0.8)[(first + i) % 2] for i in range(len(lengths) - 1)]
+    return np.repeat(levels, lengths)[:n_trials]
+
+
+def _bump(since: np.ndarray, width: float) -> np.ndarray:
+    """A raised cosine of ``width`` seconds that begins at 0."""
+    phase = since / width
+    return np.where((phase > 0) & (phase < 1), 0.5 - 0.5 * np.cos(2 * np.pi * phase), 0.0)
+
+
+def _latents(
+    circuit: tuple[Region, ...],
+    weights: dict[str, dict[str, np.ndarray]],
+    inputs: np.ndarray,
+    bin_size: float,
+    rng: np.random.Generator,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Latents of each region, (K, L, n_latents), and the arousal that all share, (K, L)."""
+    n_trials, n_steps, _ = inputs.shape
+    latents: dict[str, np.ndarray] = {}
+    for region in circuit:
+        keep = np.exp(-bin_size / region.decay)
+        n_latents = next(iter(weights[region.name].values())).shape[0]
+        # What drives the region, scaled so that a constant drive of 1 settles at 1.
+        drive = np.zeros((n_trials, n_steps, n_latents))
+        for name, (delay, _) in region.upstream.items():
+            shift = round(delay / bin_size)
+            drive[:, shift:] += latents[name][:, : n_steps - shift] @ weights[region.name][name].T
+        for name in region.inputs:
+            drive += inputs[..., INPUTS.index(name), None] * weights[region.name][name]
+        drive *= 1 - keep
+        drive += region.own * np.sqrt(1 - keep**2) * rng.standard_normal(drive.shape)
+        latents[region.name] = _decay(drive, keep)
+    keep = np.exp(-bin_size / 0.8)
+    own = np.sqrt(1 - keep**2) * rng.standard_normal((n_trials, n_steps))
+    return latents, _decay(own, keep) + rng.standard_normal((n_trials, 1)) * 0.5
+
+
+def _decay(drive: np.ndarray, keep: float) -> np.ndarray:
+    """z(t) = keep z(t-1) + drive(t) along axis 1, from 0."""
+    z = np.zeros_like(drive)
+    state = np.zeros_like(drive[:, 0])
+    for t in range(drive.shape[1]):
+        state = keep * state + drive[:, t]
+        z[:, t] = state
+    return z
+
+
+def _log_rates(
+    regions: np.ndarray,
+    circuit: tuple[Region, ...],
+    latents: dict[str, np.ndarray],
+    arousal: np.ndarray,
+    mean_rate: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Log firing rate in Hz of this animal's neurons, (K, L, N)."""
+    n_trials, n_steps = arousal.shape
+    log_rates = np.empty((n_trials, n_steps, len(regions)))
+    for region in circuit:
+        mine = np.flatnonzero(regions == region.name)
+        z = latents[region.name]
+        loadings = rng.standard_normal((z.shape[-1], len(mine)))
+        loadings *= 1.0 / np.linalg.norm(loadings, axis=0) * rng.uniform(0.5, 1.2, len(mine))
+        base = np.log(mean_rate) + 0.7 * rng.standard_normal(len(mine))
+        shared = 0.3 * rng.standard_normal(len(mine))
+        log_rates[:, :, mine] = base + z @ loadings + arousal[..., None] * shared
+    return np.minimum(log_rates, np.log(200.0))  # no neuron fires faster than 200 Hz
