@@ -1,0 +1,339 @@
+"""The four activity tasks: hide part of the test trials, predict it, score the prediction.
+
+| task                 | hidden                                               | scored             |
+|----------------------|------------------------------------------------------|--------------------|
+| `co-smoothing`       | one neuron at a time                                 | it, all bins       |
+| `forward-prediction` | the last 10 % of the bins, all neurons               | those bins         |
+| `inter-region`       | each region in turn                                  | its neurons        |
+| `intra-region`       | all outside a region and one of its neurons at a time | it, all bins      |
+
+Anything that predicts can be evaluated: a model, an array of log-rates, or a function of yours,
+``predict(counts, scheme, mask, session) -> log-rates``. Hidden entries are zeroed before it sees
+them, so that nothing can cheat. Source: arXiv 2407.14668, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtm import metrics
+from mtm.masks import Mask
+from mtm.session import Session, SessionError
+
+TASKS = {
+    "co-smoothing": "neuron",
+    "forward-prediction": "causal",
+    "inter-region": "inter-region",
+    "intra-region": "intra-region",
+}
+"""Each activity task, and the masking scheme that trains for it (whose prompt is shown)."""
+
+CONDITIONS = ("choice", "reward", "block")
+"""Behaviours that make up a trial's condition in PSTH R2."""
+
+
+class Predictor(Protocol):
+    """Whatever can fill in hidden activity."""
+
+    def predict(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
+        """Log-rates (B, T, N) for counts (B, T, N) in which ``mask.hidden`` entries are 0."""
+
+
+Predicts = Predictor | Callable[..., Any] | np.ndarray
+
+
+@dataclass
+class TaskScores:
+    """Scores of one task.
+
+    Attributes:
+        neurons: (n,) indices of the scored neurons.
+        bins: (start, stop) of the scored bins.
+        table: column -> (n,): ``bits_per_spike`` (null: the neuron's mean over the scored test
+            entries, as the paper), ``bits_per_spike_train_null`` (null: its mean over the training
+            trials), ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known),
+            ``spikes`` (scored), ``region``. NaN = a silent neuron has no score.
+        pooled: ``bits_per_spike`` and ``bits_per_spike_train_null`` of all neurons' spikes together.
+    """
+
+    neurons: np.ndarray
+    bins: tuple[int, int]
+    table: dict[str, np.ndarray]
+    pooled: dict[str, float]
+
+    @property
+    def n_silent(self) -> int:
+        """Neurons without a spike among the scored entries; they have no score."""
+        return int((self.table["spikes"] == 0).sum())
+
+    def mean(self, column: str = "bits_per_spike") -> float:
+        """Mean over the neurons that have a score; NaN where none has."""
+        values = np.asarray(self.table[column], dtype=np.float64)
+        values = values[~np.isnan(values)]
+        return float(values.mean()) if len(values) else float("nan")
+
+    def by_region(self, column: str = "bits_per_spike") -> dict[str, float]:
+        """Region -> mean over its neurons that have a score."""
+        regions = self.table["region"]
+        parts = {r: self.table[column][regions == r] for r in np.unique(regions).tolist()}
+        return {r: float(np.nanmean(v)) for r, v in parts.items() if not np.isnan(v).all()}
+
+
+@dataclass
+class Report:
+    """Scores of one predictor on one session.
+
+    Attributes:
+        session: its name.
+        n_trials: number of scored trials.
+        tasks: task -> :class:`TaskScores`.
+        left_out: task -> why it could not be scored.
+    """
+
+    session: str
+    n_trials: int
+    tasks: dict[str, TaskScores]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Means, pooled values and counts of each task, as JSON can hold them (NaN = None)."""
+        summary = {}
+        for task, scores in self.tasks.items():
+            columns = [c for c in scores.table if c not in ("region", "spikes")]
+            means = {column: scores.mean(column) for column in columns}
+            pooled = {f"pooled_{key}": value for key, value in scores.pooled.items()}
+            numbers = {k: None if np.isnan(v) else round(v, 6) for k, v in (means | pooled).items()}
+            counts = {"neurons": len(scores.neurons), "silent_neurons": scores.n_silent}
+            summary[task] = numbers | counts
+        return summary
+
+    def __str__(self) -> str:
+        return score_table({"": self})
+
+
+def score_table(reports: Mapping[str, Report], column: str = "bits_per_spike") -> str:
+    """A text table: a row for each predictor, a column for each task, means over neurons."""
+    tasks = [task for task in TASKS if any(task in r.tasks for r in reports.values())]
+    width = max([len(name) for name in reports] + [9])
+    lines = [" " * width + "".join(f"  {task:>18}" for task in tasks)]
+    for name, report in reports.items():
+        values = [report.tasks[t].mean(column) if t in report.tasks else np.nan for t in tasks]
+        cells = (f"  {'-' if np.isnan(v) else format(v, '.3f'):>18}" for v in values)
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def evaluate(
+    predictor: Predicts,
+    session: Session,
+    *,
+    tasks: Sequence[str] | None = None,
+    trials: np.ndarray | None = None,
+    neurons: np.ndarray | None = None,
+    split_seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Report:
+    """Score a predictor on the activity tasks.
+
+    Args:
+        predictor: a model; a function ``(counts, scheme, mask, session) -> log-rates``; or
+            log-rates for the whole session, broadcastable to (K, T, N).
+        session: the recording.
+        tasks: some of :data:`TASKS`. Default: all that the session allows.
+        trials: indices of the scored trials. Default: the test trials of ``session.split``.
+        neurons: indices of the scored neurons. All neurons stay in the input. Default: all.
+        split_seed: of ``session.split``; its training trials make the honest null model.
+        batch_size: trials predicted at once.
+        progress: show a bar.
+
+    Returns:
+        tables of scores; regional tasks score labelled neurons only.
+
+    Raises:
+        ValueError: for an unknown task, or predictions of a wrong shape or with NaN.
+        SessionError: when a task that was asked for needs regions and there are none.
+    """
+    split = session.split(split_seed)
+    trials = split.test if trials is None else np.asarray(trials)
+    wanted = np.ones(session.n_neurons, dtype=bool)
+    if neurons is not None:
+        wanted[:] = False
+        wanted[np.asarray(neurons)] = True
+    left_out = {}
+    for task in TASKS if tasks is None else tasks:
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+        if task.endswith("region") and not session.region_names:
+            left_out[task] = "no neuron has a region label"
+    if tasks is not None and left_out:
+        raise SessionError(f"session {session.name!r}: {task}: no neuron has a region label")
+    train_null = metrics.log_mean(session.counts[split.train])
+    scores = {}
+    for task in [t for t in (tasks or TASKS) if t not in left_out]:
+        log_rates = predict_held_out(
+            predictor, session, task, trials, wanted, batch_size=batch_size, progress=progress
+        )
+        scores[task] = _score(log_rates, session, task, trials, train_null)
+    return Report(session.name, len(trials), scores, left_out)
+
+
+def oracle(session: Session) -> np.ndarray:
+    """Log of the true rates, (K, T, N): the best possible predictor of a simulated session.
+
+    Raises:
+        SessionError: for a recording whose true rates nobody knows.
+    """
+    if session.rates is None:
+        raise SessionError(f"session {session.name!r}, rates: only simulated sessions have them")
+    return np.log(session.rates)
+
+
+def mean_rates(session: Session, split_seed: int = 0) -> np.ndarray:
+    """Log of each neuron's mean count over the training trials, (1, 1, N): the null predictor."""
+    return metrics.log_mean(session.counts[session.split(split_seed).train])[None, None]
+
+
+def forward_bins(n_bins: int) -> tuple[int, int]:
+    """The bins that forward prediction hides: the last 10 %, at least one; (start, stop)."""
+    return n_bins - max(1, round(0.1 * n_bins)), n_bins
+
+
+# ------------------------------------------------------------------- hiding and predicting
+
+
+def predict_held_out(
+    predictor: Predicts,
+    session: Session,
+    task: str,
+    trials: np.ndarray,
+    wanted: np.ndarray,
+    *,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> np.ndarray:
+    """Log-rates of the scored entries, each predicted while it was hidden; NaN elsewhere.
+
+    Args:
+        predictor: see :func:`evaluate`.
+        session: the recording.
+        task: one of :data:`TASKS`.
+        trials: (K',) indices.
+        wanted: (N,) bool, neurons to score.
+        batch_size: trials predicted at once.
+        progress: show a bar.
+
+    Returns:
+        (K', T, N) float64.
+    """
+    hidden, scored, bins = _queries(task, session, wanted)
+    shape = (len(trials), session.n_bins, session.n_neurons)
+    if isinstance(predictor, np.ndarray):
+        known = np.broadcast_to(predictor, session.counts.shape)[trials].astype(np.float64)
+        bin_scored = np.zeros(session.n_bins, dtype=bool)
+        bin_scored[slice(*bins)] = True
+        return np.where(bin_scored[:, None] & scored.any(axis=0), known, np.nan)
+    device = getattr(predictor, "device", torch.device("cpu"))
+    counts = torch.from_numpy(session.counts[trials].astype(np.float32)).to(device)
+    log_rates = torch.full(shape, float("nan"), dtype=torch.float64, device=device)
+    hidden, scored = torch.from_numpy(hidden).to(device), torch.from_numpy(scored).to(device)
+    in_bins = torch.zeros(session.n_bins, 1, dtype=torch.bool, device=device)
+    in_bins[slice(*bins)] = True
+    total = len(hidden) * len(trials)
+    with tqdm(total=total, desc=task, disable=None if progress else True, leave=False) as bar:
+        for query, trial in _chunks(len(hidden), len(trials), batch_size, device):
+            mask = Mask(
+                hidden[query][:, None, :] & in_bins,
+                scored[query][:, None, :] & in_bins,
+                causal=task == "forward-prediction",
+            )
+            visible = counts[trial].masked_fill(mask.hidden, 0)
+            predicted = _call(predictor, visible, TASKS[task], mask, session.name)
+            b, t, n = mask.target.nonzero(as_tuple=True)
+            log_rates[trial[b], t, n] = predicted[b, t, n].double()
+            bar.update(len(query))
+    return log_rates.cpu().numpy()
+
+
+def _queries(
+    task: str, session: Session, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """What to hide and score in turn: hidden (Q, N), scored (Q, N) bool, and the bins of both."""
+    eye = np.eye(session.n_neurons, dtype=bool)
+    codes = session.region_codes
+    if task == "forward-prediction":
+        everything = np.ones((1, session.n_neurons), dtype=bool)
+        return everything, wanted[None], forward_bins(session.n_bins)
+    if task == "co-smoothing":
+        hidden = scored = eye[wanted]
+    elif task == "inter-region":
+        hidden = codes[None] == np.unique(codes[wanted & (codes >= 0)])[:, None]
+        scored = hidden & wanted
+    else:
+        scored = eye[wanted & (codes >= 0)]
+        hidden = scored | (codes[None] != codes[scored.argmax(axis=1)][:, None])
+    return hidden, scored, (0, session.n_bins)
+
+
+def _chunks(
+    n_queries: int, n_trials: int, size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All pairs (query, trial), ``size`` at a time."""
+    for start in range(0, n_queries * n_trials, size):
+        pair = torch.arange(start, min(start + size, n_queries * n_trials), device=device)
+        yield pair // n_trials, pair % n_trials
+
+
+def _call(
+    predictor: Predictor | Callable[..., Any], counts: Tensor, scheme: str, mask: Mask, name: str
+) -> Tensor:
+    predict = getattr(predictor, "predict", predictor)
+    predicted = torch.as_tensor(predict(counts, scheme, mask, name), device=counts.device)
+    if predicted.shape != counts.shape:
+        raise ValueError(
+            f"the predictor returned shape {tuple(predicted.shape)} for counts of shape "
+            f"{tuple(counts.shape)}; it must return a log-rate for every entry"
+        )
+    if not bool(torch.isfinite(predicted[mask.target]).all()):
+        raise ValueError(
+            f"the predictor returned NaN or infinite log-rates in session {name!r} "
+            f"(scheme {scheme!r})"
+        )
+    return predicted
+
+
+# --------------------------------------------------------------------------------- scoring
+
+
+def _score(
+    log_rates: np.ndarray, session: Session, task: str, trials: np.ndarray, train_null: np.ndarray
+) -> TaskScores:
+    bins = forward_bins(session.n_bins) if task == "forward-prediction" else (0, session.n_bins)
+    neurons = np.flatnonzero(~np.isnan(log_rates[0, bins[0]]))
+    predicted = log_rates[:, slice(*bins)][:, :, neurons]
+    counts = session.counts[trials][:, slice(*bins)][:, :, neurons]
+    null = train_null[neurons]
+    table = {
+        "bits_per_spike": metrics.bits_per_spike(predicted, counts),
+        "bits_per_spike_train_null": metrics.bits_per_spike(predicted, counts, null),
+        "poisson_d2": metrics.poisson_d2(predicted, counts),
+        "trial_r2": metrics.trial_r2(predicted, counts),
+    }
+    known = [key for key in CONDITIONS if key in session.behaviour]
+    if known:
+        conditions = np.stack([session.behaviour[key][trials] for key in known], axis=1)
+        table["psth_r2"] = metrics.psth_r2(predicted, counts, conditions)
+    table["spikes"] = counts.sum(axis=(0, 1), dtype=np.int64)
+    table["region"] = session.regions[neurons]
+    pooled = {
+        "bits_per_spike": metrics.pooled_bits_per_spike(predicted, counts),
+        "bits_per_spike_train_null": metrics.pooled_bits_per_spike(predicted, counts, null),
+    }
+    return TaskScores(neurons, bins, table, pooled)

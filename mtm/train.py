@@ -1,0 +1,411 @@
+"""Training: one explicit loop over batches of one session each, with a scheme drawn for each batch.
+
+Validation hides the same entries every time (its masks are seeded) and scores hidden entries only,
+for each scheme apart; the model kept is the one with the best mean over the schemes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from mtm.masks import MTM_SCHEMES, MaskSampler, scheme
+from mtm.metrics import LOG2, log_mean
+from mtm.model import MtM, MtMConfig
+from mtm.session import Session, SessionError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides how a model is trained. ``RECIPES`` holds two sets of values."""
+
+    epochs: int = 100
+    batch_size: int = 16  # trials of one session in a step
+    lr: float = 1e-3  # peak of the one-cycle schedule
+    warmup: float = 0.15  # share of the steps in which the rate rises to its peak
+    div_factor: float = 10.0  # the rate starts at lr / div_factor
+    weight_decay: float = 0.01
+    decay_all: bool = False  # weight decay on biases, norms and tokens as well
+    loss: str = "mean"  # "mean" or "sum" over the targets of a batch
+    clip: float | None = 1.0  # largest norm of the gradient
+    schemes: tuple[str, ...] = MTM_SCHEMES  # alternated at random
+    ratios: dict[str, float] = field(default_factory=dict)  # scheme -> share hidden, if not its own
+    prompt: bool = True  # tell the model which scheme is on, where there are several
+    validations: int = 20  # how often to validate, spread evenly over the epochs
+    seed: int = 0  # of weights, masks, dropout and the order of batches
+    split_seed: int = 0  # of Session.split
+    init: str = "mtm"  # of the model, see MtMConfig
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schemes", tuple(self.schemes))
+        for name in self.schemes:
+            scheme(name)
+        for name in ("epochs", "batch_size", "lr", "validations"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.loss not in ("mean", "sum"):
+            raise ValueError(f"loss must be 'mean' or 'sum', got {self.loss!r}")
+
+
+RECIPES = {
+    "mtm": TrainConfig(),
+    "paper": TrainConfig(
+        epochs=1000, lr=1e-4, decay_all=True, loss="sum", clip=None, seed=42, init="paper"
+    ),
+}
+"""``mtm``: ours. ``paper``: the settings of the authors' code."""
+
+
+def recipe(name: str, **changes: Any) -> TrainConfig:
+    """A recipe's settings, some of them changed.
+
+    Raises:
+        ValueError: for an unknown recipe or setting; the message lists the known ones.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    known = [f.name for f in fields(TrainConfig)]
+    if strangers := [key for key in changes if key not in known]:
+        raise ValueError(f"unknown setting {strangers[0]!r}; known: {', '.join(known)}")
+    return replace(RECIPES[name], **changes)
+
+
+@dataclass
+class Fit:
+    """What training leaves behind.
+
+    Attributes:
+        model: with the weights of the best validation, on the device it was trained on.
+        history: one entry a validation: ``epoch``, ``step``, ``lr``, ``loss`` (mean over the steps
+            since the last), ``seconds``, ``validation`` (scheme -> bits per spike over the training
+            mean rates, pooled over hidden entries of all sessions) and their ``mean``.
+        config: the settings.
+    """
+
+    model: MtM
+    history: list[dict[str, Any]]
+    config: TrainConfig
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The entry of the history whose weights the model has."""
+        return max(self.history, key=lambda entry: entry["mean"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and history as JSON can hold them."""
+        return {"train": asdict(self.config), "history": self.history}
+
+
+def fit(
+    sessions: Session | Sequence[Session],
+    model: MtM | MtMConfig | None = None,
+    *,
+    config: TrainConfig | None = None,
+    depth: int = 2,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    **changes: Any,
+) -> Fit:
+    """Train a model on the training trials of one or many sessions.
+
+    Args:
+        sessions: with distinct names and equally many bins.
+        model: a model to go on with (sessions it does not know are added), or the sizes of a new
+            one. Default: ``MtMConfig.from_depth(depth)``.
+        config: settings; default ``RECIPES["mtm"]``.
+        depth: of a new model.
+        device: default: a GPU where there is one.
+        progress: a progress bar in a terminal, one live line in a notebook.
+        **changes: single settings of :class:`TrainConfig`.
+
+    Returns:
+        the trained model and its history.
+
+    Raises:
+        SessionError: when the sessions do not go together, or lack what a scheme needs.
+        FloatingPointError: when the loss stops being finite.
+
+    Example:
+        >>> result = fit(sessions, depth=2, epochs=30)
+        >>> result.model, result.best["mean"]
+    """
+    sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
+    config = config or RECIPES["mtm"]
+    if changes:
+        known = {f.name for f in fields(TrainConfig)}
+        if strangers := set(changes) - known:
+            raise ValueError(
+                f"unknown setting {min(strangers)!r}; known: {', '.join(sorted(known))}"
+            )
+        config = replace(config, **changes)
+    _check_sessions(sessions, config)
+    device = torch.device(device) if device else pick_device()
+    data = [_Data(session, config, device) for session in sessions]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)  # weights and dropout; the caller's generator is left alone
+        model = _build(model, data, config, depth).to(device)
+        history = _loop(model, data, config, Progress(config.epochs, progress))
+    return Fit(model.eval(), history, config)
+
+
+def pick_device() -> torch.device:
+    """The GPU where torch sees one (CUDA, else Apple's MPS), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """Poisson negative log-likelihood over the target entries, without its constant term.
+
+    Args:
+        log_rates: (B, T, N).
+        counts: (B, T, N).
+        target: (B, T, N) bool.
+        reduction: ``"mean"`` or ``"sum"`` over the targets.
+    """
+    nll = F.poisson_nll_loss(log_rates, counts, log_input=True, full=False, reduction="none")
+    total = (nll * target).sum()
+    return total / target.sum() if reduction == "mean" else total
+
+
+# ------------------------------------------------------------------------------- inside
+
+
+class _Data:
+    """A session on the device: counts as small integers, the trials of each part, the null model."""
+
+    def __init__(self, session: Session, config: TrainConfig, device: torch.device) -> None:
+        split = session.split(config.split_seed)
+        self.name = session.name
+        self.n_bins, self.n_neurons = session.n_bins, session.n_neurons
+        dtype = np.uint8 if session.counts.dtype == np.uint8 else np.int32
+        self.counts = torch.from_numpy(session.counts.astype(dtype)).to(device)
+        self.regions = torch.from_numpy(session.region_codes).to(device)
+        self.train, self.val = split.train, torch.from_numpy(split.val).to(device)
+        null = torch.from_numpy(log_mean(session.counts[split.train]))  # (N,)
+        self.null = null.to(device, torch.float32)
+
+    def batch(self, trials: Tensor) -> Tensor:
+        return self.counts[trials].float()  # (B, T, N)
+
+
+def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
+    if not sessions:
+        raise SessionError("no session to train on")
+    names = [session.name for session in sessions]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise SessionError(f"two sessions are named {min(repeated)!r}; names must differ")
+    if len({session.n_bins for session in sessions}) > 1:
+        listing = ", ".join(f"{s.name!r} {s.n_bins}" for s in sessions)
+        raise SessionError(f"sessions must have equally many bins, got {listing}")
+    regional = [name for name in config.schemes if scheme(name).needs_regions]
+    for session in sessions:
+        if regional and not session.region_names:
+            rest = [name for name in config.schemes if name not in regional]
+            raise SessionError(
+                f"session {session.name!r}, regions: no neuron has a label, but "
+                f"{' and '.join(regional)} masking needs regions; pass regions, or train with "
+                f"schemes={tuple(rest)}"
+            )
+
+
+def _build(
+    model: MtM | MtMConfig | None, data: list[_Data], config: TrainConfig, depth: int
+) -> MtM:
+    if not isinstance(model, MtM):
+        if model is None:
+            model = MtMConfig.from_depth(depth, n_bins=data[0].n_bins)
+        model = MtM(_fit_to_schemes(model, config))
+    for session in data:
+        if session.name not in model.session_names:
+            model.add_session(session.name, session.n_neurons, session.null.exp())
+    return model
+
+
+def _fit_to_schemes(sizes: MtMConfig, config: TrainConfig) -> MtMConfig:
+    """Prompts for the schemes that are trained, none where there is but one to tell apart."""
+    prompted = tuple(name for name in config.schemes if scheme(name).prompt)
+    use = config.prompt and len(config.schemes) > 1
+    causal = any(scheme(name).causal for name in config.schemes)
+    return replace(sizes, prompts=prompted if use else (), causal=causal, init=config.init)
+
+
+def _loop(
+    model: MtM, data: list[_Data], config: TrainConfig, progress: Progress
+) -> list[dict[str, Any]]:
+    device = model.device
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, config), lr=config.lr, eps=1e-8, fused=device.type == "cuda"
+    )
+    steps_per_epoch = sum(math.ceil(len(s.train) / config.batch_size) for s in data)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=config.lr,
+        total_steps=config.epochs * steps_per_epoch,
+        pct_start=config.warmup,
+        div_factor=config.div_factor,
+    )
+    sampler = MaskSampler(config.schemes, config.ratios, config.seed, device)
+    order = np.random.default_rng(config.seed)
+    history: list[dict[str, Any]] = []
+    best: dict[str, Tensor] = {}
+    loss_sum, n_steps, step, start = torch.zeros((), device=device), 0, 0, time.perf_counter()
+    for epoch in range(1, config.epochs + 1):
+        model.train()
+        for session, trials in _batches(data, config.batch_size, order):
+            counts = session.batch(torch.from_numpy(trials).to(device))
+            name, mask = sampler(counts, session.regions)
+            with _autocast(device):
+                log_rates = model(counts, session.name, mask, prompt=name)
+            loss = masked_loss(log_rates.float(), counts, mask.target, config.loss)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            schedule.step()
+            loss_sum += loss.detach()
+            n_steps, step = n_steps + 1, step + 1
+        if _validation_due(epoch, config):
+            mean_loss = float(loss_sum) / n_steps  # the only point where the host waits
+            if not math.isfinite(mean_loss):
+                progress.close(f"loss is {mean_loss} in epoch {epoch}")
+                raise FloatingPointError(
+                    f"the loss became {mean_loss} by epoch {epoch}, step {step}; lower lr "
+                    f"(now {config.lr:g}) or set clip"
+                )
+            validation = validate(model, data, config)
+            entry = {"epoch": epoch, "step": step, "lr": schedule.get_last_lr()[0]}
+            entry |= {"loss": mean_loss, "seconds": time.perf_counter() - start}
+            entry |= {"validation": validation, "mean": float(np.mean(list(validation.values())))}
+            if not history or entry["mean"] > max(e["mean"] for e in history):
+                best = copy.deepcopy(model.state_dict())
+            history.append(entry)
+            loss_sum.zero_()
+            n_steps = 0
+        progress.update(epoch, history)
+    model.load_state_dict(best)
+    seconds = time.perf_counter() - start
+    top = max(history, key=lambda entry: entry["mean"])
+    progress.close(
+        f"{config.epochs} epochs ({step} steps) in {seconds:.0f} s on {device.type}; kept epoch "
+        f"{top['epoch']}, validation {top['mean']:.3f} bits per spike"
+    )
+    return history
+
+
+def _validation_due(epoch: int, config: TrainConfig) -> bool:
+    """True ``config.validations`` times, evenly spread, the last at the last epoch."""
+    done = [e * config.validations // config.epochs for e in (epoch - 1, epoch)]
+    return done[0] < done[1]
+
+
+def _batches(
+    data: list[_Data], batch_size: int, order: np.random.Generator
+) -> Iterator[tuple[_Data, np.ndarray]]:
+    """One epoch: every training trial once, in batches of one session, composed anew each time."""
+    batches = []
+    for session in data:
+        trials = order.permutation(session.train)
+        cuts = range(batch_size, len(trials), batch_size)
+        batches += [(session, batch) for batch in np.split(trials, cuts)]
+    for i in order.permutation(len(batches)):
+        yield batches[i]
+
+
+def _parameter_groups(model: MtM, config: TrainConfig) -> list[dict[str, Any]]:
+    """Weight decay on weight matrices, and on everything where ``decay_all`` says so."""
+    matrices = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)
+    }
+    decayed = [p for p in model.parameters() if config.decay_all or id(p) in matrices]
+    taken = {id(p) for p in decayed}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    return groups + ([{"params": rest, "weight_decay": 0.0}] if rest else [])
+
+
+@torch.no_grad()
+def validate(
+    model: MtM, data: Sequence[_Data], config: TrainConfig, rounds: int = 4
+) -> dict[str, float]:
+    """Bits per spike on hidden entries of the validation trials, scheme -> value.
+
+    The null model is each neuron's training mean. Masks are drawn with a fixed seed, so every call
+    scores the same entries; ``rounds`` masks for each batch, so that several regions have a turn.
+    """
+    model.eval()
+    sampler = MaskSampler(config.schemes, config.ratios, seed=1_000_003, device=model.device)
+    scores = {}
+    for name in config.schemes:
+        gain = torch.zeros((), device=model.device)
+        spikes = torch.zeros((), device=model.device)
+        for session in data:
+            for trials in session.val.split(4 * config.batch_size):
+                counts = session.batch(trials)
+                for _ in range(rounds):
+                    mask = sampler.draw(name, counts, session.regions)
+                    with _autocast(model.device):
+                        log_rates = model(counts, session.name, mask, prompt=name).float()
+                    null = session.null.expand_as(counts)
+                    gain += masked_loss(null, counts, mask.target, "sum")
+                    gain -= masked_loss(log_rates, counts, mask.target, "sum")
+                    spikes += (counts * mask.target).sum()
+        scores[name] = float(gain / (spikes.clamp(min=1) * LOG2))
+    return scores
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    """bf16 on GPUs that have it; full precision elsewhere."""
+    usable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=usable)
+
+
+class Progress:
+    """A bar in a terminal; in a notebook one line that is written over; silent in logs.
+
+    A notebook that was run for a book then shows that one line, with the result.
+    """
+
+    def __init__(self, epochs: int, show: bool) -> None:
+        ipython = sys.modules.get("IPython")
+        shell = ipython.get_ipython() if ipython else None
+        self.line = None
+        if show and shell is not None and type(shell).__name__ != "TerminalInteractiveShell":
+            from IPython.display import display
+
+            self.line = display({"text/plain": "training ..."}, raw=True, display_id=True)
+        quiet = self.line is not None or not show or not sys.stderr.isatty()
+        self.bar = tqdm(total=epochs, unit="epoch", disable=quiet, leave=False)
+
+    def update(self, epoch: int, history: list[dict[str, Any]]) -> None:
+        """Say how far training is."""
+        score = f"validation {history[-1]['mean']:.3f} bits per spike" if history else ""
+        self.bar.update(1)
+        self.bar.set_postfix_str(score)
+        self._write(f"epoch {epoch} of {self.bar.total}  {score}")
+
+    def close(self, summary: str) -> None:
+        """Leave the summary in the place of the bar."""
+        self.bar.close()
+        if not self.bar.disable:
+            print(summary, file=sys.stderr)
+        self._write(summary)
+
+    def _write(self, text: str) -> None:
+        if self.line is not None:
+            self.line.update({"text/plain": text}, raw=True)

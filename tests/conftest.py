@@ -1,0 +1,34 @@
+"""What many tests share: small simulated sessions and a model trained on them once."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtm import fit, simulate
+
+torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+
+REFERENCE = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def parity():
+    """Folder of numerical fixtures of the authors' model; not part of the project."""
+    folder = REFERENCE / "parity"
+    if not folder.is_dir():
+        pytest.skip("the authors' numerical fixtures are not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sessions():
+    """Two simulated animals: 120 trials, 50 bins, 36 neurons of 6 regions."""
+    return simulate(2, 120, 36, seed=3, mean_rate=30.0, bin_size=0.04)
+
+
+@pytest.fixture(scope="session")
+def trained(sessions):
+    """A small model, trained briefly on both."""
+    return fit(sessions, depth=1, epochs=40, validations=4, progress=False)

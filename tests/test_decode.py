@@ -1,0 +1,105 @@
+"""Decoders: the same answers as scikit-learn on all features, and controls that say what is what."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from mtm import Session, SessionError, decode, oracle
+from mtm.decode import _rotate, decode_choice, decode_trace
+
+
+@pytest.fixture(scope="module")
+def session():
+    """Choice and a trace that two of six neurons carry; the others are noise."""
+    rng = np.random.default_rng(0)
+    choice = rng.choice([-1, 1], 120)
+    trace = np.cumsum(rng.normal(size=(120, 8)), axis=1) * 0.5
+    log_rates = np.zeros((120, 8, 6))
+    log_rates[:, :, 0] = 0.8 * choice[:, None]
+    log_rates[:, :, 1] = 0.5 * trace
+    return Session(
+        rng.poisson(np.exp(log_rates)),
+        ["CA1", "CA1", "DG", "DG", "DG", "DG"],
+        "s",
+        behaviour={"choice": choice, "contrast": rng.random(120), "trace": trace},
+        rates=np.exp(log_rates),
+    )
+
+
+def test_rotation_changes_no_prediction():
+    rng = np.random.default_rng(1)
+    x, x_test = rng.normal(size=(30, 200)) + 3, rng.normal(size=(10, 200)) + 3
+    y = rng.normal(size=(30, 4))
+    r, r_test = _rotate(x, x_test)
+    assert r.shape[1] <= 30
+    for alpha in (0.1, 10.0, 1000.0):
+        a, b = Ridge(alpha=alpha).fit(x, y), Ridge(alpha=alpha).fit(r, y)
+        np.testing.assert_allclose(a.predict(x_test), b.predict(r_test), atol=1e-8)
+    labels = np.sign(y[:, 0])
+    for c in (0.001, 0.1):
+        a, b = (LogisticRegression(C=c, tol=1e-10, max_iter=10_000).fit(f, labels) for f in (x, r))
+        np.testing.assert_allclose(
+            a.decision_function(x_test), b.decision_function(r_test), atol=1e-3
+        )
+
+
+def test_what_activity_carries_is_decoded_and_controls_are_not(session):
+    results = decode(oracle(session), session)
+    assert list(results) == ["choice", "trace"]
+    choice, trace = results["choice"], results["trace"]
+    assert choice.score == 1 and choice.metric == "accuracy"
+    assert choice.others["raw_counts"] > 0.9
+    for control in ("shuffled", "stimulus_only", "majority"):
+        assert choice.others[control] < 0.8
+    assert trace.score > 0.95 and 0.3 < trace.others["raw_counts"] < 0.9
+    assert trace.others["time_course"] < 0.05 and trace.others["shuffled"] < 0.1
+    assert (choice.n_train, choice.n_test) == (96, 24)
+
+
+def test_one_region_at_a_time(session):
+    inside, outside = (decode_trace(oracle(session), session, "trace", region=r).score
+                       for r in ("CA1", "DG"))  # fmt: skip
+    assert inside > 0.95 and outside < 0.05
+    with pytest.raises(SessionError, match="no region 'LP'; known: CA1, DG"):
+        decode_choice(oracle(session), session, region="LP")
+
+
+def test_trials_without_choice_or_with_nan_are_left_out(session):
+    behaviour = {key: value.astype(float) for key, value in session.behaviour.items()}
+    behaviour["choice"][::4] = 0
+    behaviour["trace"][1::4, 3] = np.nan
+    behaviour["reaction-time-filter"] = (np.arange(120) % 4 != 2).astype(float)
+    holes = Session(session.counts, session.regions, "s", behaviour=behaviour)
+    results = decode(holes.counts + 0.0, holes)
+    assert results["choice"].n_train + results["choice"].n_test == 60
+    assert results["trace"].n_train + results["trace"].n_test == 60
+
+
+def test_predictor_functions_see_only_the_region(session):
+    seen = []
+
+    def watch(counts, scheme, mask, name):
+        seen.append((scheme, counts.sum((0, 1)), mask.causal))
+        return counts + 0.0
+
+    decode_choice(watch, session)
+    decode_trace(watch, session, "trace")
+    decode_choice(watch, session, region="CA1")
+    assert [(s, causal) for s, _, causal in seen] == [
+        ("neuron", False), ("causal", True), ("intra-region", False)
+    ]  # fmt: skip
+    assert bool((seen[0][1] > 0).all()) and not seen[2][1][2:].any()
+
+
+def test_errors(session):
+    with pytest.raises(SessionError, match="no behaviour 'wheel'; it has: choice"):
+        decode(oracle(session), session, behaviours=["wheel"])
+    with pytest.raises(SessionError, match="neither choice nor recorded bin by bin"):
+        decode(oracle(session), session, behaviours=["contrast"])
+    one_sided = Session(
+        session.counts, name="s", behaviour={"choice": np.r_[np.ones(119), -1], "x": np.full((120, 8), np.nan)}
+    )  # fmt: skip
+    with pytest.raises(SessionError, match="training trials of the rarer choice"):
+        decode(session.counts + 0.0, one_sided, behaviours=["choice"])
+    with pytest.raises(SessionError, match="no usable test trial"):
+        decode(session.counts + 0.0, one_sided, behaviours=["x"])
