@@ -1,0 +1,7 @@
+"""``python -m mtm``."""
+
+import sys
+
+from mtm.cli import main
+
+sys.exit(main())

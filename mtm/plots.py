@@ -1,0 +1,254 @@
+"""Figures of recordings, masks and scores. Each takes Axes and returns them.
+
+One visual language throughout: grey = visible, orange = hidden, blue = hidden and scored; one colour
+a region, one a method. Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+
+from mtm.evaluate import TASKS, Report
+from mtm.masks import scheme
+from mtm.session import Session
+
+ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+REGION_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW)
+METHOD_COLOURS = {"MtM": BLUE, "oracle": GREEN, "mean rate": "0.6", "true rate": GREEN}
+
+
+def region_colours(session: Session) -> dict[str, str]:
+    """Region -> colour, the same in every figure of a session; unlabelled neurons are grey."""
+    names = session.region_names
+    colours = {name: REGION_COLOURS[i % len(REGION_COLOURS)] for i, name in enumerate(names)}
+    return {label: colours.get(label, "0.5") for label in np.unique(session.regions).tolist()}
+
+
+def raster(session: Session, trial: int, ax: Axes | None = None) -> Axes:
+    """Spike counts of one trial: time across, neurons down, sorted by region."""
+    ax = ax or plt.gca()
+    order = np.argsort(session.regions, kind="stable")
+    counts = session.counts[trial][:, order].T  # (N, T)
+    edges = (session.window[0], session.window[1], session.n_neurons, 0)
+    ax.imshow(
+        counts, aspect="auto", cmap="Greys", interpolation="nearest", extent=edges, vmin=0,
+        vmax=max(3, np.quantile(counts, 0.99)),
+    )  # fmt: skip
+    ax.axvline(0, color=RED, lw=1)
+    _region_labels(session, order, ax)
+    ax.set(xlabel="time from the event (s)", title=f"trial {trial}")
+    return ax
+
+
+def psth(
+    session: Session,
+    neuron: int,
+    by: str = "choice",
+    ax: Axes | None = None,
+    rates: np.ndarray | None = None,
+) -> Axes:
+    """Mean firing rate of a neuron around the event, for each value of a behaviour.
+
+    Args:
+        session: the recording.
+        neuron: its index.
+        by: a behaviour with one value a trial.
+        ax: where to draw.
+        rates: (K, T, N) expected counts to average instead of the counts.
+    """
+    ax = ax or plt.gca()
+    source = session.counts if rates is None else rates
+    values = np.asarray(session.behaviour[by], dtype=np.float64)
+    levels = np.unique(values[~np.isnan(values)])
+    for i, level in enumerate(levels):
+        mean = source[values == level][:, :, neuron].mean(axis=0) / session.bin_size
+        ax.plot(
+            session.times + session.bin_size / 2,
+            mean,
+            color=REGION_COLOURS[i % len(REGION_COLOURS)],
+            label=f"{by} {level:g}",
+        )
+    ax.axvline(0, color="0.7", lw=1, zorder=0)
+    ax.set(xlabel="time from the event (s)", ylabel="firing rate (Hz)")
+    ax.set_title(f"neuron {neuron}, {session.regions[neuron] or 'no region'}")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False)
+    return _tidy(ax)
+
+
+def mask(
+    session: Session,
+    name: str,
+    trials: Sequence[int] = (0,),
+    ax: Axes | None = None,
+    seed: int = 0,
+    ratio: float | None = None,
+) -> Axes:
+    """A drawn mask over the spikes of a few trials, side by side: what is hidden, what is scored.
+
+    Args:
+        session: the recording.
+        name: of the masking scheme.
+        trials: indices; one mask is drawn for all of them, as for a batch.
+        ax: where to draw.
+        seed: of the mask.
+        ratio: share hidden; default the scheme's own.
+    """
+    ax = ax or plt.gca()
+    order = np.argsort(session.regions, kind="stable")
+    counts = torch.from_numpy(session.counts[list(trials)].astype(np.int64))
+    kind = scheme(name)
+    drawn = kind.draw(
+        counts,
+        torch.from_numpy(session.region_codes),
+        kind.ratio if ratio is None else ratio,
+        torch.Generator().manual_seed(seed),
+    )
+    state = (drawn.hidden.long() + drawn.target.long()).numpy()  # 0 visible, 1 hidden, 2 scored
+    spikes = counts.numpy() > 0
+    codes = np.concatenate(list((2 * state + spikes)[:, :, order]), axis=0).T  # (N, trials * T)
+    palette = ListedColormap(["white", "0.35", "#FBE3B5", ORANGE, "#BFDDF0", BLUE])
+    edges = (0, len(trials), session.n_neurons, 0)
+    ax.imshow(
+        codes, aspect="auto", cmap=palette, vmin=-0.5, vmax=5.5, interpolation="nearest",
+        extent=edges,
+    )  # fmt: skip
+    for i in range(1, len(trials)):
+        ax.axvline(i, color="black", lw=1)
+    ax.set_xticks(np.arange(len(trials)) + 0.5, [f"trial {t}" for t in trials])
+    ax.tick_params(axis="x", length=0)
+    _region_labels(session, order, ax)
+    ax.set_title(name + (", causal attention" if drawn.causal else ""))
+    return ax
+
+
+def mask_legend(ax: Axes) -> Axes:
+    """The key to :func:`mask`, below the Axes."""
+    patches = [
+        Patch(facecolor="0.35", label="visible spikes"),
+        Patch(facecolor=ORANGE, label="hidden spikes, not scored"),
+        Patch(facecolor=BLUE, label="hidden spikes, scored"),
+    ]
+    ax.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    return ax
+
+
+def history(entries: Sequence[Mapping], ax: Axes | None = None) -> Axes:
+    """Validation scores of each scheme over the epochs of :class:`mtm.Fit`'s ``history``."""
+    ax = ax or plt.gca()
+    epochs = [entry["epoch"] for entry in entries]
+    for colour, name in zip(REGION_COLOURS, entries[0]["validation"], strict=False):
+        ax.plot(epochs, [e["validation"][name] for e in entries], color=colour, label=name)
+    ax.plot(epochs, [e["mean"] for e in entries], color="black", lw=2, label="mean")
+    ax.axhline(0, color="0.7", lw=1, zorder=0)
+    ax.set(xlabel="epoch", ylabel="bits per spike on hidden entries\n(validation trials)")
+    ax.legend(frameon=False)
+    return _tidy(ax)
+
+
+def predicted(
+    session: Session, trial: int, neuron: int, log_rates: np.ndarray, ax: Axes | None = None
+) -> Axes:
+    """Spikes, predicted rate and, where known, true rate of one neuron in one trial.
+
+    Args:
+        session: the recording.
+        trial: index of the trial.
+        neuron: index of the neuron.
+        log_rates: (T,) predicted for it.
+        ax: where to draw.
+    """
+    ax = ax or plt.gca()
+    centres = session.times + session.bin_size / 2
+    counts = session.counts[trial, :, neuron]
+    ax.bar(centres, counts / session.bin_size, session.bin_size, color="0.85", label="spikes")
+    if session.rates is not None:
+        true = session.rates[trial, :, neuron] / session.bin_size
+        ax.plot(centres, true, color=METHOD_COLOURS["true rate"], label="true rate")
+    rate = np.exp(log_rates) / session.bin_size
+    ax.plot(centres, rate, color=METHOD_COLOURS["MtM"], label="predicted rate")
+    ax.set(xlabel="time from the event (s)", ylabel="firing rate (Hz)")
+    ax.set_title(f"neuron {neuron}, {session.regions[neuron]}, trial {trial}")
+    return _tidy(ax)
+
+
+def rate_scatter(true: np.ndarray, log_rates: np.ndarray, bin_size: float, ax: Axes | None = None):
+    """Predicted against true firing rates of many entries, on logarithmic axes.
+
+    Args:
+        true: expected counts, any shape.
+        log_rates: predicted, same shape.
+        bin_size: seconds.
+        ax: where to draw.
+    """
+    ax = ax or plt.gca()
+    x, y = np.ravel(true) / bin_size, np.exp(np.ravel(log_rates)) / bin_size
+    ax.hexbin(x, y, gridsize=60, bins="log", xscale="log", yscale="log", cmap="Blues", mincnt=1)
+    ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+    ax.plot(ends, ends, color=RED, lw=1)
+    ax.set(xlabel="true rate (Hz)", ylabel="predicted rate (Hz)")
+    return _tidy(ax)
+
+
+def score_bars(
+    reports: Mapping[str, Report], column: str = "bits_per_spike", ax: Axes | None = None
+) -> Axes:
+    """Mean over neurons of each predictor in each task, with the standard error over neurons."""
+    ax = ax or plt.gca()
+    tasks = [task for task in TASKS if any(task in r.tasks for r in reports.values())]
+    width = 0.8 / len(reports)
+    spare = iter(c for c in REGION_COLOURS if c not in METHOD_COLOURS.values())
+    for i, (name, report) in enumerate(reports.items()):
+        values = [report.tasks[task].table[column] for task in tasks]
+        values = [v[~np.isnan(v)] for v in values]
+        ax.bar(
+            np.arange(len(tasks)) + (i - (len(reports) - 1) / 2) * width,
+            [v.mean() for v in values],
+            width,
+            yerr=[v.std(ddof=1) / np.sqrt(len(v)) for v in values],
+            color=METHOD_COLOURS.get(name) or next(spare),
+            label=name,
+        )
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set_xticks(np.arange(len(tasks)), tasks)
+    ax.set_ylabel(column.replace("_", " "))
+    ax.legend(frameon=False)
+    return _tidy(ax)
+
+
+def _region_labels(session: Session, order: np.ndarray, ax: Axes) -> None:
+    """Mark the regions of sorted neurons by a coloured strip and their names at the left."""
+    labels = session.regions[order]
+    starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
+    stops = np.r_[starts[1:], len(labels)]
+    colours = region_colours(session)
+    ax.set_yticks((starts + stops) / 2, [label or "no region" for label in labels[starts]])
+    ax.tick_params(axis="y", length=0, pad=8)
+    for start, stop in zip(starts, stops, strict=True):
+        span = ax.get_ylim()
+        low = (start - span[0]) / (span[1] - span[0])
+        high = (stop - span[0]) / (span[1] - span[0])
+        ax.plot(
+            [-0.015] * 2, [low, high], transform=ax.transAxes, color=colours[labels[start]], lw=4,
+            clip_on=False, solid_capstyle="butt",
+        )  # fmt: skip
+
+
+def _tidy(ax: Axes) -> Axes:
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax

@@ -1,0 +1,96 @@
+"""The command line from recordings to a JSON of scores; messages, not tracebacks, for bad input."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mtm import Session, hub
+from mtm.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Simulated files, an ALF tree, and a model trained on two of the files."""
+    root = tmp_path_factory.mktemp("cli")
+    sizes = ["--sessions", "2", "--trials", "40", "--neurons", "12", "--seed", "1"]
+    assert main(["simulate", str(root), *sizes, "--alf"]) == 0
+    train = ["train", str(root / "sim-0.npz"), str(root / "sim-1.npz"), "--out", str(root / "m")]
+    assert main([*train, "--depth", "1", "--epochs", "2"]) == 0
+    return root
+
+
+def test_from_simulation_to_scores(folder, capsys):
+    assert main(["evaluate", str(folder / "m"), str(folder / "sim-0.npz"),
+                 "--json", str(folder / "deep" / "scores.json")]) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    scores = json.loads((folder / "deep" / "scores.json").read_text())
+    keys = ["co-smoothing", "forward-prediction", "inter-region", "intra-region", "choice"]
+    for key in [*keys, "wheel-speed", "whisker-motion-energy"]:
+        assert isinstance(scores[key], float) and np.isfinite(scores[key])
+        assert key in printed
+    activity = scores["details"]["activity"]
+    assert set(activity) == {"MtM", "mean rate", "oracle"}
+    assert activity["MtM"]["co-smoothing"]["bits_per_spike"] == pytest.approx(
+        scores["co-smoothing"], abs=1e-6
+    )
+    assert "mean rate" in printed and "oracle" in printed and "stimulus_only" in printed
+
+
+def test_training_leaves_settings_and_history(folder):
+    info = hub.read_config(folder / "m")["info"]
+    assert info["train"]["epochs"] == 2 and info["history"][-1]["epoch"] == 2
+
+
+def test_prepare_reads_the_alf_tree_that_simulate_wrote(folder, capsys):
+    assert main(["prepare", str(folder / "alf"), "--out", str(folder / "prepared")]) == 0
+    files = sorted((folder / "prepared").iterdir())
+    prepared = {s.subject: s for s in map(Session.load, files)}
+    for i in range(2):
+        original = Session.load(folder / f"sim-{i}.npz")
+        np.testing.assert_array_equal(prepared[original.subject].counts, original.counts)
+    assert main(["train", *map(str, files), "--out", str(folder / "p"), "--epochs", "1",
+                 "--depth", "1"]) == 0  # fmt: skip
+    assert main(["evaluate", str(folder / "p"), str(files[0])]) == 0
+    assert "oracle" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.npz", "--out", "x"], "absent.npz"),
+        (["train", "{root}/m/config.json", "--out", "x"], "is not a readable session file"),
+        (["evaluate", "{root}/nowhere", "{root}/sim-0.npz"], "holds no model"),
+        (["evaluate", "{root}/m", "{root}/other.npz"], "was not trained on session 'other'"),
+        (["prepare", "{root}/nowhere", "--out", "x"], "is not a folder"),
+        (["prepare", "{root}/m", "--out", "x"], "holds no session that ONE knows"),
+        (["simulate", "{root}/x", "--neurons", "3"], "a neuron for each of the 6 regions"),
+        (["train", "{root}/sim-0.npz", "--out", "x", "--lr", "-1"], "lr must be above 0"),
+        (["train", "{root}/sim-0.npz", "{root}/sim-0.npz", "--out", "x"], "two sessions are named"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_1(folder, capsys, arguments, message, monkeypatch):
+    monkeypatch.chdir(folder)
+    Session(np.ones((5, 100, 2)), ["CA1"] * 2, "other").save(folder / "other.npz")
+    assert main([a.format(root=folder) for a in arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith(f"mtm {arguments[0]}: error: ")
+    assert error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_a_wrong_command_line_is_status_2(capsys):
+    for arguments in ([], ["trian"], ["simulate"], ["simulate", "x", "--trials", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "mtm", "--help"], capture_output=True, text=True, check=True
+    )
+    for word in ("simulate", "prepare", "train", "evaluate", "example"):
+        assert word in done.stdout
