@@ -3,8 +3,8 @@
     python benchmarks/real_data.py FOLDER [--recordings NAME ...] [--depth D] [--epochs E]
 
 FOLDER holds recordings as plain arrays (they are no part of this project):
-- steinmetz2019/*.npz (Steinmetz et al. 2019, CC-BY 4.0): `spikes_10ms` (K, N, 40), `region`, `choice`,
-  contrasts, `feedback`, `wheel_10ms`; here 20 ms bins, 0 to 0.4 s after stimulus onset;
+- steinmetz2019/*.npz (Steinmetz et al. 2019, CC-BY 4.0): `spikes_10ms` (K, N, 40), `region`,
+  `choice`, contrasts, `feedback`, `wheel_10ms`; here 20 ms bins, 0 to 0.4 s after stimulus onset;
 - ibl_*.npz (one session of the International Brain Laboratory, CC-BY 4.0): `spikes` (K, N, 50) in
   20 ms bins, -0.2 to 0.8 s around stimulus onset; its first and last bin are dropped.
 
@@ -51,7 +51,8 @@ def ibl(path: Path) -> mtm.Session:
     """One IBL session, from its arrays; its choices were reconstructed, so only sure ones stay."""
     with np.load(path) as file:
         inner = slice(1, -1)
-        choice = np.where(file["choice_certainty"] > 0.95, file["choice"], 0)
+        sure = file["choice_certainty"] > 0.95
+        choice = np.where(sure, 2 * file["choice"].astype(int) - 1, 0)  # 0: left out
         return mtm.Session(
             counts=file["spikes"].transpose(0, 2, 1)[:, inner],
             regions=file["region"],
@@ -128,7 +129,8 @@ def main() -> None:
         report = {
             "depth": options.depth,
             "train": {k: v for k, v in vars(mtm.TrainConfig(**changes)).items() if k != "ratios"},
-            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
             "device": str(mtm.train.pick_device()),
             "torch": torch.__version__,
             "runs": runs,

@@ -1,6 +1,6 @@
 """mtm: multi-task masking (MtM), a self-supervised model of neural population activity.
 
-Read the package in this order, one idea a file:
+Read the package in this order, one idea a file::
 
     session     one recording, cut into trials and binned
     binning     spike times to counts, behaviour traces to bins
@@ -28,7 +28,7 @@ Reference: Zhang et al., "Towards a universal translator for neural dynamics at 
 single-spike resolution", arXiv 2407.14668.
 """
 
-from mtm.decode import decode
+from mtm.decode import decode, decode_choice, decode_trace
 from mtm.evaluate import Report, evaluate, mean_rates, oracle, score_table
 from mtm.hub import load, save
 from mtm.masks import Mask, MaskSampler, register
@@ -51,6 +51,8 @@ __all__ = [
     "Split",
     "TrainConfig",
     "decode",
+    "decode_choice",
+    "decode_trace",
     "evaluate",
     "fit",
     "load",

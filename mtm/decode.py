@@ -119,8 +119,8 @@ def decode_choice(
 
     Returns:
         accuracy; also ``balanced_accuracy``, and the controls ``majority`` (always say the more
-        frequent choice), ``shuffled`` (fitted to shuffled choices), ``raw_counts`` (the same decoder
-        on the counts themselves) and, where the contrast is known, ``stimulus_only``.
+        frequent choice), ``shuffled`` (fitted to shuffled choices), ``raw_counts`` (the same
+        decoder on the counts themselves) and, where the contrast is known, ``stimulus_only``.
 
     Arguments: see :func:`decode`; ``prompt`` is the scheme whose prompt the model is shown.
     """

@@ -1,11 +1,13 @@
 """The four activity tasks: hide part of the test trials, predict it, score the prediction.
 
-| task                 | hidden                                               | scored             |
-|----------------------|------------------------------------------------------|--------------------|
-| `co-smoothing`       | one neuron at a time                                 | it, all bins       |
-| `forward-prediction` | the last 10 % of the bins, all neurons               | those bins         |
-| `inter-region`       | each region in turn                                  | its neurons        |
-| `intra-region`       | all outside a region and one of its neurons at a time | it, all bins      |
+==================  ======================================================  ==================
+task                hidden                                                  scored
+==================  ======================================================  ==================
+co-smoothing        one neuron at a time                                    it, all bins
+forward-prediction  the last 10 % of the bins, all neurons                  those bins
+inter-region        each region in turn                                     its neurons
+intra-region        all outside a region, and one of its neurons at a time  it, all bins
+==================  ======================================================  ==================
 
 Anything that predicts can be evaluated: a model, an array of log-rates, or a function of yours,
 ``predict(counts, scheme, mask, session) -> log-rates``. Hidden entries are zeroed before it sees
@@ -60,7 +62,7 @@ class TaskScores:
             entries, as the paper), ``bits_per_spike_train_null`` (null: its mean over the training
             trials), ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known),
             ``spikes`` (scored), ``region``. NaN = a silent neuron has no score.
-        pooled: ``bits_per_spike`` and ``bits_per_spike_train_null`` of all neurons' spikes together.
+        pooled: ``bits_per_spike`` and ``bits_per_spike_train_null``, all neurons' spikes together.
     """
 
     neurons: np.ndarray
@@ -122,11 +124,12 @@ def score_table(reports: Mapping[str, Report], column: str = "bits_per_spike") -
     """A text table: a row for each predictor, a column for each task, means over neurons."""
     tasks = [task for task in TASKS if any(task in r.tasks for r in reports.values())]
     width = max([len(name) for name in reports] + [9])
-    lines = [" " * width + "".join(f"  {task:>18}" for task in tasks)]
+    lines = [" " * width + "".join(f"  {task}" for task in tasks)]
     for name, report in reports.items():
         values = [report.tasks[t].mean(column) if t in report.tasks else np.nan for t in tasks]
-        cells = (f"  {'-' if np.isnan(v) else format(v, '.3f'):>18}" for v in values)
-        lines.append(f"{name:<{width}}" + "".join(cells))
+        cells = ("-" if np.isnan(value) else f"{value:.3f}" for value in values)
+        aligned = (f"  {c:>{len(task)}}" for c, task in zip(cells, tasks, strict=True))
+        lines.append(f"{name:<{width}}" + "".join(aligned))
     return "\n".join(lines)
 
 

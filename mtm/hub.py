@@ -1,4 +1,4 @@
-"""Save and load models: a folder with ``config.json`` and ``weights.safetensors``, never a pickle."""
+"""Save and load models: a folder of ``config.json`` and ``weights.safetensors``, never a pickle."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from mtm.model import MtM, MtMConfig
 FORMAT = "mtm-model"
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+
+SHIPPED = Path(__file__).parent / "weights"
+"""Folder of the small models that come with the package: ``load(SHIPPED / "simulated")``."""
 
 
 class CheckpointError(ValueError):

@@ -4,15 +4,18 @@ A scheme answers two questions about each entry of a batch of counts (B, T, N): 
 (zeroed in the model's input), and is it a *target* (scored by the loss)? Targets are always hidden,
 or the model could copy them.
 
-| scheme         | hidden                                   | target            | attention |
-|----------------|------------------------------------------|-------------------|-----------|
-| `temporal`     | whole bins                               | the hidden        | full      |
-| `random-token` | whole patches (P neurons x 1 bin)        | the hidden        | full      |
-| `neuron`       | whole neurons, drawn anew for each trial | the hidden        | full      |
-| `causal`       | whole bins                               | the hidden        | causal    |
-| `inter-region` | all neurons of one region                | the hidden        | full      |
-| `intra-region` | all neurons outside one region, and a    | only those inside | full      |
-|                | share of those inside                    | the region        |           |
+============  =======================================  =================  =========
+scheme        hidden                                   target             attention
+============  =======================================  =================  =========
+temporal      whole bins                               the hidden         full
+random-token  whole patches (P neurons x 1 bin)        the hidden         full
+neuron        whole neurons, drawn anew for each       the hidden         full
+              trial
+causal        whole bins                               the hidden         causal
+inter-region  all neurons of one region                the hidden         full
+intra-region  all neurons outside one region, and a    only those inside  full
+              share of those inside                    the region
+============  =======================================  =================  =========
 
 Source: arXiv 2407.14668, section 3.1 and appendix A.4. Ratios: the authors' released settings.
 """
@@ -127,7 +130,7 @@ def random_token(
     generator: torch.Generator | None = None,
     patch_size: int = 128,
 ) -> Mask:
-    """Patches of ``patch_size`` consecutive neurons x 1 bin, each hidden with probability ``ratio``.
+    """Patches of ``patch_size`` neurons in a row x 1 bin, each hidden with probability ``ratio``.
 
     The scheme of NDT2, and the paper's baseline for that tokenizer. The last patch of a bin holds
     what neurons are left. Other arguments: see :func:`neuron`.
@@ -264,7 +267,7 @@ class MaskSampler:
         if strangers := set(ratios) - set(schemes):
             raise ValueError(f"ratios for schemes that are not drawn: {', '.join(strangers)}")
         self.ratios = {name: ratios.get(name, scheme(name).ratio) for name in schemes}
-        # The scheme is chosen on the host, so that no step waits for the device; masks on the device.
+        # The scheme is chosen on the host, so that no step waits for the device with the masks.
         self.host_generator = torch.Generator().manual_seed(seed)
         self.generator = torch.Generator(device).manual_seed(seed)
 

@@ -1,7 +1,7 @@
 """The whole model in this one file: stitch, embed, encode, read out.
 
-MtM with the NDT1 tokenizer (arXiv 2407.14668, section 3): one token a time bin. Each session has its
-own linear maps into and out of a shared transformer, since each animal has its own neurons:
+MtM with the NDT1 tokenizer (arXiv 2407.14668, section 3): one token a time bin. Each session has
+its own linear maps into and out of a shared transformer, as each animal has its own neurons:
 
     counts (B, T, N)  --stitch-->  (B, T, S)  --embed-->  (B, T, D)
     [session token, prompt token, bins]  --encode-->  (B, 2 + T, D)
@@ -217,7 +217,8 @@ class MtM(nn.Module):
         if prompt in self.config.prompts:
             prefix.append(self.prompt[self.config.prompts.index(prompt)])
         if prefix:
-            x = torch.cat([torch.stack(prefix).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            first = torch.stack(prefix).expand(len(x), -1, -1)  # (B, prefix, D)
+            x = torch.cat([first.to(x.dtype), x], dim=1)
         return F.dropout(x, self.config.embed_dropout, self.training)
 
     def encode(self, tokens: Tensor, causal: bool) -> Tensor:
@@ -322,7 +323,7 @@ class MtM(nn.Module):
     # ------------------------------------------------------------ initialisation
 
     def _initialise(self) -> None:
-        """Residual branches scaled down with depth (as T-Fixup); tokens small, positions as waves."""
+        """Residual branches shrink with depth (as T-Fixup); tokens small, positions as waves."""
         if self.config.init == "paper":
             nn.init.normal_(self.position)
             nn.init.normal_(self.prompt)

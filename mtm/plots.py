@@ -1,7 +1,8 @@
 """Figures of recordings, masks and scores. Each takes Axes and returns them.
 
-One visual language throughout: grey = visible, orange = hidden, blue = hidden and scored; one colour
-a region, one a method. Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+One visual language throughout: grey = visible, orange = hidden, blue = hidden and scored; one
+colour a region, one a method. Colours are Okabe and Ito's, which colour-blind readers can tell
+apart.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from mtm.evaluate import TASKS, Report
@@ -98,6 +100,7 @@ def mask(
     ax: Axes | None = None,
     seed: int = 0,
     ratio: float | None = None,
+    **options: int,
 ) -> Axes:
     """A drawn mask over the spikes of a few trials, side by side: what is hidden, what is scored.
 
@@ -108,6 +111,7 @@ def mask(
         ax: where to draw.
         seed: of the mask.
         ratio: share hidden; default the scheme's own.
+        **options: of the scheme, such as ``patch_size``.
     """
     ax = ax or plt.gca()
     order = np.argsort(session.regions, kind="stable")
@@ -118,6 +122,7 @@ def mask(
         torch.from_numpy(session.region_codes),
         kind.ratio if ratio is None else ratio,
         torch.Generator().manual_seed(seed),
+        **options,
     )
     state = (drawn.hidden.long() + drawn.target.long()).numpy()  # 0 visible, 1 hidden, 2 scored
     spikes = counts.numpy() > 0
@@ -133,19 +138,18 @@ def mask(
     ax.set_xticks(np.arange(len(trials)) + 0.5, [f"trial {t}" for t in trials])
     ax.tick_params(axis="x", length=0)
     _region_labels(session, order, ax)
-    ax.set_title(name + (", causal attention" if drawn.causal else ""))
+    ax.set_title(name + (" (attends to the past)" if drawn.causal else ""))
     return ax
 
 
-def mask_legend(ax: Axes) -> Axes:
-    """The key to :func:`mask`, below the Axes."""
+def mask_legend(figure: Figure) -> None:
+    """The key to :func:`mask`, at the foot of a figure with constrained layout."""
     patches = [
         Patch(facecolor="0.35", label="visible spikes"),
-        Patch(facecolor=ORANGE, label="hidden spikes, not scored"),
-        Patch(facecolor=BLUE, label="hidden spikes, scored"),
+        Patch(facecolor=ORANGE, label="hidden, not scored"),
+        Patch(facecolor=BLUE, label="hidden and scored"),
     ]
-    ax.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
-    return ax
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
 
 
 def history(entries: Sequence[Mapping], ax: Axes | None = None) -> Axes:
@@ -227,7 +231,7 @@ def score_bars(
     ax.axhline(0, color="black", lw=0.8)
     ax.set_xticks(np.arange(len(tasks)), tasks)
     ax.set_ylabel(column.replace("_", " "))
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, ncols=len(reports), loc="lower left", bbox_to_anchor=(0, 1))
     return _tidy(ax)
 
 

@@ -244,15 +244,12 @@ class Session:
             f"firing rates: mean {rates.mean():.1f} Hz, from {rates.min():.1f} to "
             f"{rates.max():.1f} Hz",
         ]
-        if self.behaviour:
-            kinds = (f"{k} (per {'trial' if v.ndim == 1 else 'bin'})" for k, v in self._sorted())
-            lines.append("behaviour: " + ", ".join(kinds))
+        for ndim, unit in ((1, "trial"), (2, "bin")):
+            if names := sorted(k for k, v in self.behaviour.items() if v.ndim == ndim):
+                lines.append(f"behaviour per {unit}: " + ", ".join(names))
         if self.rates is not None:
             lines.append("true rates known (simulated)")
         return "\n  ".join(lines)
-
-    def _sorted(self) -> list[tuple[str, np.ndarray]]:
-        return sorted(self.behaviour.items(), key=lambda item: (item[1].ndim, item[0]))
 
     # ------------------------------------------------------------------- splits
 

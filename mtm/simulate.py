@@ -1,19 +1,19 @@
 """Simulated animals at a decision task, with the true firing rates kept.
 
-All animals share one brain circuit and one task; each has its own neurons. The circuit is a chain of
-named regions. A region carries a few latent variables that decay, receive its upstream regions'
+All animals share one brain circuit and one task; each has its own neurons. The circuit is a chain
+of named regions. A region carries a few latent variables that decay, receive its upstream regions'
 latents after a delay, receive task signals, and fluctuate on their own:
 
     z_r(t) = decay_r z_r(t-1) + sum_s A_rs z_s(t - delay_rs) + B_r u(t) + noise
     counts ~ Poisson(bin_size * base * exp(w . z_r(t) + w' arousal(t)))
 
-So a neuron can be predicted from its own region well (they share z), from other regions in part (what
-comes through the coupling), and from the past a little (z decays): the four activity tasks are
-solvable to different degrees, and the true rates say how far one could get.
+So a neuron can be predicted from its own region well (they share z), from other regions in part
+(what comes through the coupling), and from the past a little (z decays): the four activity tasks
+are solvable to different degrees, and the true rates say how far one could get.
 
 The task is the International Brain Laboratory's: a grating of some contrast left or right, a block
-prior for its side, a wheel turned to report it. Signs follow the IBL: a choice of -1 is to the right,
-a contrast above 0 is on the right.
+prior for its side, a wheel turned to report it. Signs follow the IBL: a choice of -1 is to the
+right, a contrast above 0 is on the right.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: st
 
 
 class _Data:
-    """A session on the device: counts as small integers, the trials of each part, the null model."""
+    """A session on the device: counts as small integers, trials of each part, the null model."""
 
     def __init__(self, session: Session, config: TrainConfig, device: torch.device) -> None:
         split = session.split(config.split_seed)

@@ -1,4 +1,4 @@
-"""Decoders: the same answers as scikit-learn on all features, and controls that say what is what."""
+"""Decoders: the same answers as scikit-learn on all features, and controls that tell."""
 
 import numpy as np
 import pytest
@@ -96,9 +96,8 @@ def test_errors(session):
         decode(oracle(session), session, behaviours=["wheel"])
     with pytest.raises(SessionError, match="neither choice nor recorded bin by bin"):
         decode(oracle(session), session, behaviours=["contrast"])
-    one_sided = Session(
-        session.counts, name="s", behaviour={"choice": np.r_[np.ones(119), -1], "x": np.full((120, 8), np.nan)}
-    )  # fmt: skip
+    behaviour = {"choice": np.r_[np.ones(119), -1], "x": np.full((120, 8), np.nan)}
+    one_sided = Session(session.counts, name="s", behaviour=behaviour)
     with pytest.raises(SessionError, match="training trials of the rarer choice"):
         decode(session.counts + 0.0, one_sided, behaviours=["choice"])
     with pytest.raises(SessionError, match="no usable test trial"):

@@ -36,7 +36,8 @@ def test_what_it_says_of_itself():
         "M1",
         "20 trials x 5 bins x 4 neurons",
         "CA1 2",
-        "choice (per trial)",
+        "per trial: choice",
+        "per bin: wheel",
     ):
         assert part in repr(session)
     assert make(counts=np.full((20, 5, 4), 300)).counts.dtype == np.uint16

@@ -1,0 +1,559 @@
+"""International Brain Laboratory recordings through ONE: an eid in, a Session out.
+
+Only ONE-api and iblatlas are needed, not ibllib. The same code reads the public server and a folder
+on disk (downloaded, or written by `mtm.alf`), because it asks ONE for nothing but lists of datasets
+and datasets. Facts about IBL's own pipeline are from ibllib (``brainbox.io.one``,
+``brainbox.behavior.wheel``) and from MtM's data preparation; where those lose or mix up data, this
+does not (section "Differences from the authors' code" of the book).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import numpy as np
+
+from mtm.session import Session, SessionError
+
+LEVELS = ("Allen", "Beryl", "Cosmos")
+SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
+TRIAL_COLUMNS = (
+    *("stimOn_times", "goCue_times", "firstMovement_times", "response_times", "feedback_times"),
+    *("choice", "feedbackType", "probabilityLeft", "contrastLeft", "contrastRight"),
+)
+PROBE_DATASETS = (
+    *("spikes.times", "spikes.clusters", "channels.brainLocationIds_ccf_2017"),
+    *("clusters.channels", "clusters.depths", "clusters.metrics", "clusters.uuids"),
+)
+PLACE = ("lab", "subject", "date", "number")
+WHEEL_RATE, WHEEL_CUTOFF = 1000.0, 20.0  # Hz
+
+
+def connect(
+    cache_dir: str | Path | None = None,
+    *,
+    username: str | None = None,
+    password: str | None = None,
+    token: str | None = None,
+    base_url: str = "https://openalyx.internationalbrainlab.org",
+) -> Any:
+    """A ONE on a folder, or, with credentials, on IBL's public server. Never asks anything.
+
+    With ``cache_dir`` alone, ONE works in local mode: no network, no account, nothing written. The
+    folder needs ONE's tables (``sessions.pqt``, ``datasets.pqt``): `mtm.alf.index_alf` makes them
+    for an ALF tree, ``one.save_cache()`` for what a server's ONE has downloaded.
+
+    With credentials, ONE logs in at ``base_url`` and downloads what is loaded into ``cache_dir``,
+    or else ``~/Downloads/ONE/<server>``. Since ONE 3.6 there is no shared public login; accounts
+    are free, at https://openalyx.internationalbrainlab.org/signup. Pass ``username`` and
+    ``password``, as chosen there, or ``token``, the text that ``<base_url>/me`` shows when you are
+    logged in: the only way for accounts that sign in through ORCiD, which have no password (the
+    server knows whose token it is). ONE keeps a token in ``~/.one``, as plain text, so that later
+    ``username`` alone is enough on the same machine. On Colab, store it as a secret (the key symbol
+    on the left) and pass ``google.colab.userdata.get("ALYX_TOKEN")``, never the text itself.
+
+    Raises:
+        ValueError: neither folder nor credentials; a username without password, token or saved
+            token; a password without username.
+        FileNotFoundError: no ONE tables in ``cache_dir``.
+        ConnectionError, requests.HTTPError: from ONE: server out of reach (ONE sets no time limit
+            for the log-in), or credentials that it refuses.
+        ImportError: without the ``[data]`` extra.
+    """
+    api = _import("one.api")
+    if username or password or token:
+        where = {} if cache_dir is None else {"cache_dir": Path(cache_dir)}
+        login = {"username": username, "password": password, "token": token}
+        with warnings.catch_warnings():  # ONE's last words before it logs in without a password
+            warnings.filterwarnings("error", message="No password, token or cached token")
+            try:
+                return api.OneAlyx(base_url=base_url, silent=True, **login, **where)
+            except UserWarning:
+                raise ValueError(
+                    f"no log-in of {username!r} at {base_url} is saved on this machine; pass "
+                    f"password=..., or token=... from {base_url}/me"
+                ) from None
+    if cache_dir is None:
+        raise ValueError(
+            "pass cache_dir, a folder with ONE's tables (mtm.alf.index_alf makes them), or "
+            f"username and password, or token: accounts are made at {base_url}/signup"
+        )
+    for table in ("sessions.pqt", "datasets.pqt"):
+        if not (Path(cache_dir) / table).is_file():
+            raise FileNotFoundError(
+                f"{Path(cache_dir) / table} is missing; run mtm.alf.index_alf({str(cache_dir)!r}) "
+                "on an ALF tree, or pass credentials to download"
+            )
+    return api.One(cache_dir=Path(cache_dir), mode="local")
+
+
+def load_session(
+    one: Any,
+    eid: Any,
+    *,
+    window: tuple[float, float] = (-0.5, 1.5),
+    bin_size: float = 0.02,
+    align: str = "stimOn_times",
+    atlas: str | None = "Allen",
+    trial_filter: str | None = None,
+    units: str | None = None,
+) -> Session:
+    """Load one IBL session: all probes, all trials, behaviour.
+
+    Neurons are all sorted clusters, probe after probe, those that never fired included. A probe's
+    sorting is taken from ``alf/probeNN/iblsorter``, else ``.../pykilosort``, else ``alf/probeNN``,
+    else whatever folder there is; of revisions, ONE's default one. Behaviour, NaN = missing:
+
+    - ``choice`` (K,): -1 right, +1 left, 0 none; ``block``: probability of a stimulus on the left;
+      ``reward``: 1 or 0; ``contrast``: right minus left, -1..1; ``reaction-time``: first movement
+      minus stimulus onset, s; ``reaction-time-filter``: 1 where `reaction_time_filter` keeps it.
+    - ``wheel-speed`` (K, T) rad/s: position at 1 kHz, low-pass 20 Hz (order 8, both ways, as IBL
+      does), differentiated, absolute, averaged in each bin.
+    - ``whisker-motion-energy`` (K, T), arbitrary units: left camera, else right; averaged in each
+      bin. Absent, with a warning, where neither is usable.
+
+    Args:
+        one: from `connect`, or any ONE.
+        eid: session id (or whatever else ONE takes for one).
+        window: (start, stop) around the event, seconds.
+        bin_size: seconds.
+        align: the event: a column of the trials table; trials without it are left out.
+        atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos". All three are
+            columns of ``Session.neurons``. An id that the atlas does not know becomes "id 12345".
+            ``None``: load without regions (a probe without histology).
+        trial_filter: "reaction-time" leaves out the trials that `reaction_time_filter` rejects.
+        units: "good" keeps the clusters with label 1 (IBL's three quality criteria) only.
+
+    Returns:
+        Session named by the eid. ``neurons``: ``probe``, ``cluster`` (id on its probe),
+        ``allen_id``, ``allen``, ``beryl``, ``cosmos``, and where present ``depth`` (micrometres
+        from the tip), ``label``, ``uuid``. ``provenance``: what was read, what was dropped.
+
+    Raises:
+        SessionError: naming the eid, the dataset and the remedy.
+        ValueError: for an unknown ``atlas``, ``trial_filter`` or ``units``.
+    """
+    for name, value, known in (
+        ("atlas", atlas, (None, *LEVELS)),
+        ("trial_filter", trial_filter, (None, "reaction-time")),
+        ("units", units, (None, "good")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    recording = _Recording(one, eid)
+    trials, dropped = _trials(recording, align, trial_filter)
+    collections = _sortings(recording)
+    probes = [_probe(recording, *item, atlas is not None) for item in collections.items()]
+    times, clusters, columns = _merge(probes)
+    keep = _quality(recording, columns, units)
+    inside = keep[clusters]
+    camera, traces = _whisker(recording)
+    traces |= _wheel(recording)
+    return Session.from_spike_times(
+        times[inside],
+        clusters[inside],
+        trials[align],
+        clusters=np.flatnonzero(keep),
+        regions=None if atlas is None else columns[atlas.lower()][keep],
+        window=window,
+        bin_size=bin_size,
+        traces=traces,
+        behaviour=_behaviour(trials),
+        name=recording.eid,
+        subject=recording.place["subject"],
+        neurons={key: values[keep] for key, values in columns.items()},
+        provenance={
+            "origin": "ONE",
+            "server": None if one.offline else one.alyx.base_url,
+            **recording.place,
+            "collections": collections,
+            "camera": camera,
+            "align": align,
+            "trials": dropped,
+            "clusters dropped": int(np.sum(~keep)),
+            "revisions": recording.revisions,
+        },
+    )
+
+
+def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
+    """The paper's trial filter: True for the trials to keep.
+
+    Kept are trials with 0.08 s <= first movement - stimulus onset <= 2 s, with feedback at most
+    10 s after the go cue, with a choice, and without NaN in stimulus onset, choice, feedback time
+    and type, block and first movement. (As in the authors' code, a missing go cue rejects none.)
+
+    Args:
+        trials: IBL's trials table: column -> (K,).
+
+    Returns:
+        (K,) bool.
+
+    Raises:
+        SessionError: naming the columns that are missing.
+    """
+    needed = ("stimOn_times", "firstMovement_times", "feedback_times", "goCue_times")
+    needed += ("choice", "feedbackType", "probabilityLeft")
+    if missing := [name for name in needed if name not in trials]:
+        raise SessionError(f"trials table: no column {missing}; pass trial_filter=None")
+    column = {name: np.asarray(trials[name], dtype=np.float64) for name in needed}
+    reaction_time = column["firstMovement_times"] - column["stimOn_times"]  # NaN fails both bounds
+    keep = (reaction_time >= 0.08) & (reaction_time <= 2.0) & (column["choice"] != 0)
+    keep &= ~(column["feedback_times"] - column["goCue_times"] > 10.0)
+    for name in ("choice", "feedback_times", "feedbackType", "probabilityLeft"):
+        keep &= ~np.isnan(column[name])
+    return keep
+
+
+def acronyms(ids: np.ndarray, atlas: str = "Allen") -> np.ndarray:
+    """Acronym of each Allen id at a level of the hierarchy; unknown ids become "id 12345".
+
+    Args:
+        ids: (N,) integers; negative = left hemisphere.
+        atlas: "Allen", "Beryl" or "Cosmos".
+
+    Returns:
+        (N,) strings. (iblatlas's own ``id2acronym`` leaves unknown ids out: the rest moves up.)
+    """
+    ids = np.asarray(ids, dtype=np.int64)
+    known, names = _atlas()
+    place = np.searchsorted(known, ids).clip(max=len(known) - 1)
+    labels = names[atlas][place].astype(object)
+    strange = known[place] != ids
+    labels[strange] = [f"id {i}" for i in ids[strange]]
+    return labels.astype(np.str_)
+
+
+# -------------------------------------------------------------------------- what ONE has
+
+
+def _import(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'{module} is missing: pip install "mtm-neural[data]"') from error
+
+
+@functools.cache
+def _atlas() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Allen ids, sorted, and for each level the acronym that belongs to each."""
+    table = _import("iblatlas.regions").BrainRegions()
+    order = np.argsort(table.id)
+    return table.id[order], {a: table.acronym[table.mappings[a]][order] for a in LEVELS}
+
+
+class _Recording:
+    """The datasets of one session: which there are, and their content."""
+
+    def __init__(self, one: Any, eid: Any) -> None:
+        self.one: Any = one
+        self.files: dict[str, Any] = {}  # dataset -> file on disk, or None
+        self.place: dict[str, str] = {}
+        self.revisions: dict[str, str] = {}
+        try:
+            self.id = one.to_eid(eid)
+        except ValueError as error:
+            raise SessionError(f"session {eid!r}: not a session id ({error})") from error
+        self.eid = str(eid if self.id is None else self.id)
+        try:
+            found = () if self.id is None else one.list_datasets(self.id, details=True)
+        except _import("requests.exceptions").HTTPError as error:
+            if getattr(error.response, "status_code", None) != 404:
+                raise
+            found = ()
+        if not len(found):
+            raise SessionError(
+                f"session {self.eid}: no datasets of it in {one!r}; one.search() lists the "
+                "sessions there are (after adding files, run mtm.alf.index_alf and connect again)"
+            )
+        self.paths = sorted({re.sub(r"#[^#/]*#/", "", path) for path in found["rel_path"]})
+
+    def fail(self, dataset: str, problem: str) -> NoReturn:
+        raise SessionError(f"session {self.eid}, {dataset}: {problem}")
+
+    def find(self, name: str, collection: str | None = None) -> str | None:
+        """Path of the dataset ``object.attribute`` in a collection; by default in any.
+
+        Of several, ``alf`` itself comes first, then the others by name (``alf/task_00`` is the
+        first task of a session with several).
+        """
+        where = r"alf(?:/[^/]+)*" if collection is None else re.escape(collection)
+        pattern = rf"{where}/(?:_[^_/]+_)?{re.escape(name)}\.(?:npy|pqt|csv)"
+        found = [path for path in self.paths if re.fullmatch(pattern, path)]
+        return min(found, key=lambda path: (path.count("/"), path), default=None)
+
+    def fetch(self, collection: str, *names: str) -> None:
+        """Have these datasets on disk, those that there are: one request, parallel downloads."""
+        paths = [self.find(name, collection) for name in names]
+        paths = [path for path in paths if path is not None and path not in self.files]
+        if not paths:
+            return
+        with warnings.catch_warnings():  # tables that ONE saved do not say which is the default
+            warnings.filterwarnings("ignore", message="No default revision")
+            files, _ = self.one.load_datasets(
+                self.id,
+                [path.rpartition("/")[2] for path in paths],
+                collections=[path.rpartition("/")[0] for path in paths],
+                download_only=True,
+                assert_present=False,
+                check_hash=False,
+            )
+        self.files |= dict(zip(paths, files, strict=True))
+
+    def load(self, name: str, collection: str, remedy: str = "choose another session") -> Any:
+        """Content of a dataset: an array, or a table."""
+        path = self.find(name, collection)
+        if path is None:
+            self.fail(f"{collection}/{name}", f"no such dataset; {remedy}")
+        self.fetch(collection, name)
+        file = self.files[path]
+        if file is None:
+            self.fail(path, "listed, but not on disk; restore the file")
+        if revision := re.search(r"#([^#/]+)#", str(file)):
+            self.revisions[path] = revision[1]
+        self.place = {  # .../lab/Subjects/subject/date/number
+            key: str(part) for key, part in zip(PLACE, file.session_parts, strict=True)
+        }
+        try:
+            if path.endswith(".npy"):
+                content = np.load(file, allow_pickle=False)
+                return content[:, 0] if content.ndim == 2 and content.shape[1] == 1 else content
+            pandas = _import("pandas")
+            return (pandas.read_parquet if path.endswith(".pqt") else pandas.read_csv)(file)
+        except (OSError, ValueError, EOFError) as error:
+            self.fail(path, f"damaged ({error}); delete {file} and load again")
+
+
+# ------------------------------------------------------------------------------- trials
+
+
+def _trials(
+    recording: _Recording, align: str, trial_filter: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Columns (K,) of the trials to use, and how many there were and were dropped, and why."""
+    if path := recording.find("trials.table"):
+        trials = recording.load("trials.table", path.rpartition("/")[0])
+        trials = {name: trials[name].to_numpy() for name in trials}
+    elif path := recording.find(f"trials.{align}"):
+        folder = path.rpartition("/")[0]
+        names = [n for n in {*TRIAL_COLUMNS, align} if recording.find(f"trials.{n}", folder)]
+        trials = {name: recording.load(f"trials.{name}", folder) for name in names}
+    else:
+        recording.fail(
+            "alf/_ibl_trials.table.pqt",
+            f"no trials table, nor a trials.{align}; choose another session",
+        )
+    if align not in trials:
+        events = sorted(name for name in trials if name.endswith("_times"))
+        recording.fail(path, f"no column {align!r} to align to; there are {events}")
+    if len({len(values) for values in trials.values()}) > 1:
+        recording.fail(path, "columns of different lengths; download them again")
+    keep = np.isfinite(np.asarray(trials[align], dtype=np.float64))
+    dropped = {"in the table": len(keep), f"without {align}": int(np.sum(~keep))}
+    if not keep.any():
+        recording.fail(path, f"all {len(keep)} trials lack {align!r}; align to another event")
+    if trial_filter is not None:
+        passed = reaction_time_filter(trials)
+        dropped["rejected by the filter"] = int(np.sum(keep & ~passed))
+        keep &= passed
+        if not keep.any():
+            recording.fail(path, "no trial passes the reaction-time filter; pass trial_filter=None")
+    return {name: values[keep] for name, values in trials.items()}, dropped
+
+
+def _behaviour(trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Behaviour with one value a trial, as far as the trials table has the columns for it."""
+    recipes = {
+        "choice": (("choice",), lambda choice: choice),
+        "block": (("probabilityLeft",), lambda block: block),
+        "reward": (("feedbackType",), lambda kind: np.where(np.isnan(kind), np.nan, kind > 0)),
+        "contrast": (("contrastLeft", "contrastRight"), _signed_contrast),
+        "reaction-time": (("stimOn_times", "firstMovement_times"), lambda on, move: move - on),
+    }
+    behaviour = {}
+    for key, (names, recipe) in recipes.items():
+        if all(name in trials for name in names):
+            behaviour[key] = recipe(*(np.asarray(trials[name], dtype=float) for name in names))
+    try:
+        behaviour["reaction-time-filter"] = reaction_time_filter(trials).astype(float)
+    except SessionError:  # a column is missing; without a filter asked for, the trials are fine
+        pass
+    return behaviour
+
+
+def _signed_contrast(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Right minus left: IBL has NaN on the side without a stimulus. Both NaN: unknown."""
+    signed = np.nan_to_num(right) - np.nan_to_num(left)
+    return np.where(np.isnan(left) & np.isnan(right), np.nan, signed)
+
+
+# --------------------------------------------------------------------- spikes, regions
+
+
+def _sortings(recording: _Recording) -> dict[str, str]:
+    """Probe name -> collection with its spike sorting, probes in order."""
+    found: dict[str, list[str]] = {}
+    pattern = r"alf/(probe[^/]+)(?:/([^/]+))?/(?:_[^_/]+_)?spikes\.times\.npy"
+    for path in recording.paths:
+        if match := re.fullmatch(pattern, path):
+            found.setdefault(match[1], []).append(match[2] or "")
+    if not found:
+        recording.fail("alf/probe*/*/spikes.times.npy", "no spike sorting; choose another session")
+    rank = {sorter: place for place, sorter in enumerate(SORTERS)}
+    best = {
+        probe: min(sorters, key=lambda sorter: (rank.get(sorter, len(rank)), sorter))
+        for probe, sorters in sorted(found.items())
+    }
+    return {probe: f"alf/{probe}/{sorter}".rstrip("/") for probe, sorter in best.items()}
+
+
+def _probe(
+    recording: _Recording, probe: str, collection: str, regions: bool
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Spike times and clusters (S,) of one probe, and its clusters' columns (n,)."""
+    recording.fetch(collection, *PROBE_DATASETS)
+    times = recording.load("spikes.times", collection)
+    clusters = recording.load("spikes.clusters", collection)
+    channels = recording.load("clusters.channels", collection)
+    n = len(channels)
+    if len(times) != len(clusters):
+        recording.fail(
+            f"{collection}/spikes.*", f"{len(times)} times, {len(clusters)} clusters; load it again"
+        )
+    if len(clusters) and not 0 <= clusters.min() <= clusters.max() < n:
+        recording.fail(
+            f"{collection}/spikes.clusters",
+            f"ids {clusters.min()} to {clusters.max()}, but clusters.channels lists {n} clusters; "
+            "the files are of different sortings, download them again",
+        )
+    columns = {"probe": np.full(n, probe), "cluster": np.arange(n)}
+    if regions:
+        ids = recording.load(
+            "channels.brainLocationIds_ccf_2017",
+            collection,
+            "the probe has no histology: atlas=None loads it without regions",
+        )
+        if n and not 0 <= channels.min() <= channels.max() < len(ids):
+            recording.fail(f"{collection}/clusters.channels", f"not within the {len(ids)} channels")
+        columns["allen_id"] = np.nan_to_num(ids[channels]).astype(np.int64)
+        columns |= {level.lower(): acronyms(columns["allen_id"], level) for level in LEVELS}
+    if recording.find("clusters.depths", collection):
+        columns["depth"] = recording.load("clusters.depths", collection)
+    if recording.find("clusters.uuids", collection):
+        columns["uuid"] = recording.load("clusters.uuids", collection).iloc[:, 0].to_numpy(str)
+    if recording.find("clusters.metrics", collection):
+        metrics = recording.load("clusters.metrics", collection)
+        metrics = metrics if "cluster_id" in metrics else metrics.reset_index()
+        if {"label", "cluster_id"} <= set(metrics):  # IBL leaves out clusters without a spike
+            label = metrics.drop_duplicates("cluster_id").set_index("cluster_id")["label"]
+            columns["label"] = label.reindex(np.arange(n)).to_numpy(float)
+    for name, values in columns.items():
+        if len(values) != n:
+            recording.fail(f"{collection}/clusters: {name}", f"{len(values)} for {n} clusters")
+    return times, clusters.astype(np.int64), columns
+
+
+def _merge(
+    probes: list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]],
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """All probes as one: cluster ids go on counting, columns that one probe lacks are NaN or ""."""
+    sizes = [len(columns["cluster"]) for _, _, columns in probes]
+    offsets = np.cumsum([0, *sizes[:-1]])
+    merged = {}
+    for name in dict.fromkeys(name for _, _, columns in probes for name in columns):
+        gap = "" if name == "uuid" else np.nan
+        parts = [c.get(name, np.full(n, gap)) for n, (_, _, c) in zip(sizes, probes, strict=True)]
+        merged[name] = np.concatenate(parts)
+    times = np.concatenate([times for times, _, _ in probes])
+    clusters = [c + offset for offset, (_, c, _) in zip(offsets, probes, strict=True)]
+    return times, np.concatenate(clusters), merged
+
+
+def _quality(
+    recording: _Recording, columns: dict[str, np.ndarray], units: str | None
+) -> np.ndarray:
+    """The clusters to use, (N,) bool."""
+    if units is None:
+        return np.ones(len(columns["cluster"]), dtype=bool)
+    if "label" not in columns:
+        recording.fail("clusters.metrics.pqt", "missing, so quality is unknown; pass units=None")
+    keep = columns["label"] >= 1
+    if not keep.any():
+        recording.fail("clusters.metrics.pqt", "no cluster has label 1; pass units=None")
+    return keep
+
+
+# --------------------------------------------------------------------- wheel, camera
+
+
+def _ordered(times: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The samples with finite time and value, sorted; of equal times the first."""
+    finite = np.isfinite(times) & np.isfinite(values)
+    times, first = np.unique(times[finite], return_index=True)
+    return times, np.asarray(values[finite][first], dtype=np.float64)
+
+
+def _wheel(recording: _Recording) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Wheel speed at 1 kHz, rad/s; nothing, with a warning, where there is no usable wheel."""
+    path = recording.find("wheel.position")
+    folder = (path or "alf/").rpartition("/")[0]
+    if path is None or not recording.find("wheel.timestamps", folder):
+        _warn(recording, f"{folder}: no wheel.position with timestamps", "wheel-speed")
+        return {}
+    recording.fetch(folder, "wheel.position", "wheel.timestamps")
+    position = recording.load("wheel.position", folder)
+    times = recording.load("wheel.timestamps", folder)
+    if len(position) != len(times):
+        problem = f"{path}: {len(position)} positions, but {len(times)} timestamps"
+        _warn(recording, problem, "wheel-speed")
+        return {}
+    times, position = _ordered(times, position)
+    if len(times) == 0 or times[-1] - times[0] < 1:
+        _warn(recording, f"{path}: less than a second of it", "wheel-speed")
+        return {}
+    signal = _import("scipy.signal")
+    grid = np.arange(times[0], times[-1], 1 / WHEEL_RATE)
+    low_pass = signal.butter(8, WHEEL_CUTOFF, fs=WHEEL_RATE, output="sos")
+    smooth = signal.sosfiltfilt(low_pass, np.interp(grid, times, position))
+    return {"wheel-speed": (grid, np.abs(np.gradient(smooth, 1 / WHEEL_RATE)))}
+
+
+def _whisker(
+    recording: _Recording,
+) -> tuple[str | None, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Camera used, and its motion energy at each frame; a warning where there is none.
+
+    Times and frames can differ in number. As IBL's loader has it: surplus times are those of frames
+    before the video began, so the last ones count; surplus frames cannot be placed.
+    """
+    problems = []
+    for camera in ("left", "right"):
+        path = recording.find(f"{camera}Camera.ROIMotionEnergy")
+        if path is None or not recording.find(f"{camera}Camera.times", path.rpartition("/")[0]):
+            problems.append(f"no {camera}Camera.ROIMotionEnergy with times")
+            continue
+        folder = path.rpartition("/")[0]
+        recording.fetch(folder, f"{camera}Camera.ROIMotionEnergy", f"{camera}Camera.times")
+        energy = recording.load(f"{camera}Camera.ROIMotionEnergy", folder)
+        times = recording.load(f"{camera}Camera.times", folder)
+        surplus = len(times) - len(energy)
+        if not len(energy) or not 0 <= surplus <= max(5, 0.01 * len(energy)):
+            problems.append(f"{camera}Camera: {len(energy)} energies, {len(times)} times")
+            continue
+        if any("energies" in problem for problem in problems):
+            _warn(recording, f"{problems[0]}; took the right camera", None)
+        return camera, {"whisker-motion-energy": _ordered(times[surplus:], energy)}
+    _warn(recording, "; ".join(problems), "whisker-motion-energy")
+    return None, {}
+
+
+def _warn(recording: _Recording, problem: str, absent: str | None) -> None:
+    outcome = f"; the session has no behaviour {absent!r}" if absent else ""
+    warnings.warn(f"session {recording.eid}: {problem}{outcome}", UserWarning, stacklevel=4)

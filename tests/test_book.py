@@ -1,0 +1,142 @@
+"""The book's pages, their twins, and what the project says about itself agree with each other."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jupytext
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "book"
+LONGEST_CELL = 15  # lines
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
+PAGES = sorted(BOOK.glob("*.md"))
+NOTEBOOKS = [page for page in PAGES if "```{code-cell}" in page.read_text("utf-8")]
+
+
+def toc_pages() -> list[str]:
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
+    chapters = [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    return [toc["root"], *chapters]
+
+
+def twin_source(page: Path) -> str:
+    cells = json.loads(page.with_suffix(".ipynb").read_text("utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_front_matter_makes_a_notebook(page):
+    """Without both entries the book shows the cells as text, or finds no kernel."""
+    front_matter = yaml.safe_load(page.read_text("utf-8").split("\n---\n")[0])
+    assert front_matter["jupytext"]["text_representation"]["format_name"] == "myst"
+    assert front_matter["kernelspec"]["name"] == "python3"
+
+
+def test_twins_are_in_step_with_their_pages():
+    check = [sys.executable, str(BOOK / "_pair.py"), "--check"]
+    result = subprocess.run(check, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_pages_and_table_of_contents_agree():
+    assert sorted(toc_pages()) == sorted(page.stem for page in PAGES)
+
+
+def test_both_tables_of_contents_are_the_same():
+    """Also where a checkout turned the link into a file."""
+    assert (BOOK / "_toc.yml").read_text("utf-8") == (ROOT / "_toc.yml").read_text("utf-8")
+
+
+def test_readme_commands_are_real():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert {"book", "test"} <= set(re.findall(r"\bmake ([a-z]+)\b", readme))
+    commands = re.findall(r"^ *(?:\$ )?make ([a-z]+)\b|`make ([a-z]+)\b", readme, re.M)
+    for command in {first or second for first, second in commands}:
+        assert re.search(rf"^{command}:.*## ", makefile, re.M), f"make {command} is no target"
+    assert "jupyter-book build book" in readme
+    assert "/jupyter-book build book" in makefile
+
+
+def test_one_repository_address_everywhere():
+    url, branch = CONFIG["repository"]["url"], CONFIG["repository"]["branch"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert project["urls"]["Repository"] == citation["repository-code"] == url
+    _, _, host, owner, name = url.split("/")
+    assert host == "github.com", "the Colab links are made for GitHub"
+    colab = f"https://colab.research.google.com/github/{owner}/{name}"
+    for page in NOTEBOOKS:
+        source = twin_source(page)
+        assert f"git+{url}@{branch}" in source
+        assert f"({colab}/blob/{branch}/book/{page.stem}.ipynb)" in source
+    texts = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    for path in texts:
+        for other in re.findall(r"github\.com/([\w.-]+)/mtm\b", path.read_text("utf-8")):
+            assert other == owner, f"{path.name} names github.com/{other}/mtm"
+
+
+def test_one_version_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert project["version"] == citation["version"]
+
+
+def test_no_page_sets_the_plotting_backend():
+    """With MPLBACKEND set, notebooks come out without figures."""
+    for path in [*PAGES, *BOOK.glob("*.ipynb"), ROOT / ".ci/run"]:
+        assert "MPLBACKEND" not in path.read_text("utf-8"), path.name
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_code_cells_are_short(page):
+    for cell in jupytext.read(page, fmt="md:myst").cells:
+        if cell.cell_type == "code" and "hide-input" not in cell.metadata.get("tags", []):
+            size = len(cell.source.strip().splitlines())
+            assert size <= LONGEST_CELL, f"{page.name}: {size} lines, from {cell.source[:60]!r}"
+
+
+def raw_myst(markdown: str) -> list[str]:
+    """Directives, roles and labels that a reader without MyST would see as text."""
+    tokens = MarkdownIt().parse(markdown)
+    found = [token.info for token in tokens if token.type == "fence" and "{" in token.info[:1]]
+    for token in tokens:
+        parts = {"code_inline": "`", "softbreak": "\n"}
+        text = "".join(parts.get(part.type, part.content) for part in token.children or [])
+        found += re.findall(r"\{[\w:.-]+\}`|^:::.*|^\([\w:.-]+\)=$", text, re.M)
+    return found
+
+
+def test_raw_myst_is_seen():
+    """The check below finds what it is for, and nothing else."""
+    shown = "See {cite:p}`a`.\n\n:::{tip}\nx\n:::\n\n(here)=\n\n```{note}\ny\n```\n"
+    assert raw_myst(shown) == ["{note}", "{cite:p}`", ":::{tip}", ":::", "(here)="]
+    assert raw_myst("Write `{cite:p}` or `a {b}`, $x_{ab}$.\n\n```python\n{a}\n(b)=\n```\n") == []
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_twins_show_no_raw_myst_and_no_outputs(page):
+    for cell in json.loads(page.with_suffix(".ipynb").read_text("utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+        else:
+            assert raw_myst("".join(cell["source"])) == []
+
+
+def test_formulas_need_no_network():
+    path = CONFIG["sphinx"]["config"]["mathjax_path"]
+    (static,) = CONFIG["sphinx"]["config"]["html_static_path"]
+    script = BOOK / static / path
+    assert script.stat().st_size > 1_000_000
+    assert (script.parent / "LICENSE").is_file()

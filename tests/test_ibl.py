@@ -1,0 +1,772 @@
+"""ALF out, ONE's index, and back in, against the session that was written and what ONE reads."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+import warnings
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+pytest.importorskip("one")
+pytest.importorskip("iblatlas")
+import pandas as pd  # noqa: E402
+
+from mtm.alf import index_alf, write_alf  # noqa: E402
+from mtm.session import Session, SessionError  # noqa: E402
+from mtm.sources import ibl  # noqa: E402
+
+K, T, N, BIN, WINDOW = 40, 100, 20, 0.02, (-0.5, 1.5)
+REGIONS = np.repeat(["CA1", "DG-mo", "LP", "PO", "SCig"], 4)
+PROBES = np.where(np.isin(REGIONS, ["CA1", "DG-mo"]), "probe00", "probe01")
+SORTING = "probe00/pykilosort"
+EID = "056ffb5d-3b6a-5a97-b190-f08833c01c47"  # of make_session() at its default place, for ever
+
+
+def make_session(name="hand-made", subject="MOUSE-1.a"):
+    rng = np.random.default_rng(3)
+    counts = rng.poisson(rng.uniform(0.05, 0.6, N), (K, T, N))
+    counts[..., 7] = 0  # a neuron that never fires
+    choice = rng.choice([-1, 1], K)
+    contrast = rng.choice([-1.0, -0.25, -0.0625, 0.0, 0.125, 1.0], K)
+    reward = np.where(contrast == 0, rng.integers(2, size=K), np.sign(contrast) == -choice)
+    time = WINDOW[0] + BIN * (np.arange(T) + 0.5)
+    reaction = rng.uniform(0.1, 0.9, K)
+    since = (time[None, :] - reaction[:, None]) / 0.4
+    speed = np.where((since > 0) & (since < 1), np.sin(np.pi * since.clip(0, 1)) ** 2, 0)
+    phase = rng.uniform(0, 6, (K, 1))
+    return Session(
+        counts=counts,
+        regions=REGIONS,
+        name=name,
+        subject=subject,
+        window=WINDOW,
+        behaviour={
+            "choice": choice,
+            "block": rng.choice([0.2, 0.5, 0.8], K),
+            "reward": reward.astype(int),
+            "contrast": contrast,
+            "reaction-time": reaction,
+            "wheel-speed": 3 * speed,
+            "whisker-motion-energy": 5 + np.sin(7 * time + phase) + speed,
+        },
+        neurons={
+            "probe": PROBES,
+            "depth": rng.uniform(0, 3800, N),
+            "label": rng.choice([1 / 3, 2 / 3, 1.0], N),
+            "uuid": np.array([str(uuid.UUID(int=i)) for i in range(N)]),
+        },
+    )
+
+
+@pytest.fixture(autouse=True)
+def nothing_from_outside(monkeypatch, tmp_path):
+    """An empty home, nobody to answer a prompt, and every warning an error."""
+
+    def asked(*args):
+        raise AssertionError(f"asked for input: {args}")
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr("getpass.getpass", asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tree")
+    write_alf(make_session(), root)
+    index_alf(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def read(tree):
+    """The session as it comes back; not to be changed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return ibl.load_session(ibl.connect(tree), EID)
+
+
+@pytest.fixture
+def variant(tree, tmp_path):
+    """A function that loads a copy of the tree in which ``edit(alf folder)`` changed something."""
+
+    def load(edit, **options):
+        root = tmp_path / f"variant-{uuid.uuid4().hex}"
+        shutil.copytree(tree, root)
+        edit(next(root.glob("simlab/Subjects/*/*/001/alf")))
+        index_alf(root)
+        return ibl.load_session(ibl.connect(root), EID, **options)
+
+    return load
+
+
+def load(root, **options):
+    return ibl.load_session(ibl.connect(root), EID, **options)
+
+
+def edit_trials(change):
+    def edit(alf):
+        table = pd.read_parquet(alf / "_ibl_trials.table.pqt")
+        change(table)
+        table.to_parquet(alf / "_ibl_trials.table.pqt")
+
+    return edit
+
+
+def edit_array(name, change):
+    return lambda alf: np.save(alf / name, change(np.load(alf / name)))
+
+
+# ------------------------------------------------------------------------ round trip
+
+
+def test_round_trip_gives_back_the_session(tree, caplog):
+    written = make_session()
+    with caplog.at_level(logging.WARNING):
+        read = load(tree)
+    assert not caplog.records  # ONE logs its complaints about hashes
+    assert read.counts.dtype == np.uint8
+    np.testing.assert_array_equal(read.counts, written.counts)
+    np.testing.assert_array_equal(read.regions, written.regions)
+    for column in ("probe", "depth", "label", "uuid"):
+        np.testing.assert_array_equal(read.neurons[column], written.neurons[column])
+    np.testing.assert_array_equal(read.neurons["allen"], REGIONS)
+    np.testing.assert_array_equal(read.neurons["cluster"], [*range(8), *range(12)])
+    assert (read.window, read.bin_size, read.subject) == (WINDOW, BIN, "MOUSE-1.a")
+    for key in ("choice", "block", "reward", "contrast"):
+        np.testing.assert_array_equal(read.behaviour[key], written.behaviour[key])
+    for key, far in (
+        ("reaction-time", 1e-9),
+        ("wheel-speed", 0.05),
+        ("whisker-motion-energy", 0.1),
+    ):
+        np.testing.assert_allclose(read.behaviour[key], written.behaviour[key], atol=far)
+        pair = read.behaviour[key].ravel(), written.behaviour[key].ravel()
+        assert np.corrcoef(*pair)[0, 1] > 0.99
+    assert read.behaviour["reaction-time-filter"].all()
+    assert read.provenance["camera"] == "left"
+    assert read.provenance["collections"]["probe01"] == "alf/probe01/pykilosort"
+    assert Session.load(read.save(tree.parent / "s.npz")).provenance == read.provenance
+
+
+def test_counts_equal_direct_binning_of_the_files(tree):
+    alf = next(tree.glob("simlab/Subjects/*/*/001/alf"))
+    times = [np.load(alf / p / "pykilosort/spikes.times.npy") for p in ("probe00", "probe01")]
+    ids = [np.load(alf / p / "pykilosort/spikes.clusters.npy") for p in ("probe00", "probe01")]
+    trials = pd.read_parquet(alf / "_ibl_trials.table.pqt")
+    grid = {"window": (-0.2, 0.4), "bin_size": 0.05}
+    direct = Session.from_spike_times(
+        np.concatenate(times),
+        np.concatenate([ids[0], ids[1] + 8]),
+        trials["feedback_times"].to_numpy(),
+        clusters=np.arange(N),
+        **grid,
+    )
+    read = load(tree, align="feedback_times", **grid)
+    np.testing.assert_array_equal(read.counts, direct.counts)
+    # What ONE itself makes of the files, and what is between the trials.
+    one = ibl.connect(tree)
+    spikes = one.load_object(EID, "spikes", collection="alf/probe01/pykilosort")
+    np.testing.assert_array_equal(spikes["times"], times[1])
+    assert np.all(np.diff(times[1]) >= 0)
+    assert set(one.load_object(EID, "wheel", collection="alf")) == {"timestamps", "position"}
+    stimulus = trials["stimOn_times"].to_numpy()
+    assert np.all(np.diff(stimulus) > WINDOW[1] - WINDOW[0] + 1)
+    inside = [np.sum((times[1] >= s - 0.5) & (times[1] < s + 1.5)) for s in stimulus]
+    assert sum(inside) == make_session().counts[..., 8:].sum() < 0.8 * len(times[1])
+
+
+def test_trials_table_is_ibls(tree):
+    trials = pd.read_parquet(next(tree.rglob("_ibl_trials.table.pqt")))
+    written = make_session().behaviour
+    left, right = trials["contrastLeft"].to_numpy(), trials["contrastRight"].to_numpy()
+    assert np.all(np.isnan(left) != np.isnan(right))
+    correct_is_right = ~np.isnan(right)  # where a right choice (-1) is rewarded
+    np.testing.assert_array_equal(
+        correct_is_right == (written["choice"] == -1), written["reward"] == 1
+    )
+    for earlier, later in (
+        ("intervals_0", "stimOn_times"),
+        ("stimOn_times", "firstMovement_times"),
+        ("firstMovement_times", "response_times"),
+        ("feedback_times", "intervals_1"),
+    ):
+        assert np.all(trials[earlier] < trials[later])
+    assert np.all(trials["intervals_0"].to_numpy()[1:] > trials["intervals_1"].to_numpy()[:-1])
+
+
+def test_wheel_turns_counter_clockwise_for_right_choices(tree):
+    alf = next(tree.rglob("alf"))
+    times, position = (
+        np.load(alf / f"_ibl_wheel.{name}.npy") for name in ("timestamps", "position")
+    )
+    assert np.all(np.diff(times) > 0)
+    stimulus = pd.read_parquet(alf / "_ibl_trials.table.pqt")["stimOn_times"].to_numpy()
+    turned = np.interp(stimulus + 1.5, times, position) - np.interp(stimulus, times, position)
+    np.testing.assert_array_equal(np.sign(turned), -make_session().behaviour["choice"])
+
+
+def test_writing_twice_gives_the_same_files(tree, tmp_path):
+    def content(root):
+        files = (f for f in root.rglob("*") if f.is_file() and f.parent != root)
+        return {f.relative_to(root): f.read_bytes() for f in files}
+
+    write_alf(make_session(), tmp_path / "again")
+    write_alf(make_session(), tmp_path / "again")
+    assert content(tmp_path / "again") == content(tree)
+
+
+# ----------------------------------------------------------------------------- index
+
+
+def test_eids_do_not_depend_on_place_or_company(tree, tmp_path):
+    first = index_alf(tree)
+    other = tmp_path / "elsewhere"
+    write_alf(make_session("another", "MOUSE-0"), other)
+    write_alf(make_session(), other)
+    write_alf(make_session(), other, number=2)
+    both = index_alf(other)
+    assert set(first) < set(both) and len(both) == 3
+    assert [path.parts[-3:] for path in both.values()] == [
+        ("MOUSE-0", "2026-01-02", "001"),
+        ("MOUSE-1.a", "2026-01-02", "001"),
+        ("MOUSE-1.a", "2026-01-02", "002"),
+    ]
+    assert all(path.is_dir() for path in both.values())
+    assert list(first) == [EID]
+    table = pd.read_parquet(other / "datasets.pqt")
+    assert table.index.is_unique and table.index.get_level_values("id").is_unique
+    assert index_alf(other) == both  # its own tables may be replaced
+
+
+def test_index_keeps_off_the_tables_of_others(tree, tmp_path):
+    from one.alf.cache import make_parquet_db
+
+    with pytest.raises(SessionError, match="no sessions"):
+        index_alf(tmp_path)
+    root = shutil.copytree(tree, tmp_path / "copy")
+    make_parquet_db(root)
+    before = (root / "sessions.pqt").read_bytes()
+    with pytest.raises(SessionError, match="another tool"):
+        index_alf(root)
+    assert (root / "sessions.pqt").read_bytes() == before
+
+
+def test_last_revision_is_the_default(variant):
+    def revise(alf):
+        for revision, shift in (("2024-01-01", 1.0), ("2025-05-05", 2.0)):
+            new = alf / SORTING / f"#{revision}#"
+            new.mkdir()
+            np.save(new / "clusters.depths.npy", np.full(8, shift))
+
+    read = variant(revise)
+    assert np.all(read.neurons["depth"][:8] == 2.0) and np.all(read.neurons["depth"][8:] != 2.0)
+    assert read.provenance["revisions"] == {f"alf/{SORTING}/clusters.depths.npy": "2025-05-05"}
+
+
+# --------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("key", ["choice", "block", "reward", "contrast"])
+def test_write_names_a_missing_behaviour(tmp_path, key):
+    session = make_session()
+    del session.behaviour[key]
+    with pytest.raises(SessionError, match=f"'hand-made'.*{key!r}.*missing"):
+        write_alf(session, tmp_path)
+
+
+def test_write_needs_only_the_essential(tmp_path):
+    session = make_session(subject="")
+    for key in ("reaction-time", "wheel-speed", "whisker-motion-energy"):
+        del session.behaviour[key]
+    session.neurons.clear()
+    session.regions = np.array(["", "root", "id 123456789", *REGIONS[3:]])
+    write_alf(session, tmp_path)
+    eid = next(iter(index_alf(tmp_path)))
+    with pytest.warns(UserWarning) as caught:
+        read = ibl.load_session(ibl.connect(tmp_path), eid)
+    assert {"wheel-speed", "whisker-motion-energy"} == {
+        re.search(r"no behaviour '(.*)'", str(w.message))[1] for w in caught
+    }
+    np.testing.assert_array_equal(read.counts, session.counts)
+    assert read.subject == "hand-made" and set(read.neurons["probe"]) == {"probe00"}
+    assert read.regions.tolist()[:4] == ["void", "root", "id 123456789", "CA1"]
+    assert np.isnan(read.behaviour["reaction-time"]).all()
+    assert not read.behaviour["reaction-time-filter"].any()
+
+
+def test_write_refuses_what_alf_cannot_hold(tmp_path):
+    session = make_session()
+    with pytest.raises(SessionError, match="names that ALF allows"):
+        write_alf(session, tmp_path, lab="my lab")
+    session.behaviour["choice"] = session.behaviour["choice"].astype(float)
+    session.behaviour["choice"][3] = np.nan
+    with pytest.raises(SessionError, match="'choice'.*NaN"):
+        write_alf(session, tmp_path)
+    session = make_session()
+    session.regions = np.where(REGIONS == "LP", "hypothalamus", REGIONS)
+    with pytest.raises(SessionError, match="'hypothalamus' is not an acronym"):
+        write_alf(session, tmp_path)
+    write_alf(make_session(), tmp_path)
+    session = make_session()
+    session.neurons["probe"] = np.full(N, "probe00")
+    with pytest.raises(SessionError, match="another recording's probe01"):
+        write_alf(session, tmp_path)
+
+
+# ------------------------------------------------------------------------- neurons
+
+
+def test_regions_at_each_level_against_iblatlas(tree, read):
+    from iblatlas.regions import BrainRegions
+
+    table = BrainRegions()
+    for level in ("Allen", "Beryl", "Cosmos"):
+        one_by_one = [table.id2acronym(i, mapping=level)[0] for i in read.neurons["allen_id"]]
+        assert one_by_one == read.neurons[level.lower()].tolist()
+    coarse = load(tree, atlas="Cosmos").regions
+    assert coarse.tolist() == one_by_one and set(coarse) == {"HPF", "TH", "MB"}
+    assert ibl.acronyms([382, -382, 5, 0, 997, 10703], "Beryl").tolist() == [
+        *("CA1", "CA1", "id 5", "void", "root", "DG")
+    ]
+
+
+def test_unknown_ids_stay_in_their_place(variant):
+    name = f"{SORTING}/channels.brainLocationIds_ccf_2017.npy"
+
+    def strange(alf):
+        ids = np.load(alf / name)
+        ids[np.load(alf / SORTING / "clusters.channels.npy")[2]] = 123456
+        np.save(alf / name, ids)
+
+    read = variant(strange)
+    expected = REGIONS.astype("<U9")
+    expected[2] = "id 123456"
+    np.testing.assert_array_equal(read.regions, expected)
+    assert read.neurons["beryl"][2] == read.neurons["cosmos"][2] == "id 123456"
+
+
+def test_good_units(tree, read, variant):
+    every, good = read, load(tree, units="good")
+    keep = every.neurons["label"] >= 1
+    assert 0 < keep.sum() < N
+    np.testing.assert_array_equal(good.counts, every.counts[:, :, keep])
+    np.testing.assert_array_equal(good.neurons["uuid"], every.neurons["uuid"][keep])
+    assert good.provenance["clusters dropped"] == np.sum(~keep)
+
+    def lose(alf):  # IBL's metrics leave out clusters without a spike
+        path = alf / SORTING / "clusters.metrics.pqt"
+        pd.read_parquet(path).iloc[[5, 0, 3]].to_parquet(path)
+
+    lost = variant(lose)
+    known = np.isin(np.arange(N), [0, 3, 5, *range(8, N)])
+    np.testing.assert_array_equal(
+        lost.neurons["label"], np.where(known, every.neurons["label"], np.nan)
+    )
+
+
+def test_sorter_folders(variant):
+    def newer(alf):
+        shutil.copytree(alf / SORTING, alf / "probe00/iblsorter")
+        np.save(alf / "probe00/iblsorter/clusters.depths.npy", np.full(8, -1.0))
+        for file in (alf / "probe01/pykilosort").iterdir():
+            shutil.move(file, alf / "probe01" / file.name)
+        (alf / "probe01/clusters.uuids.csv").unlink()
+
+    read = variant(newer)
+    assert read.provenance["collections"] == {
+        "probe00": "alf/probe00/iblsorter",
+        "probe01": "alf/probe01",
+    }
+    assert np.all(read.neurons["depth"][:8] == -1)
+    np.testing.assert_array_equal(read.counts, make_session().counts)
+    assert set(read.neurons["uuid"][8:]) == {""}
+
+
+# ------------------------------------------------------------------ trials, behaviour
+
+
+def test_reaction_time_filter_by_hand():
+    good = {
+        "stimOn_times": 100.0,
+        "firstMovement_times": 100.3,
+        "goCue_times": 100.0,
+        "feedback_times": 101.0,
+        "choice": 1.0,
+        "feedbackType": -1.0,
+        "probabilityLeft": 0.5,
+    }
+    cases = [
+        ({}, True),
+        ({"firstMovement_times": 100.079}, False),
+        ({"firstMovement_times": 100.081}, True),
+        ({"firstMovement_times": 101.999}, True),
+        ({"firstMovement_times": 102.001}, False),
+        ({"firstMovement_times": 99.0}, False),
+        ({"feedback_times": 109.999}, True),
+        ({"feedback_times": 110.001}, False),
+        ({"choice": 0.0}, False),
+        ({"choice": -1.0}, True),
+        ({"goCue_times": np.nan}, True),
+        *[({name: np.nan}, False) for name in good if name != "goCue_times"],
+    ]
+    rows = [{**good, **change} for change, _ in cases]
+    table = {name: np.array([row[name] for row in rows]) for name in good}
+    assert ibl.reaction_time_filter(table).tolist() == [keep for _, keep in cases]
+    assert ibl.reaction_time_filter(pd.DataFrame(table)).tolist() == [keep for _, keep in cases]
+    del table["goCue_times"]
+    with pytest.raises(SessionError, match="goCue_times"):
+        ibl.reaction_time_filter(table)
+
+
+def test_bad_trials_are_kept_counted_or_dropped(variant):
+    def spoil(table):
+        table.loc[3, "stimOn_times"] = np.nan
+        table.loc[5, "firstMovement_times"] = table.loc[5, "stimOn_times"] + 0.01
+        table.loc[6, ["choice", "feedbackType"]] = [0.0, np.nan]
+        table.loc[7, ["contrastLeft", "contrastRight"]] = np.nan
+
+    written = make_session()
+    kept = variant(edit_trials(spoil))
+    np.testing.assert_array_equal(kept.counts, np.delete(written.counts, 3, axis=0))
+    assert np.flatnonzero(kept.behaviour["reaction-time-filter"] == 0).tolist() == [4, 5]
+    assert np.isnan(kept.behaviour["reward"]).nonzero()[0].tolist() == [5]
+    assert np.isnan(kept.behaviour["contrast"]).nonzero()[0].tolist() == [6]
+    filtered = variant(edit_trials(spoil), trial_filter="reaction-time")
+    np.testing.assert_array_equal(filtered.counts, np.delete(written.counts, [3, 5, 6], axis=0))
+    assert filtered.provenance["trials"] == {
+        "in the table": K,
+        "without stimOn_times": 1,
+        "rejected by the filter": 2,
+    }
+
+
+def test_trials_in_separate_files(variant):
+    def split(alf):
+        table = pd.read_parquet(alf / "_ibl_trials.table.pqt")
+        (alf / "task_00").mkdir()
+        for name in ("stimOn_times", "choice", "contrastLeft", "contrastRight"):
+            np.save(alf / f"task_00/_ibl_trials.{name}.npy", table[name].to_numpy())
+        (alf / "_ibl_trials.table.pqt").unlink()
+
+    read = variant(split)
+    np.testing.assert_array_equal(read.counts, make_session().counts)
+    traces = {"wheel-speed", "whisker-motion-energy"}
+    assert set(read.behaviour) == {"choice", "contrast"} | traces
+
+
+LEFT_CAMERA = ("_ibl_leftCamera.times.npy", "leftCamera.ROIMotionEnergy.npy")
+
+
+def rename_camera(alf):
+    for name in LEFT_CAMERA:
+        (alf / name).rename(alf / name.replace("left", "right"))
+
+
+def test_cameras(read, variant):
+    energy = read.behaviour["whisker-motion-energy"]
+    right = variant(rename_camera)
+    assert right.provenance["camera"] == "right"
+    np.testing.assert_array_equal(right.behaviour["whisker-motion-energy"], energy)
+    # Surplus times belong to frames before the video began.
+    early = lambda times: np.concatenate([[-0.2, -0.1, np.nan], times])  # noqa: E731
+    surplus = variant(edit_array("_ibl_leftCamera.times.npy", early))
+    np.testing.assert_array_equal(surplus.behaviour["whisker-motion-energy"], energy)
+    with pytest.warns(UserWarning, match="no leftCamera.*no rightCamera.*whisker-motion-energy"):
+        none = variant(lambda alf: (alf / "leftCamera.ROIMotionEnergy.npy").unlink())
+    assert "whisker-motion-energy" not in none.behaviour and none.provenance["camera"] is None
+
+    def short_left(alf):
+        left = [np.load(alf / name) for name in LEFT_CAMERA]
+        rename_camera(alf)
+        np.save(alf / LEFT_CAMERA[0], left[0][:-10])
+        np.save(alf / LEFT_CAMERA[1], left[1])
+
+    with pytest.warns(UserWarning, match="leftCamera: .* energies, .* times; took the right"):
+        short = variant(short_left)
+    np.testing.assert_array_equal(short.behaviour["whisker-motion-energy"], energy)
+
+
+def test_wheel_speed_of_a_known_rotation(variant):
+    """Constant 2 rad/s throughout, sampled as an encoder does: at steps, not at times."""
+
+    def rotate(alf):
+        stop = np.load(alf / "_ibl_wheel.timestamps.npy")[-1]
+        times = np.arange(0, stop, 0.013)
+        np.save(alf / "_ibl_wheel.timestamps.npy", np.repeat(times, 2))  # doubled samples
+        position = np.repeat(-2 * times, 2)
+        position[1000] = np.nan
+        np.save(alf / "_ibl_wheel.position.npy", position)
+
+    speed = variant(rotate).behaviour["wheel-speed"]
+    np.testing.assert_allclose(speed[1:-1], 2, rtol=1e-4)
+    with pytest.warns(UserWarning, match="positions, but .* timestamps.*wheel-speed"):
+        read = variant(edit_array("_ibl_wheel.position.npy", lambda p: p[:-1]))
+    assert "wheel-speed" not in read.behaviour
+
+
+# ---------------------------------------------------------------------------- errors
+
+
+def remove(name):
+    return lambda alf: [file.unlink() for file in alf.rglob(name)]
+
+
+ERRORS = {
+    "no sorting": (remove("spikes.times.npy"), {}, r"spikes.times.*no spike sorting"),
+    "no clusters": (remove("spikes.clusters.npy"), {}, r"alf/probe00/pykilosort/spikes.clusters"),
+    "no trials": (remove("_ibl_trials.table.pqt"), {}, r"_ibl_trials.table.pqt: no trials table"),
+    "no ids": (remove("channels.brain*"), {}, r"brainLocationIds.*atlas=None"),
+    "no metrics": (remove("clusters.metrics.pqt"), {"units": "good"}, r"metrics.*units=None"),
+    "no event": (lambda alf: None, {"align": "laserOn_times"}, r"'laserOn_times'.*'stimOn_times'"),
+    "all NaN": (
+        edit_trials(lambda t: t.__setitem__("stimOn_times", np.nan)),
+        {},
+        r"table.pqt: all 40 trials lack 'stimOn_times'; align to another",
+    ),
+    "all rejected": (
+        edit_trials(lambda t: t.__setitem__("choice", 0.0)),
+        {"trial_filter": "reaction-time"},
+        r"no trial passes",
+    ),
+    "none good": (
+        lambda alf: [
+            pd.read_parquet(f).assign(label=0.5).to_parquet(f) for f in alf.rglob("*.metrics.pqt")
+        ],
+        {"units": "good"},
+        r"no cluster has label 1",
+    ),
+    "spike files differ": (
+        edit_array(f"{SORTING}/spikes.clusters.npy", lambda c: c[:-1]),
+        {},
+        r"spikes.\*: \d+ times, \d+ clusters",
+    ),
+    "cluster without channel": (
+        edit_array(f"{SORTING}/clusters.channels.npy", lambda c: c[:-2]),
+        {},
+        r"spikes.clusters: ids 0 to \d+, but clusters.channels lists 6",
+    ),
+    "channel without id": (
+        edit_array(f"{SORTING}/channels.brainLocationIds_ccf_2017.npy", lambda c: c[:10]),
+        {},
+        r"clusters.channels: not within the 10 channels",
+    ),
+    "depths too short": (
+        edit_array(f"{SORTING}/clusters.depths.npy", lambda c: c[:-1]),
+        {},
+        r"clusters: depth: 7 for 8 clusters",
+    ),
+    "damaged array": (
+        lambda alf: (alf / SORTING / "spikes.times.npy").write_bytes(b"half a file"),
+        {},
+        r"spikes.times.npy: damaged",
+    ),
+    "damaged table": (
+        lambda alf: (alf / "_ibl_trials.table.pqt").write_bytes(b"half a file"),
+        {},
+        r"_ibl_trials.table.pqt: damaged",
+    ),
+    "NaN spike": (
+        edit_array(f"{SORTING}/spikes.times.npy", lambda t: np.append(t[:-1], np.nan)),
+        {},
+        r"spike_times",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_session_dataset_and_remedy(variant, case):
+    edit, options, message = ERRORS[case]
+    with pytest.raises(SessionError, match=rf"(?s){EID}.*{message}"):
+        variant(edit, **options)
+
+
+def test_histology_is_not_needed_without_an_atlas(variant):
+    read = variant(remove("channels.brain*"), atlas=None)
+    assert read.region_names == [] and "allen" not in read.neurons
+    np.testing.assert_array_equal(read.counts, make_session().counts)
+
+
+def test_listed_but_gone(tree, tmp_path):
+    root = shutil.copytree(tree, tmp_path / "copy")
+    one = ibl.connect(root)
+    next(root.rglob("spikes.clusters.npy")).unlink()
+    with pytest.raises(SessionError, match=f"{EID}.*spikes.clusters.npy: listed, but not on disk"):
+        ibl.load_session(one, EID)
+
+
+def test_unknown_sessions_and_options(tree):
+    one = ibl.connect(tree)
+    absent = "5dcee0eb-b34d-4652-acc3-d10afc6eae68"
+    with pytest.raises(SessionError, match=rf"{absent}.*one\.search"):
+        ibl.load_session(one, absent)
+    with pytest.raises(SessionError, match="'yesterday'.*not a session id"):
+        ibl.load_session(one, "yesterday")
+    for options in ({"atlas": "Swanson"}, {"trial_filter": "all"}, {"units": "best"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be one of"):
+            ibl.load_session(one, EID, **options)
+
+
+# --------------------------------------------------------------------------- connect
+
+
+def test_connect_says_what_it_needs(tmp_path):
+    with pytest.raises(ValueError, match=r"cache_dir.*username.*token.*/signup"):
+        ibl.connect()
+    with pytest.raises(FileNotFoundError, match="index_alf"):
+        ibl.connect(tmp_path)
+    with pytest.raises(ValueError, match="No Alyx username"):
+        ibl.connect(password="secret", base_url="http://localhost:9")
+    with pytest.raises(ValueError, match="'me'.*is saved.*/me"):  # asks neither user nor network
+        ibl.connect(username="me", base_url="http://localhost:9")
+    with pytest.raises(ConnectionError, match="localhost:9"):
+        ibl.connect(username="me", password="secret", base_url="http://localhost:9")
+
+
+def test_local_mode_without_home_input_or_network(tree):
+    """In a process of its own: no HOME, stdin closed, sockets forbidden, warnings are errors."""
+    code = (
+        "import socket, sys, types\n"
+        "sys.modules['mtm'] = types.ModuleType('mtm')\n"  # without torch, which takes seconds
+        "sys.modules['mtm'].__path__ = ['mtm']\n"
+        "def no(*a, **k): raise SystemExit('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = no\n"
+        "from mtm.sources import ibl\n"
+        "one = ibl.connect(sys.argv[1])\n"
+        "session = ibl.load_session(one, one.search()[0], window=(0, 1))\n"
+        "assert session.n_neurons == 20, session\n"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "HOME"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(tree)],
+        env={**env, "HOME": ""},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+class Alyx(BaseHTTPRequestHandler):
+    """As much of IBL's server as ONE asks for: log-in, schema, one session, its files."""
+
+    tree = None
+
+    def do_GET(self):
+        allowed = self.headers.get("Authorization") == "Token t0ken"
+        if self.path.startswith("/public/"):
+            path = Path(unquote(self.path.removeprefix("/public/")))
+            name = re.sub(r"\.[0-9a-f-]{36}(?=\.\w+$)", "", path.name)
+            return self.answer(200, (self.tree / path.parent / name).read_bytes())
+        if not allowed:
+            return self.answer(403, {"detail": "Invalid credentials"})
+        if self.path == "/me":
+            return self.answer(200, {"username": "someone"})
+        if self.path == "/api/schema":
+            paths = {"/sessions/{id}": {"get": {}}, "/sessions": {"get": {}}}
+            return self.answer(200, {"paths": paths})
+        if self.path.startswith(f"/sessions/{EID}"):
+            return self.answer(200, self.session())
+        return self.answer(404, {"detail": "Not found."})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        right = self.path == "/auth-token" and body == "username=someone&password=secret"
+        self.answer(*(200, {"token": "t0ken"}) if right else (400, {"detail": "no"}))
+
+    def session(self):
+        table = pd.read_parquet(self.tree / "datasets.pqt").loc[EID]
+        place = "simlab/Subjects/MOUSE-1.a/2026-01-02/001"
+        records = [
+            {
+                "id": i,
+                "file_size": int(row.file_size),
+                "hash": None,
+                "data_url": f"https://data/public/{place}/{row.rel_path}",
+                "default_revision": "True",
+                "qc": "NOT_SET",
+            }
+            for i, row in table.iterrows()
+        ]
+        return {
+            "url": f"https://alyx/sessions/{EID}",
+            "subject": "MOUSE-1.a",
+            "start_time": "2026-01-02T12:00:00",
+            "lab": "simlab",
+            "number": 1,
+            "task_protocol": "",
+            "projects": [],
+            "data_dataset_session_related": records,
+        }
+
+    def answer(self, status, body):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tree, monkeypatch):
+    """Address of a stand-in for the public server that hands out the tree."""
+    import one.params
+
+    Alyx.tree = tree
+    httpd = HTTPServer(("127.0.0.1", 0), Alyx)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{httpd.server_address[1]}"
+    defaults = one.params.default()
+    monkeypatch.setattr(
+        one.params, "default", lambda: defaults.set("HTTP_DATA_SERVER", f"{url}/public")
+    )
+    yield url
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_the_same_code_reads_a_server(read, tmp_path, server, capfd):
+    """Against a stand-in for Alyx; the real one cannot be reached from a test."""
+    import requests
+
+    with pytest.raises(requests.HTTPError, match="authentication failed"):
+        ibl.connect(username="someone", password="wrong", base_url=server)
+    with pytest.raises(requests.HTTPError):
+        ibl.connect(token="wrong", base_url=server)
+    cache = tmp_path / "cache"
+    one = ibl.connect(cache, username="someone", password="secret", base_url=server)
+    remote, local = ibl.load_session(one, EID), read
+    np.testing.assert_array_equal(remote.counts, local.counts)
+    assert (remote.name, read.subject) == (local.name, local.subject)
+    assert remote.provenance == {**local.provenance, "server": server}
+    for key, values in local.behaviour.items():
+        np.testing.assert_array_equal(remote.behaviour[key], values)
+    for key, values in local.neurons.items():
+        np.testing.assert_array_equal(remote.neurons[key], values)
+    with pytest.raises(SessionError, match="no datasets"):
+        ibl.load_session(one, "5dcee0eb-b34d-4652-acc3-d10afc6eae68")
+    # A token alone, then the saved one; and what was downloaded, without the server.
+    assert ibl.connect(cache, token="t0ken", base_url=server).alyx.user == "someone"
+    assert ibl.connect(cache, username="someone", base_url=server).alyx.is_logged_in
+    one.save_cache()
+    offline = ibl.load_session(ibl.connect(cache), EID)
+    np.testing.assert_array_equal(offline.counts, local.counts)
+    assert capfd.readouterr() == ("", "")
