@@ -31,7 +31,7 @@ EXAMPLE = """example, from nothing to scores in a few minutes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         options.run(options)
     except (ValueError, KeyError, OSError, ImportError, FloatingPointError) as error:
@@ -158,7 +158,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
         print(f"\nscores in {options.json}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line; a wrong one prints why and leaves with status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m mtm",
         description="Multi-task masking: recordings in, a trained model and honest scores out.",
@@ -170,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     _prepare_options(commands)
     _train_options(commands)
     _evaluate_options(commands)
-    return parser
+    return parser.parse_args(arguments)
 
 
 def _simulate_options(commands: Any) -> None:

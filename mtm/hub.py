@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 
 from mtm.model import MtM, MtMConfig
 
@@ -46,7 +47,7 @@ def save(model: MtM, folder: str | Path, info: dict[str, Any] | None = None) -> 
     }
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     partial = folder / (WEIGHTS + ".part")
-    save_file(tensors, partial)
+    partial.write_bytes(serialise(tensors))
     os.replace(partial, folder / WEIGHTS)
     partial = folder / (CONFIG + ".part")
     partial.write_text(json.dumps(description, indent=1) + "\n")

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.transforms import ScaledTranslation
 
 from mtm.evaluate import TASKS, Report
 from mtm.masks import scheme
@@ -242,13 +243,11 @@ def _region_labels(session: Session, order: np.ndarray, ax: Axes) -> None:
     stops = np.r_[starts[1:], len(labels)]
     colours = region_colours(session)
     ax.set_yticks((starts + stops) / 2, [label or "no region" for label in labels[starts]])
-    ax.tick_params(axis="y", length=0, pad=8)
+    ax.tick_params(axis="y", length=0, pad=9)
+    strip = ax.get_yaxis_transform() + ScaledTranslation(-5 / 72, 0, ax.figure.dpi_scale_trans)
     for start, stop in zip(starts, stops, strict=True):
-        span = ax.get_ylim()
-        low = (start - span[0]) / (span[1] - span[0])
-        high = (stop - span[0]) / (span[1] - span[0])
         ax.plot(
-            [-0.015] * 2, [low, high], transform=ax.transAxes, color=colours[labels[start]], lw=4,
+            [0, 0], [start, stop], transform=strip, color=colours[labels[start]], lw=4,
             clip_on=False, solid_capstyle="butt",
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import textwrap
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -246,7 +246,8 @@ class Session:
         ]
         for ndim, unit in ((1, "trial"), (2, "bin")):
             if names := sorted(k for k, v in self.behaviour.items() if v.ndim == ndim):
-                lines.append(f"behaviour per {unit}: " + ", ".join(names))
+                text = f"behaviour per {unit}: " + ", ".join(names)
+                lines += textwrap.wrap(text, 74, subsequent_indent="  ", break_on_hyphens=False)
         if self.rates is not None:
             lines.append("true rates known (simulated)")
         return "\n  ".join(lines)
@@ -412,14 +413,13 @@ class Session:
         if self.given_split is not None:
             arrays |= {f"split/{key}": part for key, part in self.given_split._asdict().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        partial = path.parent / f".{path.name}.{os.getpid()}.part"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(partial, "wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **arrays)
             os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        finally:
+            partial.unlink(missing_ok=True)
         return path
 
     @classmethod

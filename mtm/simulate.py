@@ -28,6 +28,7 @@ CONTRASTS = np.array([0.0, 0.0625, 0.125, 0.25, 1.0])
 INPUTS = ("stimulus left", "stimulus right", "evidence", "turn", "movement", "reward")
 MOVEMENT = 0.4  # seconds that a turn of the wheel lasts
 DECISION_DELAY = 0.12  # seconds from stimulus to the start, and from the bound to the movement
+BOUND = 0.7  # of the evidence
 BURN_IN = 1.0  # seconds simulated before the window, so that the latents have forgotten their start
 
 
@@ -175,7 +176,7 @@ def _task(
     noise = rng.standard_normal((n_trials, len(steps))) * np.sqrt(bin_size)
     evidence = np.cumsum(drift[:, None] * bin_size + noise, axis=1)
     evidence += 0.25 * np.log((1 - block) / block)[:, None]
-    crossed = np.abs(evidence) >= 1.0
+    crossed = np.abs(evidence) >= BOUND
     stop = np.where(crossed.any(axis=1), crossed.argmax(axis=1), len(steps) - 1)
     decision = evidence[np.arange(n_trials), stop]
     right = decision > 0

@@ -302,8 +302,8 @@ def _loop(
     seconds = time.perf_counter() - start
     top = max(history, key=lambda entry: entry["mean"])
     progress.close(
-        f"{config.epochs} epochs ({step} steps) in {seconds:.0f} s on {device.type}; kept epoch "
-        f"{top['epoch']}, validation {top['mean']:.3f} bits per spike"
+        f"{step} steps in {seconds:.0f} s on {device.type}; "
+        f"best: epoch {top['epoch']}, {top['mean']:.3f} bits per spike"
     )
     return history
 

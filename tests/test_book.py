@@ -12,6 +12,8 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from mtm import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
 LONGEST_CELL = 15  # lines
@@ -67,6 +69,22 @@ def test_readme_commands_are_real():
         assert re.search(rf"^{command}:.*## ", makefile, re.M), f"make {command} is no target"
     assert "jupyter-book build book" in readme
     assert "/jupyter-book build book" in makefile
+
+
+def test_readme_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    exec(compile(example, "README.md", "exec"), {})
+    assert "co-smoothing" in capsys.readouterr().out
+
+
+def test_readme_command_lines_are_understood():
+    """Every `python -m mtm ...` of the README and the book parses, whatever files it names."""
+    texts = [page.read_text("utf-8") for page in [ROOT / "README.md", *PAGES]]
+    commands = [line.split("#")[0] for t in texts for line in t.splitlines() if "-m mtm" in line]
+    lines = [re.search(r"python -m mtm ([^`]*)", command)[1].split() for command in commands]
+    assert len(lines) >= 5
+    for words in lines:
+        cli.parse(words)
 
 
 def test_one_repository_address_everywhere():

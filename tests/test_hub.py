@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtm import MtM, MtMConfig, hub, load, save
+from mtm import MtM, MtMConfig, evaluate, hub, load, save, simulate
 
 
 @pytest.fixture
@@ -61,3 +61,15 @@ def test_damaged_and_foreign_files_are_refused(folder, tmp_path):
     save_file({**tensors, "extra": torch.zeros(1)}, weights)
     with pytest.raises(hub.CheckpointError, match="extra"):
         load(path)
+
+
+def test_the_shipped_model_belongs_to_todays_simulation():
+    """A change of the simulation that leaves the weights behind would show here."""
+    model = load(hub.SHIPPED / "simulated")
+    sessions = simulate(n_sessions=3, n_trials=200, n_neurons=96, seed=0)
+    assert model.session_names == [s.name for s in sessions]
+    for session in sessions:
+        scores = evaluate(model, session, tasks=["inter-region", "forward-prediction"]).tasks
+        assert all(s.mean("bits_per_spike_train_null") > 0.08 for s in scores.values())
+    size = sum(p.stat().st_size for p in (hub.SHIPPED / "simulated").iterdir())
+    assert size < 3_000_000
