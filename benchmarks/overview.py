@@ -24,7 +24,8 @@ def main() -> None:
     ax = middle.subplots()
     trial = session.split().test[1]
     counts = torch.from_numpy(session.counts[[trial]]).float()
-    neuron = int(np.argmax(session.firing_rates * (session.regions == "MOs5")))
+    candidates = np.flatnonzero(session.regions == "MOs5")
+    neuron = candidates[np.abs(session.firing_rates[candidates] - 20).argmin()]
     hidden = torch.zeros(counts.shape, dtype=torch.bool)
     hidden[:, :, neuron] = True
     log_rates = model.predict(counts, "neuron", mtm.Mask(hidden, hidden), session.name)

@@ -65,7 +65,7 @@ def test_prepare_reads_the_alf_tree_that_simulate_wrote(folder, capsys):
         (["evaluate", "{root}/nowhere", "{root}/sim-0.npz"], "holds no model"),
         (["evaluate", "{root}/m", "{root}/other.npz"], "was not trained on session 'other'"),
         (["prepare", "{root}/nowhere", "--out", "x"], "is not a folder"),
-        (["prepare", "{root}/m", "--out", "x"], "holds no session that ONE knows"),
+        (["prepare", "{root}/m", "--out", "x"], "sessions.pqt is missing"),
         (["simulate", "{root}/x", "--neurons", "3"], "a neuron for each of the 6 regions"),
         (["train", "{root}/sim-0.npz", "--out", "x", "--lr", "-1"], "lr must be above 0"),
         (["train", "{root}/sim-0.npz", "{root}/sim-0.npz", "--out", "x"], "two sessions are named"),

@@ -153,3 +153,19 @@ def test_errors(session):
         evaluate(lambda c, *_: torch.log(c * 0.0), session)
     with pytest.raises(SessionError, match="only simulated sessions"):
         oracle(session)
+
+
+def test_hidden_neurons_equal_the_authors(parity):
+    """Which neurons each task zeroes, against inputs that the authors' code made."""
+    theirs = torch.load(parity / "metrics.pt", weights_only=True)
+    counts = theirs["heldout_input"].int().numpy()  # (3, 6, 8)
+    session = Session(counts, theirs["heldout_regions"], "theirs", given_split=([0], [1], [2]))
+    for task, name, scored in [
+        ("co-smoothing", "per_neuron", [2]),
+        ("inter-region", "inter_region", [0, 2, 5, 7]),
+        ("intra-region", "intra_region", [2]),
+    ]:
+        watcher = Watcher()
+        evaluate(watcher, session, tasks=[task], trials=[0, 1, 2], neurons=scored)
+        ((shown, *_),) = watcher.calls
+        np.testing.assert_array_equal(shown, theirs["heldout"][name]["spikes"])
