@@ -245,7 +245,7 @@ def predict_held_out(
         return np.where(bin_scored[:, None] & scored.any(axis=0), known, np.nan)
     device = getattr(predictor, "device", torch.device("cpu"))
     counts = torch.from_numpy(session.counts[trials].astype(np.float32)).to(device)
-    log_rates = torch.full(shape, float("nan"), dtype=torch.float64, device=device)
+    log_rates = torch.full(shape, float("nan"), device=device)
     hidden, scored = torch.from_numpy(hidden).to(device), torch.from_numpy(scored).to(device)
     in_bins = torch.zeros(session.n_bins, 1, dtype=torch.bool, device=device)
     in_bins[slice(*bins)] = True
@@ -260,9 +260,9 @@ def predict_held_out(
             visible = counts[trial].masked_fill(mask.hidden, 0)
             predicted = _call(predictor, visible, TASKS[task], mask, session.name)
             b, t, n = mask.target.nonzero(as_tuple=True)
-            log_rates[trial[b], t, n] = predicted[b, t, n].double()
+            log_rates[trial[b], t, n] = predicted[b, t, n].float()
             bar.update(len(query))
-    return log_rates.cpu().numpy()
+    return log_rates.cpu().numpy().astype(np.float64)
 
 
 def _queries(

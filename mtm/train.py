@@ -197,7 +197,7 @@ class _Data:
         self.regions = torch.from_numpy(session.region_codes).to(device)
         self.train, self.val = split.train, torch.from_numpy(split.val).to(device)
         null = torch.from_numpy(log_mean(session.counts[split.train]))  # (N,)
-        self.null = null.to(device, torch.float32)
+        self.null = null.float().to(device)
 
     def batch(self, trials: Tensor) -> Tensor:
         return self.counts[trials].float()  # (B, T, N)
@@ -370,8 +370,8 @@ def validate(
 
 
 def _autocast(device: torch.device) -> torch.autocast:
-    """bf16 on GPUs that have it; full precision elsewhere."""
-    usable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    """bf16 on GPUs that compute in it (Ampere and later; older ones only emulate it, slowly)."""
+    usable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=usable)
 
 
