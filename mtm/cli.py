@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mtm import alf, hub
-from mtm.decode import decode
-from mtm.evaluate import evaluate, mean_rates, oracle, score_table
+from mtm.decode import Decoded, decodable, decode
+from mtm.evaluate import Report, evaluate, mean_rates, oracle, score_table
 from mtm.masks import SCHEMES
 from mtm.model import MtMConfig
 from mtm.session import Session, SessionError
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         options.run(options)
-    except (ValueError, KeyError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         # The text of a KeyError is its argument, quoted; show the argument itself.
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"mtm {options.command}: error: {text}", file=sys.stderr)
@@ -122,8 +124,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
             f"{options.session}: the model was not trained on session {session.name!r}; it knows: "
             + ", ".join(model.session_names)
         )
-    training = hub.read_config(options.model)["info"].get("train", {})
-    seed = training.get("split_seed", 0)
+    seed = model.config.split_seed
     predictors: dict[str, Any] = {"MtM": model, "mean rate": mean_rates(session, seed)}
     if session.rates is not None:
         predictors["oracle"] = oracle(session)
@@ -131,31 +132,45 @@ def run_evaluate(options: argparse.Namespace) -> None:
         name: evaluate(predictor, session, split_seed=seed, progress=True)
         for name, predictor in predictors.items()
     }
-    decoded = decode(model, session, split_seed=seed) if session.behaviour else {}
     print(f"session {session.name!r}, {reports['MtM'].n_trials} test trials\n")
     print("bits per spike, mean over neurons, against each neuron's mean in the scored entries:")
     print(score_table(reports))
     print("\nthe same against its mean in the training trials:")
     print(score_table(reports, "bits_per_spike_train_null"))
-    for task, reason in reports["MtM"].left_out.items():
-        print(f"{task}: left out, {reason}")
-    for name, result in decoded.items():
-        others = ", ".join(f"{key} {value:.3f}" for key, value in result.others.items())
-        print(f"\n{name}: {result.metric} {result.score:.3f}  ({others})")
+    left_out = dict(reports["MtM"].left_out)
+    decoded = {}
+    for name in decodable(session):
+        try:
+            decoded |= decode(model, session, behaviours=[name])
+        except SessionError as error:
+            left_out[name] = str(error)
+            continue
+        others = ", ".join(f"{key} {value:.3f}" for key, value in decoded[name].others.items())
+        print(f"\n{name}: {decoded[name].metric} {decoded[name].score:.3f}  ({others})")
+    for name, reason in left_out.items():
+        print(f"\n{name}: left out, {reason}")
     if options.json:
-        scores: dict[str, Any] = {
-            task: part.mean() for task, part in reports["MtM"].tasks.items()
-        } | {name: float(result.score) for name, result in decoded.items()}
-        scores["details"] = {
-            "session": session.name,
-            "model": str(options.model),
-            "test_trials": reports["MtM"].n_trials,
-            "activity": {name: report.to_dict() for name, report in reports.items()},
-            "behaviour": {name: result.to_dict() for name, result in decoded.items()},
-        }
+        scores = _scores(reports, decoded)
+        scores["details"] |= {"model": str(options.model), "left_out": left_out}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(scores, indent=1) + "\n")
+        options.json.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
         print(f"\nscores in {options.json}")
+
+
+def _scores(reports: dict[str, Report], decoded: dict[str, Decoded]) -> dict[str, Any]:
+    """One number a task and behaviour, and all else under "details"; NaN becomes None."""
+    activity = {name: report.to_dict() for name, report in reports.items()}
+    scores: dict[str, Any] = {
+        task: summary["bits_per_spike"] for task, summary in activity["MtM"].items()
+    }
+    scores |= {name: round(float(result.score), 6) for name, result in decoded.items()}
+    scores["details"] = {
+        "session": reports["MtM"].session,
+        "test_trials": reports["MtM"].n_trials,
+        "activity": activity,
+        "behaviour": {name: result.to_dict() for name, result in decoded.items()},
+    }
+    return scores
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -259,7 +274,9 @@ def _train_options(commands: Any) -> None:
         metavar="SCHEME",
         help=f"masking schemes to alternate, of {', '.join(SCHEMES)} (default: the four of MtM)",
     )
-    sub.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
+    sub.add_argument(
+        "--device", type=_device, help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)"
+    )
     sub.set_defaults(run=run_train)
 
 
@@ -275,7 +292,9 @@ def _evaluate_options(commands: Any) -> None:
     sub.add_argument("model", type=Path, metavar="DIR", help="folder that train wrote")
     sub.add_argument("session", type=Path, metavar="SESSION.npz")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the scores here as well")
-    sub.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
+    sub.add_argument(
+        "--device", type=_device, help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)"
+    )
     sub.set_defaults(run=run_evaluate)
 
 
@@ -284,3 +303,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} is not available here: {reason}") from None
+    return device

@@ -19,8 +19,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, r2_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 
-from mtm.evaluate import Predicts, _call
-from mtm.masks import Mask
+from mtm.evaluate import Predicts, call_predictor, trained_split_seed
+from mtm.masks import Mask, scheme
 from mtm.session import Session, SessionError
 
 FOLDS = 4
@@ -67,7 +67,7 @@ def decode(
     *,
     behaviours: list[str] | None = None,
     region: str | None = None,
-    split_seed: int = 0,
+    split_seed: int | None = None,
 ) -> dict[str, Decoded]:
     """Decode choice and every behaviour that is recorded bin by bin.
 
@@ -76,7 +76,7 @@ def decode(
         session: the recording.
         behaviours: names; default ``choice`` where known, and all behaviours of shape (K, T).
         region: let the predictor see this region only, and decode from its neurons.
-        split_seed: of ``session.split``.
+        split_seed: of ``session.split``; default the one the model was trained with, else 0.
 
     Returns:
         behaviour -> :class:`Decoded`.
@@ -84,36 +84,29 @@ def decode(
     Raises:
         SessionError: for a behaviour or region that the session does not have, or too few trials.
     """
-    if behaviours is None:
-        behaviours = [key for key, value in session.behaviour.items() if value.ndim == 2]
-        behaviours = ["choice"] * ("choice" in session.behaviour) + sorted(behaviours)
+    options = {"region": region, "split_seed": split_seed}
     results = {}
-    for behaviour in behaviours:
-        if behaviour not in session.behaviour:
-            known = ", ".join(session.behaviour) or "none"
-            raise SessionError(
-                f"session {session.name!r} has no behaviour {behaviour!r}; it has: {known}"
-            )
-        if session.behaviour[behaviour].ndim == 2:
-            results[behaviour] = decode_trace(
-                predictor, session, behaviour, region=region, split_seed=split_seed
-            )
-        elif behaviour == "choice":
-            results["choice"] = decode_choice(
-                predictor, session, region=region, split_seed=split_seed
-            )
+    for behaviour in decodable(session) if behaviours is None else behaviours:
+        if behaviour == "choice":
+            results[behaviour] = decode_choice(predictor, session, **options)
         else:
-            raise SessionError(f"behaviour {behaviour!r} is neither choice nor recorded bin by bin")
+            results[behaviour] = decode_trace(predictor, session, behaviour, **options)
     return results
+
+
+def decodable(session: Session) -> list[str]:
+    """Behaviours that can be decoded: ``choice`` where known, and those recorded bin by bin."""
+    traces = sorted(key for key, value in session.behaviour.items() if value.ndim == 2)
+    return ["choice"] * ("choice" in session.behaviour) + traces
 
 
 def decode_choice(
     predictor: Predicts,
     session: Session,
     *,
-    prompt: str = "neuron",
+    prompt: str | None = None,
     region: str | None = None,
-    split_seed: int = 0,
+    split_seed: int | None = None,
 ) -> Decoded:
     """Decode the animal's choice (-1 or +1; other values are left out) with logistic regression.
 
@@ -122,9 +115,17 @@ def decode_choice(
         frequent choice), ``shuffled`` (fitted to shuffled choices), ``raw_counts`` (the same
         decoder on the counts themselves) and, where the contrast is known, ``stimulus_only``.
 
-    Arguments: see :func:`decode`; ``prompt`` is the scheme whose prompt the model is shown.
+    Arguments: see :func:`decode`; ``prompt`` is the scheme whose prompt the model is shown,
+    by default that of ``neuron`` as in the paper, or of ``intra-region`` for one region.
     """
-    choice = np.asarray(session.behaviour["choice"], dtype=np.float64)
+    prompt = prompt or ("neuron" if region is None else "intra-region")
+    split_seed = trained_split_seed(predictor, split_seed)
+    choice = _behaviour(session, "choice", (session.n_trials,))
+    if set(np.unique(choice[~np.isnan(choice)])) == {0, 1}:
+        raise SessionError(
+            f"session {session.name!r}, behaviour 'choice': -1 and +1 are the two choices and 0 is "
+            "none, but the values are 0 and 1; pass 2 * choice - 1"
+        )
     fit_trials, test_trials = _trials(session, np.isin(choice, (-1, 1)), split_seed)
     y, truth = choice[fit_trials], choice[test_trials]
     least = min((y == -1).sum(), (y == 1).sum())
@@ -168,9 +169,9 @@ def decode_trace(
     session: Session,
     behaviour: str,
     *,
-    prompt: str = "causal",
+    prompt: str | None = None,
     region: str | None = None,
-    split_seed: int = 0,
+    split_seed: int | None = None,
 ) -> Decoded:
     """Decode a behaviour of shape (K, T), all bins at once, with ridge regression.
 
@@ -179,9 +180,12 @@ def decode_trace(
         compare with the control ``time_course``. Also ``shuffled`` (fitted to other trials' traces)
         and ``raw_counts`` (the same decoder on the counts themselves).
 
-    Arguments: see :func:`decode`; ``prompt`` is the scheme whose prompt the model is shown.
+    Arguments: see :func:`decode`; ``prompt`` is the scheme whose prompt the model is shown,
+    by default that of ``causal`` as in the paper, or of ``intra-region`` for one region.
     """
-    traces = np.asarray(session.behaviour[behaviour], dtype=np.float64)
+    prompt = prompt or ("causal" if region is None else "intra-region")
+    split_seed = trained_split_seed(predictor, split_seed)
+    traces = _behaviour(session, behaviour, (session.n_trials, session.n_bins))
     fit_trials, test_trials = _trials(session, np.isfinite(traces).all(axis=1), split_seed)
     if len(fit_trials) < 2 * FOLDS:
         raise SessionError(
@@ -189,6 +193,10 @@ def decode_trace(
             f"without NaN, {2 * FOLDS} are needed to cross-validate"
         )
     y, truth = traces[fit_trials], traces[test_trials]
+    if np.ptp(truth) == 0:
+        raise SessionError(
+            f"session {session.name!r}, behaviour {behaviour!r} does not vary in the test trials"
+        )
     folds = KFold(FOLDS, shuffle=True, random_state=0)
 
     def r2(x: np.ndarray, x_test: np.ndarray, targets: np.ndarray) -> float:
@@ -211,6 +219,20 @@ def decode_trace(
     return Decoded(behaviour, "R2", r2(x, x_test, y), others, n_fit, len(test_trials))
 
 
+def _behaviour(session: Session, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A behaviour as floats; raises where there is none of this name and shape."""
+    if name not in session.behaviour:
+        known = ", ".join(session.behaviour) or "none"
+        raise SessionError(f"session {session.name!r} has no behaviour {name!r}; it has: {known}")
+    values = np.asarray(session.behaviour[name], dtype=np.float64)
+    if values.shape != shape:
+        raise SessionError(
+            f"session {session.name!r}, behaviour {name!r} has shape {values.shape}; to be decoded "
+            f"this way it needs {shape}"
+        )
+    return values
+
+
 def _trials(session: Session, usable: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Trials to fit and to test on; those that fail the reaction-time filter are left out."""
     if "reaction-time-filter" in session.behaviour:
@@ -231,10 +253,10 @@ def _features(
     region: str | None,
 ) -> np.ndarray:
     """Predicted log-rates, or the counts where there is no predictor, flattened; (K', T * N)."""
+    causal = scheme(prompt).causal
     inside = np.ones(session.n_neurons, dtype=bool)
     if region is not None:
         inside = session.regions == region
-        prompt = "intra-region"
         if not inside.any():
             known = ", ".join(session.region_names) or "none"
             raise SessionError(f"session {session.name!r} has no region {region!r}; known: {known}")
@@ -248,9 +270,10 @@ def _features(
         parts = []
         for part in np.split(trials, range(256, len(trials), 256)):
             counts = torch.from_numpy(session.counts[part].astype(np.float32)).to(device)
-            mask = Mask(*[hidden.expand(counts.shape)] * 2, causal=prompt == "causal")
+            mask = Mask(*[hidden.expand(counts.shape)] * 2, causal=causal)
             visible = counts.masked_fill(mask.hidden, 0)
-            parts.append(_call(predictor, visible, prompt, mask, session.name).cpu().numpy())
+            predicted = call_predictor(predictor, visible, prompt, mask, session.name)
+            parts.append(predicted.cpu().numpy())
         features = np.concatenate(parts)
     return features[:, :, inside].reshape(len(trials), -1).astype(np.float64)
 

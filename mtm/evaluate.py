@@ -10,8 +10,8 @@ intra-region        all outside a region, and one of its neurons at a time  it, 
 ==================  ======================================================  ==================
 
 Anything that predicts can be evaluated: a model, an array of log-rates, or a function of yours,
-``predict(counts, scheme, mask, session) -> log-rates``. Hidden entries are zeroed before it sees
-them, so that nothing can cheat. Source: arXiv 2407.14668, section 4.
+``predict(counts, scheme, mask, session) -> log-rates``. Models and functions are shown counts in
+which hidden entries are zeroed; an array is scored as it is. Source: arXiv 2407.14668, section 4.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class TaskScores:
         table: column -> (n,): ``bits_per_spike`` (null: the neuron's mean over the scored test
             entries, as the paper), ``bits_per_spike_train_null`` (null: its mean over the training
             trials), ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known),
-            ``spikes`` (scored), ``region``. NaN = a silent neuron has no score.
+            ``spikes`` (scored), ``visible`` (neurons that could be seen; 0 means that the score
+            is that of guessing), ``region``. NaN = a silent neuron has no score.
         pooled: ``bits_per_spike`` and ``bits_per_spike_train_null``, all neurons' spikes together.
     """
 
@@ -108,29 +109,52 @@ class Report:
         """Means, pooled values and counts of each task, as JSON can hold them (NaN = None)."""
         summary = {}
         for task, scores in self.tasks.items():
-            columns = [c for c in scores.table if c not in ("region", "spikes")]
+            columns = [c for c in scores.table if c not in ("region", "spikes", "visible")]
             means = {column: scores.mean(column) for column in columns}
             pooled = {f"pooled_{key}": value for key, value in scores.pooled.items()}
             numbers = {k: None if np.isnan(v) else round(v, 6) for k, v in (means | pooled).items()}
+            blind = int((scores.table["visible"] == 0).sum())
             counts = {"neurons": len(scores.neurons), "silent_neurons": scores.n_silent}
+            counts["neurons_with_nothing_visible"] = blind
             summary[task] = numbers | counts
         return summary
 
     def __str__(self) -> str:
-        return score_table({"": self})
+        scores = self.tasks.values()
+        rows = {
+            "null: test mean": [_number(s.mean()) for s in scores],
+            "null: training mean": [_number(s.mean("bits_per_spike_train_null")) for s in scores],
+            "neurons": [str(len(s.neurons)) for s in scores],
+            "of them silent": [str(s.n_silent) for s in scores],
+        }
+        title = (
+            f"session {self.session!r}, {self.n_trials} trials; bits per spike, mean over neurons"
+        )
+        notes = [f"{task}: left out, {reason}" for task, reason in self.left_out.items()]
+        return "\n".join([title, _table(list(self.tasks), rows), *notes])
 
 
 def score_table(reports: Mapping[str, Report], column: str = "bits_per_spike") -> str:
     """A text table: a row for each predictor, a column for each task, means over neurons."""
     tasks = [task for task in TASKS if any(task in r.tasks for r in reports.values())]
-    width = max([len(name) for name in reports] + [9])
-    lines = [" " * width + "".join(f"  {task}" for task in tasks)]
-    for name, report in reports.items():
-        values = [report.tasks[t].mean(column) if t in report.tasks else np.nan for t in tasks]
-        cells = ("-" if np.isnan(value) else f"{value:.3f}" for value in values)
-        aligned = (f"  {c:>{len(task)}}" for c, task in zip(cells, tasks, strict=True))
+    rows = {
+        name: [_number(r.tasks[t].mean(column)) if t in r.tasks else "-" for t in tasks]
+        for name, r in reports.items()
+    }
+    return _table(tasks, rows)
+
+
+def _table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    width = max([len(name) for name in rows] + [9])
+    lines = [" " * width + "".join(f"  {column}" for column in columns)]
+    for name, cells in rows.items():
+        aligned = (f"  {c:>{len(column)}}" for c, column in zip(cells, columns, strict=True))
         lines.append(f"{name:<{width}}" + "".join(aligned))
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.3f}"
 
 
 def evaluate(
@@ -140,7 +164,7 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     trials: np.ndarray | None = None,
     neurons: np.ndarray | None = None,
-    split_seed: int = 0,
+    split_seed: int | None = None,
     batch_size: int = 256,
     progress: bool = False,
 ) -> Report:
@@ -153,7 +177,8 @@ def evaluate(
         tasks: some of :data:`TASKS`. Default: all that the session allows.
         trials: indices of the scored trials. Default: the test trials of ``session.split``.
         neurons: indices of the scored neurons. All neurons stay in the input. Default: all.
-        split_seed: of ``session.split``; its training trials make the honest null model.
+        split_seed: of ``session.split``; its training trials make the honest null model. Default:
+            the one that the model was trained with, else 0.
         batch_size: trials predicted at once.
         progress: show a bar.
 
@@ -164,28 +189,51 @@ def evaluate(
         ValueError: for an unknown task, or predictions of a wrong shape or with NaN.
         SessionError: when a task that was asked for needs regions and there are none.
     """
-    split = session.split(split_seed)
-    trials = split.test if trials is None else np.asarray(trials)
-    wanted = np.ones(session.n_neurons, dtype=bool)
-    if neurons is not None:
-        wanted[:] = False
-        wanted[np.asarray(neurons)] = True
+    split = session.split(trained_split_seed(predictor, split_seed))
+    trials = np.arange(session.n_trials)[split.test if trials is None else trials]
+    wanted = np.zeros(session.n_neurons, dtype=bool)
+    wanted[slice(None) if neurons is None else neurons] = True
+    if len(trials) == 0 or not wanted.any():
+        raise ValueError(f"session {session.name!r}: no trials or no neurons to score")
     left_out = {}
     for task in TASKS if tasks is None else tasks:
         if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
-        if task.endswith("region") and not session.region_names:
+            raise ValueError(f"unknown task {task!r}; pass a list of some of: {', '.join(TASKS)}")
+        if task.endswith("region") and not (session.region_codes[wanted] >= 0).any():
             left_out[task] = "no neuron has a region label"
     if tasks is not None and left_out:
-        raise SessionError(f"session {session.name!r}: {task}: no neuron has a region label")
+        raise SessionError(
+            f"session {session.name!r}, {', '.join(left_out)}: no scored neuron has a region "
+            "label; pass regions, or leave the task out"
+        )
     train_null = metrics.log_mean(session.counts[split.train])
     scores = {}
-    for task in [t for t in (tasks or TASKS) if t not in left_out]:
+    for task in [t for t in (TASKS if tasks is None else tasks) if t not in left_out]:
         log_rates = predict_held_out(
             predictor, session, task, trials, wanted, batch_size=batch_size, progress=progress
         )
-        scores[task] = _score(log_rates, session, task, trials, train_null)
+        hidden, scored, bins = _queries(task, session, wanted)
+        hidden = hidden & (bins[0] == 0)  # in forward prediction, all are visible at first
+        visible = scored.T @ (~hidden).sum(axis=1)  # (N,): each neuron is scored in one query
+        scores[task] = _score(log_rates, session, task, trials, train_null, scored.any(0), visible)
     return Report(session.name, len(trials), scores, left_out)
+
+
+def trained_split_seed(predictor: Predicts, split_seed: int | None) -> int:
+    """The split to use: the one asked for, else the one the model was trained on, else that of 0.
+
+    Raises:
+        ValueError: when a model was trained on another split.
+    """
+    trained = getattr(getattr(predictor, "config", None), "split_seed", None)
+    if split_seed is None:
+        return trained or 0
+    if trained is not None and trained != split_seed:
+        raise ValueError(
+            f"the model was trained on the split of seed {trained}, not {split_seed}; some of the "
+            "test trials would be ones it has learned from"
+        )
+    return split_seed
 
 
 def oracle(session: Session) -> np.ndarray:
@@ -240,6 +288,8 @@ def predict_held_out(
     shape = (len(trials), session.n_bins, session.n_neurons)
     if isinstance(predictor, np.ndarray):
         known = np.broadcast_to(predictor, session.counts.shape)[trials].astype(np.float64)
+        if not np.isfinite(known).all():
+            raise ValueError("the predicted log-rates hold NaN or infinite values")
         bin_scored = np.zeros(session.n_bins, dtype=bool)
         bin_scored[slice(*bins)] = True
         return np.where(bin_scored[:, None] & scored.any(axis=0), known, np.nan)
@@ -258,7 +308,7 @@ def predict_held_out(
                 causal=task == "forward-prediction",
             )
             visible = counts[trial].masked_fill(mask.hidden, 0)
-            predicted = _call(predictor, visible, TASKS[task], mask, session.name)
+            predicted = call_predictor(predictor, visible, TASKS[task], mask, session.name)
             b, t, n = mask.target.nonzero(as_tuple=True)
             log_rates[trial[b], t, n] = predicted[b, t, n].float()
             bar.update(len(query))
@@ -294,9 +344,14 @@ def _chunks(
         yield pair // n_trials, pair % n_trials
 
 
-def _call(
+def call_predictor(
     predictor: Predictor | Callable[..., Any], counts: Tensor, scheme: str, mask: Mask, name: str
 ) -> Tensor:
+    """Log-rates (B, T, N) from a model or a function, checked.
+
+    Raises:
+        ValueError: when their shape is not the counts', or a target's is not finite.
+    """
     predict = getattr(predictor, "predict", predictor)
     predicted = torch.as_tensor(predict(counts, scheme, mask, name), device=counts.device)
     if predicted.shape != counts.shape:
@@ -316,10 +371,16 @@ def _call(
 
 
 def _score(
-    log_rates: np.ndarray, session: Session, task: str, trials: np.ndarray, train_null: np.ndarray
+    log_rates: np.ndarray,
+    session: Session,
+    task: str,
+    trials: np.ndarray,
+    train_null: np.ndarray,
+    scored: np.ndarray,
+    visible: np.ndarray,
 ) -> TaskScores:
     bins = forward_bins(session.n_bins) if task == "forward-prediction" else (0, session.n_bins)
-    neurons = np.flatnonzero(~np.isnan(log_rates[0, bins[0]]))
+    neurons = np.flatnonzero(scored)
     predicted = log_rates[:, slice(*bins)][:, :, neurons]
     counts = session.counts[trials][:, slice(*bins)][:, :, neurons]
     null = train_null[neurons]
@@ -329,11 +390,13 @@ def _score(
         "poisson_d2": metrics.poisson_d2(predicted, counts),
         "trial_r2": metrics.trial_r2(predicted, counts),
     }
-    known = [key for key in CONDITIONS if key in session.behaviour]
+    per_trial = {key for key, values in session.behaviour.items() if values.ndim == 1}
+    known = [key for key in CONDITIONS if key in per_trial]
     if known:
         conditions = np.stack([session.behaviour[key][trials] for key in known], axis=1)
         table["psth_r2"] = metrics.psth_r2(predicted, counts, conditions)
     table["spikes"] = counts.sum(axis=(0, 1), dtype=np.int64)
+    table["visible"] = visible[neurons]
     table["region"] = session.regions[neurons]
     pooled = {
         "bits_per_spike": metrics.pooled_bits_per_spike(predicted, counts),

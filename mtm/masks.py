@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNLABELLED = -1
+NO_REGION = -1
 """Region code of a neuron without a region: hidden and scored like any other, but no region."""
 PADDING = -2
 """Region code of a neuron that is not there: never hidden, never scored."""
@@ -61,7 +61,7 @@ def neuron(
 
     Args:
         counts: (B, T, N), any dtype; gives the shape and the device, its values are not looked at.
-        regions: (N,) int64 region codes; see :data:`UNLABELLED` and :data:`PADDING`.
+        regions: (N,) int64 region codes; see :data:`NO_REGION` and :data:`PADDING`.
         ratio: share hidden, 0 < ratio <= 1.
         generator: on the counts' device.
     """
@@ -138,8 +138,8 @@ def random_token(
     n_trials, n_bins, n_neurons = counts.shape
     n_patches = -(-n_neurons // patch_size)
     patch = torch.arange(n_neurons, device=counts.device) // patch_size  # (N,)
-    real = torch.zeros(n_patches, dtype=torch.bool, device=counts.device)
-    real = real.index_fill(0, patch, True) if n_neurons else real
+    real = torch.zeros(n_patches, device=counts.device)
+    real = real.index_add(0, patch, (regions > PADDING).float()) > 0  # not padding alone
     chosen = _choose((n_trials, n_bins, n_patches), real, ratio, generator, counts)
     chosen = chosen[:, :, patch] & (regions > PADDING)
     return _spread(chosen, chosen, counts)
@@ -261,8 +261,10 @@ class MaskSampler:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not schemes:
-            raise ValueError(f"no masking scheme given; known: {', '.join(SCHEMES)}")
+        if isinstance(schemes, str) or not schemes:
+            raise ValueError(
+                f"need a list of masking schemes, got {schemes!r}; known: {', '.join(SCHEMES)}"
+            )
         ratios = dict(ratios or {})
         if strangers := set(ratios) - set(schemes):
             raise ValueError(f"ratios for schemes that are not drawn: {', '.join(strangers)}")
@@ -278,5 +280,15 @@ class MaskSampler:
         return name, self.draw(name, counts, regions)
 
     def draw(self, name: str, counts: Tensor, regions: Tensor) -> Mask:
-        """A mask of the scheme ``name`` for ``counts`` (B, T, N), ``regions`` (N,)."""
-        return SCHEMES[name].draw(counts, regions, self.ratios[name], self.generator)
+        """A mask of the scheme ``name`` for ``counts`` (B, T, N), ``regions`` (N,).
+
+        Targets that the scheme left visible are taken out: a model could copy them.
+        """
+        kind = SCHEMES[name]
+        mask = kind.draw(counts, regions, self.ratios[name], self.generator)
+        if mask.causal != kind.causal:
+            raise ValueError(
+                f"scheme {name!r} draws masks with causal={mask.causal} but was registered with "
+                f"causal={kind.causal}; they must agree"
+            )
+        return Mask(mask.hidden, mask.target & mask.hidden, mask.causal)

@@ -2,7 +2,8 @@
 
 All scores take log-rates (the log of the expected count of a bin) and counts of the same shape
 (K, T, N), scored trials x scored bins x neurons, and return one number a neuron, (N,) float64. A
-neuron without a spike among the scored entries has no score: NaN, to be counted, never averaged in.
+neuron without a spike among the scored entries has no score: NaN, to be counted, never averaged in;
+nor has one whose counts never vary a share of variance or deviance.
 Sources: Pei et al. 2021 (bits per spike); arXiv 2407.14668, section 4 and Figure 7 (both R2).
 """
 
@@ -72,7 +73,9 @@ def poisson_d2(
     log_counts = np.log(np.maximum(counts, 1.0))  # count 0 contributes 0 to count * log(count)
     saturated = (counts - counts * log_counts).sum(axis=(0, 1))
     null = poisson_nll(_null(counts, null_log_rates), counts).sum(axis=(0, 1)) - saturated
-    return _ratio(gain, np.where(counts.sum(axis=(0, 1)) > 0, null, 0.0))
+    spikes = counts.sum(axis=(0, 1))
+    varies = (spikes > 0) & (null > 1e-9 * (np.abs(saturated) + spikes))  # but for rounding
+    return _ratio(gain, np.where(varies, null, 0.0))
 
 
 def trial_r2(log_rates: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -120,7 +123,9 @@ def _null(counts: np.ndarray, null_log_rates: np.ndarray | None) -> np.ndarray:
 
 def _r2(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     residual = ((observed - predicted) ** 2).sum(axis=0)
-    return 1.0 - _ratio(residual, ((observed - observed.mean(axis=0)) ** 2).sum(axis=0))
+    total = ((observed - observed.mean(axis=0)) ** 2).sum(axis=0)
+    constant = total <= 1e-12 * (observed**2).sum(axis=0)  # but for rounding
+    return 1.0 - _ratio(residual, np.where(constant, 0.0, total))
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -52,6 +52,7 @@ class MtMConfig:
     prompts: tuple[str, ...] = MTM_SCHEMES  # schemes with a prompt token; () = no prompt
     causal: bool = True  # trained with causal attention too; if not, `predict` never uses it
     session_token: bool = True
+    split_seed: int = 0  # of the splits it was trained on; evaluation uses the same
     init: str = "mtm"  # "mtm" or "paper"
 
     def __post_init__(self) -> None:

@@ -8,12 +8,13 @@ apart.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
@@ -38,7 +39,10 @@ METHOD_COLOURS = {"MtM": BLUE, "oracle": GREEN, "mean rate": "0.6", "true rate":
 def region_colours(session: Session) -> dict[str, str]:
     """Region -> colour, the same in every figure of a session; unlabelled neurons are grey."""
     names = session.region_names
-    colours = {name: REGION_COLOURS[i % len(REGION_COLOURS)] for i, name in enumerate(names)}
+    palette = REGION_COLOURS
+    if len(names) > len(palette):  # more than one can tell apart at a glance, but all different
+        palette = [to_hex(c) for c in plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(names)))]
+    colours = dict(zip(names, palette, strict=False))
     return {label: colours.get(label, "0.5") for label in np.unique(session.regions).tolist()}
 
 
@@ -217,15 +221,16 @@ def score_bars(
     ax = ax or plt.gca()
     tasks = [task for task in TASKS if any(task in r.tasks for r in reports.values())]
     width = 0.8 / len(reports)
-    spare = iter(c for c in REGION_COLOURS if c not in METHOD_COLOURS.values())
+    spare = cycle(c for c in REGION_COLOURS if c not in METHOD_COLOURS.values())
     for i, (name, report) in enumerate(reports.items()):
-        values = [report.tasks[task].table[column] for task in tasks]
-        values = [v[~np.isnan(v)] for v in values]
+        tables = [report.tasks[task].table if task in report.tasks else {} for task in tasks]
+        values = [np.asarray(table.get(column, [np.nan])) for table in tables]
+        values = [v[~np.isnan(v)] if len(v) > 1 else v for v in values]
         ax.bar(
             np.arange(len(tasks)) + (i - (len(reports) - 1) / 2) * width,
             [v.mean() for v in values],
             width,
-            yerr=[v.std(ddof=1) / np.sqrt(len(v)) for v in values],
+            yerr=[v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else 0 for v in values],
             color=METHOD_COLOURS.get(name) or next(spare),
             label=name,
         )

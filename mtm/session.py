@@ -12,6 +12,7 @@ import json
 import os
 import textwrap
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,10 @@ class Session:
         neurons: per-neuron table: column name -> (N,) numbers or strings.
         rates: expected count of each bin, (K, T, N); only simulated recordings know it.
         given_split: trials of each part, where the recording comes with a split of its own.
+        trial_ids: (K,) place of each trial among the ``n_recorded`` trials of the whole recording,
+            where these are a selection of them. Splits go by it, so that a test trial of the
+            recording is a test trial of every selection. Default: these are all, in order.
+        n_recorded: number of trials of the whole recording; default K.
         provenance: where the recording comes from; anything that JSON can hold.
 
     Raises:
@@ -72,6 +77,8 @@ class Session:
     neurons: dict[str, np.ndarray] = field(default_factory=dict)
     rates: np.ndarray | None = None
     given_split: Split | None = None
+    trial_ids: np.ndarray | None = None
+    n_recorded: int | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,6 +93,7 @@ class Session:
         self.neurons = {key: self._check_column(key, value) for key, value in self.neurons.items()}
         self.rates = self._check_rates(self.rates)
         self.given_split = self._check_split(self.given_split)
+        self.trial_ids, self.n_recorded = self._check_trial_ids(self.trial_ids, self.n_recorded)
         try:
             json.dumps(self.provenance)
         except TypeError as error:
@@ -128,7 +136,8 @@ class Session:
                 f"need one label for each of the {self.n_neurons} neurons, got shape "
                 f"{regions.shape}; use '' for neurons without a label",
             )
-        return np.array(["" if r is None else str(r) for r in regions.tolist()], dtype=np.str_)
+        labels = [r.decode() if isinstance(r, bytes) else r for r in regions.tolist()]
+        return np.array(["" if r is None else str(r) for r in labels], dtype=np.str_)
 
     def _check_window(self, window: Any) -> tuple[float, float]:
         if not np.isfinite(self.bin_size) or self.bin_size <= 0:
@@ -181,15 +190,24 @@ class Session:
             return None
         parts = []
         for label, part in zip(Split._fields, split, strict=True):
-            part = np.unique(np.asarray(part, dtype=np.int64))
-            if part.size == 0:
-                self._fail("given_split", f"no trials in {label}")
-            if part[0] < 0 or part[-1] >= self.n_trials:
+            part = np.asarray(part)
+            part = np.unique(np.flatnonzero(part) if part.dtype == bool else part).astype(np.int64)
+            if part.size and (part[0] < 0 or part[-1] >= self.n_trials):
                 self._fail("given_split", f"{label} names trials outside 0..{self.n_trials - 1}")
             parts.append(part)
         if len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
             self._fail("given_split", "a trial is in two parts; keep them apart")
         return Split(*parts)
+
+    def _check_trial_ids(self, ids: Any, n_recorded: int | None) -> tuple[np.ndarray, int]:
+        ids = np.arange(self.n_trials) if ids is None else np.asarray(ids, dtype=np.int64)
+        n_recorded = self.n_trials if n_recorded is None else int(n_recorded)
+        if ids.shape != (self.n_trials,) or len(np.unique(ids)) < self.n_trials:
+            self._fail("trial_ids", f"need {self.n_trials} different numbers, one a trial")
+        if ids.min() < 0 or ids.max() >= n_recorded:
+            self._fail("trial_ids", f"must lie in 0..{n_recorded - 1}; pass n_recorded, the number "
+                       "of trials of the whole recording")  # fmt: skip
+        return ids, n_recorded
 
     # ------------------------------------------------------------- what is in it
 
@@ -257,35 +275,38 @@ class Session:
     def split(self, seed: int = 0) -> Split:
         """Random 70/10/20 % split of the trials into train, val and test.
 
-        The draw depends on the session's name and the seed alone, so it stays the same whatever
-        other sessions are loaded, and in whatever order. Every trial is in exactly one part. A
-        recording that came with its own split keeps it, whatever the seed.
+        The draw is made among the trials of the whole recording and depends on the session's name
+        and the seed alone: it stays the same whatever other sessions are loaded, and a selection of
+        the trials (:meth:`select`, a trial filter) keeps each in its part. Every trial is in
+        exactly one. A recording that came with its own split keeps it, whatever the seed.
 
         Raises:
-            SessionError: with fewer than 3 trials.
+            SessionError: when a part has no trials.
         """
-        if self.given_split is not None:
-            return self.given_split
-        if self.n_trials < 3:
-            self._fail("split", f"{self.n_trials} trials cannot fill train, val and test")
-        digest = hashlib.sha256(f"{self.name}|{seed}".encode()).digest()
-        order = np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(
-            self.n_trials
-        )
-        n_test = max(1, round(0.2 * self.n_trials))
-        n_val = max(1, round(0.1 * self.n_trials))
-        return Split(
-            train=np.sort(order[n_test + n_val :]),
-            val=np.sort(order[n_test : n_test + n_val]),
-            test=np.sort(order[:n_test]),
-        )
+        split = self.given_split
+        if split is None:
+            digest = hashlib.sha256(f"{self.name}|{seed}".encode()).digest()
+            generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+            rank = np.empty(self.n_recorded, dtype=np.int64)
+            rank[generator.permutation(self.n_recorded)] = np.arange(self.n_recorded)
+            rank = rank[self.trial_ids]
+            n_test = max(1, round(0.2 * self.n_recorded))
+            n_val = max(1, round(0.1 * self.n_recorded))
+            in_test, in_val = rank < n_test, (rank >= n_test) & (rank < n_test + n_val)
+            parts = (~in_test & ~in_val, in_val, in_test)
+            split = Split(*(np.flatnonzero(part) for part in parts))
+        for label, part in zip(Split._fields, split, strict=True):
+            if len(part) == 0:
+                self._fail("split", f"none of its {self.n_trials} trials is in {label}; keep more "
+                           "trials, or pass given_split")  # fmt: skip
+        return split
 
     def select(
         self, trials: np.ndarray | None = None, neurons: np.ndarray | None = None
     ) -> Session:
         """A new session with only these trials and neurons (indices or boolean masks).
 
-        A split that came with the recording keeps those of its trials that are left.
+        Each trial stays in the part of the split that it was in.
         """
         trials = np.arange(self.n_trials)[slice(None) if trials is None else trials]
         neurons = np.arange(self.n_neurons)[slice(None) if neurons is None else neurons]
@@ -303,6 +324,8 @@ class Session:
             neurons={key: value[neurons] for key, value in self.neurons.items()},
             rates=None if self.rates is None else self.rates[trials][:, :, neurons],
             given_split=split,
+            trial_ids=self.trial_ids[trials],
+            n_recorded=self.n_recorded,
             provenance=self.provenance,
         )
 
@@ -350,35 +373,21 @@ class Session:
             listed = regions is not None and not isinstance(regions, Mapping)
             clusters = np.arange(len(regions)) if listed else np.unique(spike_clusters)
         clusters = np.asarray(clusters)
-        order = np.argsort(clusters, kind="stable")
-        ids = clusters[order]
-        if np.any(ids[1:] == ids[:-1]):
-            raise SessionError(
-                f"session {name!r}, clusters: id {ids[1:][ids[1:] == ids[:-1]][0]} twice; "
-                "merge probes with an offset so that ids are unique"
-            )
-        place = np.searchsorted(ids, spike_clusters)
-        known = place < len(ids)
-        known[known] = ids[place[known]] == spike_clusters[known]
-        if not known.all():
-            strangers = np.unique(spike_clusters[~known])[:5].tolist()
-            raise SessionError(
-                f"session {name!r}, spike_clusters: ids {strangers} are not among the "
-                f"{len(ids)} clusters; list them in `clusters` or leave their spikes out"
-            )
+        spike_neurons = _positions(spike_clusters, clusters, name)
         if isinstance(regions, Mapping):
             regions = [regions.get(cluster, "") for cluster in clusters.tolist()]
         grid = {"window": window, "bin_size": bin_size}
+        what = "binning"
         try:
             counts = bin_spikes(
-                spike_times, order[place], align_times, n_neurons=len(clusters), **grid
+                spike_times, spike_neurons, align_times, n_neurons=len(clusters), **grid
             )
-            binned = {
-                key: bin_trace(times, values, align_times, **grid)
-                for key, (times, values) in (traces or {}).items()
-            }
+            binned = {}
+            for key, (times, values) in (traces or {}).items():
+                what = f"trace {key!r}"
+                binned[key] = bin_trace(times, values, align_times, **grid)
         except ValueError as error:
-            raise SessionError(f"session {name!r}, binning: {error}") from error
+            raise SessionError(f"session {name!r}, {what}: {error}") from error
         fields["neurons"] = {"cluster": clusters, **fields.get("neurons", {})}
         return cls(
             counts=counts,
@@ -402,10 +411,11 @@ class Session:
             "subject": self.subject,
             "bin_size": self.bin_size,
             "window": list(self.window),
+            "n_recorded": self.n_recorded,
             "provenance": self.provenance,
         }
         arrays = {"meta": np.array(json.dumps(meta)), "counts": self.counts}
-        arrays["regions"] = self.regions
+        arrays |= {"regions": self.regions, "trial_ids": self.trial_ids}
         arrays |= {f"behaviour/{key}": value for key, value in self.behaviour.items()}
         arrays |= {f"neurons/{key}": value for key, value in self.neurons.items()}
         if self.rates is not None:
@@ -416,7 +426,7 @@ class Session:
         partial = path.parent / f".{path.name}.{os.getpid()}.part"
         try:
             with open(partial, "wb") as file:
-                np.savez_compressed(file, allow_pickle=False, **arrays)
+                np.savez_compressed(file, **arrays)  # no array here can hold objects
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -437,7 +447,8 @@ class Session:
             meta = json.loads(str(arrays.pop("meta")[()]))
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as err:
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError,
+                zipfile.BadZipFile, zlib.error, NotImplementedError) as err:  # fmt: skip
             raise SessionError(f"{path} is not a readable session file ({err})") from err
         if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
             raise SessionError(f"{path} is not a session file of this package")
@@ -461,3 +472,24 @@ class Session:
             )
         except (TypeError, KeyError) as err:
             raise SessionError(f"{path} lacks or adds a field of a session file ({err})") from err
+
+
+def _positions(spike_clusters: np.ndarray, clusters: np.ndarray, name: str) -> np.ndarray:
+    """Index in ``clusters`` (N,) of each spike's cluster id, (S,)."""
+    order = np.argsort(clusters, kind="stable")
+    ids = clusters[order]
+    if np.any(ids[1:] == ids[:-1]):
+        raise SessionError(
+            f"session {name!r}, clusters: id {ids[1:][ids[1:] == ids[:-1]][0]} twice; "
+            "merge probes with an offset so that ids are unique"
+        )
+    place = np.searchsorted(ids, spike_clusters)
+    known = place < len(ids)
+    known[known] = ids[place[known]] == spike_clusters[known]
+    if not known.all():
+        strangers = np.unique(spike_clusters[~known])[:5].tolist()
+        raise SessionError(
+            f"session {name!r}, spike_clusters: ids {strangers} are not among the "
+            f"{len(ids)} clusters; list them in `clusters` or leave their spikes out"
+        )
+    return order[place]

@@ -19,9 +19,11 @@ right, a contrast above 0 is on the right.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from mtm.binning import n_bins
 from mtm.session import Session
 
 CONTRASTS = np.array([0.0, 0.0625, 0.125, 0.25, 1.0])
@@ -74,7 +76,7 @@ def simulate(
     n_latents: int = 2,
     mean_rate: float = 10.0,
 ) -> list[Session]:
-    """Simulated sessions, one animal each, named ``sim-0``, ``sim-1``, ...
+    """Simulated sessions, one animal each, named ``sim-0``, ``sim-1``, ... (seed 7: ``sim-7-0``).
 
     The circuit's weights depend on ``seed`` alone, and session i on ``seed`` and i, so that asking
     for more sessions leaves the first ones as they are.
@@ -107,37 +109,50 @@ def simulate(
     sessions = []
     for i in range(n_sessions):
         rng = np.random.default_rng([seed, 1, i])
-        grid = np.arange(window[0] - BURN_IN, window[1] - bin_size / 2, bin_size)  # bin starts
-        behaviour, inputs = _task(n_trials, grid, bin_size, rng)
-        latents, arousal = _latents(circuit, weights, inputs, bin_size, rng)
-        inside = slice(round(BURN_IN / bin_size), None)
-        regions = np.repeat([r.name for r in circuit], _shares(n_neurons, len(circuit)))
-        log_rates = _log_rates(regions, circuit, latents, arousal, mean_rate, rng)[:, inside]
-        rates = (np.exp(log_rates) * bin_size).astype(np.float32)
-        whisking = 0.6 * behaviour.pop("movement") + 0.5 * np.exp(0.5 * arousal)
-        whisking = whisking * np.exp(0.15 * rng.standard_normal(whisking.shape))
-        behaviour["whisker-motion-energy"] = whisking[:, inside]
-        behaviour["wheel-speed"] = behaviour["wheel-speed"][:, inside]
-        first_probe = {r.name for r in circuit[: (len(circuit) + 1) // 2]}
-        sessions.append(
-            Session(
-                counts=rng.poisson(rates),
-                regions=regions,
-                name=f"sim-{i}",
-                subject=f"SIM_{i:03d}",
-                bin_size=bin_size,
-                window=window,
-                behaviour=behaviour,
-                neurons={
-                    "probe": np.array(
-                        ["probe00" if r in first_probe else "probe01" for r in regions]
-                    )
-                },
-                rates=rates,
-                provenance={"origin": "mtm.simulate", "seed": seed, "session": i},
-            )
+        fields = _animal(circuit, weights, n_trials, n_neurons, bin_size, window, mean_rate, rng)
+        session = Session(
+            **fields,
+            name=f"sim-{i}" if seed == 0 else f"sim-{seed}-{i}",
+            subject=f"SIM_{i:03d}",
+            bin_size=bin_size,
+            window=window,
+            provenance={"origin": "mtm.simulate", "seed": seed, "session": i},
         )
+        sessions.append(session)
     return sessions
+
+
+def _animal(
+    circuit: tuple[Region, ...],
+    weights: dict[str, dict[str, np.ndarray]],
+    n_trials: int,
+    n_neurons: int,
+    bin_size: float,
+    window: tuple[float, float],
+    mean_rate: float,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """Counts, rates, regions, probes and behaviour of one animal."""
+    before = int(np.ceil(BURN_IN / bin_size - 1e-9))  # bins
+    grid = window[0] + bin_size * np.arange(-before, n_bins(window, bin_size))  # bin starts
+    behaviour, inputs = _task(n_trials, grid, bin_size, rng)
+    latents, arousal = _latents(circuit, weights, inputs, bin_size, rng)
+    regions = np.repeat([r.name for r in circuit], _shares(n_neurons, len(circuit)))
+    log_rates = _log_rates(regions, circuit, latents, arousal, mean_rate, rng)[:, before:]
+    rates = (np.exp(log_rates) * bin_size).astype(np.float32)
+    whisking = 0.6 * behaviour["wheel-speed"] + 0.5 * np.exp(0.5 * arousal)
+    whisking = whisking * np.exp(0.15 * rng.standard_normal(whisking.shape))
+    behaviour["whisker-motion-energy"] = whisking[:, before:]
+    behaviour["wheel-speed"] = behaviour["wheel-speed"][:, before:]
+    first_probe = [r.name for r in circuit[: (len(circuit) + 1) // 2]]
+    probes = np.where(np.isin(regions, first_probe), "probe00", "probe01")
+    return {
+        "counts": rng.poisson(rates),
+        "rates": rates,
+        "regions": regions,
+        "neurons": {"probe": probes},
+        "behaviour": behaviour,
+    }
 
 
 def _shares(n: int, parts: int) -> list[int]:
@@ -209,7 +224,6 @@ def _task(
         "reward": correct.astype(int),
         "reaction-time": reaction_time,
         "wheel-speed": speed,
-        "movement": speed,
     }
     return behaviour, np.stack(signals, axis=-1)
 

@@ -20,10 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mtm.masks import MTM_SCHEMES, MaskSampler, scheme
+from mtm.masks import MTM_SCHEMES, NO_REGION, MaskSampler, scheme
 from mtm.metrics import LOG2, log_mean
 from mtm.model import MtM, MtMConfig
 from mtm.session import Session, SessionError
+
+VALIDATION_SEED = 1_000_003
+VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class TrainConfig:
     init: str = "mtm"  # of the model, see MtMConfig
 
     def __post_init__(self) -> None:
+        if isinstance(self.schemes, str):
+            raise ValueError(f"schemes must be a list of names, got {self.schemes!r}")
         object.__setattr__(self, "schemes", tuple(self.schemes))
         for name in self.schemes:
             scheme(name)
@@ -178,8 +183,8 @@ def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: st
         reduction: ``"mean"`` or ``"sum"`` over the targets.
     """
     nll = F.poisson_nll_loss(log_rates, counts, log_input=True, full=False, reduction="none")
-    total = (nll * target).sum()
-    return total / target.sum() if reduction == "mean" else total
+    total = torch.where(target, nll, 0.0).sum()
+    return total / target.sum().clamp(min=1) if reduction == "mean" else total
 
 
 # ------------------------------------------------------------------------------- inside
@@ -195,6 +200,7 @@ class _Data:
         dtype = np.uint8 if session.counts.dtype == np.uint8 else np.int32
         self.counts = torch.from_numpy(session.counts.astype(dtype)).to(device)
         self.regions = torch.from_numpy(session.region_codes).to(device)
+        self.n_regions = len(session.region_names)
         self.train, self.val = split.train, torch.from_numpy(split.val).to(device)
         null = torch.from_numpy(log_mean(session.counts[split.train]))  # (N,)
         self.null = null.float().to(device)
@@ -212,6 +218,11 @@ def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
     if len({session.n_bins for session in sessions}) > 1:
         listing = ", ".join(f"{s.name!r} {s.n_bins}" for s in sessions)
         raise SessionError(f"sessions must have equally many bins, got {listing}")
+    for what in ("bin_size", "window"):
+        values = {tuple(np.round(np.atleast_1d(getattr(s, what)), 9)) for s in sessions}
+        if len(values) > 1:
+            listing = ", ".join(f"{s.name!r} {getattr(s, what)}" for s in sessions)
+            raise SessionError(f"sessions must have the same {what} (s), got {listing}")
     regional = [name for name in config.schemes if scheme(name).needs_regions]
     for session in sessions:
         if regional and not session.region_names:
@@ -230,6 +241,8 @@ def _build(
         if model is None:
             model = MtMConfig.from_depth(depth, n_bins=data[0].n_bins)
         model = MtM(_fit_to_schemes(model, config))
+    else:
+        _check_model(model, config)
     for session in data:
         if session.name not in model.session_names:
             model.add_session(session.name, session.n_neurons, session.null.exp())
@@ -241,7 +254,30 @@ def _fit_to_schemes(sizes: MtMConfig, config: TrainConfig) -> MtMConfig:
     prompted = tuple(name for name in config.schemes if scheme(name).prompt)
     use = config.prompt and len(config.schemes) > 1
     causal = any(scheme(name).causal for name in config.schemes)
-    return replace(sizes, prompts=prompted if use else (), causal=causal, init=config.init)
+    return replace(
+        sizes,
+        prompts=prompted if use else (),
+        causal=causal,
+        split_seed=config.split_seed,
+        init=config.init,
+    )
+
+
+def _check_model(model: MtM, config: TrainConfig) -> None:
+    """A model that is trained on must be able to do what the new settings ask."""
+    wanted = _fit_to_schemes(model.config, config)
+    if missing := set(wanted.prompts) - set(model.config.prompts):
+        raise ValueError(
+            f"the model has no prompt for {', '.join(sorted(missing))}; train it with the schemes "
+            f"it knows ({', '.join(model.config.prompts) or 'no prompts'}), or with prompt=False"
+        )
+    if wanted.causal and not model.config.causal:
+        raise ValueError("the model was never trained causally; train a new one for that scheme")
+    if config.split_seed != model.config.split_seed:
+        raise ValueError(
+            f"the model was trained on the split of seed {model.config.split_seed}, not "
+            f"{config.split_seed}: its training trials would become test trials"
+        )
 
 
 def _loop(
@@ -256,7 +292,7 @@ def _loop(
         optimizer,
         max_lr=config.lr,
         total_steps=config.epochs * steps_per_epoch,
-        pct_start=config.warmup,
+        pct_start=_warmup(config.warmup, config.epochs * steps_per_epoch),
         div_factor=config.div_factor,
     )
     sampler = MaskSampler(config.schemes, config.ratios, config.seed, device)
@@ -291,7 +327,7 @@ def _loop(
             validation = validate(model, data, config)
             entry = {"epoch": epoch, "step": step, "lr": schedule.get_last_lr()[0]}
             entry |= {"loss": mean_loss, "seconds": time.perf_counter() - start}
-            entry |= {"validation": validation, "mean": float(np.mean(list(validation.values())))}
+            entry |= {"validation": validation, "mean": float(np.nanmean([*validation.values()]))}
             if not history or entry["mean"] > max(e["mean"] for e in history):
                 best = copy.deepcopy(model.state_dict())
             history.append(entry)
@@ -306,6 +342,11 @@ def _loop(
         f"best: epoch {top['epoch']}, {top['mean']:.3f} bits per spike"
     )
     return history
+
+
+def _warmup(share: float, n_steps: int) -> float:
+    """The share of warm-up steps, moved a little where torch's schedule would divide by zero."""
+    return share * 1.01 if abs(share * n_steps - 1) < 1e-6 else share
 
 
 def _validation_due(epoch: int, config: TrainConfig) -> bool:
@@ -345,27 +386,35 @@ def validate(
 ) -> dict[str, float]:
     """Bits per spike on hidden entries of the validation trials, scheme -> value.
 
-    The null model is each neuron's training mean. Masks are drawn with a fixed seed, so every call
-    scores the same entries; ``rounds`` masks for each batch, so that several regions have a turn.
+    The null model is each neuron's training mean. Masks are drawn with a seed of their own, so
+    every call scores the same entries: ``rounds`` masks for each batch of trials, or, where a
+    scheme masks regions, one for each region. NaN where no hidden entry has a spike.
     """
     model.eval()
-    sampler = MaskSampler(config.schemes, config.ratios, seed=1_000_003, device=model.device)
     scores = {}
     for name in config.schemes:
+        sampler = MaskSampler(config.schemes, config.ratios, VALIDATION_SEED, model.device)
         gain = torch.zeros((), device=model.device)
         spikes = torch.zeros((), device=model.device)
         for session in data:
-            for trials in session.val.split(4 * config.batch_size):
+            # Only one region labelled at a time, so that each has its turn.
+            turns = [session.regions] * rounds
+            if scheme(name).needs_regions:
+                codes = range(session.n_regions)
+                turns = [torch.where(session.regions == c, 0, NO_REGION) for c in codes]
+            for trials in session.val.split(VALIDATION_BATCH):
                 counts = session.batch(trials)
-                for _ in range(rounds):
-                    mask = sampler.draw(name, counts, session.regions)
+                null = session.null.expand_as(counts)
+                for regions in turns:
+                    mask = sampler.draw(name, counts, regions)
                     with _autocast(model.device):
                         log_rates = model(counts, session.name, mask, prompt=name).float()
-                    null = session.null.expand_as(counts)
                     gain += masked_loss(null, counts, mask.target, "sum")
                     gain -= masked_loss(log_rates, counts, mask.target, "sum")
                     spikes += (counts * mask.target).sum()
-        scores[name] = float(gain / (spikes.clamp(min=1) * LOG2))
+        scores[name] = float(gain / (spikes * LOG2)) if spikes > 0 else math.nan
+    if all(math.isnan(value) for value in scores.values()):
+        raise SessionError("the validation trials hold no spikes; use more trials")
     return scores
 
 

@@ -15,7 +15,7 @@ from mtm.cli import main
 def folder(tmp_path_factory):
     """Simulated files, an ALF tree, and a model trained on two of the files."""
     root = tmp_path_factory.mktemp("cli")
-    sizes = ["--sessions", "2", "--trials", "40", "--neurons", "12", "--seed", "1"]
+    sizes = ["--sessions", "2", "--trials", "40", "--neurons", "12", "--seed", "0"]
     assert main(["simulate", str(root), *sizes, "--alf"]) == 0
     train = ["train", str(root / "sim-0.npz"), str(root / "sim-1.npz"), "--out", str(root / "m")]
     assert main([*train, "--depth", "1", "--epochs", "2"]) == 0
@@ -80,8 +80,23 @@ def test_bad_input_is_one_line_and_status_1(folder, capsys, arguments, message, 
     assert error.count("\n") == 1 and "Traceback" not in error
 
 
+def test_what_cannot_be_decoded_costs_no_other_score(folder, capsys):
+    session = Session.load(folder / "sim-0.npz")
+    session.behaviour["choice"] = np.ones(40)
+    session.behaviour["wheel-speed"] = np.full((40, 100), np.nan)
+    session.save(folder / "odd" / "sim-0.npz")
+    path = folder / "odd" / "scores.json"
+    arguments = ["evaluate", str(folder / "m"), str(folder / "odd" / "sim-0.npz")]
+    assert main([*arguments, "--json", str(path)]) == 0
+    scores = json.loads(path.read_text())
+    assert "co-smoothing" in scores and "whisker-motion-energy" in scores
+    assert set(scores["details"]["left_out"]) == {"choice", "wheel-speed"}
+    assert "choice: left out" in capsys.readouterr().out
+
+
 def test_a_wrong_command_line_is_status_2(capsys):
-    for arguments in ([], ["trian"], ["simulate"], ["simulate", "x", "--trials", "0"]):
+    absent = ["evaluate", "m", "s.npz", "--device", "nonsense"]
+    for arguments in ([], ["trian"], ["simulate"], absent, ["simulate", "x", "--trials", "0"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2

@@ -94,9 +94,17 @@ def test_predictor_functions_see_only_the_region(session):
 def test_errors(session):
     with pytest.raises(SessionError, match="no behaviour 'wheel'; it has: choice"):
         decode(oracle(session), session, behaviours=["wheel"])
-    with pytest.raises(SessionError, match="neither choice nor recorded bin by bin"):
+    with pytest.raises(SessionError, match="behaviour 'contrast' has shape"):
         decode(oracle(session), session, behaviours=["contrast"])
     behaviour = {"choice": np.r_[np.ones(119), -1], "x": np.full((120, 8), np.nan)}
+    coded = Session(session.counts, name="s", behaviour={"choice": np.arange(120) % 2})
+    with pytest.raises(SessionError, match="values are 0 and 1; pass 2 . choice - 1"):
+        decode_choice(session.counts + 0.0, coded)
+    flat = Session(session.counts, name="s", behaviour={"x": np.ones((120, 8))})
+    with pytest.raises(SessionError, match="'x' does not vary"):
+        decode_trace(session.counts + 0.0, flat, "x")
+    with pytest.raises(ValueError, match="unknown masking scheme 'nueron'"):
+        decode_choice(oracle(session), session, prompt="nueron")
     one_sided = Session(session.counts, name="s", behaviour=behaviour)
     with pytest.raises(SessionError, match="training trials of the rarer choice"):
         decode(session.counts + 0.0, one_sided, behaviours=["choice"])

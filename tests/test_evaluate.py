@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from mtm import Session, SessionError, evaluate, mean_rates, metrics, oracle, score_table
+from mtm import (
+    Session,
+    SessionError,
+    evaluate,
+    fit,
+    mean_rates,
+    metrics,
+    oracle,
+    score_table,
+)
 from mtm.evaluate import TASKS, forward_bins
 
 
@@ -143,10 +152,53 @@ def test_forward_prediction_hides_a_tenth():
     ]  # fmt: skip
 
 
+def test_the_report_says_what_it_holds(session):
+    text = str(evaluate(mean_rates(session), session))
+    for part in ("'s', 4 trials", "null: test mean", "null: training mean", "of them silent"):
+        assert part in text
+    text = str(evaluate(np.zeros(7), Session(session.counts)))
+    assert "inter-region: left out, no neuron has a region label" in text
+
+
+def test_neurons_predicted_from_nothing_are_counted(session):
+    report = evaluate(Watcher(), session)
+    visible = {task: scores.table["visible"].tolist() for task, scores in report.tasks.items()}
+    assert visible["co-smoothing"] == [6] * 7 and visible["forward-prediction"] == [7] * 7
+    assert visible["inter-region"] == [4, 4, 4, 5, 5, 6]
+    assert visible["intra-region"] == [2, 2, 2, 1, 1, 0]  # LP has one neuron
+    assert report.to_dict()["intra-region"]["neurons_with_nothing_visible"] == 1
+
+
+def test_a_model_is_scored_on_the_split_it_was_trained_on(sessions):
+    session = sessions[0]
+    model = fit(session, depth=1, epochs=1, split_seed=5, progress=False).model
+    null = evaluate(mean_rates(session, 5), session, split_seed=5, tasks=["forward-prediction"])
+    ours = evaluate(model, session, tasks=["forward-prediction"])
+    spikes = [r.tasks["forward-prediction"].table["spikes"].tolist() for r in (null, ours)]
+    assert spikes[0] == spikes[1]
+    with pytest.raises(ValueError, match="trained on the split of seed 5, not 0"):
+        evaluate(model, session, split_seed=0)
+
+
+def test_trials_and_neurons_as_flags(session):
+    flags = np.arange(20) < 5
+    a = evaluate(Watcher(), session, trials=flags, neurons=np.arange(7) < 2)
+    b = evaluate(Watcher(), session, trials=np.arange(5), neurons=[0, 1])
+    assert str(a) == str(b) and a.n_trials == 5
+
+
 def test_errors(session):
-    with pytest.raises(ValueError, match="unknown task 'cosmoothing'; known: co-smoothing"):
+    with pytest.raises(ValueError, match="no trials or no neurons to score"):
+        evaluate(mean_rates(session), session, trials=[])
+    with pytest.raises(ValueError, match="unknown task 'c'; pass a list"):
+        evaluate(mean_rates(session), session, tasks="co-smoothing")
+    with pytest.raises(ValueError, match="log-rates hold NaN"):
+        evaluate(np.full(session.counts.shape, np.nan), session)
+    with pytest.raises(
+        ValueError, match="unknown task 'cosmoothing'; pass a list of some of: co-smoothing"
+    ):
         evaluate(mean_rates(session), session, tasks=["cosmoothing"])
-    with pytest.raises(SessionError, match="no neuron has a region label"):
+    with pytest.raises(SessionError, match="inter-region: no scored neuron has a region label"):
         evaluate(Watcher(), Session(session.counts), tasks=["inter-region"])
     with pytest.raises(ValueError, match="the predictor returned shape"):
         evaluate(lambda c, *_: c[:, :1], session)

@@ -154,6 +154,33 @@ def test_a_scheme_of_ones_own():
         del SCHEMES["first-bins"]
 
 
+def test_what_a_scheme_of_ones_own_gets_wrong_is_caught():
+    def copies(counts, regions, ratio, generator=None):
+        hidden = torch.zeros(counts.shape, dtype=torch.bool)
+        hidden[:, 0] = True
+        return masks.Mask(hidden, torch.ones_like(hidden), causal=True)
+
+    counts, regions = torch.zeros(2, 10, 3), torch.zeros(3, dtype=torch.int64)
+    try:
+        masks.register("copies", copies)
+        with pytest.raises(ValueError, match="causal=True but was registered with causal=False"):
+            MaskSampler(["copies"])(counts, regions)
+        del SCHEMES["copies"]
+        masks.register("copies", copies, causal=True)
+        _, mask = MaskSampler(["copies"])(counts, regions)
+        assert torch.equal(mask.target, mask.hidden)  # visible targets are taken out
+    finally:
+        del SCHEMES["copies"]
+
+
+def test_a_patch_of_padding_alone_is_never_the_one_that_is_hidden():
+    counts, regions = torch.zeros(1, 1, 10), torch.tensor([0] + [PADDING] * 9)
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        mask = masks.random_token(counts, regions, 1e-6, generator, patch_size=1)
+        assert mask.target[0, 0].nonzero().tolist() == [[0]]
+
+
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.5])
 def test_impossible_ratios_are_refused(ratio):
     counts, regions = torch.zeros(2, 3, 4), torch.zeros(4, dtype=torch.int64)
@@ -167,5 +194,5 @@ def test_unknown_names_are_refused_with_the_known_ones():
         MaskSampler(["neurons"])
     with pytest.raises(ValueError, match="not drawn: causal"):
         MaskSampler(["neuron"], {"causal": 0.5})
-    with pytest.raises(ValueError, match="no masking scheme given"):
+    with pytest.raises(ValueError, match="need a list of masking schemes"):
         MaskSampler([])

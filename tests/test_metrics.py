@@ -116,6 +116,16 @@ def test_pooled_is_the_spike_weighted_mean(example):
     assert pooled == pytest.approx(expected)
 
 
+def test_counts_that_never_vary_have_no_share_to_explain():
+    for count in (1, 3, 5):
+        counts = np.full((70, 20, 2), count)
+        log_rates = np.random.default_rng(0).normal(0, 0.1, counts.shape)
+        conditions = np.arange(70) % 7
+        assert np.isnan(metrics.poisson_d2(log_rates, counts)).all()
+        assert np.isnan(metrics.trial_r2(log_rates, counts)).all()
+        assert np.isnan(metrics.psth_r2(log_rates, counts, conditions)).all()
+
+
 def test_bad_input_is_refused(example):
     log_rates, counts = example
     with pytest.raises(ValueError, match="same shape"):

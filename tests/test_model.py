@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mtm.masks import SCHEMES, Mask, scheme
-from mtm.model import Attention, MtM, MtMConfig
+from mtm.model import Attention, MtM, MtMConfig, waves
 
 N_BINS, N_NEURONS = 12, 10
 REGIONS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, -1])
@@ -104,8 +104,15 @@ def test_a_new_model_predicts_the_mean_counts():
     model.add_session("new", N_NEURONS, means)
     rates = model(counts_of().float(), "new", None, prompt="neuron").exp().mean((0, 1))
     np.testing.assert_allclose(rates.detach(), means, rtol=0.2)
-    assert model.position.std() < 0.1 and model.prompt.std() < 0.1
-    assert small(init="paper").position.std() > 0.5
+    assert model.prompt.std() < 0.1 and small(init="paper").position.std() > 0.5
+
+
+def test_time_embeddings_start_with_neighbours_alike():
+    start = waves(100, 64)
+    similar = start @ start.T / (start @ start.T).diagonal()[0]
+    assert bool((similar.diagonal(1) > 0.8).all())
+    assert bool((similar.diagonal(1) > similar.diagonal(5).max()).all())
+    assert bool((similar.diagonal(60).abs() < 0.8).all())
 
 
 def test_paper_sizes():

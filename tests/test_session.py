@@ -64,7 +64,8 @@ def test_what_it_says_of_itself():
         ({"rates": np.zeros((20, 5, 4))}, "rates: expected counts must be finite and above 0"),
         ({"given_split": ([0], [1], [1])}, "given_split: a trial is in two parts"),
         ({"given_split": ([0], [1], [99])}, "given_split: test names trials outside"),
-        ({"given_split": ([0], [], [1])}, "given_split: no trials in val"),
+        ({"trial_ids": np.zeros(20)}, "trial_ids: need 20 different numbers"),
+        ({"trial_ids": np.arange(1, 21)}, "trial_ids: must lie in 0..19; pass n_recorded"),
         ({"provenance": {"x": object()}}, "provenance: .*not JSON serializable"),
     ],
 )
@@ -97,7 +98,7 @@ def test_splits_depend_on_name_and_seed_alone():
         assert not np.array_equal(one.split().test, other.test)
     # a golden draw: a split must never change between versions, or test trials leak into training
     assert one.split().test.tolist() == [8, 10, 11, 13]
-    with pytest.raises(SessionError, match="split: 2 trials cannot fill"):
+    with pytest.raises(SessionError, match="split: none of its 2 trials is in train"):
         Session(np.zeros((2, 1, 1))).split()
 
 
@@ -106,6 +107,28 @@ def test_a_given_split_is_kept_and_follows_a_selection():
     assert session.split(3).val.tolist() == [3, 6]
     part = session.select(trials=np.array([1, 3, 4, 5]))
     assert [p.tolist() for p in part.split()] == [[0, 3], [1], [2]]
+    flags = np.arange(20) < 14, np.arange(20) == 14, np.arange(20) > 14
+    assert make(given_split=flags).split().test.tolist() == [15, 16, 17, 18, 19]
+    with pytest.raises(SessionError, match="split: none of its 2 trials is in val"):
+        session.select(trials=[0, 4]).split()
+
+
+@given(st.data())
+def test_a_selection_keeps_every_trial_in_its_part(data):
+    session = Session(np.zeros((60, 1, 1)), name=data.draw(st.text(min_size=1)))
+    trials = data.draw(st.permutations(range(60)))[: data.draw(st.integers(56, 60))]
+    part = session.select(trials=np.array(trials))
+    again = part.select(trials=np.arange(part.n_trials)[::-1])
+    for label in Split._fields:
+        whole = set(getattr(session.split(3), label).tolist())
+        for selection in (part, again):
+            kept = selection.trial_ids[getattr(selection.split(3), label)]
+            assert set(kept.tolist()) == whole & set(trials)
+
+
+def test_no_trial_twice():
+    with pytest.raises(SessionError, match="trial_ids: need 3 different numbers"):
+        make().select(trials=np.array([1, 1, 2]))
 
 
 def test_select_cuts_every_field():
@@ -123,6 +146,7 @@ def test_a_file_gives_back_the_session(tmp_path):
         given_split=Split(np.arange(14), [14, 15], np.arange(16, 20)),
         behaviour={"a/b": np.arange(20.0), "with space": np.zeros((20, 5))},
     )
+    session = session.select(trials=np.arange(19, -1, -1))
     path = session.save(tmp_path / "deep" / "x.npz")
     with np.load(path, allow_pickle=False) as file:  # no pickled objects
         assert all(file[key].dtype.kind != "O" for key in file.files)
@@ -132,6 +156,7 @@ def test_a_file_gives_back_the_session(tmp_path):
         (again.counts, session.counts),
         (again.rates, session.rates),
         (again.regions, session.regions),
+        (again.trial_ids, session.trial_ids),
         *zip(again.split(), session.split(), strict=True),
         *((again.behaviour[k], v) for k, v in session.behaviour.items()),
         *((again.neurons[k], v) for k, v in session.neurons.items()),
@@ -148,6 +173,17 @@ def test_files_that_are_no_sessions_are_refused(tmp_path):
         (tmp_path / "cut.npz").write_bytes(whole[:size])
         with pytest.raises(SessionError, match="cut.npz"):
             Session.load(tmp_path / "cut.npz")
+    for place in range(30, len(whole), max(1, len(whole) // 60)):  # one byte wrong
+        flipped = bytearray(whole)
+        flipped[place] ^= 0xFF
+        (tmp_path / "flip.npz").write_bytes(flipped)
+        try:
+            Session.load(tmp_path / "flip.npz")  # a byte that nothing depends on
+        except SessionError as error:
+            assert "flip.npz" in str(error) or "session" in str(error)
+    np.save(tmp_path / "bare.npy", np.zeros((3, 4, 5)))
+    with pytest.raises(SessionError, match=r"bare\.npy is not a readable session file"):
+        Session.load(tmp_path / "bare.npy")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(SessionError, match=r"other\.npz"):
         Session.load(tmp_path / "other.npz")

@@ -13,7 +13,7 @@ def test_same_seed_same_data_whatever_else_is_made():
         np.testing.assert_array_equal(a.counts, b.counts)
         assert all(np.array_equal(a.behaviour[k], b.behaviour[k]) for k in a.behaviour)
     assert not np.array_equal(two[0].counts, simulate(1, 20, 12, seed=6)[0].counts)
-    assert [s.name for s in three] == ["sim-0", "sim-1", "sim-2"]
+    assert [s.name for s in three] == ["sim-5-0", "sim-5-1", "sim-5-2"]
     assert len({s.subject for s in three}) == 3
 
 

@@ -5,8 +5,18 @@ import pytest
 import torch
 
 from mtm import MtM, MtMConfig, SessionError, fit
+from mtm.masks import MTM_SCHEMES, MaskSampler
 from mtm.session import Session
-from mtm.train import RECIPES, TrainConfig, _batches, _Data, masked_loss, recipe, validate
+from mtm.train import (
+    RECIPES,
+    TrainConfig,
+    _batches,
+    _Data,
+    _parameter_groups,
+    masked_loss,
+    recipe,
+    validate,
+)
 
 QUICK = {"depth": 1, "epochs": 2, "validations": 2, "progress": False, "device": "cpu"}
 
@@ -28,7 +38,8 @@ def test_every_training_trial_once_an_epoch_in_new_company(sessions):
     for epoch in epochs:
         for session in data:
             seen = np.concatenate([trials for s, trials in epoch if s is session])
-            assert sorted(seen) == session.train.tolist()
+            by_name = next(s for s in sessions if s.name == session.name)
+            assert sorted(seen) == by_name.split().train.tolist()
     together = [{frozenset(trials) for s, trials in epoch if s is data[0]} for epoch in epochs]
     assert not together[0] & together[1]
 
@@ -38,9 +49,12 @@ def test_training_never_sees_validation_or_test_trials(sessions):
     split = clean.split()
     counts = clean.counts.copy()
     counts[split.test] = 200
-    spoilt = Session(counts, clean.regions, name=clean.name)
-    clean = Session(clean.counts, clean.regions, name=clean.name)
-    one, two = (fit(s, **QUICK).model.state_dict() for s in (clean, spoilt))
+    counts[split.val] = 100
+    fields = {"name": clean.name, "bin_size": clean.bin_size, "window": clean.window}
+    spoilt = Session(counts, clean.regions, **fields)
+    clean = Session(clean.counts, clean.regions, **fields)
+    once = QUICK | {"validations": 1}  # one validation leaves nothing to select
+    one, two = (fit(s, **once).model.state_dict() for s in (clean, spoilt))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
@@ -54,6 +68,84 @@ def test_same_seed_same_weights_and_the_callers_generator_is_left_alone(sessions
     assert all(torch.equal(one[key], two[key]) for key in one)
     other = fit(sessions, **QUICK, seed=1).model.state_dict()
     assert not torch.equal(one["position"], other["position"])
+
+
+def test_each_step_shows_the_prompt_of_its_scheme_and_trains(sessions, monkeypatch):
+    calls, forward = [], MtM.forward
+
+    def watched(self, counts, session, mask=None, prompt=None):
+        calls.append((self.training, prompt, mask.causal, mask.hidden.float().mean().item()))
+        return forward(self, counts, session, mask, prompt)
+
+    monkeypatch.setattr(MtM, "forward", watched)
+    fit(sessions, **{**QUICK, "depth": 2, "epochs": 8})
+    steps = [call[1:] for call in calls if call[0]]
+    assert {prompt for prompt, *_ in steps} == set(MTM_SCHEMES)
+    assert all(causal == (prompt == "causal") for prompt, causal, _ in steps)
+    shares = {p: np.mean([s for q, _, s in steps if q == p]) for p in MTM_SCHEMES}
+    assert shares["neuron"] == pytest.approx(0.3, abs=0.05)
+    assert shares["causal"] == pytest.approx(0.6, abs=0.05)
+    assert shares["inter-region"] == pytest.approx(1 / 6, abs=0.01)
+    assert shares["intra-region"] == pytest.approx(5 / 6 + 0.3 / 6, abs=0.03)
+    assert len(calls) > len(steps) > 0  # and validation runs without dropout
+
+
+def test_the_learning_rate_rises_and_falls(sessions):
+    history = fit(sessions[0], **{**QUICK, "epochs": 20, "validations": 20}).history
+    rates = [entry["lr"] for entry in history]
+    peak = int(np.argmax(rates))
+    assert peak == 2 and rates[peak] == pytest.approx(1e-3, rel=0.05)  # 15 % of 20 epochs
+    assert rates[:3] == sorted(rates[:3]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 1e-6
+
+
+def test_weight_decay_is_for_matrices_unless_the_recipe_says_all(sessions):
+    model = fit(sessions[0], **QUICK).model
+    n_linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    decayed, rest = _parameter_groups(model, RECIPES["mtm"])
+    assert sum(p.numel() for p in decayed["params"]) == n_linear
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.01, 0.0)
+    (everything,) = _parameter_groups(model, RECIPES["paper"])
+    assert len(everything["params"]) == len(list(model.parameters()))
+
+
+def test_validation_scores_every_region_whatever_the_batch_size(sessions, monkeypatch):
+    seen, draw = set(), MaskSampler.draw
+
+    def watched(self, name, counts, regions):
+        mask = draw(self, name, counts, regions)
+        seen.add((name, tuple(mask.target.any(0).any(0).tolist())))
+        return mask
+
+    model = fit(sessions[0], **QUICK).model
+    data = [_Data(sessions[0], TrainConfig(), torch.device("cpu"))]
+    monkeypatch.setattr(MaskSampler, "draw", watched)
+    scores = [validate(model, data, TrainConfig(batch_size=b)) for b in (4, 16)]
+    assert scores[0] == scores[1]
+    regions = {key for name, key in seen if name == "inter-region"}
+    assert regions == {tuple(sessions[0].regions == r) for r in sessions[0].region_names}
+
+
+def test_silent_validation_trials_are_no_score():
+    counts = np.zeros((40, 10, 6), int)
+    session = Session(counts, ["CA1"] * 3 + ["DG"] * 3, "silent")
+    with pytest.raises(SessionError, match="validation trials hold no spikes"):
+        fit(session, **QUICK)
+
+
+def test_going_on_with_other_settings_is_refused_where_the_model_cannot(sessions):
+    temporal = fit(sessions[0], schemes=("temporal",), **QUICK).model
+    with pytest.raises(ValueError, match="no prompt for causal, neuron"):
+        fit(sessions[0], temporal, schemes=("neuron", "causal"), **QUICK)
+    with pytest.raises(ValueError, match="never trained causally"):
+        fit(sessions[0], temporal, schemes=("causal",), **QUICK)
+    with pytest.raises(ValueError, match="split of seed 0, not 1"):
+        fit(sessions[0], temporal, schemes=("temporal",), split_seed=1, **QUICK)
+
+
+def test_a_schedule_of_any_length(sessions):
+    for warmup in (0.5, 0.25, 0.15):
+        fit(sessions[0], **{**QUICK, "epochs": 1, "validations": 1}, warmup=warmup, batch_size=21)
 
 
 def test_validation_masks_are_fixed(sessions):
@@ -88,10 +180,10 @@ def test_the_model_kept_is_the_best_one(sessions):
 
 def test_going_on_with_a_model_adds_sessions_it_does_not_know(sessions):
     first = fit(sessions[0], **QUICK).model
-    kept = first.sessions["session:sim-0"].stitch.weight.clone()
+    kept = first.sessions["session:sim-3-0"].stitch.weight.clone()
     second = fit(sessions[1], first, **QUICK).model
-    assert second.session_names == ["sim-0", "sim-1"]
-    assert torch.equal(second.sessions["session:sim-0"].stitch.weight, kept)
+    assert second.session_names == ["sim-3-0", "sim-3-1"]
+    assert torch.equal(second.sessions["session:sim-3-0"].stitch.weight, kept)
 
 
 def test_single_schemes_have_no_prompt(sessions):
@@ -109,14 +201,18 @@ def test_paper_recipe_holds_the_authors_numbers():
 
 
 def test_errors(sessions):
-    with pytest.raises(SessionError, match="two sessions are named 'sim-0'"):
+    with pytest.raises(SessionError, match="two sessions are named 'sim-3-0'"):
         fit([sessions[0], sessions[0]], **QUICK)
-    with pytest.raises(SessionError, match="equally many bins, got 'sim-0' 50, 'x' 5"):
+    with pytest.raises(SessionError, match="equally many bins, got 'sim-3-0' 50, 'x' 5"):
         fit([sessions[0], Session(np.ones((9, 5, 3)), ["CA1"] * 3, "x")], **QUICK)
     with pytest.raises(
         SessionError, match=r"session 'x', regions: .* schemes=\('neuron', 'causal'\)"
     ):
         fit(Session(np.ones((9, 5, 3)), name="x"), **QUICK)
+    with pytest.raises(SessionError, match="same bin_size .s., got 'sim-3-0' 0.04, 'x' 0.02"):
+        fit([sessions[0], Session(np.ones((9, 50, 3)), ["CA1"] * 3, "x")], **QUICK)
+    with pytest.raises(ValueError, match="schemes must be a list of names, got 'neuron'"):
+        TrainConfig(schemes="neuron")
     with pytest.raises(SessionError, match="no session to train on"):
         fit([], **QUICK)
     with pytest.raises(ValueError, match="unknown setting 'epoch'; known: .*epochs"):

@@ -166,6 +166,8 @@ def load_session(
         bin_size=bin_size,
         traces=traces,
         behaviour=_behaviour(trials),
+        trial_ids=trials["row"],
+        n_recorded=dropped["in the table"],
         name=recording.eid,
         subject=recording.place["subject"],
         neurons={key: values[keep] for key, values in columns.items()},
@@ -337,7 +339,8 @@ class _Recording:
 def _trials(
     recording: _Recording, align: str, trial_filter: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Columns (K,) of the trials to use, and how many there were and were dropped, and why."""
+    """Columns (K,) of the trials to use, with their ``row`` in the table; and how many there were
+    and were dropped, and why."""
     if path := recording.find("trials.table"):
         trials = recording.load("trials.table", path.rpartition("/")[0])
         trials = {name: trials[name].to_numpy() for name in trials}
@@ -365,7 +368,8 @@ def _trials(
         keep &= passed
         if not keep.any():
             recording.fail(path, "no trial passes the reaction-time filter; pass trial_filter=None")
-    return {name: values[keep] for name, values in trials.items()}, dropped
+    rows = {"row": np.flatnonzero(keep)}
+    return rows | {name: values[keep] for name, values in trials.items()}, dropped
 
 
 def _behaviour(trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
