@@ -4,7 +4,17 @@ Only ONE-api and iblatlas are needed, not ibllib. The same code reads the public
 on disk (downloaded, or written by `mtm.alf`), because it asks ONE for nothing but lists of datasets
 and datasets. Facts about IBL's own pipeline are from ibllib (``brainbox.io.one``,
 ``brainbox.behavior.wheel``) and from MtM's data preparation; where those lose or mix up data, this
-does not (section "Differences from the authors' code" of the book).
+does not.
+
+A session's behaviours, where NaN = missing:
+
+- ``choice`` (K,): -1 right, +1 left, 0 none; ``block``: probability of a stimulus on the left;
+  ``reward``: 1 or 0; ``contrast``: right minus left, -1..1; ``reaction-time``: first movement
+  minus stimulus onset, s; ``reaction-time-filter``: 1 where `reaction_time_filter` keeps it.
+- ``wheel-speed`` (K, T) rad/s: position at 1 kHz, low-pass 20 Hz (order 8, both ways, as IBL
+  does), differentiated, absolute, averaged in each bin.
+- ``whisker-motion-energy`` (K, T), arbitrary units: left camera, else right; averaged in each
+  bin. Absent, with a warning, where neither is usable.
 """
 
 from __future__ import annotations
@@ -109,15 +119,8 @@ def load_session(
 
     Neurons are all sorted clusters, probe after probe, those that never fired included. A probe's
     sorting is taken from ``alf/probeNN/iblsorter``, else ``.../pykilosort``, else ``alf/probeNN``,
-    else whatever folder there is; of revisions, ONE's default one. Behaviour, NaN = missing:
-
-    - ``choice`` (K,): -1 right, +1 left, 0 none; ``block``: probability of a stimulus on the left;
-      ``reward``: 1 or 0; ``contrast``: right minus left, -1..1; ``reaction-time``: first movement
-      minus stimulus onset, s; ``reaction-time-filter``: 1 where `reaction_time_filter` keeps it.
-    - ``wheel-speed`` (K, T) rad/s: position at 1 kHz, low-pass 20 Hz (order 8, both ways, as IBL
-      does), differentiated, absolute, averaged in each bin.
-    - ``whisker-motion-energy`` (K, T), arbitrary units: left camera, else right; averaged in each
-      bin. Absent, with a warning, where neither is usable.
+    else whatever folder there is; of revisions, ONE's default one. The behaviours are listed at the
+    top of this page.
 
     Args:
         one: from `connect`, or any ONE.
@@ -140,13 +143,9 @@ def load_session(
         SessionError: naming the eid, the dataset and the remedy.
         ValueError: for an unknown ``atlas``, ``trial_filter`` or ``units``.
     """
-    for name, value, known in (
-        ("atlas", atlas, (None, *LEVELS)),
-        ("trial_filter", trial_filter, (None, "reaction-time")),
-        ("units", units, (None, "good")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    _check_option("atlas", atlas, LEVELS)
+    _check_option("trial_filter", trial_filter, ("reaction-time",))
+    _check_option("units", units, ("good",))
     recording = _Recording(one, eid)
     trials, dropped = _trials(recording, align, trial_filter)
     collections = _sortings(recording)
@@ -171,18 +170,15 @@ def load_session(
         name=recording.eid,
         subject=recording.place["subject"],
         neurons={key: values[keep] for key, values in columns.items()},
-        provenance={
-            "origin": "ONE",
-            "server": None if one.offline else one.alyx.base_url,
-            **recording.place,
-            "collections": collections,
-            "camera": camera,
-            "align": align,
-            "trials": dropped,
-            "clusters dropped": int(np.sum(~keep)),
-            "revisions": recording.revisions,
-        },
+        provenance=recording.origin()
+        | {"collections": collections, "camera": camera, "align": align, "trials": dropped}
+        | {"clusters dropped": int(np.sum(~keep))},
     )
+
+
+def _check_option(name: str, value: str | None, known: tuple[str, ...]) -> None:
+    if value not in (None, *known):
+        raise ValueError(f"{name} must be None or one of {known}, got {value!r}")
 
 
 def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
@@ -276,6 +272,11 @@ class _Recording:
                 "sessions there are (after adding files, run mtm.alf.index_alf and connect again)"
             )
         self.paths = sorted({re.sub(r"#[^#/]*#/", "", path) for path in found["rel_path"]})
+
+    def origin(self) -> dict[str, Any]:
+        """Where the session comes from: server, lab, subject, date, number, revisions of files."""
+        server = None if self.one.offline else self.one.alyx.base_url
+        return {"origin": "ONE", "server": server, **self.place, "revisions": self.revisions}
 
     def fail(self, dataset: str, problem: str) -> NoReturn:
         raise SessionError(f"session {self.eid}, {dataset}: {problem}")
