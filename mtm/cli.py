@@ -26,7 +26,7 @@ from mtm.train import RECIPES, fit, pick_device, recipe
 
 EXAMPLE = """example, from nothing to scores in a few minutes:
   python -m mtm simulate sessions --sessions 3
-  python -m mtm train sessions/*.npz --out model
+  python -m mtm train sessions/*.npz --out model --depth 1
   python -m mtm evaluate model sessions/sim-0.npz --json scores.json
 """
 
@@ -106,6 +106,9 @@ def run_train(options: argparse.Namespace) -> None:
         f"recipe {options.recipe}, depth {depth} (width {sizes.width}), {config.epochs} epochs, "
         f"{device}"
     )
+    options.out.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail now
+    if (options.out / hub.CONFIG).exists():
+        print(f"the model in {options.out} will be replaced")
     result = fit(sessions, sizes, config=config, device=device)
     best = result.best
     hub.save(result.model, options.out, info=result.to_dict())
@@ -263,7 +266,12 @@ def _train_options(commands: Any) -> None:
         help="layers, which set width, heads and dropout; 5 is the paper's model "
         "(default: 2, or 5 with --recipe paper)",
     )
-    sub.add_argument("--epochs", type=_positive, help="passes over the training trials")
+    sub.add_argument(
+        "--epochs",
+        type=_positive,
+        help="passes over the training trials (default: "
+        f"{RECIPES['mtm'].epochs}, or {RECIPES['paper'].epochs} with --recipe paper)",
+    )
     sub.add_argument("--lr", type=float, help="peak learning rate")
     sub.add_argument("--batch-size", type=_positive, help="trials in a step")
     sub.add_argument("--seed", type=int, help="of weights, masks and the order of batches")

@@ -28,7 +28,7 @@ CHOICE_PENALTIES = np.logspace(-4, 4, 9)  # C of the logistic regression, as the
 TRACE_PENALTIES = np.logspace(-1, 6, 8)  # alpha of the ridge regression
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Decoded:
     """How well one behaviour was decoded.
 
@@ -47,6 +47,10 @@ class Decoded:
     others: dict[str, float]
     n_train: int
     n_test: int
+
+    def __repr__(self) -> str:
+        others = ", ".join(f"{key} {value:.3f}" for key, value in self.others.items())
+        return f"{self.behaviour}: {self.metric} {self.score:.3f} ({others})"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -89,7 +89,7 @@ class TaskScores:
         return {r: float(np.nanmean(v)) for r, v in parts.items() if not np.isnan(v).all()}
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Scores of one predictor on one session.
 
@@ -122,16 +122,24 @@ class Report:
     def __str__(self) -> str:
         scores = self.tasks.values()
         rows = {
-            "null: test mean": [_number(s.mean()) for s in scores],
-            "null: training mean": [_number(s.mean("bits_per_spike_train_null")) for s in scores],
+            "over their test mean": [_number(s.mean()) for s in scores],
+            "over their training mean": [
+                _number(s.mean("bits_per_spike_train_null")) for s in scores
+            ],
             "neurons": [str(len(s.neurons)) for s in scores],
             "of them silent": [str(s.n_silent) for s in scores],
         }
+        blind = [int((s.table["visible"] == 0).sum()) for s in scores]
+        if any(blind):  # their score is that of guessing
+            rows["with nothing visible"] = [str(n) for n in blind]
         title = (
-            f"session {self.session!r}, {self.n_trials} trials; bits per spike, mean over neurons"
+            f"session {self.session!r}, {self.n_trials} trials; gain in bits per spike, mean over "
+            "neurons"
         )
         notes = [f"{task}: left out, {reason}" for task, reason in self.left_out.items()]
         return "\n".join([title, _table(list(self.tasks), rows), *notes])
+
+    __repr__ = __str__
 
 
 def score_table(reports: Mapping[str, Report], column: str = "bits_per_spike") -> str:
@@ -189,6 +197,11 @@ def evaluate(
         ValueError: for an unknown task, or predictions of a wrong shape or with NaN.
         SessionError: when a task that was asked for needs regions and there are none.
     """
+    if not isinstance(session, Session):
+        raise TypeError(
+            f"evaluate(predictor, session) needs a Session, got {type(session).__name__}"
+        )
+    _check_bin_size(predictor, session)
     split = session.split(trained_split_seed(predictor, split_seed))
     trials = np.arange(session.n_trials)[split.test if trials is None else trials]
     wanted = np.zeros(session.n_neurons, dtype=bool)
@@ -217,6 +230,15 @@ def evaluate(
         visible = scored.T @ (~hidden).sum(axis=1)  # (N,): each neuron is scored in one query
         scores[task] = _score(log_rates, session, task, trials, train_null, scored.any(0), visible)
     return Report(session.name, len(trials), scores, left_out)
+
+
+def _check_bin_size(predictor: Predicts, session: Session) -> None:
+    trained = getattr(getattr(predictor, "config", None), "bin_size", session.bin_size)
+    if abs(trained - session.bin_size) > 1e-9:
+        raise SessionError(
+            f"session {session.name!r} has bins of {session.bin_size} s, the model was trained on "
+            f"bins of {trained} s"
+        )
 
 
 def trained_split_seed(predictor: Predicts, split_seed: int | None) -> int:
@@ -287,6 +309,10 @@ def predict_held_out(
     hidden, scored, bins = _queries(task, session, wanted)
     shape = (len(trials), session.n_bins, session.n_neurons)
     if isinstance(predictor, np.ndarray):
+        if np.broadcast_shapes(predictor.shape, session.counts.shape) != session.counts.shape:
+            raise ValueError(
+                f"log-rates of shape {predictor.shape} do not fit counts {session.counts.shape}"
+            )
         known = np.broadcast_to(predictor, session.counts.shape)[trials].astype(np.float64)
         if not np.isfinite(known).all():
             raise ValueError("the predicted log-rates hold NaN or infinite values")

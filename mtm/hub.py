@@ -12,27 +12,30 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
 from mtm.model import MtM, MtMConfig
+from mtm.train import Fit
 
 FORMAT = "mtm-model"
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 
 SHIPPED = Path(__file__).parent / "weights"
-"""Folder of the small models that come with the package: ``load(SHIPPED / "simulated")``."""
+"""Folder of the small models that come with the package, as in ``load(SHIPPED / "simulated")``."""
 
 
 class CheckpointError(ValueError):
     """A folder that does not hold a readable model of this package; the message says why."""
 
 
-def save(model: MtM, folder: str | Path, info: dict[str, Any] | None = None) -> Path:
+def save(model: MtM | Fit, folder: str | Path, info: dict[str, Any] | None = None) -> Path:
     """Write a model to a folder; returns the folder.
 
     Args:
-        model: on any device.
+        model: on any device; or the result of ``fit``, whose settings and history become the info.
         folder: made when missing.
         info: anything JSON can hold that should travel along: recipe, history, data.
     """
+    if isinstance(model, Fit):
+        model, info = model.model, info or model.to_dict()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     description = {

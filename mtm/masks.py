@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 NO_REGION = -1
-"""Region code of a neuron without a region: hidden and scored like any other, but no region."""
+"""Region code of a neuron without a region, hidden and scored like any other."""
 PADDING = -2
-"""Region code of a neuron that is not there: never hidden, never scored."""
+"""Region code of a neuron that is not there, and so is never hidden and never scored."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ MTM_SCHEMES = ("neuron", "causal", "inter-region", "intra-region")
 
 
 def register(name: str, draw: DrawFunction, ratio: float = 0.3, **kind: bool) -> None:
-    """Make a scheme of your own known by ``name`` to training, evaluation and plots.
+    """Make a scheme of your own known by ``name`` to training, validation and plots.
 
     Args:
         name: a new name.
@@ -286,6 +286,14 @@ class MaskSampler:
         """
         kind = SCHEMES[name]
         mask = kind.draw(counts, regions, self.ratios[name], self.generator)
+        if not isinstance(mask, Mask):
+            raise ValueError(f"scheme {name!r} must return a Mask, got {type(mask).__name__}")
+        for part in (mask.hidden, mask.target):
+            if part.shape != counts.shape or part.dtype != torch.bool:
+                raise ValueError(
+                    f"scheme {name!r}: hidden and target must be bool of shape "
+                    f"{tuple(counts.shape)}, got {part.dtype} of {tuple(part.shape)}"
+                )
         if mask.causal != kind.causal:
             raise ValueError(
                 f"scheme {name!r} draws masks with causal={mask.causal} but was registered with "

@@ -41,6 +41,7 @@ class MtMConfig:
     """Sizes and options of a model. The defaults are the paper's."""
 
     n_bins: int = 100  # T, time bins of a trial
+    bin_size: float = 0.02  # seconds
     width: int = 512  # D, width of a token
     depth: int = 5  # transformer layers
     heads: int = 8

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import textwrap
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -142,6 +143,12 @@ class Session:
     def _check_window(self, window: Any) -> tuple[float, float]:
         if not np.isfinite(self.bin_size) or self.bin_size <= 0:
             self._fail("bin_size", f"need seconds above 0, got {self.bin_size!r}")
+        if self.bin_size > 1:
+            warnings.warn(
+                f"session {self.name!r}: bins of {self.bin_size} s; bin_size is in seconds, not "
+                "milliseconds",
+                stacklevel=4,
+            )
         self.bin_size = float(self.bin_size)
         length = self.n_bins * self.bin_size
         if window is None:
@@ -375,6 +382,11 @@ class Session:
         clusters = np.asarray(clusters)
         spike_neurons = _positions(spike_clusters, clusters, name)
         if isinstance(regions, Mapping):
+            if regions and not set(regions) & set(clusters.tolist()):
+                raise SessionError(
+                    f"session {name!r}, regions: no key of the mapping is a cluster id; keys are "
+                    f"like {next(iter(regions))!r}, ids like {clusters.tolist()[0]!r}"
+                )
             regions = [regions.get(cluster, "") for cluster in clusters.tolist()]
         grid = {"window": window, "bin_size": bin_size}
         what = "binning"
@@ -388,6 +400,11 @@ class Session:
                 binned[key] = bin_trace(times, values, align_times, **grid)
         except ValueError as error:
             raise SessionError(f"session {name!r}, {what}: {error}") from error
+        if not counts.any():
+            raise SessionError(
+                f"session {name!r}, binning: no spike falls into any trial's window; spikes and "
+                "events must be on the same clock, in seconds"
+            )
         fields["neurons"] = {"cluster": clusters, **fields.get("neurons", {})}
         return cls(
             counts=counts,
@@ -449,7 +466,10 @@ class Session:
             raise
         except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError,
                 zipfile.BadZipFile, zlib.error, NotImplementedError) as err:  # fmt: skip
-            raise SessionError(f"{path} is not a readable session file ({err})") from err
+            raise SessionError(
+                f"{path} is not a readable session file ({type(err).__name__}); session files are "
+                "written by Session.save, and by `python -m mtm simulate` and `prepare`"
+            ) from err
         if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
             raise SessionError(f"{path} is not a session file of this package")
         if (version := meta.pop("version", None)) != FORMAT_VERSION:

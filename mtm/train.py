@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mtm.masks import MTM_SCHEMES, NO_REGION, MaskSampler, scheme
+from mtm.masks import MTM_SCHEMES, NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2, log_mean
 from mtm.model import MtM, MtMConfig
 from mtm.session import Session, SessionError
@@ -69,7 +69,7 @@ RECIPES = {
         epochs=1000, lr=1e-4, decay_all=True, loss="sum", clip=None, seed=42, init="paper"
     ),
 }
-"""``mtm``: ours. ``paper``: the settings of the authors' code."""
+"""Settings by name, ``mtm`` for ours and ``paper`` for those of the authors' code."""
 
 
 def recipe(name: str, **changes: Any) -> TrainConfig:
@@ -86,7 +86,7 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
     return replace(RECIPES[name], **changes)
 
 
-@dataclass
+@dataclass(repr=False)
 class Fit:
     """What training leaves behind.
 
@@ -102,6 +102,22 @@ class Fit:
     history: list[dict[str, Any]]
     config: TrainConfig
 
+    def __repr__(self) -> str:
+        sizes, best = self.model.n_parameters(), self.best
+        return (
+            f"Fit of {len(sizes) - 1} sessions, {sum(sizes.values()):,} parameters; best of "
+            f"{self.config.epochs} epochs: {best['epoch']}, {best['mean']:.3f} bits per spike"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def predict(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
+        """As :meth:`mtm.model.MtM.predict`: a fit can be evaluated as its model."""
+        return self.model.predict(counts, scheme, mask, session)
+
     @property
     def best(self) -> dict[str, Any]:
         """The entry of the history whose weights the model has."""
@@ -114,7 +130,7 @@ class Fit:
 
 def fit(
     sessions: Session | Sequence[Session],
-    model: MtM | MtMConfig | None = None,
+    model: MtM | MtMConfig | Fit | None = None,
     *,
     config: TrainConfig | None = None,
     depth: int = 2,
@@ -126,8 +142,9 @@ def fit(
 
     Args:
         sessions: with distinct names and equally many bins.
-        model: a model to go on with (sessions it does not know are added), or the sizes of a new
-            one. Default: ``MtMConfig.from_depth(depth)``.
+        model: a model to go on with (it is changed: sessions it does not know are added, and those
+            it knows may be forgotten), or the sizes of a new one. Default:
+            ``MtMConfig.from_depth(depth)``.
         config: settings; default ``RECIPES["mtm"]``.
         depth: of a new model.
         device: default: a GPU where there is one.
@@ -146,6 +163,8 @@ def fit(
         >>> result.model, result.best["mean"]
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
+    if strangers := [type(s).__name__ for s in sessions if not isinstance(s, Session)]:
+        raise TypeError(f"fit needs Sessions, got {strangers[0]}; see mtm.Session, Session.load")
     config = config or RECIPES["mtm"]
     if changes:
         known = {f.name for f in fields(TrainConfig)}
@@ -155,6 +174,7 @@ def fit(
             )
         config = replace(config, **changes)
     _check_sessions(sessions, config)
+    model = model.model if isinstance(model, Fit) else model
     device = torch.device(device) if device else pick_device()
     data = [_Data(session, config, device) for session in sessions]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -196,7 +216,8 @@ class _Data:
     def __init__(self, session: Session, config: TrainConfig, device: torch.device) -> None:
         split = session.split(config.split_seed)
         self.name = session.name
-        self.n_bins, self.n_neurons = session.n_bins, session.n_neurons
+        self.n_bins, self.bin_size = session.n_bins, session.bin_size
+        self.n_neurons = session.n_neurons
         dtype = np.uint8 if session.counts.dtype == np.uint8 else np.int32
         self.counts = torch.from_numpy(session.counts.astype(dtype)).to(device)
         self.regions = torch.from_numpy(session.region_codes).to(device)
@@ -240,9 +261,15 @@ def _build(
     if not isinstance(model, MtM):
         if model is None:
             model = MtMConfig.from_depth(depth, n_bins=data[0].n_bins)
-        model = MtM(_fit_to_schemes(model, config))
+        sizes = replace(model, bin_size=data[0].bin_size)
+        model = MtM(_fit_to_schemes(sizes, config))
     else:
         _check_model(model, config)
+        if abs(model.config.bin_size - data[0].bin_size) > 1e-9:
+            raise SessionError(
+                f"session {data[0].name!r} has bins of {data[0].bin_size} s, the model was trained "
+                f"on bins of {model.config.bin_size} s"
+            )
     for session in data:
         if session.name not in model.session_names:
             model.add_session(session.name, session.n_neurons, session.null.exp())
@@ -414,7 +441,10 @@ def validate(
                     spikes += (counts * mask.target).sum()
         scores[name] = float(gain / (spikes * LOG2)) if spikes > 0 else math.nan
     if all(math.isnan(value) for value in scores.values()):
-        raise SessionError("the validation trials hold no spikes; use more trials")
+        raise SessionError(
+            "no hidden entry of the validation trials has a spike; use more trials, and check that "
+            "spikes and events are on the same clock, in seconds"
+        )
     return scores
 
 

@@ -154,7 +154,12 @@ def test_forward_prediction_hides_a_tenth():
 
 def test_the_report_says_what_it_holds(session):
     text = str(evaluate(mean_rates(session), session))
-    for part in ("'s', 4 trials", "null: test mean", "null: training mean", "of them silent"):
+    for part in (
+        "'s', 4 trials",
+        "over their test mean",
+        "over their training mean",
+        "of them silent",
+    ):
         assert part in text
     text = str(evaluate(np.zeros(7), Session(session.counts)))
     assert "inter-region: left out, no neuron has a region label" in text

@@ -169,8 +169,19 @@ def test_what_a_scheme_of_ones_own_gets_wrong_is_caught():
         masks.register("copies", copies, causal=True)
         _, mask = MaskSampler(["copies"])(counts, regions)
         assert torch.equal(mask.target, mask.hidden)  # visible targets are taken out
-    finally:
         del SCHEMES["copies"]
+        flat = torch.zeros(10, 3, dtype=torch.bool)
+        for returned, message in [
+            (flat, "must return a Mask, got Tensor"),
+            (masks.Mask(flat, flat), r"must be bool of shape \(2, 10, 3\), got torch.bool of"),
+            (masks.Mask(counts, counts), "got torch.float32"),
+        ]:
+            masks.register("copies", lambda *_, returned=returned: returned)
+            with pytest.raises(ValueError, match=message):
+                MaskSampler(["copies"])(counts, regions)
+            del SCHEMES["copies"]
+    finally:
+        SCHEMES.pop("copies", None)
 
 
 def test_a_patch_of_padding_alone_is_never_the_one_that_is_hidden():

@@ -74,6 +74,11 @@ def test_errors_name_the_session_and_the_field(changes, message):
         make(**changes)
 
 
+def test_bins_in_milliseconds_are_doubted():
+    with pytest.warns(UserWarning, match="bin_size is in seconds"):
+        make(bin_size=20, window=None)
+
+
 def test_a_name_is_needed():
     with pytest.raises(SessionError, match="name"):
         make(name="")
@@ -232,6 +237,9 @@ def test_from_spike_times_counts_by_loop():
         ({"spike_times": [0.1, np.inf]}, "binning: .*spike_times"),
         ({"spike_times": [0.1]}, "binning"),
         ({"window": (0, 0.03)}, "binning: .*window"),
+        ({"align_times": [99.0]}, "binning: no spike falls into any trial's window"),
+        ({"regions": {"0": "CA1"}}, "regions: no key of the mapping is a cluster id"),
+        ({"traces": {"wheel": ([1.0, 0.0], [0.0, 0.0])}}, "trace 'wheel': "),
     ],
 )
 def test_from_spike_times_errors(changes, message):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtm import MtM, MtMConfig, SessionError, fit
+from mtm import MtM, MtMConfig, SessionError, evaluate, fit, hub, save
 from mtm.masks import MTM_SCHEMES, MaskSampler
 from mtm.session import Session
 from mtm.train import (
@@ -129,7 +129,7 @@ def test_validation_scores_every_region_whatever_the_batch_size(sessions, monkey
 def test_silent_validation_trials_are_no_score():
     counts = np.zeros((40, 10, 6), int)
     session = Session(counts, ["CA1"] * 3 + ["DG"] * 3, "silent")
-    with pytest.raises(SessionError, match="validation trials hold no spikes"):
+    with pytest.raises(SessionError, match="no hidden entry of the validation trials has a spike"):
         fit(session, **QUICK)
 
 
@@ -141,6 +141,34 @@ def test_going_on_with_other_settings_is_refused_where_the_model_cannot(sessions
         fit(sessions[0], temporal, schemes=("causal",), **QUICK)
     with pytest.raises(ValueError, match="split of seed 0, not 1"):
         fit(sessions[0], temporal, schemes=("temporal",), split_seed=1, **QUICK)
+
+
+def test_a_fit_stands_for_its_model(sessions, tmp_path):
+    result = fit(sessions[0], **QUICK)
+    assert "2 epochs" in repr(result) and len(repr(result)) < 200
+    task = ["forward-prediction"]
+    assert str(evaluate(result, sessions[0], tasks=task)) == str(
+        evaluate(result.model, sessions[0], tasks=task)
+    )
+    folder = save(result, tmp_path / "model")
+    assert hub.read_config(folder)["info"]["train"]["epochs"] == 2
+    assert fit(sessions[1], result, **QUICK).model is result.model
+
+
+def test_bins_of_another_width_are_refused(sessions):
+    model = fit(sessions[0], **QUICK).model
+    counts, regions = sessions[0].counts, sessions[0].regions
+    for name, use in (("sim-3-0", evaluate), ("new", lambda m, s: fit(s, m, **QUICK))):
+        other = Session(counts, regions, name, bin_size=0.02)
+        with pytest.raises(SessionError, match="bins of 0.02 s, the model was trained on bins of"):
+            use(model, other)
+
+
+def test_wrong_kinds_of_arguments(sessions):
+    with pytest.raises(TypeError, match="fit needs Sessions, got ndarray"):
+        fit([sessions[0].counts])
+    with pytest.raises(TypeError, match="needs a Session, got ndarray"):
+        evaluate(fit(sessions[0], **QUICK).model, sessions[0].counts)
 
 
 def test_a_schedule_of_any_length(sessions):
