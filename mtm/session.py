@@ -382,12 +382,7 @@ class Session:
         clusters = np.asarray(clusters)
         spike_neurons = _positions(spike_clusters, clusters, name)
         if isinstance(regions, Mapping):
-            if regions and not set(regions) & set(clusters.tolist()):
-                raise SessionError(
-                    f"session {name!r}, regions: no key of the mapping is a cluster id; keys are "
-                    f"like {next(iter(regions))!r}, ids like {clusters.tolist()[0]!r}"
-                )
-            regions = [regions.get(cluster, "") for cluster in clusters.tolist()]
+            regions = _labels(regions, clusters, name)
         grid = {"window": window, "bin_size": bin_size}
         what = "binning"
         try:
@@ -465,7 +460,7 @@ class Session:
         except FileNotFoundError:
             raise
         except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError,
-                zipfile.BadZipFile, zlib.error, NotImplementedError) as err:  # fmt: skip
+                zipfile.BadZipFile, zlib.error, RuntimeError) as err:  # fmt: skip
             raise SessionError(
                 f"{path} is not a readable session file ({type(err).__name__}); session files are "
                 "written by Session.save, and by `python -m mtm simulate` and `prepare`"
@@ -513,3 +508,14 @@ def _positions(spike_clusters: np.ndarray, clusters: np.ndarray, name: str) -> n
             f"{len(ids)} clusters; list them in `clusters` or leave their spikes out"
         )
     return order[place]
+
+
+def _labels(regions: Mapping[Any, str], clusters: np.ndarray, name: str) -> list[str]:
+    """The region of each cluster id, (N,); "" where the mapping has none."""
+    labels = [regions.get(cluster, "") for cluster in clusters.tolist()]
+    if regions and not set(regions) & set(clusters.tolist()):
+        raise SessionError(
+            f"session {name!r}, regions: no key of the mapping is a cluster id; keys are like "
+            f"{next(iter(regions))!r}, ids like {clusters.tolist()[0]!r}"
+        )
+    return labels
