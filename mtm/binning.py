@@ -61,7 +61,7 @@ def bin_spikes(
         spike_times: (S,) seconds, float64: at 10,000 s, float32 resolves no better than 1 ms.
         spike_neurons: (S,) integers in [0, n_neurons), the neuron of each spike.
         align_times: (K,) seconds, the event that each trial is aligned to, in any order.
-        n_neurons: N. Neurons without a spike keep their column of zeros.
+        n_neurons: number of neurons, N; one without a spike keeps its column of zeros.
         window: (start, stop) relative to the align time, seconds.
         bin_size: width of a bin, seconds.
 

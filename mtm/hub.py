@@ -19,7 +19,10 @@ FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 
 SHIPPED = Path(__file__).parent / "weights"
-"""Folder of the small models that come with the package, as in ``load(SHIPPED / "simulated")``."""
+"""Folder of the small models that come with the package, as in ``load(SHIPPED / "simulated")``.
+
+:meta hide-value:
+"""
 
 
 class CheckpointError(ValueError):

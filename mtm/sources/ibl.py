@@ -135,9 +135,10 @@ def load_session(
         units: "good" keeps the clusters with label 1 (IBL's three quality criteria) only.
 
     Returns:
-        Session named by the eid. ``neurons``: ``probe``, ``cluster`` (id on its probe),
-        ``allen_id``, ``allen``, ``beryl``, ``cosmos``, and where present ``depth`` (micrometres
-        from the tip), ``label``, ``uuid``. ``provenance``: what was read, what was dropped.
+        the session, named by the eid. Its ``neurons`` have ``probe``, ``cluster`` (id on its
+        probe), ``allen_id``, ``allen``, ``beryl``, ``cosmos``, and where present ``depth``
+        (micrometres from the tip), ``label``, ``uuid``. Its ``provenance`` tells what was read and
+        what was dropped.
 
     Raises:
         SessionError: naming the eid, the dataset and the remedy.
@@ -218,7 +219,7 @@ def acronyms(ids: np.ndarray, atlas: str = "Allen") -> np.ndarray:
         atlas: "Allen", "Beryl" or "Cosmos".
 
     Returns:
-        (N,) strings. (iblatlas's own ``id2acronym`` leaves unknown ids out: the rest moves up.)
+        (N,) strings. (iblatlas's own ``id2acronym`` leaves unknown ids out, and the rest moves up.)
     """
     ids = np.asarray(ids, dtype=np.int64)
     known, names = _atlas()
