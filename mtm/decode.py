@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, r2_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 
-from mtm.evaluate import Predicts, call_predictor, trained_split_seed
+from mtm.evaluate import Predicts, call_predictor, checked_split_seed
 from mtm.masks import Mask, scheme
 from mtm.session import Session, SessionError
 
@@ -123,7 +123,7 @@ def decode_choice(
     by default that of ``neuron`` as in the paper, or of ``intra-region`` for one region.
     """
     prompt = prompt or ("neuron" if region is None else "intra-region")
-    split_seed = trained_split_seed(predictor, split_seed)
+    split_seed = checked_split_seed(predictor, session, split_seed)
     choice = _behaviour(session, "choice", (session.n_trials,))
     if set(np.unique(choice[~np.isnan(choice)])) == {0, 1}:
         raise SessionError(
@@ -188,7 +188,7 @@ def decode_trace(
     by default that of ``causal`` as in the paper, or of ``intra-region`` for one region.
     """
     prompt = prompt or ("causal" if region is None else "intra-region")
-    split_seed = trained_split_seed(predictor, split_seed)
+    split_seed = checked_split_seed(predictor, session, split_seed)
     traces = _behaviour(session, behaviour, (session.n_trials, session.n_bins))
     fit_trials, test_trials = _trials(session, np.isfinite(traces).all(axis=1), split_seed)
     if len(fit_trials) < 2 * FOLDS:

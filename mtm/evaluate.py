@@ -195,14 +195,15 @@ def evaluate(
 
     Raises:
         ValueError: for an unknown task, or predictions of a wrong shape or with NaN.
-        SessionError: when a task that was asked for needs regions and there are none.
+        SessionError: when a task that was asked for needs regions and there are none, or the bins
+            are not those the model was trained on.
+        TypeError: when ``session`` is no Session.
     """
     if not isinstance(session, Session):
         raise TypeError(
             f"evaluate(predictor, session) needs a Session, got {type(session).__name__}"
         )
-    _check_bin_size(predictor, session)
-    split = session.split(trained_split_seed(predictor, split_seed))
+    split = session.split(checked_split_seed(predictor, session, split_seed))
     trials = np.arange(session.n_trials)[split.test if trials is None else trials]
     wanted = np.zeros(session.n_neurons, dtype=bool)
     wanted[slice(None) if neurons is None else neurons] = True
@@ -232,22 +233,21 @@ def evaluate(
     return Report(session.name, len(trials), scores, left_out)
 
 
-def _check_bin_size(predictor: Predicts, session: Session) -> None:
-    trained = getattr(getattr(predictor, "config", None), "bin_size", session.bin_size)
-    if abs(trained - session.bin_size) > 1e-9:
-        raise SessionError(
-            f"session {session.name!r} has bins of {session.bin_size} s, the model was trained on "
-            f"bins of {trained} s"
-        )
-
-
-def trained_split_seed(predictor: Predicts, split_seed: int | None) -> int:
+def checked_split_seed(predictor: Predicts, session: Session, split_seed: int | None) -> int:
     """The split to use: the one asked for, else the one the model was trained on, else that of 0.
 
     Raises:
+        SessionError: when a model was trained on bins of another width.
         ValueError: when a model was trained on another split.
     """
-    trained = getattr(getattr(predictor, "config", None), "split_seed", None)
+    config = getattr(getattr(predictor, "model", predictor), "config", None)  # of a Fit, its model
+    bin_size = getattr(config, "bin_size", session.bin_size)
+    if abs(bin_size - session.bin_size) > 1e-9:
+        raise SessionError(
+            f"session {session.name!r} has bins of {session.bin_size} s, the model was trained on "
+            f"bins of {bin_size} s"
+        )
+    trained = getattr(config, "split_seed", None)
     if split_seed is None:
         return trained or 0
     if trained is not None and trained != split_seed:

@@ -98,7 +98,7 @@ def waves(n_bins: int, width: int) -> Tensor:
     """Sines and cosines of the bin's number, (n_bins, width): near bins get similar embeddings.
 
     A start for the learned time embedding. From random ones a model has to find out first which
-    bins are neighbours; from these it begins with smoothing, and learns about twice as fast.
+    bins are neighbours; from these it can begin with smoothing.
     """
     half = torch.arange((width + 1) // 2) / ((width + 1) // 2)
     periods = 4.0 * (n_bins / 2.0) ** half  # geometric, from 4 bins to twice the trial

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtm import MtM, MtMConfig, SessionError, evaluate, fit, hub, save
+from mtm import MtM, MtMConfig, SessionError, decode, evaluate, fit, hub, save
 from mtm.masks import MTM_SCHEMES, MaskSampler
 from mtm.session import Session
 from mtm.train import (
@@ -156,12 +156,15 @@ def test_a_fit_stands_for_its_model(sessions, tmp_path):
 
 
 def test_bins_of_another_width_are_refused(sessions):
-    model = fit(sessions[0], **QUICK).model
-    counts, regions = sessions[0].counts, sessions[0].regions
-    for name, use in (("sim-3-0", evaluate), ("new", lambda m, s: fit(s, m, **QUICK))):
-        other = Session(counts, regions, name, bin_size=0.02)
-        with pytest.raises(SessionError, match="bins of 0.02 s, the model was trained on bins of"):
-            use(model, other)
+    result = fit(sessions[0], **QUICK)
+    counts, choice = sessions[0].counts, sessions[0].behaviour["choice"]
+    uses = [("sim-3-0", evaluate), ("sim-3-0", decode), ("new", lambda m, s: fit(s, m, **QUICK))]
+    for name, use in uses:
+        behaviour = {"choice": choice}
+        other = Session(counts, sessions[0].regions, name, bin_size=0.02, behaviour=behaviour)
+        for model in (result, result.model):
+            with pytest.raises(SessionError, match="bins of 0.02 s, the model was trained on"):
+                use(model, other)
 
 
 def test_wrong_kinds_of_arguments(sessions):

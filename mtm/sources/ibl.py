@@ -137,8 +137,7 @@ def load_session(
     Returns:
         the session, named by the eid. Its ``neurons`` have ``probe``, ``cluster`` (id on its
         probe), ``allen_id``, ``allen``, ``beryl``, ``cosmos``, and where present ``depth``
-        (micrometres from the tip), ``label``, ``uuid``. Its ``provenance`` tells what was read and
-        what was dropped.
+        (micrometres from the tip), ``label``, ``uuid``.
 
     Raises:
         SessionError: naming the eid, the dataset and the remedy.
