@@ -1,16 +1,32 @@
-"""Save and load models: a folder of ``config.json`` and ``weights.safetensors``, never a pickle."""
+"""Save, load and share models: ``config.json`` and ``weights.safetensors``, never a pickle.
+
+``from_official`` reads the checkpoints of the authors' code. Those are pickles, which can run any
+code when they are opened the usual way; here every class and function in them but the five that put
+tensors together is replaced by an inert stand-in.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pickle
+import tempfile
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
+from torch import Tensor
 
+from mtm.masks import MTM_SCHEMES
 from mtm.model import MtM, MtMConfig
 from mtm.train import Fit
 
@@ -110,3 +126,320 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}"
         )
     return description
+
+
+# ------------------------------------------------------------------------- the Hugging Face Hub
+
+
+def push_to_hub(model: MtM | Fit, repo_id: str, **options: Any) -> str:
+    """Upload a model, as :func:`save` writes it, with a page that says how to use it.
+
+    Args:
+        model: see :func:`save`.
+        repo_id: ``"user/name"``; made when missing.
+        **options: of ``huggingface_hub.HfApi.create_repo``, as ``private=True`` or ``token=...``.
+
+    Returns:
+        the address of the upload.
+
+    Raises:
+        ImportError: without the extra ``hub``.
+    """
+    api = _huggingface_hub().HfApi(token=options.pop("token", None))
+    api.create_repo(repo_id, exist_ok=True, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        network = model.model if isinstance(model, Fit) else model
+        page = MODEL_PAGE.format(repo_id=repo_id, summary=network.summary())
+        (Path(folder) / "README.md").write_text(page)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="mtm model")
+    return str(commit)
+
+
+def from_pretrained(name: str | Path, **options: Any) -> MtM:
+    """A model from a folder, or from the Hugging Face Hub; on the CPU, in evaluation mode.
+
+    Args:
+        name: a folder that :func:`save` wrote, or ``"user/name"``. Only the two files that a model
+            consists of are fetched, whatever else is there.
+        **options: of ``huggingface_hub.snapshot_download``, as ``revision=...`` or ``token=...``.
+
+    Raises:
+        CheckpointError: when that is no model of this package.
+        ImportError: for a name on the Hub, without the extra ``hub``.
+    """
+    if Path(name).is_dir():
+        return load(name)
+    hub = _huggingface_hub()
+    try:
+        folder = hub.snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS], **options)
+    except hub.errors.HFValidationError as error:
+        raise CheckpointError(f"{name} is neither a folder nor a name on the Hub") from error
+    return load(folder)
+
+
+MODEL_PAGE = """---
+library_name: mtm-neural
+tags: [neuroscience, spikes, masked-modelling]
+---
+A multi-task-masking (MtM) model of neural population activity.
+
+```python
+import mtm
+
+model = mtm.from_pretrained("{repo_id}")
+```
+
+```text
+{summary}
+```
+"""
+
+
+def _huggingface_hub() -> ModuleType:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise ImportError("the Hub needs huggingface_hub: pip install huggingface_hub") from error
+
+
+# ------------------------------------------------------------- checkpoints of the authors' code
+
+PAPER_EIDS = tuple((Path(__file__).parent / "sources/paper_eids.txt").read_text().split())
+"""The 40 sessions of the paper, in the order of the rows of the authors' session embedding.
+
+:meta hide-value:
+"""
+
+THEIRS = {
+    "tokenizer.embed_spikes": "encoder.embedder.embed_spikes",
+    "tokenizer.project": "encoder.embedder.projection",
+    "norm": "encoder.out_norm",
+}
+THEIRS_NDT2 = {
+    "tokenizer.space_norm": "encoder.embedder.embed_space_pos.1",
+    "tokenizer.time_norm": "encoder.embedder.embed_time_pos.1",
+    "tokenizer.readout": "decoder.0",
+}
+THEIRS_IN_LAYER = {
+    "norm1": "ln1",
+    "norm2": "ln2",
+    **{f"attention.{part}": f"attn.{part}" for part in ("query", "key", "value")},
+    "attention.out": "attn.out_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+SPACE, TIME = (f"encoder.embedder.embed_{what}_pos.0.weight" for what in ("space", "time"))
+TIME_NDT1, PROMPT, TOKENS = (
+    f"encoder.embedder.embed_{what}.weight" for what in ("pos", "prompt", "session")
+)
+
+
+def from_official(
+    checkpoint: str | Path | Mapping[str, Tensor],
+    sessions: Mapping[str, int],
+    *,
+    heads: int | None = None,
+    eids: Sequence[str] = PAPER_EIDS,
+) -> MtM:
+    """The authors' NDT1 (stitched) or NDT2 as a model of ours that computes the same.
+
+    Their attention leaks the future in causal mode, so that the model has ``config.leak`` on; it
+    understands their padding (-1) too.
+
+    Args:
+        checkpoint: their state dict, or a file with it or with their pickled module.
+        sessions: name -> number of neurons. Names are looked up in ``eids`` for the session token.
+        heads: of attention, which a state dict does not tell. Default: what a pickled module says,
+            else the paper's 8.
+        eids: the sessions of the rows of their session embedding, in order.
+
+    Returns:
+        on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: when the file cannot be read, or a key is missing, unknown or of another
+            shape; the message names all of them.
+        KeyError: for a session that is not in ``eids``.
+
+    Warns:
+        UserWarning: naming the keys that no session of ``sessions`` uses.
+    """
+    attributes: dict[str, Any] = {}
+    if not isinstance(checkpoint, Mapping):
+        checkpoint, attributes = _read_official(Path(checkpoint))
+    if attributes.get("use_rope"):
+        raise CheckpointError("the checkpoint has rotary positions, which this cannot import")
+    heads = heads or attributes.get("n_heads") or 8
+    config = _official_config(checkpoint, heads)
+    for name, n_neurons in sessions.items():
+        if config.session_token and name not in eids:
+            raise KeyError(f"session {name!r} has no row in their session embedding; see eids")
+        size = config.patch_size
+        if config.tokenizer == "ndt2" and not size <= n_neurons <= size * config.n_patches:
+            raise CheckpointError(
+                f"session {name!r} has {n_neurons} neurons; their NDT2 takes {size} (one patch) to "
+                f"{size * config.n_patches} ({config.n_patches} patches)"
+            )
+    model = MtM(config, sessions)
+    left = dict(checkpoint)
+    tensors, wrong = {}, []
+    for key, own in model.state_dict().items():
+        if own.numel() == 0:  # no prompts
+            tensors[key] = own
+            continue
+        theirs, row = _their_key(key, model, eids)
+        left.pop(theirs, None)
+        value = checkpoint.get(theirs)
+        value = value if value is None or row is None else value[row]
+        if value is None or value.shape != own.shape:
+            found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
+            wrong.append(f"{theirs} {found}, needed: {tuple(own.shape)}")
+        else:
+            tensors[key] = value
+    unused = [key for key in left if _is_spare(key, config)]
+    wrong += [f"{key} is unknown" for key in left if key not in unused]
+    if wrong:
+        raise CheckpointError("the checkpoint does not fit: " + "; ".join(wrong))
+    if unused:
+        warnings.warn("not used of the checkpoint: " + ", ".join(unused), stacklevel=2)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _official_config(tensors: Mapping[str, Tensor], heads: int) -> MtMConfig:
+    """Sizes from the shapes of their weights."""
+    ndt2 = SPACE in tensors
+    time = TIME if ndt2 else TIME_NDT1
+    spikes, norm, up = (
+        "encoder.embedder.embed_spikes.weight",
+        "encoder.out_norm.weight",
+        "encoder.layers.0.mlp.up_proj.weight",
+    )
+    if missing := [key for key in (time, spikes, norm, up) if key not in tensors]:
+        raise CheckpointError(
+            f"this is no NDT1 or NDT2 of the authors' code: {', '.join(missing)} missing"
+        )
+    if not ndt2 and not any(key.startswith("encoder.stitcher.") for key in tensors):
+        raise CheckpointError("their NDT1 without stitching cannot be imported: it has no stitcher")
+    numbers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}
+    inputs = tensors[spikes].shape[1]
+    sizes = {"patch_size": inputs, "n_patches": len(tensors[SPACE])} if ndt2 else {}
+    return MtMConfig(
+        tokenizer="ndt2" if ndt2 else "ndt1",
+        n_bins=len(tensors[time]),
+        width=len(tensors[norm]),
+        depth=len(numbers),
+        heads=heads,
+        mlp_width=len(tensors[up]),
+        prompts=MTM_SCHEMES if PROMPT in tensors else (),
+        session_token=TOKENS in tensors,
+        init="paper",
+        leak=True,
+        **sizes if ndt2 else {"stitch_width": inputs},
+    )
+
+
+def _their_key(key: str, model: MtM, eids: Sequence[str]) -> tuple[str, int | None]:
+    """The authors' name of one of our parameters, and its row where they keep many in a table."""
+    ndt2 = model.config.tokenizer == "ndt2"
+    if key in ("prompt", "tokenizer.time", "tokenizer.space"):
+        time = TIME if ndt2 else TIME_NDT1
+        return {"prompt": PROMPT, "tokenizer.time": time, "tokenizer.space": SPACE}[key], None
+    part, kind = key.rsplit(".", 1)
+    if part.startswith("layers."):
+        _, number, inner = part.split(".", 2)
+        return f"encoder.layers.{number}.{THEIRS_IN_LAYER[inner]}.{kind}", None
+    if part.startswith("sessions."):
+        names = {model._key(name): name for name in model.session_names}
+        session = key.split(".")[1]
+        if kind == "token":
+            return TOKENS, list(eids).index(names[session])
+        n = model.sessions[session].n_neurons
+        if part.endswith("stitch"):
+            return f"encoder.stitcher.stitcher_dict.{n}.{kind}", None
+        return f"stitch_decoder.stitch_decoder_dict.{n}.{kind}", None
+    return f"{(THEIRS | THEIRS_NDT2)[part]}.{kind}", None
+
+
+def _is_spare(key: str, config: MtMConfig) -> bool:
+    """Keys that are understood and not needed: maps of other sessions, and their dead decoder."""
+    ndt1 = config.tokenizer == "ndt1"
+    maps = ("encoder.stitcher.stitcher_dict.", "stitch_decoder.stitch_decoder_dict.", "decoder.0.")
+    return ndt1 and key.startswith(maps)
+
+
+def _read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors in a file of ``torch.save`` by name, and a few attributes of a pickled module."""
+    try:
+        if not zipfile.is_zipfile(path):
+            path.open("rb").close()  # for the reason why not
+            raise CheckpointError(f"{path} is not a file of torch.save")
+        inert = SimpleNamespace(Unpickler=_InertUnpickler, __name__="inert")
+        found = torch.load(path, "cpu", pickle_module=inert, weights_only=False)
+        found = found.get("model", found.get("state_dict", found))
+        if isinstance(found, _Inert):
+            return dict(_tensors(found)), _attributes(found)
+        if not all(isinstance(value, Tensor) for value in found.values()):
+            raise CheckpointError(f"{path} holds neither a state dict nor a module")
+        return dict(found), {}
+    except (AttributeError, OSError, RecursionError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path} is not readable: {error}") from error
+    except (pickle.UnpicklingError, EOFError, KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} is not readable: {error}") from error
+
+
+class _Inert:
+    """Stands in for the classes and functions of a pickle: keeps attributes, runs nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Whatever it is called with is dropped."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+        return _Inert()
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Items of their configuration are not needed."""
+
+    append = extend = __call__
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Gives a pickle what puts tensors together, and a stand-in for all else it asks for."""
+
+    KNOWN = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+        ("builtins", "set"): set,
+        ("__builtin__", "set"): set,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self.KNOWN.get((module, name), _Inert)
+
+
+def _tensors(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """What ``module.state_dict()`` would give."""
+    state = vars(module)
+    passing = state.get("_non_persistent_buffers_set", set())
+    for name, value in {**state.get("_parameters", {}), **state.get("_buffers", {})}.items():
+        if isinstance(value, Tensor) and name not in passing:
+            yield prefix + name, value.detach()
+    for name, child in state.get("_modules", {}).items():
+        if isinstance(child, _Inert):
+            yield from _tensors(child, f"{prefix}{name}.")
+
+
+def _attributes(module: _Inert) -> dict[str, Any]:
+    """Plain attributes of the first attention layer: ``n_heads``, ``use_rope`` and others."""
+    for name in ("encoder", "layers", "0", "attn"):
+        module = vars(module).get("_modules", {}).get(name, _Inert())
+    return {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float)}

@@ -196,6 +196,7 @@ class Scheme:
         needs_regions: it cannot be drawn where no neuron has a region.
         causal: attention looks at past bins only.
         prompt: a model trained with it and others has a prompt token for it.
+        patches: it hides patches, and takes the model's ``patch_size``.
     """
 
     draw: DrawFunction
@@ -203,6 +204,7 @@ class Scheme:
     needs_regions: bool = False
     causal: bool = False
     prompt: bool = True
+    patches: bool = False
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -211,7 +213,7 @@ SCHEMES: dict[str, Scheme] = {
     "inter-region": Scheme(inter_region, 1.0, needs_regions=True),
     "intra-region": Scheme(intra_region, 0.3, needs_regions=True),
     "temporal": Scheme(temporal, 0.3, prompt=False),
-    "random-token": Scheme(random_token, 0.3, prompt=False),
+    "random-token": Scheme(random_token, 0.3, prompt=False, patches=True),
 }
 """All schemes by name; add yours with :func:`register`."""
 
@@ -226,7 +228,7 @@ def register(name: str, draw: DrawFunction, ratio: float = 0.3, **kind: bool) ->
         name: a new name.
         draw: function of (counts (B, T, N), regions (N,), ratio, generator) -> :class:`Mask`.
         ratio: its default share hidden.
-        **kind: ``needs_regions``, ``causal`` and ``prompt``, as in :class:`Scheme`.
+        **kind: ``needs_regions``, ``causal``, ``prompt``, ``patches``, as in :class:`Scheme`.
     """
     if name in SCHEMES:
         raise ValueError(f"masking scheme {name!r} exists already; choose another name")
@@ -248,6 +250,7 @@ class MaskSampler:
         ratios: name -> share hidden, where it should differ from the scheme's own.
         seed: of both the choice of the scheme and the masks.
         device: where the batches live.
+        patch_size: neurons of a patch, for schemes that hide patches.
 
     Example:
         >>> sampler = MaskSampler(seed=0)
@@ -260,6 +263,7 @@ class MaskSampler:
         ratios: Mapping[str, float] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        patch_size: int = 128,
     ) -> None:
         if isinstance(schemes, str) or not schemes:
             raise ValueError(
@@ -268,6 +272,7 @@ class MaskSampler:
         ratios = dict(ratios or {})
         if strangers := set(ratios) - set(schemes):
             raise ValueError(f"ratios for schemes that are not drawn: {', '.join(strangers)}")
+        self.patch_size = patch_size
         self.ratios = {name: ratios.get(name, scheme(name).ratio) for name in schemes}
         # The scheme is chosen on the host, so that no step waits for the device with the masks.
         self.host_generator = torch.Generator().manual_seed(seed)
@@ -285,7 +290,8 @@ class MaskSampler:
         Targets that the scheme left visible are taken out: a model could copy them.
         """
         kind = SCHEMES[name]
-        mask = kind.draw(counts, regions, self.ratios[name], self.generator)
+        patch = {"patch_size": self.patch_size} if kind.patches else {}
+        mask = kind.draw(counts, regions, self.ratios[name], self.generator, **patch)
         if not isinstance(mask, Mask):
             raise ValueError(f"scheme {name!r} must return a Mask, got {type(mask).__name__}")
         for part in (mask.hidden, mask.target):

@@ -1,17 +1,23 @@
-"""The whole model in this one file: stitch, embed, encode, read out.
+"""The whole model in this one file: embed, encode, read out.
 
-MtM with the NDT1 tokenizer (arXiv 2407.14668, section 3): one token a time bin. Each session has
-its own linear maps into and out of a shared transformer, as each animal has its own neurons:
+MtM (arXiv 2407.14668, section 3) is one transformer encoder between two pairs of maps that know
+about neurons. There are two ways to cut a trial of counts (B, T, N) into tokens (B, L, D):
 
-    counts (B, T, N)  --stitch-->  (B, T, S)  --embed-->  (B, T, D)
-    [session token, prompt token, bins]  --encode-->  (B, 2 + T, D)
-    bins  --read out-->  log-rates (B, T, N)
+=========  ====================================  =====================================  ===========
+tokenizer  a token is                            whose maps                             L
+=========  ====================================  =====================================  ===========
+``ndt1``   one bin of all neurons                each session's own ("stitching")       T
+``ndt2``   one bin of P neurons in a row         shared by all; a neuron is told by     T ceil(N/P)
+                                                 its place
+=========  ====================================  =====================================  ===========
 
-- Hidden entries are set to 0 before anything sees them.
-- The prompt token says which masking scheme is on, the session token whose brain it is.
-- Causal mode: the two tokens come first and attention is lower-triangular, so no path, however many
-  layers deep, leads from a later bin to an earlier output. (In the authors' code the two tokens see
-  every bin and every bin sees them, which leaks the future from the second layer on.)
+In front of them stand a session token, which says whose brain it is, and a prompt token, which says
+what masking scheme is on. Out come log-rates (B, T, N).
+
+- Hidden entries are taken out before anything sees them.
+- Causal mode: a token attends to tokens of the same and of earlier bins, the two in front only to
+  each other. No path, however many layers deep, leads from a later bin to an earlier output. (In
+  the authors' code it does, by way of the tokens in front; for NDT2 the bins are mixed up, too.)
 - Initialisation: each neuron's readout bias is its log mean count, learned tokens start small, and
   time embeddings start as slow and fast waves. A new model therefore predicts the mean rates, knows
   which bins are neighbours, and learns from there; ``init="paper"`` starts as the authors' code.
@@ -20,8 +26,9 @@ its own linear maps into and out of a shared transformer, as each animal has its
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -32,39 +39,71 @@ from torch import Tensor, nn
 from mtm.masks import MTM_SCHEMES, Mask
 
 TOKEN_STD = 0.05  # of session and prompt tokens
-POSITION_SCALE = 0.3  # amplitude of the waves that time embeddings start as
+POSITION_SCALE = 0.3  # amplitude of time and space embeddings
 READOUT_SCALE = 0.1  # of the readout weights, so that a new model predicts close to the mean rates
+
+CHOICES = {
+    "tokenizer": ("ndt1", "ndt2"),
+    "positions": ("learned", "rotary"),
+    "hidden_input": ("zeros", "token", "indicator"),
+    "input_transform": ("raw", "log1p"),
+    "init": ("mtm", "paper"),
+}
 
 
 @dataclass(frozen=True)
 class MtMConfig:
-    """Sizes and options of a model. The defaults are the paper's."""
+    """Sizes and options of a model. The defaults are the paper's.
 
+    ``hidden_input`` is what stands where an entry is hidden: ``"zeros"`` (the paper); ``"token"``,
+    a number that each neuron learns; ``"indicator"``, zeros, and a second input channel that tells
+    a hidden entry from a silent one. ``positions="rotary"`` turns queries and keys by their bin
+    instead of adding a learned embedding of it.
+    """
+
+    tokenizer: str = "ndt1"  # "ndt1": a token a bin; "ndt2": a token a bin and patch of neurons
     n_bins: int = 100  # T, time bins of a trial
     bin_size: float = 0.02  # seconds
     width: int = 512  # D, width of a token
     depth: int = 5  # transformer layers
     heads: int = 8
     mlp_width: int = 1024
-    stitch_width: int = 668  # S, width that all sessions are mapped to
-    embed_width: int = 1336  # hidden width of the embedding
+    stitch_width: int = 668  # S, width that ndt1 maps all sessions to
+    patch_size: int = 128  # P, neurons of an ndt2 token
+    n_patches: int = 6  # places of patches that ndt2 knows; grows with larger sessions
     dropout: float = 0.4  # of attention and MLP
     embed_dropout: float = 0.2  # of the tokens
+    positions: str = "learned"  # of time: "learned" or "rotary"
+    hidden_input: str = "zeros"  # "zeros", "token" or "indicator"
+    input_transform: str = "raw"  # of the counts: "raw" or "log1p"
     prompts: tuple[str, ...] = MTM_SCHEMES  # schemes with a prompt token; () = no prompt
     causal: bool = True  # trained with causal attention too; if not, `predict` never uses it
     session_token: bool = True
     split_seed: int = 0  # of the splits it was trained on; evaluation uses the same
     init: str = "mtm"  # "mtm" or "paper"
+    leak: bool = False  # the authors' attention and patches, for checkpoints of theirs only
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(self.prompts))
-        for name in ("n_bins", "width", "depth", "heads", "mlp_width", "stitch_width"):
+        sizes = ("n_bins", "width", "depth", "heads", "mlp_width", "stitch_width")
+        for name in (*sizes, "patch_size", "n_patches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "embed_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        if self.init not in ("mtm", "paper"):
-            raise ValueError(f"init must be 'mtm' or 'paper', got {self.init!r}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
+                )
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise ValueError(
+                f"rotary positions need an even width for each head, got {self.width} / "
+                f"{self.heads}; choose other heads or positions='learned'"
+            )
 
     @classmethod
     def from_depth(cls, depth: int, **fields: object) -> MtMConfig:
@@ -76,38 +115,271 @@ class MtMConfig:
             raise ValueError(f"depth must be at least 1, got {depth}")
         heads = max(1, round(1.6 * depth))
         width = 64 * heads
-        stitch = round(width * 668 / 512)
         sizes: dict[str, object] = {
             "depth": depth,
             "heads": heads,
             "width": width,
             "mlp_width": 2 * width,
-            "stitch_width": stitch,
-            "embed_width": 2 * stitch,
+            "stitch_width": round(width * 668 / 512),
             "dropout": min(0.4, round(0.1 * (depth - 1), 2)),
             "embed_dropout": min(0.2, round(0.05 * (depth - 1), 2)),
         }
         return cls(**{**sizes, **fields})  # type: ignore[arg-type]
+
+    @property
+    def channels(self) -> int:
+        """C, numbers that the model is shown of each entry: its count, and whether it is hidden."""
+        return 2 if self.hidden_input == "indicator" else 1
 
     def to_dict(self) -> dict[str, object]:
         """The fields as JSON can hold them."""
         return {**asdict(self), "prompts": list(self.prompts)}
 
 
-def waves(n_bins: int, width: int) -> Tensor:
-    """Sines and cosines of the bin's number, (n_bins, width): near bins get similar embeddings.
+# ------------------------------------------------------------------ from counts to tokens, and back
 
-    A start for the learned time embedding. From random ones a model has to find out first which
-    bins are neighbours; from these it can begin with smoothing.
+
+class Tokens(NamedTuple):
+    """Tokens of a batch of trials, those in front first.
+
+    Attributes:
+        x: (B, L, D).
+        bins: (L,) the bin of each token, -1 for those in front.
+        n_front: how many stand in front: session token, prompt token.
+        absent: (B, L) bool, tokens of nothing but padding; with ``leak`` only, else None.
     """
-    half = torch.arange((width + 1) // 2) / ((width + 1) // 2)
-    periods = 4.0 * (n_bins / 2.0) ** half  # geometric, from 4 bins to twice the trial
-    angle = 2 * math.pi * torch.arange(n_bins)[:, None] / periods
-    return POSITION_SCALE * torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
+
+    x: Tensor
+    bins: Tensor
+    n_front: int
+    absent: Tensor | None = None
+
+
+class SessionMaps(nn.Module):
+    """What belongs to one session alone: the maps of its neurons in and out, and its token."""
+
+    def __init__(self, n_neurons: int, config: MtMConfig) -> None:
+        super().__init__()
+        self.n_neurons = n_neurons
+        if config.tokenizer == "ndt1":
+            self.stitch = nn.Linear(config.channels * n_neurons, config.stitch_width)
+            self.readout = nn.Linear(config.width, n_neurons)
+        elif not config.leak:  # the authors' NDT2 has nothing of a neuron's own
+            self.bias = nn.Parameter(torch.zeros(n_neurons))
+        if config.hidden_input == "token":
+            self.fill = nn.Parameter(torch.zeros(n_neurons))
+        self.token = nn.Parameter(torch.zeros(config.width)) if config.session_token else None
+
+    @torch.no_grad()
+    def start_at(self, means: Tensor, config: MtMConfig) -> None:
+        """Let a new model predict each neuron's mean count (N,), and fill in what is hidden."""
+        if config.tokenizer == "ndt1":
+            self.readout.weight.mul_(READOUT_SCALE)
+        (self.readout.bias if config.tokenizer == "ndt1" else self.bias).copy_(means.log())
+        if config.hidden_input == "token":
+            self.fill.copy_(means.log1p() if config.input_transform == "log1p" else means)
+
+
+class Bins(nn.Module):
+    """The NDT1 tokenizer: one token a bin. All sessions are stitched to one width first."""
+
+    def __init__(self, config: MtMConfig) -> None:
+        super().__init__()
+        hidden_width = 2 * config.stitch_width
+        self.embed_spikes = nn.Linear(config.stitch_width, hidden_width)
+        self.project = nn.Linear(hidden_width, config.width)
+        self.time = time_embedding(config)
+
+    def forward(self, x: Tensor, maps: SessionMaps) -> Tensor:
+        """What is shown of each entry, (B, T, C, N), to tokens (B, T, D)."""
+        x = maps.stitch(x.flatten(2))  # (B, T, S)
+        x = self.project(F.softsign(self.embed_spikes(x)))  # (B, T, D)
+        return x if self.time is None else x + self.time
+
+    def read_out(self, x: Tensor, maps: SessionMaps) -> Tensor:
+        """Tokens (B, T, D) to log-rates (B, T, N)."""
+        return maps.readout(x)
+
+    def n_patches(self, maps: SessionMaps) -> int:
+        """Tokens of a bin."""
+        return 1
+
+
+class Patches(nn.Module):
+    """The NDT2 tokenizer: one token a bin and patch of neurons, with an embedding of both places.
+
+    The last patch is filled up with zeros, and what is read out there is cut off.
+    """
+
+    def __init__(self, config: MtMConfig) -> None:
+        super().__init__()
+        self.n_bins, self.patch_size, self.leak = config.n_bins, config.patch_size, config.leak
+        channels = config.channels * config.patch_size
+        self.embed_spikes = nn.Linear(channels, 2 * channels)
+        self.project = nn.Linear(2 * channels, config.width)
+        self.space = nn.Parameter(torch.randn(config.n_patches, config.width))
+        self.space_norm = nn.LayerNorm(config.width)
+        self.time = time_embedding(config)
+        self.time_norm = None if self.time is None else nn.LayerNorm(config.width)
+        self.readout = nn.Linear(config.width, config.patch_size)
+        if config.init != "paper":
+            for norm in (self.space_norm, self.time_norm or self.space_norm):
+                nn.init.constant_(norm.weight, POSITION_SCALE)
+            self.readout.weight.data.mul_(READOUT_SCALE)
+            nn.init.zeros_(self.readout.bias)
+
+    def forward(self, x: Tensor, maps: SessionMaps) -> Tensor:
+        """What is shown of each entry, (B, T, C, N), to tokens (B, T x patches, D)."""
+        n_patches, n_neurons = self.n_patches(maps), maps.n_neurons
+        x = F.pad(x, (0, n_patches * self.patch_size - n_neurons))
+        if self.leak:  # the authors fill up a patch with the end of the one before it
+            missing = -n_neurons % self.patch_size
+            end = n_neurons - n_neurons % self.patch_size
+            x[..., n_neurons : n_neurons + missing] = x[..., end - missing : end]
+        x = x.unflatten(3, (n_patches, self.patch_size))  # (B, T, C, patches, P)
+        x = x.transpose(2, 3).flatten(3)  # (B, T, patches, C P)
+        x = self.project(F.softsign(self.embed_spikes(x)))  # (B, T, patches, D)
+        x = x + self.space_norm(self.space[:n_patches])
+        if self.time is not None and self.time_norm is not None:
+            x = x + self.time_norm(self.time)[:, None]
+        return x.flatten(1, 2)
+
+    def read_out(self, x: Tensor, maps: SessionMaps) -> Tensor:
+        """Tokens (B, T x patches, D) to log-rates (B, T, N)."""
+        x = self.readout(x).unflatten(1, (self.n_bins, -1))  # (B, T, patches, P)
+        x = x.flatten(2)[..., : maps.n_neurons]  # (B, T, N)
+        return x if self.leak else x + maps.bias
+
+    def n_patches(self, maps: SessionMaps) -> int:
+        """Tokens of a bin. The authors fill up smaller sessions to as many as the largest has."""
+        return len(self.space) if self.leak else math.ceil(maps.n_neurons / self.patch_size)
+
+    def grow(self, n_neurons: int) -> None:
+        """Make places for a session that is larger than all before."""
+        missing = math.ceil(n_neurons / self.patch_size) - len(self.space)
+        if missing > 0:
+            new = torch.randn(missing, self.space.shape[1], device=self.space.device)
+            self.space = nn.Parameter(torch.cat([self.space.detach(), new]))
+
+
+# ------------------------------------------------------------------------------------ the encoder
+
+
+class Pattern(NamedTuple):
+    """Which token may look at which: all, by ``causal`` the earlier ones, or the ``allowed``.
+
+    Attributes:
+        causal: lower-triangular, which needs no matrix and keeps the fastest kernels.
+        allowed: (L, L), or (B, 1, L, L) with leak; bool, True = query (row) may look at key.
+        rotation: cosines and sines (L, D / heads / 2) for rotary positions.
+    """
+
+    causal: bool = False
+    allowed: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """As ``F.dropout``; on a CPU six times faster."""
+    if not training or p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p, training)
+    return Dropout.apply(x, p)
+
+
+class Dropout(torch.autograd.Function):
+    """Dropout on a CPU, which draws its factors again for the gradient instead of keeping them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        ctx.p, ctx.seed = p, int(torch.randint(2**62, ()))
+        return _factors(x, ctx).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _factors(gradient, ctx).mul_(gradient), None
+
+
+def _factors(like: Tensor, ctx: Any) -> Tensor:
+    factors = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return keep_(factors, ctx.p, torch.Generator().manual_seed(ctx.seed))
+
+
+def keep_(factors: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Fill a tensor with what dropout multiplies with: 0 with probability p, else 1 / (1 - p).
+
+    torch draws one random number after the other for each entry, in 10 ns. Here 64 random bits
+    decide on four entries, which makes p a multiple of 1 / 65,536.
+    """
+    n_entries, dropped = factors.numel(), round(p * 2**16)
+    bits = torch.empty(math.ceil(n_entries / 4), dtype=torch.int64)
+    bits.random_(-(2**63), None, generator=generator)
+    bits = bits.view(torch.int16)[:n_entries].view(factors.shape)
+    torch.ge(bits, dropped - 2**15, out=factors)
+    return factors.mul_(2**16 / (2**16 - dropped))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, p: float) -> Tensor:
+    """Weighted means of the values, (B, heads, L, d) each; ``p`` is the dropout of the weights."""
+    if p == 0 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=pattern.allowed, dropout_p=p, is_causal=pattern.causal
+        )
+    allowed = pattern.allowed
+    if pattern.causal:
+        allowed = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    bias = None if allowed is None else torch.where(allowed, 0.0, -math.inf).to(q.dtype)
+    return DroppedAttention.apply(q, k, v, bias, p)
+
+
+class DroppedAttention(torch.autograd.Function):
+    """Attention with dropout of its weights, for CPUs, where torch has no fused kernel for it.
+
+    Trial by trial the weights (heads, L, L) stay in the cache, and in the same memory. They are
+    made again for the gradient instead of kept, which would take 2 GB for the paper's NDT2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, p: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.p, ctx.seed = p, int(torch.randint(2**62, ()))
+        out = torch.empty_like(q)
+        for b, _, weights, factors in _weights(q, k, bias, p, ctx.seed):
+            out[b] = torch.bmm(weights.mul_(factors), v[b])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        scale = 1 / math.sqrt(q.shape[-1])
+        for b, scratch, weights, factors in _weights(q, k, bias, ctx.p, ctx.seed):
+            torch.bmm(gradient[b], v[b].transpose(1, 2), out=scratch).mul_(factors)
+            dv[b] = torch.bmm(factors.mul_(weights).transpose(1, 2), gradient[b])
+            torch._softmax_backward_data(scratch, weights, -1, q.dtype, grad_input=factors)
+            dq[b] = torch.bmm(factors, k[b]).mul_(scale)
+            dk[b] = torch.bmm(factors.transpose(1, 2), q[b]).mul_(scale)
+        return dq, dk, dv, None, None
+
+
+def _weights(
+    q: Tensor, k: Tensor, bias: Tensor | None, p: float, seed: int
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """One trial after the other: its number, scratch memory, weights before dropout, its factors.
+
+    The last three are (heads, L, L), and overwritten by the next trial's.
+    """
+    generator = torch.Generator().manual_seed(seed)  # forward and backward drop the same
+    scores, weights, factors = (q.new_empty(q.shape[1], *[q.shape[2]] * 2) for _ in range(3))
+    for b in range(len(q)):
+        torch.bmm(q[b] / math.sqrt(q.shape[-1]), k[b].transpose(1, 2), out=scores)
+        if bias is not None:
+            scores += bias if bias.ndim == 2 else bias[b]
+        torch.softmax(scores, dim=-1, out=weights)
+        yield b, scores, weights, keep_(factors, p, generator)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, over all tokens or over earlier ones only."""
+    """Multi-head self-attention."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -118,16 +390,17 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
+    def forward(self, x: Tensor, pattern: Pattern) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         q, k, v = (
             part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, D / heads)
             for part in (self.query, self.key, self.value)
         )
-        p = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
+        if pattern.rotation is not None:
+            q, k = (rotate(part, *pattern.rotation) for part in (q, k))
+        x = attend(q, k, v, pattern, self.dropout if self.training else 0.0)
         x = x.transpose(1, 2).flatten(2)  # (B, L, D)
-        return self.out(F.dropout(x, self.dropout, self.training))
+        return self.out(dropout(x, self.dropout, self.training))
 
 
 class Layer(nn.Module):
@@ -142,21 +415,94 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.mlp_width, config.width)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
+    def forward(self, x: Tensor, pattern: Pattern) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        x = x + self.attention(self.norm1(x), causal)
-        return x + F.dropout(self.down(F.gelu(self.up(self.norm2(x)))), self.dropout, self.training)
+        x = x + self.attention(self.norm1(x), pattern)
+        inner = F.gelu(self.up(self.norm2(x)))  # (B, L, mlp_width)
+        return x + dropout(self.down(inner), self.dropout, self.training)
 
 
-class SessionMaps(nn.Module):
-    """What belongs to one session alone: the maps of its neurons in and out, and its token."""
+# ------------------------------------------------------------------- who may look at whom, and when
 
-    def __init__(self, n_neurons: int, config: MtMConfig) -> None:
-        super().__init__()
-        self.n_neurons = n_neurons
-        self.stitch = nn.Linear(n_neurons, config.stitch_width)
-        self.readout = nn.Linear(config.width, n_neurons)
-        self.token = nn.Parameter(torch.zeros(config.width)) if config.session_token else None
+
+def pattern_of(tokens: Tokens, causal: bool, config: MtMConfig) -> Pattern:
+    """Who may look at whom in a batch of tokens."""
+    turns = None
+    if config.positions == "rotary":
+        turns = rotation(tokens.bins, config.width // config.heads)
+    if config.leak:
+        return Pattern(allowed=leak(tokens, config.n_bins, causal), rotation=turns)
+    if causal and config.tokenizer == "ndt2":  # tokens of one bin see each other
+        return Pattern(allowed=tokens.bins[:, None] >= tokens.bins, rotation=turns)
+    return Pattern(causal=causal, rotation=turns)
+
+
+def leak(tokens: Tokens, n_bins: int, causal: bool) -> Tensor:
+    """What the authors' code allows, (B, 1, L, L), for checkpoints that were trained with it.
+
+    In causal mode the tokens in front look at every bin and every bin at them, which leads from the
+    future to the past from the second layer on; and a token's number modulo T is taken for its
+    bin, which is another one's in NDT2. Padding is looked at by nobody but itself.
+    """
+    device, length = tokens.bins.device, len(tokens.bins)
+    allowed = torch.ones(length, length, dtype=torch.bool, device=device)
+    if causal:
+        number = torch.arange(length - tokens.n_front, device=device) % n_bins
+        allowed[tokens.n_front :, tokens.n_front :] = number[:, None] >= number
+    own = torch.eye(length, dtype=torch.bool, device=device)
+    return ((allowed & ~tokens.absent[:, None]) | own)[:, None]
+
+
+def padding(counts: Tensor, bins: Tensor, n_patches: int, config: MtMConfig) -> Tensor:
+    """Tokens without a bin or a neuron, (B, L): the authors pad short trials with -1."""
+    absent = (counts < 0).all(dim=2)[:, bins.clamp(min=0)]  # (B, L)
+    place = torch.arange(config.n_bins * n_patches, device=bins.device) % n_patches
+    place = F.pad(place, (len(bins) - len(place), 0))
+    return (absent | (place * config.patch_size >= counts.shape[2])) & (bins >= 0)
+
+
+def time_embedding(config: MtMConfig) -> nn.Parameter | None:
+    """A learned vector for each bin, (T, D), where it starts; None with rotary positions."""
+    if config.positions == "rotary":
+        return None
+    if config.init == "paper":
+        return nn.Parameter(torch.randn(config.n_bins, config.width))
+    return nn.Parameter(POSITION_SCALE * waves(config.n_bins, config.width))
+
+
+def waves(n_bins: int, width: int) -> Tensor:
+    """Sines and cosines of the bin's number, (n_bins, width): near bins get similar embeddings.
+
+    A start for the learned time embedding. From random ones a model has to find out first which
+    bins are neighbours; from these it can begin with smoothing.
+    """
+    half = torch.arange((width + 1) // 2) / ((width + 1) // 2)
+    periods = 4.0 * (n_bins / 2.0) ** half  # geometric, from 4 bins to twice the trial
+    angle = 2 * math.pi * torch.arange(n_bins)[:, None] / periods
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
+
+
+def rotation(bins: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (L, width / 2), of the angles that each bin turns its tokens by.
+
+    Source: Su et al. 2021 (RoPE). The tokens in front are one bin ahead of the first.
+    """
+    speed = 10_000.0 ** (-torch.arange(0, width, 2, device=bins.device) / width)
+    angle = bins[:, None] * speed
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + d / 2) of queries or keys (B, heads, L, d) by their tokens' angles.
+
+    The product of a query and a key then depends on how far apart their bins are, not on when.
+    """
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+# -------------------------------------------------------------------------------------- the model
 
 
 class MtM(nn.Module):
@@ -170,9 +516,7 @@ class MtM(nn.Module):
     def __init__(self, config: MtMConfig, sessions: Mapping[str, int] | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embed_spikes = nn.Linear(config.stitch_width, config.embed_width)
-        self.project = nn.Linear(config.embed_width, config.width)
-        self.position = nn.Parameter(torch.empty(config.n_bins, config.width))
+        self.tokenizer = Bins(config) if config.tokenizer == "ndt1" else Patches(config)
         self.prompt = nn.Parameter(torch.empty(len(config.prompts), config.width))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
@@ -201,33 +545,84 @@ class MtM(nn.Module):
             KeyError: for a session that was never added.
             ValueError: when the counts' shape does not fit the session or the model.
         """
+        causal = mask is not None and mask.causal
+        tokens = self.embed(counts, session, mask, prompt)  # (B, L, D)
+        x = self.encode(tokens, causal)  # (B, L, D)
+        return self.read_out(x, session)  # (B, T, N)
+
+    def embed(self, counts: Tensor, session: str, mask: Mask | None, prompt: str | None) -> Tokens:
+        """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
         maps = self._maps(session)
         self._check(counts, session, maps)
-        if mask is not None:
-            counts = counts.masked_fill(mask.hidden, 0)
-        causal = mask is not None and mask.causal
-        tokens = self.embed(counts, maps, prompt)  # (B, prefix + T, D)
-        tokens = self.encode(tokens, causal)  # (B, prefix + T, D)
-        return maps.readout(tokens[:, -self.config.n_bins :])  # (B, T, N)
-
-    def embed(self, counts: Tensor, maps: SessionMaps, prompt: str | None) -> Tensor:
-        """Counts (B, T, N) to tokens (B, prefix + T, D): [session, prompt, bin 0, bin 1, ...]."""
-        x = maps.stitch(counts.to(maps.stitch.weight.dtype))  # (B, T, S)
-        x = self.project(F.softsign(self.embed_spikes(x)))  # (B, T, D)
-        x = x + self.position
-        prefix = [] if maps.token is None else [maps.token]
+        n_patches = self.tokenizer.n_patches(maps)  # tokens of a bin
+        x = self.tokenizer(self._show(counts, mask, maps), maps)  # (B, L, D)
+        bins = torch.arange(self.config.n_bins, device=x.device)
+        bins = bins.repeat_interleave(n_patches)  # (L,)
+        front = [] if maps.token is None else [maps.token]
         if prompt in self.config.prompts:
-            prefix.append(self.prompt[self.config.prompts.index(prompt)])
-        if prefix:
-            first = torch.stack(prefix).expand(len(x), -1, -1)  # (B, prefix, D)
-            x = torch.cat([first.to(x.dtype), x], dim=1)
-        return F.dropout(x, self.config.embed_dropout, self.training)
+            front.append(self.prompt[self.config.prompts.index(prompt)])
+        if front:
+            x = torch.cat([torch.stack(front).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+            bins = F.pad(bins, (len(front), 0), value=-1)
+        x = dropout(x, self.config.embed_dropout, self.training)
+        absent = padding(counts, bins, n_patches, self.config) if self.config.leak else None
+        return Tokens(x, bins, len(front), absent)
 
-    def encode(self, tokens: Tensor, causal: bool) -> Tensor:
+    def encode(self, tokens: Tokens, causal: bool) -> Tensor:
         """Transformer layers and the final norm; (B, L, D) -> (B, L, D)."""
+        x, pattern = tokens.x, pattern_of(tokens, causal, self.config)
         for layer in self.layers:
-            tokens = layer(tokens, causal)
-        return self.norm(tokens)
+            x = layer(x, pattern)
+        return self.norm(x)
+
+    def read_out(self, x: Tensor, session: str) -> Tensor:
+        """Encoded tokens (B, L, D), those in front left aside, to log-rates (B, T, N)."""
+        maps = self._maps(session)
+        n_tokens = self.config.n_bins * self.tokenizer.n_patches(maps)
+        return self.tokenizer.read_out(x[:, -n_tokens:], maps)
+
+    def forward_many(
+        self, batches: Sequence[tuple[Tensor, str, Mask | None, str | None]]
+    ) -> list[Tensor]:
+        """:meth:`forward` of several batches, with one pass through the encoder where possible.
+
+        Args:
+            batches: the arguments of :meth:`forward`, for a session each. Those whose tokens are
+                equally many and attend alike are encoded together, which keeps large accelerators
+                busy.
+
+        Returns:
+            log-rates of each batch, the same as from one call after the other.
+        """
+        embedded = [self.embed(*batch) for batch in batches]
+        alike: dict[tuple[int, int, bool], list[int]] = {}
+        for i, (tokens, (_, _, mask, _)) in enumerate(zip(embedded, batches, strict=True)):
+            causal = mask is not None and mask.causal
+            alike.setdefault((len(tokens.bins), tokens.n_front, causal), []).append(i)
+        log_rates: dict[int, Tensor] = {}
+        for (_, _, causal), members in alike.items():
+            parts = [embedded[i] for i in members]
+            joined = parts[0]._replace(x=torch.cat([part.x for part in parts]))
+            if self.config.leak:
+                joined = joined._replace(absent=torch.cat([part.absent for part in parts]))
+            x = self.encode(joined, causal).split([len(part.x) for part in parts])
+            for i, part in zip(members, x, strict=True):
+                log_rates[i] = self.read_out(part, batches[i][1])
+        return [log_rates[i] for i in range(len(batches))]
+
+    def _show(self, counts: Tensor, mask: Mask | None, maps: SessionMaps) -> Tensor:
+        """What the model gets to see of each entry, (B, T, N) -> (B, T, C, N)."""
+        x = counts.to(self.norm.weight.dtype)
+        if self.config.input_transform == "log1p":
+            x = x.log1p()
+        hidden = torch.zeros_like(x, dtype=torch.bool) if mask is None else mask.hidden
+        if self.config.hidden_input == "token":
+            x = torch.where(hidden, maps.fill, x)
+        else:
+            x = x.masked_fill(hidden, 0)
+        if self.config.hidden_input == "indicator":
+            return torch.stack([x, hidden.expand_as(x).to(x.dtype)], dim=2)
+        return x[:, :, None]
 
     @torch.no_grad()
     def predict(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
@@ -250,7 +645,11 @@ class MtM(nn.Module):
     # ----------------------------------------------------------------- sessions
 
     def add_session(
-        self, name: str, n_neurons: int, mean_counts: np.ndarray | Tensor | None = None
+        self,
+        name: str,
+        n_neurons: int,
+        mean_counts: np.ndarray | Tensor | None = None,
+        token: str = "new",
     ) -> None:
         """Make maps and a token for a recording the model has not seen.
 
@@ -258,31 +657,47 @@ class MtM(nn.Module):
             name: unique key of the session; two sessions with equally many neurons stay apart.
             n_neurons: N.
             mean_counts: (N,) each neuron's mean count a bin on the training trials, all above 0,
-                where its readout starts. Without it, as with ``init="paper"``, biases start at
-                random.
+                where its readout starts. Without it, as with ``init="paper"``, biases start as
+                torch starts them.
+            token: where the session token starts: ``"new"``, at random as in the paper, or
+                ``"mean"``, at the mean of the other sessions'.
 
         Raises:
-            ValueError: when the name is taken, or a mean count is not above 0.
+            ValueError: when the name is taken, a mean count is not above 0, or there is no other
+                session to take the mean of.
         """
         if self._key(name) in self.sessions:
             raise ValueError(f"session {name!r} is in the model already")
         if n_neurons < 1:
             raise ValueError(f"session {name!r} needs at least 1 neuron, got {n_neurons}")
+        if token not in ("new", "mean"):
+            raise ValueError(f"session {name!r}: token must be 'new' or 'mean', got {token!r}")
         maps = SessionMaps(n_neurons, self.config)
-        paper = self.config.init == "paper"
-        if maps.token is not None:
-            nn.init.normal_(maps.token, std=1.0 if paper else TOKEN_STD)
-        if mean_counts is not None and not paper:
+        if maps.token is not None and token == "mean":
+            if not self.sessions:
+                raise ValueError(f"session {name!r}: no other session to take the mean token of")
+            others = [other.token.detach() for other in self.sessions.values()]
+            maps.token.data.copy_(torch.stack(others).mean(dim=0))
+        elif maps.token is not None:
+            nn.init.normal_(maps.token, std=1.0 if self.config.init == "paper" else TOKEN_STD)
+        if mean_counts is not None and self.config.init != "paper":
             means = torch.as_tensor(mean_counts, dtype=torch.float32)
             if means.shape != (n_neurons,) or not bool((means > 0).all()):
                 raise ValueError(
                     f"session {name!r}: mean_counts must be ({n_neurons},) and above 0; count a "
                     "silent neuron as half a spike"
                 )
-            with torch.no_grad():
-                maps.readout.weight.mul_(READOUT_SCALE)
-                maps.readout.bias.copy_(means.log())
+            maps.start_at(means, self.config)
+        if isinstance(self.tokenizer, Patches):
+            self.tokenizer.grow(n_neurons)
         self.sessions[self._key(name)] = maps.to(self.device)
+
+    def train_only(self, sessions: Iterable[str] | None = None) -> None:
+        """Let nothing but the maps and tokens of these sessions learn; None = everything again."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(sessions is None)
+        for name in sessions or ():
+            self._maps(name).requires_grad_(True)
 
     @property
     def session_names(self) -> list[str]:
@@ -292,16 +707,7 @@ class MtM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
-        return self.position.device
-
-    def n_parameters(self) -> dict[str, int]:
-        """Number of parameters: of the shared ``core``, and of each session by name."""
-        counts = {
-            name: sum(p.numel() for p in maps.parameters())
-            for name, maps in zip(self.session_names, self.sessions.values(), strict=True)
-        }
-        total = sum(p.numel() for p in self.parameters())
-        return {"core": total - sum(counts.values()), **counts}
+        return self.norm.weight.device
 
     @staticmethod
     def _key(name: str) -> str:
@@ -322,16 +728,39 @@ class MtM(nn.Module):
                 f"(trials, {expected[0]} bins, {expected[1]} neurons)"
             )
 
-    # ------------------------------------------------------------ initialisation
+    # -------------------------------------------------------------------- sizes
+
+    def summary(self) -> str:
+        """Number of parameters of each part and of each session, as a table."""
+        tokens = [maps.token for maps in self.sessions.values() if maps.token is not None]
+        config, sizes = self.config, self.n_parameters()
+        parts = {
+            "tokenizer": self.tokenizer.parameters(),
+            "prompt tokens": [self.prompt],
+            "session tokens": tokens,
+            f"{config.depth} layers": self.layers.parameters(),
+            "final norm": self.norm.parameters(),
+        }
+        rows = {name: sum(p.numel() for p in part) for name, part in parts.items()}
+        rows["core, all of these"] = sizes.pop("core")
+        for (name, size), maps in zip(sizes.items(), self.sessions.values(), strict=True):
+            rows[f"session {name!r}, {maps.n_neurons} neurons"] = size
+        rows["total"] = sum(p.numel() for p in self.parameters())
+        wide = max(map(len, rows))
+        title = f"MtM with the {config.tokenizer} tokenizer, width {config.width}; parameters"
+        return "\n".join([title, *(f"  {name:<{wide}} {n:>12,}" for name, n in rows.items())])
+
+    def n_parameters(self) -> dict[str, int]:
+        """Number of parameters: of the ``core``, with all tokens, and of each session's maps."""
+        sizes = {}
+        for name, maps in zip(self.session_names, self.sessions.values(), strict=True):
+            sizes[name] = sum(p.numel() for p in maps.parameters() if p is not maps.token)
+        total = sum(p.numel() for p in self.parameters())
+        return {"core": total - sum(sizes.values()), **sizes}
 
     def _initialise(self) -> None:
-        """Residual branches shrink with depth (as T-Fixup); tokens small, positions as waves."""
-        if self.config.init == "paper":
-            nn.init.normal_(self.position)
-            nn.init.normal_(self.prompt)
-        else:
-            self.position.data.copy_(waves(*self.position.shape))
-            nn.init.normal_(self.prompt, std=TOKEN_STD)
+        """Residual branches shrink with depth (as T-Fixup); prompt tokens start small."""
+        nn.init.normal_(self.prompt, std=1.0 if self.config.init == "paper" else TOKEN_STD)
         scale = 0.67 * self.config.depth**-0.25
         with torch.no_grad():
             for layer in self.layers:

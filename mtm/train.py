@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +28,24 @@ from mtm.session import Session, SessionError
 VALIDATION_SEED = 1_000_003
 VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
 
+CHOICES = {
+    "loss": ("mean", "sum"),
+    "tune": ("all", "maps", "maps-then-all"),
+    "token": ("new", "mean"),
+}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides how a model is trained. ``RECIPES`` holds two sets of values."""
 
     epochs: int = 100
-    batch_size: int = 16  # trials of one session in a step
+    batch_size: int = 16  # trials of a session in a step
+    sessions_per_step: int = 1  # batches of so many sessions make a step, each with its own mask
+    micro_batch: int | None = None  # trials that pass at once, to save memory; same result
+    tune: str = "all"  # what learns: "all", "maps" of the sessions only, or "maps-then-all"
+    maps_share: float = 0.2  # of the epochs, in which "maps-then-all" trains the maps only
+    token: str = "new"  # where the session token of a new session starts, see MtM.add_session
     lr: float = 1e-3  # peak of the one-cycle schedule
     warmup: float = 0.15  # share of the steps in which the rate rises to its peak
     div_factor: float = 10.0  # the rate starts at lr / div_factor
@@ -56,11 +67,16 @@ class TrainConfig:
         object.__setattr__(self, "schemes", tuple(self.schemes))
         for name in self.schemes:
             scheme(name)
-        for name in ("epochs", "batch_size", "lr", "validations"):
+        for name in ("epochs", "batch_size", "sessions_per_step", "lr", "validations"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.loss not in ("mean", "sum"):
-            raise ValueError(f"loss must be 'mean' or 'sum', got {self.loss!r}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1 or None, got {self.micro_batch}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
+                )
 
 
 RECIPES = {
@@ -207,6 +223,54 @@ def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: st
     return total / target.sum().clamp(min=1) if reduction == "mean" else total
 
 
+def accumulate(model: MtM, batches: Sequence[Batch], config: TrainConfig) -> Tensor:
+    """Add the gradient of one step's loss to the parameters, and return the loss.
+
+    The loss of a step is the mean over its batches (with ``loss="sum"``, the sum), each of one
+    session, as if they were steps of their own whose gradients add up.
+    """
+    mean = config.loss == "mean"
+    weights = [1 / b.mask.target.sum().clamp(min=1) / len(batches) if mean else 1 for b in batches]
+    if config.micro_batch is None:
+        passes = [list(zip(batches, weights, strict=True))]
+    else:
+        passes = [
+            [(piece, weight)]
+            for batch, weight in zip(batches, weights, strict=True)
+            for piece in batch.split(config.micro_batch)
+        ]
+    loss = torch.zeros((), device=model.device)
+    for together in passes:
+        with _autocast(model.device):
+            log_rates = model.forward_many([tuple(batch) for batch, _ in together])
+        part = sum(
+            weight * masked_loss(out.float(), batch.counts, batch.mask.target, "sum")
+            for out, (batch, weight) in zip(log_rates, together, strict=True)
+        )
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
+class Batch(NamedTuple):
+    """What a model is shown of one session in a step: the arguments of ``MtM.forward``."""
+
+    counts: Tensor
+    session: str
+    mask: Mask
+    prompt: str | None
+
+    def split(self, size: int) -> list[Batch]:
+        """Pieces of ``size`` trials."""
+        parts = zip(
+            *(x.split(size) for x in (self.counts, self.mask.hidden, self.mask.target)), strict=True
+        )
+        return [
+            Batch(counts, self.session, Mask(hidden, target, self.mask.causal), self.prompt)
+            for counts, hidden, target in parts
+        ]
+
+
 # ------------------------------------------------------------------------------- inside
 
 
@@ -259,6 +323,8 @@ def _build(
     model: MtM | MtMConfig | None, data: list[_Data], config: TrainConfig, depth: int
 ) -> MtM:
     if not isinstance(model, MtM):
+        if config.tune != "all":
+            raise ValueError(f"tune={config.tune!r} needs a trained model to start from")
         if model is None:
             model = MtMConfig.from_depth(depth, n_bins=data[0].n_bins)
         sizes = replace(model, bin_size=data[0].bin_size)
@@ -272,7 +338,7 @@ def _build(
             )
     for session in data:
         if session.name not in model.session_names:
-            model.add_session(session.name, session.n_neurons, session.null.exp())
+            model.add_session(session.name, session.n_neurons, session.null.exp(), config.token)
     return model
 
 
@@ -314,7 +380,8 @@ def _loop(
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config), lr=config.lr, eps=1e-8, fused=device.type == "cuda"
     )
-    steps_per_epoch = sum(math.ceil(len(s.train) / config.batch_size) for s in data)
+    n_batches = sum(math.ceil(len(s.train) / config.batch_size) for s in data)
+    steps_per_epoch = math.ceil(n_batches / config.sessions_per_step)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         max_lr=config.lr,
@@ -322,26 +389,27 @@ def _loop(
         pct_start=_warmup(config.warmup, config.epochs * steps_per_epoch),
         div_factor=config.div_factor,
     )
-    sampler = MaskSampler(config.schemes, config.ratios, config.seed, device)
+    sampler = _sampler(model, config, config.seed)
     order = np.random.default_rng(config.seed)
+    names = [session.name for session in data]
     history: list[dict[str, Any]] = []
     best: dict[str, Tensor] = {}
     loss_sum, n_steps, step, start = torch.zeros((), device=device), 0, 0, time.perf_counter()
     for epoch in range(1, config.epochs + 1):
         model.train()
-        for session, trials in _batches(data, config.batch_size, order):
-            counts = session.batch(torch.from_numpy(trials).to(device))
-            name, mask = sampler(counts, session.regions)
-            with _autocast(device):
-                log_rates = model(counts, session.name, mask, prompt=name)
-            loss = masked_loss(log_rates.float(), counts, mask.target, config.loss)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        model.train_only(names if epoch <= _maps_epochs(config) else None)
+        for chosen in _steps(data, config, order):
+            batches = []
+            for session, trials in chosen:
+                counts = session.batch(torch.from_numpy(trials).to(device))
+                name, mask = sampler(counts, session.regions)
+                batches.append(Batch(counts, session.name, mask, name))
+            loss_sum += accumulate(model, batches, config)
             if config.clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # before the next pass needs the memory
             schedule.step()
-            loss_sum += loss.detach()
             n_steps, step = n_steps + 1, step + 1
         if _validation_due(epoch, config):
             mean_loss = float(loss_sum) / n_steps  # the only point where the host waits
@@ -361,6 +429,7 @@ def _loop(
             loss_sum.zero_()
             n_steps = 0
         progress.update(epoch, history)
+    model.train_only(None)
     model.load_state_dict(best)
     seconds = time.perf_counter() - start
     top = max(history, key=lambda entry: entry["mean"])
@@ -382,17 +451,33 @@ def _validation_due(epoch: int, config: TrainConfig) -> bool:
     return done[0] < done[1]
 
 
-def _batches(
-    data: list[_Data], batch_size: int, order: np.random.Generator
-) -> Iterator[tuple[_Data, np.ndarray]]:
-    """One epoch: every training trial once, in batches of one session, composed anew each time."""
+def _maps_epochs(config: TrainConfig) -> int:
+    """Number of epochs, from the first, in which only the sessions' maps and tokens learn."""
+    share = {"all": 0.0, "maps": 1.0, "maps-then-all": config.maps_share}[config.tune]
+    return round(share * config.epochs)
+
+
+def _sampler(model: MtM, config: TrainConfig, seed: int) -> MaskSampler:
+    return MaskSampler(
+        config.schemes, config.ratios, seed, model.device, patch_size=model.config.patch_size
+    )
+
+
+def _steps(
+    data: list[_Data], config: TrainConfig, order: np.random.Generator
+) -> Iterator[list[tuple[_Data, np.ndarray]]]:
+    """One epoch: every training trial once, in batches of one session, composed anew each time.
+
+    A step takes ``sessions_per_step`` batches; the last one what is left.
+    """
     batches = []
     for session in data:
         trials = order.permutation(session.train)
-        cuts = range(batch_size, len(trials), batch_size)
+        cuts = range(config.batch_size, len(trials), config.batch_size)
         batches += [(session, batch) for batch in np.split(trials, cuts)]
-    for i in order.permutation(len(batches)):
-        yield batches[i]
+    shuffled = [batches[i] for i in order.permutation(len(batches))]
+    for i in range(0, len(shuffled), config.sessions_per_step):
+        yield shuffled[i : i + config.sessions_per_step]
 
 
 def _parameter_groups(model: MtM, config: TrainConfig) -> list[dict[str, Any]]:
@@ -420,7 +505,7 @@ def validate(
     model.eval()
     scores = {}
     for name in config.schemes:
-        sampler = MaskSampler(config.schemes, config.ratios, VALIDATION_SEED, model.device)
+        sampler = _sampler(model, config, VALIDATION_SEED)
         gain = torch.zeros((), device=model.device)
         spikes = torch.zeros((), device=model.device)
         for session in data:
