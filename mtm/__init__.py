@@ -5,12 +5,12 @@ Read the package in this order, one idea a file::
     session     one recording, cut into trials and binned
     binning     spike times to counts, behaviour traces to bins
     masks       what is hidden, what is scored: six schemes and the sampler that alternates them
-    model       the whole model: stitch, embed, encode, read out
+    model       the whole model: embed, encode, read out
     metrics     bits per spike, Poisson D2, R2 of trials and PSTHs
     train       fit(): one explicit loop
     evaluate    the four activity tasks, into a Report
     decode      choice and continuous behaviour from predicted activity, with controls
-    hub         save and load models
+    hub         save, load and share models; read the authors' checkpoints
     simulate    animals with known firing rates
     alf         sessions written as files that ONE reads
     sources     recordings from elsewhere: sources.ibl
@@ -30,7 +30,7 @@ single-spike resolution", arXiv 2407.14668.
 
 from mtm.decode import decode, decode_choice, decode_trace
 from mtm.evaluate import Report, evaluate, mean_rates, oracle, score_table
-from mtm.hub import load, save
+from mtm.hub import from_pretrained, load, push_to_hub, save
 from mtm.masks import Mask, MaskSampler, register
 from mtm.model import MtM, MtMConfig
 from mtm.session import Session, SessionError, Split
@@ -55,9 +55,11 @@ __all__ = [
     "decode_trace",
     "evaluate",
     "fit",
+    "from_pretrained",
     "load",
     "mean_rates",
     "oracle",
+    "push_to_hub",
     "register",
     "save",
     "score_table",

@@ -19,9 +19,11 @@ from mtm import alf, hub
 from mtm.decode import Decoded, decodable, decode
 from mtm.evaluate import Report, evaluate, mean_rates, oracle, score_table
 from mtm.masks import SCHEMES
+from mtm.model import CHOICES as MODEL_CHOICES
 from mtm.model import MtMConfig
 from mtm.session import Session, SessionError
 from mtm.simulate import simulate
+from mtm.train import CHOICES as TRAIN_CHOICES
 from mtm.train import RECIPES, fit, pick_device, recipe
 
 EXAMPLE = """example, from nothing to scores in a few minutes:
@@ -95,27 +97,41 @@ def run_prepare(options: argparse.Namespace) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """Train a model and save it with its settings and history."""
     sessions = [Session.load(path) for path in options.sessions]
-    flags = ("epochs", "lr", "batch_size", "seed", "schemes")
+    flags = ("epochs", "lr", "batch_size", "seed", "schemes", "tune")
     changes = {key: getattr(options, key) for key in flags if getattr(options, key) is not None}
     config = recipe(options.recipe, **changes)
-    depth = options.depth or (5 if options.recipe == "paper" else 2)
     device = options.device or pick_device()
-    sizes = MtMConfig.from_depth(depth, n_bins=sessions[0].n_bins)
+    start = sizes = _sizes(options, sessions[0].n_bins)
+    if options.start:
+        start = hub.load(options.start)
+        sizes = start.config
     print(
         f"training on {len(sessions)} sessions, {sum(s.n_neurons for s in sessions)} neurons; "
-        f"recipe {options.recipe}, depth {depth} (width {sizes.width}), {config.epochs} epochs, "
-        f"{device}"
+        f"recipe {options.recipe}, {sizes.tokenizer}, depth {sizes.depth} (width {sizes.width}), "
+        f"{config.epochs} epochs, {device}"
     )
     options.out.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail now
     if (options.out / hub.CONFIG).exists():
         print(f"the model in {options.out} will be replaced")
-    result = fit(sessions, sizes, config=config, device=device)
+    result = fit(sessions, start, config=config, device=device)
     best = result.best
     hub.save(result.model, options.out, info=result.to_dict())
     print(f"best validation, epoch {best['epoch']}, bits per spike on hidden entries:")
     for name, value in best["validation"].items():
         print(f"  {name:<14} {value:7.3f}")
     print(f"model of {sum(result.model.n_parameters().values()):,} parameters in {options.out}")
+
+
+def _sizes(options: argparse.Namespace, n_bins: int) -> MtMConfig:
+    """Of a new model."""
+    fields = ("depth", "tokenizer", "patch_size")
+    given = {key: getattr(options, key) for key in fields if getattr(options, key) is not None}
+    if options.start and given:
+        raise ValueError(
+            f"--{min(given).replace('_', '-')}: a model that is gone on with has its sizes already"
+        )
+    depth = given.pop("depth", 5 if options.recipe == "paper" else 2)
+    return MtMConfig.from_depth(depth, n_bins=n_bins, **given)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -265,6 +281,25 @@ def _train_options(commands: Any) -> None:
         type=_positive,
         help="layers, which set width, heads and dropout; 5 is the paper's model "
         "(default: 2, or 5 with --recipe paper)",
+    )
+    sub.add_argument(
+        "--tokenizer",
+        choices=MODEL_CHOICES["tokenizer"],
+        help="a token a bin, stitched (ndt1, default), or a token a patch of neurons (ndt2)",
+    )
+    sub.add_argument(
+        "--patch-size", type=_positive, help="neurons of a patch of ndt2 (default 128)"
+    )
+    sub.add_argument(
+        "--start",
+        type=Path,
+        metavar="MODEL",
+        help="folder of a model to go on with; sessions it does not know get maps of their own",
+    )
+    sub.add_argument(
+        "--tune",
+        choices=TRAIN_CHOICES["tune"],
+        help="what learns of a model to go on with (default all)",
     )
     sub.add_argument(
         "--epochs",

@@ -577,9 +577,7 @@ class MtM(nn.Module):
 
     def read_out(self, x: Tensor, session: str) -> Tensor:
         """Encoded tokens (B, L, D), those in front left aside, to log-rates (B, T, N)."""
-        maps = self._maps(session)
-        n_tokens = self.config.n_bins * self.tokenizer.n_patches(maps)
-        return self.tokenizer.read_out(x[:, -n_tokens:], maps)
+        return self.tokenizer.read_out(x[:, -self.n_tokens(session) :], self._maps(session))
 
     def forward_many(
         self, batches: Sequence[tuple[Tensor, str, Mask | None, str | None]]
@@ -698,6 +696,10 @@ class MtM(nn.Module):
             parameter.requires_grad_(sessions is None)
         for name in sessions or ():
             self._maps(name).requires_grad_(True)
+
+    def n_tokens(self, session: str) -> int:
+        """Tokens of a trial, without those in front."""
+        return self.config.n_bins * self.tokenizer.n_patches(self._maps(session))
 
     @property
     def session_names(self) -> list[str]:

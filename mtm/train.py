@@ -27,6 +27,7 @@ from mtm.session import Session, SessionError
 
 VALIDATION_SEED = 1_000_003
 VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
+CPU_TOKENS = 5000  # that pass through a model at once; more only takes more memory, no less time
 
 CHOICES = {
     "loss": ("mean", "sum"),
@@ -42,7 +43,7 @@ class TrainConfig:
     epochs: int = 100
     batch_size: int = 16  # trials of a session in a step
     sessions_per_step: int = 1  # batches of so many sessions make a step, each with its own mask
-    micro_batch: int | None = None  # trials that pass at once, to save memory; same result
+    micro_batch: int | None = None  # trials that pass at once, for small memories; same result
     tune: str = "all"  # what learns: "all", "maps" of the sessions only, or "maps-then-all"
     maps_share: float = 0.2  # of the epochs, in which "maps-then-all" trains the maps only
     token: str = "new"  # where the session token of a new session starts, see MtM.add_session
@@ -229,27 +230,39 @@ def accumulate(model: MtM, batches: Sequence[Batch], config: TrainConfig) -> Ten
     The loss of a step is the mean over its batches (with ``loss="sum"``, the sum), each of one
     session, as if they were steps of their own whose gradients add up.
     """
-    mean = config.loss == "mean"
-    weights = [1 / b.mask.target.sum().clamp(min=1) / len(batches) if mean else 1 for b in batches]
-    if config.micro_batch is None:
-        passes = [list(zip(batches, weights, strict=True))]
-    else:
-        passes = [
-            [(piece, weight)]
-            for batch, weight in zip(batches, weights, strict=True)
-            for piece in batch.split(config.micro_batch)
-        ]
     loss = torch.zeros((), device=model.device)
-    for together in passes:
+    for pieces in _passes(model, batches, config):
         with _autocast(model.device):
-            log_rates = model.forward_many([tuple(batch) for batch, _ in together])
+            log_rates = model.forward_many([tuple(piece) for piece, _ in pieces])
         part = sum(
-            weight * masked_loss(out.float(), batch.counts, batch.mask.target, "sum")
-            for out, (batch, weight) in zip(log_rates, together, strict=True)
+            weight * masked_loss(out.float(), piece.counts, piece.mask.target, "sum")
+            for out, (piece, weight) in zip(log_rates, pieces, strict=True)
         )
         part.backward()
         loss += part.detach()
     return loss
+
+
+def _passes(
+    model: MtM, batches: Sequence[Batch], config: TrainConfig
+) -> Iterator[list[tuple[Batch, Tensor | float]]]:
+    """Pieces of the batches that pass through the model together, with weights in the loss."""
+    limit = CPU_TOKENS if model.device.type == "cpu" else math.inf
+    together, n_tokens = [], 0
+    for batch in batches:
+        weight: Tensor | float = 1.0
+        if config.loss == "mean":
+            weight = 1 / batch.mask.target.sum().clamp(min=1) / len(batches)
+        each = model.n_tokens(batch.session)
+        size = config.micro_batch or min(len(batch.counts), max(1, limit // each))
+        for piece in batch.split(int(size)):
+            n_new = len(piece.counts) * each
+            if together and (config.micro_batch or n_tokens + n_new > limit):
+                yield together
+                together, n_tokens = [], 0
+            together.append((piece, weight))
+            n_tokens += n_new
+    yield together
 
 
 class Batch(NamedTuple):

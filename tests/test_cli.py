@@ -44,6 +44,22 @@ def test_training_leaves_settings_and_history(folder):
     assert info["train"]["epochs"] == 2 and info["history"][-1]["epoch"] == 2
 
 
+def test_a_model_of_patches_and_one_to_go_on_with(folder, capsys):
+    new = [str(folder / "sim-0.npz"), "--out", str(folder / "patches"), "--epochs", "1"]
+    assert main(["train", *new, "--depth", "1", "--tokenizer", "ndt2", "--patch-size", "4"]) == 0
+    model = hub.load(folder / "patches")
+    assert model.config.tokenizer == "ndt2" and model.config.patch_size == 4
+    further = [str(folder / "sim-1.npz"), "--out", str(folder / "further"), "--epochs", "1"]
+    start = ["--start", str(folder / "patches"), "--tune", "maps"]
+    assert main(["train", *further, *start]) == 0
+    further_model = hub.load(folder / "further")
+    assert further_model.session_names == ["sim-0", "sim-1"]
+    assert further_model.tokenizer.readout.weight.equal(model.tokenizer.readout.weight)
+    assert "ndt2" in capsys.readouterr().out
+    assert main(["train", *further, *start, "--depth", "2"]) != 0
+    assert "--depth: a model that is gone on with has its sizes" in capsys.readouterr().err
+
+
 def test_prepare_reads_the_alf_tree_that_simulate_wrote(folder, capsys):
     assert main(["prepare", str(folder / "alf"), "--out", str(folder / "prepared")]) == 0
     files = sorted((folder / "prepared").iterdir())

@@ -1,13 +1,19 @@
 """Saved models come back the same; anything else is refused with a reason."""
 
 import json
+import os
 import pickle
+import shutil
+import sys
+import types
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from mtm import MtM, MtMConfig, evaluate, hub, load, save, simulate
+from mtm import Mask, MtM, MtMConfig, evaluate, from_pretrained, hub, load, save, simulate
 
 
 @pytest.fixture
@@ -26,6 +32,26 @@ def test_round_trip(folder):
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert hub.read_config(path)["info"] == {"note": [1]}
     assert sorted(p.name for p in path.iterdir()) == ["config.json", "weights.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tokenizer": "ndt2", "patch_size": 2, "n_patches": 1},
+        {"positions": "rotary", "prompts": (), "session_token": False},
+        {"hidden_input": "token", "input_transform": "log1p"},
+        {"hidden_input": "indicator"},
+        {"tokenizer": "ndt2", "patch_size": 2, "leak": True},
+    ],
+    ids=str,
+)
+def test_every_variant_comes_back_the_same(fields, tmp_path):
+    model = MtM(MtMConfig.from_depth(1, n_bins=6, **fields), {"a": 7, "b": 3}).eval()
+    again = load(save(model, tmp_path))
+    assert again.config == model.config and again.summary() == model.summary()
+    counts = torch.poisson(torch.ones(2, 6, 7))
+    mask = Mask(counts > 1, counts > 1, causal=True)
+    assert torch.equal(again(counts, "a", mask, "causal"), model(counts, "a", mask, "causal"))
 
 
 def test_damaged_and_foreign_files_are_refused(folder, tmp_path):
@@ -61,6 +87,229 @@ def test_damaged_and_foreign_files_are_refused(folder, tmp_path):
     save_file({**tensors, "extra": torch.zeros(1)}, weights)
     with pytest.raises(hub.CheckpointError, match="extra"):
         load(path)
+
+
+# ----------------------------------------------------------------------------- the Hugging Face Hub
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A folder in the place of the Hub: user/name -> files."""
+    hub_module = pytest.importorskip("huggingface_hub")
+    root, made = tmp_path / "server", []
+
+    def create_repo(self, repo_id, exist_ok=False, private=None):
+        made.append((repo_id, exist_ok, private))
+        (root / repo_id).mkdir(parents=True, exist_ok=True)
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+        return f"https://example.org/{repo_id}"
+
+    def snapshot_download(repo_id, allow_patterns, revision=None):
+        hub_module.utils.validate_repo_id(repo_id)
+        copy = tmp_path / "cache"
+        copy.mkdir(exist_ok=True)
+        for name in allow_patterns:
+            shutil.copy(root / repo_id / name, copy / name)
+        return str(copy)
+
+    monkeypatch.setattr(hub_module.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(hub_module.HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(hub_module, "snapshot_download", snapshot_download)
+    return root, made
+
+
+def test_push_and_pull(folder, server):
+    (root, made), (_, model) = server, folder
+    assert hub.push_to_hub(model, "lab/model", private=True) == "https://example.org/lab/model"
+    assert made == [("lab/model", True, True)]
+    page = (root / "lab/model/README.md").read_text()
+    assert 'mtm.from_pretrained("lab/model")' in page and model.summary() in page
+    (root / "lab/model/evil.pkl").write_bytes(b"not fetched")
+    again = from_pretrained("lab/model", revision="main")
+    state = model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+
+
+def test_from_pretrained_takes_a_folder_too(folder):
+    path, model = folder
+    assert from_pretrained(path).config == model.config
+    with pytest.raises(hub.CheckpointError, match="no such folder is neither a folder nor a name"):
+        from_pretrained("no such folder")
+
+
+def test_without_huggingface_hub_the_remedy_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="pip install"):
+        from_pretrained("lab/model")
+
+
+# ----------------------------------------------------------------- checkpoints of the authors' code
+
+
+def theirs(tokens=True):
+    """The modules of a small stitched NDT1 as the authors' code nests and names them."""
+    attention = {name: nn.Linear(8, 8) for name in ("query", "key", "value", "out_proj")}
+    layer = nn.ModuleDict(
+        {
+            "ln1": nn.LayerNorm(8),
+            "ln2": nn.LayerNorm(8),
+            "attn": nn.ModuleDict(attention),
+            "mlp": nn.ModuleDict({"up_proj": nn.Linear(8, 16), "down_proj": nn.Linear(16, 8)}),
+        }
+    )
+    layer["attn"].n_heads = 4
+    layer["attn"].register_buffer("cos", torch.ones(3), persistent=False)
+    embedder = {
+        "embed_spikes": nn.Linear(6, 12),
+        "projection": nn.Linear(12, 8),
+        "embed_pos": nn.Embedding(5, 8),
+    }
+    if tokens:
+        embedder |= {"embed_prompt": nn.Embedding(4, 8), "embed_session": nn.Embedding(40, 8)}
+    stitches, readouts = (
+        nn.ModuleDict({"3": nn.Linear(a, b), "4": nn.Linear(c, d)})
+        for a, b, c, d in ((3, 6, 4, 6), (8, 3, 8, 4))
+    )
+    encoder = {
+        "stitcher": nn.ModuleDict({"stitcher_dict": stitches}),
+        "embedder": nn.ModuleDict(embedder),
+        "layers": nn.ModuleList([layer]),
+        "out_norm": nn.LayerNorm(8),
+    }
+    return nn.ModuleDict(
+        {
+            "encoder": nn.ModuleDict(encoder),
+            "stitch_decoder": nn.ModuleDict({"stitch_decoder_dict": readouts}),
+            "decoder": nn.Sequential(nn.Linear(8, 6)),
+        }
+    )
+
+
+TWO = dict(zip(hub.PAPER_EIDS[:2], (3, 4), strict=True))
+
+
+def quietly(checkpoint, sessions=TWO, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return hub.from_official(checkpoint, sessions, **options)
+
+
+def test_a_state_dict_and_a_pickled_module_give_the_same_model(tmp_path, monkeypatch):
+    """The module's classes exist only when it is written, as for somebody without their code."""
+    module = theirs()
+    expected = quietly(module.state_dict(), heads=4)
+    code = types.ModuleType("models.ndt1")
+
+    class NDT1(nn.ModuleDict):
+        """Their class, with an attribute that is a function of theirs."""
+
+    NDT1.__module__, NDT1.__qualname__ = "models.ndt1", "NDT1"
+    code.NDT1 = NDT1
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "models", types.ModuleType("models"))
+        patched.setitem(sys.modules, "models.ndt1", code)
+        whole = NDT1(dict(module.items()))
+        whole.config = NDT1()
+        torch.save({"model": whole, "epoch": 3}, tmp_path / "model_best.pt")
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    pickled = quietly(tmp_path / "model_best.pt")  # knows its heads
+    assert pickled.config == expected.config and pickled.config.heads == 4
+    assert pickled.config.leak and not pickled.training
+    for model in (pickled, quietly(tmp_path / "weights.pt", heads=4)):
+        found, wanted = model.state_dict(), expected.state_dict()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+class Bomb:
+    """Runs a command where it is unpickled the usual way."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_no_code_of_a_checkpoint_runs(tmp_path):
+    bomb, trace = Bomb(tmp_path / "trace"), tmp_path / "trace"
+    state = theirs().state_dict()
+    for found in (bomb, {"model": bomb}, {**state, "x": bomb}, {"model": theirs(), "y": bomb}):
+        torch.save(found, tmp_path / "checkpoint.pt")
+        try:
+            quietly(tmp_path / "checkpoint.pt", heads=4)
+        except hub.CheckpointError as error:
+            assert "checkpoint.pt" in str(error) or "no NDT1" in str(error)
+        assert not trace.exists()
+    torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    assert trace.exists()  # the bomb is a real one
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(hub.CheckpointError, match="not readable: .*No such file"):
+        hub.from_official(path, TWO)
+    torch.save(theirs().state_dict(), path)
+    whole = path.read_bytes()
+    for content in (b"", b"hello", pickle.dumps({"a": 1}), whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(hub.CheckpointError, match="not a file of torch.save"):
+            hub.from_official(path, TWO)
+    for thing in ([1, 2], {"a": 1}, torch.ones(3), {"model": 3}):
+        torch.save(thing, path)
+        with pytest.raises(hub.CheckpointError, match="checkpoint.pt"):
+            hub.from_official(path, TWO)
+
+
+def test_keys_that_do_not_fit_are_named():
+    state = theirs().state_dict()
+    up, norm = "encoder.layers.0.mlp.up_proj.bias", "encoder.layers.0.ln1.weight"
+    for key, value, message in [
+        (up, None, f"{up} is missing, needed: .16,."),
+        (norm, torch.ones(9), rf"{norm} has shape \(9,\), needed: \(8,\)"),
+        ("encoder.masker.extra", torch.ones(1), "encoder.masker.extra is unknown"),
+        ("encoder.out_norm.weight", None, "no NDT1 or NDT2 .*encoder.out_norm.weight missing"),
+    ]:
+        broken = {k: v for k, v in (state | {key: value}).items() if v is not None}
+        with pytest.raises(hub.CheckpointError, match=message):
+            quietly(broken, heads=4)
+    with pytest.raises(hub.CheckpointError, match="stitcher_dict.5.weight is missing"):
+        quietly(state, {hub.PAPER_EIDS[0]: 5}, heads=4)
+    with pytest.raises(KeyError, match="'mine' has no row in their session embedding"):
+        quietly(state, {"mine": 3}, heads=4)
+    assert quietly(state, {"mine": 3}, heads=4, eids=["mine"]).session_names == ["mine"]
+    unstitched = {k: v for k, v in state.items() if "stitch" not in k}
+    with pytest.raises(hub.CheckpointError, match="without stitching"):
+        quietly(unstitched, heads=4)
+
+
+def test_what_is_not_used_is_named():
+    state = theirs(tokens=False).state_dict()
+    with pytest.warns(UserWarning, match="not used of the checkpoint: ") as caught:
+        model = hub.from_official(state, {"mine": 3}, heads=4)
+    assert model.config.prompts == () and not model.config.session_token
+    named = str(caught[0].message).partition(": ")[2].split(", ")
+    assert sorted(named) == sorted(
+        f"{part}.{kind}"
+        for part in (
+            "encoder.stitcher.stitcher_dict.4",
+            "stitch_decoder.stitch_decoder_dict.4",
+            "decoder.0",
+        )
+        for kind in ("weight", "bias")
+    )
+
+
+def test_sessions_that_their_ndt2_cannot_take(parity):
+    state = torch.load(parity / "ndt2_no_prefix.pt", weights_only=True)["state_dict"]
+    for n_neurons in (3, 17):
+        with pytest.raises(hub.CheckpointError, match=f"{n_neurons} neurons; their NDT2 takes 4"):
+            hub.from_official(state, {"a": n_neurons}, heads=4)
+
+
+def test_the_papers_sessions():
+    assert len(set(hub.PAPER_EIDS)) == 40 and all(len(eid) == 36 for eid in hub.PAPER_EIDS)
 
 
 def test_the_shipped_model_belongs_to_todays_simulation():

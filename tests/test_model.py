@@ -6,14 +6,36 @@ import torch
 from torch import nn
 
 from mtm.masks import SCHEMES, Mask, scheme
-from mtm.model import Attention, MtM, MtMConfig, waves
+from mtm.model import (
+    Attention,
+    MtM,
+    MtMConfig,
+    Pattern,
+    attend,
+    dropout,
+    keep_,
+    rotate,
+    rotation,
+    waves,
+)
 
 N_BINS, N_NEURONS = 12, 10
 REGIONS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, -1])
+NDT2 = {"tokenizer": "ndt2", "patch_size": 4, "n_patches": 2}  # 10 neurons fill two and a half
+VARIANTS = [
+    {},
+    NDT2,
+    {"positions": "rotary"},
+    {"hidden_input": "token"},
+    {"hidden_input": "indicator"},
+    {"input_transform": "log1p"},
+    {**NDT2, "positions": "rotary", "hidden_input": "indicator"},
+    {**NDT2, "input_transform": "log1p", "hidden_input": "token"},
+]
 
 
 def small(depth=2, **fields):
-    sizes = {"width": 16, "heads": 2, "mlp_width": 32, "stitch_width": 12, "embed_width": 24}
+    sizes = {"width": 16, "heads": 2, "mlp_width": 32, "stitch_width": 12}
     torch.manual_seed(0)
     config = MtMConfig(n_bins=N_BINS, depth=depth, **(sizes | {"init": "paper"} | fields))
     return MtM(config, {"a": N_NEURONS, "b": N_NEURONS}).eval().double()
@@ -24,9 +46,10 @@ def counts_of(seed=0, batch=3):
     return torch.poisson(torch.ones(batch, N_BINS, N_NEURONS), generator=generator).double()
 
 
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
-def test_hidden_entries_cannot_influence_any_output(name):
-    model, counts = small(), counts_of()
+def test_hidden_entries_cannot_influence_any_output(name, fields):
+    model, counts = small(**fields), counts_of()
     mask = scheme(name).draw(counts, REGIONS, scheme(name).ratio, torch.Generator().manual_seed(1))
     changed = torch.where(mask.hidden, counts + 7, counts)
     same, other = (model(x, "a", mask, prompt=name) for x in (counts, changed))
@@ -39,7 +62,8 @@ def test_hidden_entries_cannot_influence_any_output(name):
 @pytest.mark.parametrize("depth", [1, 2, 5])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"session_token": False}, {"prompts": ()}, {"prompts": (), "session_token": False}],
+    [*VARIANTS, {"session_token": False}, {"prompts": ()}, {"prompts": (), "session_token": False}],
+    ids=str,
 )
 def test_causal_mode_lets_no_future_input_reach_a_past_output(depth, fields):
     model, counts = small(depth, **fields), counts_of()
@@ -57,8 +81,9 @@ def test_causal_mode_lets_no_future_input_reach_a_past_output(depth, fields):
     )  # full attention differs
 
 
-def test_gradients_agree_that_causal_mode_is_causal():
-    model, counts = small(5), counts_of(batch=1).requires_grad_()
+@pytest.mark.parametrize("fields", [{}, NDT2], ids=str)
+def test_gradients_agree_that_causal_mode_is_causal(fields):
+    model, counts = small(5, **fields), counts_of(batch=1).requires_grad_()
     nothing = torch.zeros(counts.shape, dtype=torch.bool)
     out = model(counts, "a", Mask(nothing, nothing, causal=True), prompt="causal")
     for t in (0, 4, N_BINS - 1):
@@ -95,7 +120,9 @@ def test_attention_against_torchs_own(causal):
     x = torch.randn(2, 7, 16)
     blocked = torch.triu(torch.ones(7, 7, dtype=torch.bool), 1) if causal else None
     expected, _ = theirs(x, x, x, attn_mask=blocked)
-    torch.testing.assert_close(ours(x, causal), expected)
+    torch.testing.assert_close(ours(x, Pattern(causal=causal)), expected)
+    allowed = None if blocked is None else ~blocked
+    torch.testing.assert_close(ours(x, Pattern(allowed=allowed)), expected)
 
 
 def test_a_new_model_predicts_the_mean_counts():
@@ -104,7 +131,16 @@ def test_a_new_model_predicts_the_mean_counts():
     model.add_session("new", N_NEURONS, means)
     rates = model(counts_of().float(), "new", None, prompt="neuron").exp().mean((0, 1))
     np.testing.assert_allclose(rates.detach(), means, rtol=0.2)
-    assert model.prompt.std() < 0.1 and small(init="paper").position.std() > 0.5
+    assert model.prompt.std() < 0.1 and small(init="paper").tokenizer.time.std() > 0.5
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_every_variant_starts_at_the_mean_counts(fields):
+    means = np.linspace(0.01, 2.0, N_NEURONS)
+    model = small(**{**fields, "init": "mtm"}).float()
+    model.add_session("new", N_NEURONS, means)
+    rates = model(counts_of().float(), "new", None, prompt="neuron").exp().mean((0, 1))
+    np.testing.assert_allclose(rates.detach(), means, rtol=0.25)
 
 
 def test_time_embeddings_start_with_neighbours_alike():
@@ -116,12 +152,267 @@ def test_time_embeddings_start_with_neighbours_alike():
 
 
 def test_paper_sizes():
-    model = MtM(MtMConfig(), {"eid": 676})
-    sizes = model.n_parameters()
-    assert sizes["eid"] == 676 * (668 + 512) + 668 + 676 + 512  # maps, and the session's token
-    # the published core counts 40 session tokens as shared; here each belongs to its session
-    assert sizes["core"] + 40 * 512 == 12_167_000
+    eids = {f"session {i}": 1 for i in range(37)} | {"a": 548, "b": 601, "c": 652}
+    with torch.device("meta"):
+        ndt1, ndt2 = (
+            MtM(MtMConfig(tokenizer=name, leak=name == "ndt2"), eids) for name in ("ndt1", "ndt2")
+        )
+    sizes = ndt1.n_parameters()
+    assert sizes["core"] == 12_167_000
+    for name in "abc":
+        assert sizes[name] == eids[name] * (668 + 512) + 668 + eids[name]
+    # the authors' state dict: these three sessions, and a decoder that gets no gradient
+    assert 12_167_000 + sum(sizes[name] for name in "abc") + 668 * 512 + 668 == 14_638_669
+    assert ndt2.n_parameters()["core"] == 10_824_064 and ndt2.n_parameters()["a"] == 0
     assert MtMConfig.from_depth(5) == MtMConfig()
+
+
+def test_the_summary_adds_up():
+    model = small()
+    lines = model.summary().splitlines()
+    numbers = {line.rsplit(maxsplit=1)[0].strip(): line.split()[-1] for line in lines[1:]}
+    numbers = {name: int(value.replace(",", "")) for name, value in numbers.items()}
+    parts = ["tokenizer", "prompt tokens", "session tokens", "2 layers", "final norm"]
+    assert sum(numbers[part] for part in parts) == numbers["core, all of these"]
+    sessions = [numbers[f"session {name!r}, 10 neurons"] for name in "ab"]
+    assert numbers["core, all of these"] + sum(sessions) == numbers["total"]
+    assert numbers["total"] == sum(p.numel() for p in model.parameters())
+    assert numbers["prompt tokens"] == 4 * 16 and numbers["session tokens"] == 2 * 16
+
+
+# ------------------------------------------------------------------------------------------ patches
+
+
+def test_patches_against_a_loop():
+    """Tokens in order of time, then place; what is left of the last patch is empty."""
+    model, counts = small(**NDT2), counts_of()
+    maps, tokenizer = model._maps("a"), model.tokenizer
+    found = tokenizer(counts[:, :, None], maps)
+    assert found.shape == (3, N_BINS * 3, 16)
+    for t in range(N_BINS):
+        for place in range(3):
+            patch = torch.zeros(3, 4, dtype=torch.float64)
+            inside = counts[:, t, 4 * place : 4 * place + 4]
+            patch[:, : inside.shape[1]] = inside
+            x = tokenizer.embed_spikes(patch)
+            x = tokenizer.project(x / (1 + x.abs()))
+            x = (
+                x
+                + tokenizer.space_norm(tokenizer.space[place])
+                + tokenizer.time_norm(tokenizer.time[t])
+            )
+            torch.testing.assert_close(found[:, 3 * t + place], x)
+
+
+def test_no_neuron_is_shown_twice():
+    """A last patch that is not full: the same as with silent neurons that fill it."""
+    model = small(**NDT2)
+    model.add_session("filled", 12)
+    model._maps("filled").token.data.copy_(model._maps("a").token)
+    counts = counts_of()
+    filled = torch.cat([counts, torch.zeros(3, N_BINS, 2, dtype=torch.float64)], dim=2)
+    expected = model(filled, "filled", None, prompt="neuron")[:, :, :10]
+    torch.testing.assert_close(model(counts, "a", None, prompt="neuron"), expected)
+
+
+def test_places_grow_with_the_largest_session():
+    model = small(**NDT2)
+    assert model.tokenizer.space.shape == (3, 16)
+    before = model.tokenizer.space.detach().clone()
+    for n_neurons in (1, 3, 4, 5, 41):
+        model.add_session(str(n_neurons), n_neurons)
+        counts = torch.ones(2, N_BINS, n_neurons, dtype=torch.float64)
+        assert model.double()(counts, str(n_neurons)).shape == counts.shape
+    assert model.tokenizer.space.shape == (11, 16)
+    assert torch.equal(model.tokenizer.space[:3], before)
+
+
+# ---------------------------------------------------------------------------------- many sessions
+
+
+@pytest.mark.parametrize("fields", [{}, NDT2, {**NDT2, "leak": True}], ids=str)
+def test_many_batches_in_one_pass_equal_one_after_the_other(fields):
+    model = small(**fields)
+    model.add_session("small", 5)
+    model.double()
+    draw = torch.Generator().manual_seed(0)
+    batches = []
+    for session, name, trials in [
+        ("a", "neuron", 3),
+        ("b", "causal", 2),
+        ("small", "causal", 4),
+        ("b", "temporal", 1),
+        ("a", "causal", 2),
+    ]:
+        n_neurons = model._maps(session).n_neurons
+        counts = counts_of(batch=trials)[..., :n_neurons]
+        mask = scheme(name).draw(counts, REGIONS[:n_neurons], 0.5, draw)
+        batches.append((counts, session, mask, name))
+    together = model.forward_many(batches)
+    for batch, log_rates in zip(batches, together, strict=True):
+        torch.testing.assert_close(log_rates, model(*batch))
+
+
+def test_only_the_maps_of_some_sessions_may_learn():
+    model = small()
+    model.train_only(["b"])
+    model(counts_of(), "b", None, prompt="neuron").sum().backward()
+    learning = {key for key, p in model.named_parameters() if p.grad is not None}
+    assert learning == {
+        f"sessions.session:b.{part}"
+        for part in ("stitch.weight", "stitch.bias", "readout.weight", "readout.bias", "token")
+    }
+    model.train_only(None)
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(KeyError, match="no session 'c'; it knows: a, b"):
+        model.train_only(["c"])
+
+
+def test_a_new_token_can_start_at_the_mean_of_the_others():
+    model = small()
+    model.add_session("c", 4, token="mean")
+    tokens = [model._maps(name).token for name in "abc"]
+    torch.testing.assert_close(tokens[2].double(), (tokens[0] + tokens[1]) / 2)
+    with pytest.raises(ValueError, match="no other session to take the mean token of"):
+        MtM(MtMConfig.from_depth(1)).add_session("a", 3, token="mean")
+    with pytest.raises(ValueError, match="session 'd': token must be 'new' or 'mean'"):
+        model.add_session("d", 3, token="old")
+
+
+# ------------------------------------------------------------------------------- what is shown
+
+
+def test_what_stands_where_an_entry_is_hidden():
+    counts = counts_of()
+    hidden = torch.rand(counts.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask = Mask(hidden, hidden)
+    zeros, token, indicator = (small(hidden_input=kind) for kind in ("zeros", "token", "indicator"))
+    shown = zeros._show(counts, mask, zeros._maps("a"))
+    assert torch.equal(shown[:, :, 0], counts * ~hidden)
+    token._maps("a").fill.data.copy_(torch.arange(10.0))
+    shown = token._show(counts, mask, token._maps("a"))[:, :, 0]
+    assert torch.equal(shown, torch.where(hidden, torch.arange(10.0).double(), counts))
+    shown = indicator._show(counts, mask, indicator._maps("a"))
+    assert torch.equal(shown[:, :, 0], counts * ~hidden)
+    assert torch.equal(shown[:, :, 1], hidden.double())
+    assert not indicator._show(counts, None, indicator._maps("a"))[:, :, 1].any()
+    log = small(input_transform="log1p")
+    assert torch.equal(log._show(counts, mask, log._maps("a"))[:, :, 0], (counts * ~hidden).log1p())
+
+
+def test_an_indicator_tells_hidden_from_silent():
+    silent = torch.zeros(2, N_BINS, N_NEURONS, dtype=torch.float64)
+    hidden = torch.zeros_like(silent, dtype=torch.bool)
+    hidden[:, :, 3] = True
+    for kind in ("zeros", "indicator"):
+        model = small(hidden_input=kind)
+        same = torch.equal(model(silent, "a", Mask(hidden, hidden)), model(silent, "a", None))
+        assert same == (kind == "zeros")
+
+
+# ------------------------------------------------------------------------------- rotary positions
+
+
+def test_rotary_products_depend_on_the_time_between_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    products = {}
+    for i in range(6):
+        for j in range(6):
+            turned = [rotate(x, *rotation(torch.tensor([t]), 8)) for x, t in ((q, i), (k, j))]
+            products.setdefault(i - j, []).append(float((turned[0] * turned[1]).sum()))
+    for values in products.values():
+        np.testing.assert_allclose(values, values[0], atol=1e-5)
+    assert len({round(values[0], 6) for values in products.values()}) == 11
+
+
+def test_rotation_is_multiplication_of_complex_numbers():
+    x = torch.randn(1, 2, 5, 8, dtype=torch.float64)
+    bins = torch.arange(5)
+    speeds = 10_000.0 ** (-np.arange(4) / 4)
+    turn = torch.from_numpy(np.exp(1j * bins.numpy()[:, None] * speeds))
+    expected = torch.complex(x[..., :4], x[..., 4:]) * turn
+    found = rotate(x, *rotation(bins.double(), 8))
+    torch.testing.assert_close(found, torch.cat([expected.real, expected.imag], dim=-1))
+
+
+def test_rotary_has_no_learned_time_and_knows_the_order():
+    model, counts = small(positions="rotary"), counts_of()
+    assert model.tokenizer.time is None
+    forward = model(counts, "a", None, prompt="neuron")
+    backward = model(counts.flip(1), "a", None, prompt="neuron").flip(1)
+    assert not torch.allclose(forward, backward)
+
+
+# -------------------------------------------------------------------------------------- dropout
+
+
+def test_dropout_on_a_cpu():
+    torch.manual_seed(0)
+    x = torch.ones(401, 503, dtype=torch.float64, requires_grad=True)  # no multiple of four
+    for p in (0.1, 0.4, 0.9):
+        y = dropout(x, p, training=True)
+        kept = y != 0
+        assert kept.double().mean().item() == pytest.approx(1 - p, abs=4e-3)
+        assert torch.allclose(y[kept], torch.tensor(1 / (1 - p), dtype=torch.float64), rtol=1e-3)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(gradient, y.detach())  # the same entries, the same factor
+        neighbours = (kept[:, 1:] == kept[:, :-1]).double().mean().item()
+        assert neighbours == pytest.approx(p**2 + (1 - p) ** 2, abs=5e-3)
+    assert torch.equal(dropout(x, 0.4, training=False), x)
+    torch.manual_seed(1)
+    one = dropout(x, 0.4, training=True)
+    torch.manual_seed(1)
+    assert torch.equal(one, dropout(x, 0.4, training=True))
+    assert not torch.equal(one, dropout(x, 0.4, training=True))
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "allowed", "by trial"])
+def test_attention_with_dropout_against_autograd(kind):
+    """Value and gradients, with the very factors that it draws."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    blocks = torch.arange(7) // 2
+    allowed = {
+        "full": torch.ones(7, 7, dtype=torch.bool),
+        "causal": torch.ones(7, 7, dtype=torch.bool).tril(),
+        "allowed": blocks[:, None] >= blocks,
+        "by trial": (torch.rand(3, 1, 7, 7) < 0.6) | torch.eye(7, dtype=torch.bool),
+    }[kind]
+    given = None if kind in ("full", "causal") else allowed
+    torch.manual_seed(3)
+    found = attend(*inputs, Pattern(causal=kind == "causal", allowed=given), 0.4)
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    factors = torch.stack(
+        [keep_(torch.empty(2, 7, 7, dtype=torch.float64), 0.4, generator) for _ in range(3)]
+    )
+    q, k, v = inputs
+    scores = (q @ k.transpose(2, 3) / 2).masked_fill(~allowed, -torch.inf)
+    expected = (scores.softmax(dim=-1) * factors) @ v
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * direction).sum(), inputs),
+        torch.autograd.grad((expected * direction).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_training_never_keeps_the_attention_weights():
+    """What is kept for the gradient grows with the number of tokens, not with its square."""
+    kept = {}
+    for n_bins in (32, 64):
+        sizes = {"width": 16, "heads": 8, "depth": 1, "mlp_width": 16, "stitch_width": 8}
+        model = MtM(MtMConfig(n_bins=n_bins, **sizes), {"a": 4}).train()
+        total = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, total=total: total.append(x.numel()) or x, lambda x: x
+        ):
+            model(torch.ones(4, n_bins, 4), "a")
+        kept[n_bins] = sum(total)
+    assert kept[64] < 2 * kept[32]
 
 
 def test_predict_leaves_the_model_as_it_was(sessions):
@@ -162,5 +453,13 @@ def test_errors_name_the_session_and_the_remedy():
         MtM(MtMConfig.from_depth(1), {}).add_session("x", 2, np.array([0.0, 1.0]))
     with pytest.raises(ValueError, match="multiple of heads"):
         MtMConfig(width=10, heads=3)
+    with pytest.raises(ValueError, match="tokenizer must be one of ndt1, ndt2; got 'ndt3'"):
+        MtMConfig(tokenizer="ndt3")
+    with pytest.raises(ValueError, match="positions must be one of learned, rotary"):
+        MtMConfig(positions="sines")
+    with pytest.raises(ValueError, match="rotary positions need an even width for each head"):
+        MtMConfig(width=24, heads=8, positions="rotary")
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1"):
+        MtMConfig(dropout=1)
     with pytest.raises(ValueError, match="depth must be at least 1"):
         MtMConfig.from_depth(0)

@@ -124,7 +124,11 @@ def scored(parity):
     theirs = found["official_eval"]
     behaviour = {key: values[:, 0].numpy() for key, values in theirs["behaviour"].items()}
     spikes = theirs["spikes"].numpy()
-    return theirs, ours(found), Session(spikes, theirs["regions"], theirs["eid"], behaviour=behaviour)
+    return (
+        theirs,
+        ours(found),
+        Session(spikes, theirs["regions"], theirs["eid"], behaviour=behaviour),
+    )
 
 
 COLUMNS = ("bits_per_spike", "psth_r2", "trial_r2")
@@ -179,7 +183,8 @@ def test_their_causal_mode_leaks_and_ours_does_not(fixture):
     for leak in (True, False):
         object.__setattr__(model.config, "leak", leak)
         before, after = (
-            model(x, session, Mask(nothing, nothing, True), prompt)[:, :-1] for x in (counts, future)
+            model(x, session, Mask(nothing, nothing, True), prompt)[:, :-1]
+            for x in (counts, future)
         )
         assert torch.equal(before, after) != leak
 

@@ -9,10 +9,12 @@ from mtm.masks import MTM_SCHEMES, MaskSampler
 from mtm.session import Session
 from mtm.train import (
     RECIPES,
+    Batch,
     TrainConfig,
-    _batches,
     _Data,
     _parameter_groups,
+    _steps,
+    accumulate,
     masked_loss,
     recipe,
     validate,
@@ -34,7 +36,11 @@ def test_loss_is_the_poisson_likelihood_of_the_targets_alone():
 def test_every_training_trial_once_an_epoch_in_new_company(sessions):
     data = [_Data(s, TrainConfig(), torch.device("cpu")) for s in sessions]
     order = np.random.default_rng(0)
-    epochs = [list(_batches(data, 16, order)) for _ in range(2)]
+    epochs = []
+    for per_step in (1, 4):
+        steps = list(_steps(data, TrainConfig(sessions_per_step=per_step), order))
+        assert {len(step) for step in steps[:-1]} == {per_step}
+        epochs.append([batch for step in steps for batch in step])
     for epoch in epochs:
         for session in data:
             seen = np.concatenate([trials for s, trials in epoch if s is session])
@@ -67,17 +73,17 @@ def test_same_seed_same_weights_and_the_callers_generator_is_left_alone(sessions
     two = fit(sessions, **QUICK).model.state_dict()
     assert all(torch.equal(one[key], two[key]) for key in one)
     other = fit(sessions, **QUICK, seed=1).model.state_dict()
-    assert not torch.equal(one["position"], other["position"])
+    assert not torch.equal(one["prompt"], other["prompt"])
 
 
 def test_each_step_shows_the_prompt_of_its_scheme_and_trains(sessions, monkeypatch):
-    calls, forward = [], MtM.forward
+    calls, embed = [], MtM.embed
 
-    def watched(self, counts, session, mask=None, prompt=None):
+    def watched(self, counts, session, mask, prompt):
         calls.append((self.training, prompt, mask.causal, mask.hidden.float().mean().item()))
-        return forward(self, counts, session, mask, prompt)
+        return embed(self, counts, session, mask, prompt)
 
-    monkeypatch.setattr(MtM, "forward", watched)
+    monkeypatch.setattr(MtM, "embed", watched)
     fit(sessions, **{**QUICK, "depth": 2, "epochs": 8})
     steps = [call[1:] for call in calls if call[0]]
     assert {prompt for prompt, *_ in steps} == set(MTM_SCHEMES)
@@ -262,6 +268,116 @@ def test_without_regions_two_schemes_are_left():
     counts = np.random.default_rng(0).poisson(0.5, (30, 8, 5))
     result = fit(Session(counts, name="x"), schemes=("neuron", "causal"), **QUICK)
     assert set(result.best["validation"]) == {"neuron", "causal"}
+
+
+def batches_of(sessions, schemes=("neuron", "causal", "intra-region", "temporal")):
+    sampler, batches = MaskSampler(schemes, seed=1), []
+    for i, name in enumerate(schemes):
+        session = sessions[i % len(sessions)]
+        counts = torch.from_numpy(session.counts[i : i + 5 + i]).double()
+        mask = sampler.draw(name, counts, torch.from_numpy(session.region_codes))
+        batches.append(Batch(counts, session.name, mask, name))
+    return batches
+
+
+NDT2 = {"tokenizer": "ndt2", "patch_size": 16}
+
+
+@pytest.mark.parametrize("fields", [{}, NDT2], ids=str)
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+def test_sessions_in_one_step_equal_steps_of_one_accumulated(sessions, fields, loss):
+    """Each with a mask of its own; and pieces of a batch add up to the batch."""
+    config = MtMConfig.from_depth(1, n_bins=50, heads=2, width=32, **fields)  # without dropout
+    torch.manual_seed(0)
+    model = MtM(config, {s.name: s.n_neurons for s in sessions}).double()
+    batches = batches_of(sessions)
+
+    def gradients(*steps, **settings):
+        model.zero_grad()
+        losses = [accumulate(model, step, TrainConfig(loss=loss, **settings)) for step in steps]
+        share = len(batches) / len(steps[0]) if loss == "mean" else 1
+        return sum(losses) / share, [p.grad / share for p in model.parameters()]
+
+    value, expected = gradients(*[[batch] for batch in batches])
+    for settings in ({}, {"micro_batch": 3}, {"micro_batch": 100}):
+        together, found = gradients(batches, **settings)
+        torch.testing.assert_close(together.double(), value.double(), rtol=1e-5, atol=1e-5)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_step_of_one_session_is_the_masked_loss(sessions):
+    model = MtM(MtMConfig.from_depth(1, n_bins=50), {s.name: s.n_neurons for s in sessions})
+    for batch in batches_of(sessions):
+        batch = batch._replace(counts=batch.counts.float())
+        expected = masked_loss(model(*batch), batch.counts, batch.mask.target, "mean")
+        torch.testing.assert_close(accumulate(model, [batch], TrainConfig()), expected.detach())
+
+
+def test_many_sessions_a_step_and_small_pieces_train(sessions):
+    for settings in ({"sessions_per_step": 2}, {"micro_batch": 5}):
+        result = fit(sessions, **{**QUICK, "epochs": 10}, **settings)
+        assert result.best["mean"] > 0 and result.config.sessions_per_step in (1, 2)
+    n_batches = sum(-(-len(s.split().train) // 16) for s in sessions)
+    assert fit(sessions, **QUICK, sessions_per_step=4).history[-1]["step"] == 2 * -(-n_batches // 4)
+
+
+def test_what_learns_when_fine_tuning(sessions):
+    """The maps of the new session alone, then everything; the paper tunes everything at once."""
+    moved = {}
+    for tune in ("all", "maps", "maps-then-all"):
+        model = fit(sessions[0], **QUICK).model
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        result = fit(sessions[1], model, **{**QUICK, "epochs": 4}, tune=tune, maps_share=0.5)
+        after = result.model.state_dict()
+        moved[tune] = {key for key in before if not torch.equal(before[key], after[key])}
+        assert all(p.requires_grad for p in model.parameters())
+        assert not any("sim-3-0" in key for key in moved[tune])
+        assert result.history[-1]["mean"] != result.history[0]["mean"]  # the new maps learned
+    assert moved["maps"] == set()
+    core = {key for key in before if not key.startswith("sessions.")}
+    assert moved["all"] == moved["maps-then-all"] == core
+    with pytest.raises(ValueError, match="tune='maps' needs a trained model to start from"):
+        fit(sessions[0], **QUICK, tune="maps")
+    with pytest.raises(ValueError, match="tune must be one of all, maps, maps-then-all"):
+        TrainConfig(tune="core")
+    with pytest.raises(ValueError, match="micro_batch must be at least 1 or None, got 0"):
+        TrainConfig(micro_batch=0)
+
+
+def test_a_new_session_can_start_with_the_mean_token(sessions):
+    model = fit(sessions[0], **QUICK).model
+    known = model._maps("sim-3-0").token.detach().clone()
+    result = fit(sessions[1], model, **QUICK, token="mean", lr=1e-12)
+    torch.testing.assert_close(result.model._maps("sim-3-1").token.detach(), known)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [NDT2, {"positions": "rotary"}, {"hidden_input": "token"}, {"hidden_input": "indicator"}],
+    ids=str,
+)
+def test_every_variant_learns_more_than_the_mean_rate(sessions, fields):
+    config = MtMConfig.from_depth(1, n_bins=50, **fields)
+    result = fit(sessions[0], config, epochs=30, validations=3, progress=False)
+    assert result.best["mean"] > 0.01
+    scores = evaluate(result, sessions[0], tasks=["inter-region"]).tasks["inter-region"]
+    assert scores.mean("bits_per_spike_train_null") > 0
+
+
+def test_the_random_token_scheme_hides_the_models_patches(sessions, monkeypatch):
+    seen, draw = [], MaskSampler.draw
+
+    def watched(self, *arguments):
+        seen.append(draw(self, *arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(MaskSampler, "draw", watched)
+    config = MtMConfig.from_depth(1, n_bins=50, tokenizer="ndt2", patch_size=12)
+    fit(sessions[0], config, epochs=1, validations=1, schemes=("random-token",), progress=False)
+    for mask in seen:
+        patches = mask.hidden.unflatten(2, (3, 12))
+        assert bool((patches.all(dim=3) == patches.any(dim=3)).all()) and bool(patches.any())
 
 
 def test_a_model_config_sets_the_sizes(sessions):
