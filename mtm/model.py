@@ -740,7 +740,7 @@ class MtM(nn.Module):
             "tokenizer": self.tokenizer.parameters(),
             "prompt tokens": [self.prompt],
             "session tokens": tokens,
-            f"{config.depth} layers": self.layers.parameters(),
+            f"layers ({config.depth})": self.layers.parameters(),
             "final norm": self.norm.parameters(),
         }
         rows = {name: sum(p.numel() for p in part) for name, part in parts.items()}

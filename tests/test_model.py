@@ -172,7 +172,7 @@ def test_the_summary_adds_up():
     lines = model.summary().splitlines()
     numbers = {line.rsplit(maxsplit=1)[0].strip(): line.split()[-1] for line in lines[1:]}
     numbers = {name: int(value.replace(",", "")) for name, value in numbers.items()}
-    parts = ["tokenizer", "prompt tokens", "session tokens", "2 layers", "final norm"]
+    parts = ["tokenizer", "prompt tokens", "session tokens", "layers (2)", "final norm"]
     assert sum(numbers[part] for part in parts) == numbers["core, all of these"]
     sessions = [numbers[f"session {name!r}, 10 neurons"] for name in "ab"]
     assert numbers["core, all of these"] + sum(sessions) == numbers["total"]
