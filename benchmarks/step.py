@@ -3,9 +3,9 @@
     python benchmarks/step.py [--device cuda] [--repeats 9] [--small]
 
 Batches of 16 trials of 100 bins, sessions of 548, 601 and 652 neurons in turn. A step is what `fit`
-does: draw a mask, forward, Poisson loss, backward, AdamW. The floor is the time that its matrix
-products alone take here, in the same precision: forward, and both gradients. Every model is
-measured in a process of its own, so that the peak of memory is its own.
+does: gather the counts, draw a mask, forward, Poisson loss, backward, clip, AdamW. The floor is the
+time that its matrix products alone take here, in the same precision: forward, and both gradients.
+Every model is measured in a process of its own, so that the peak of memory is its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from mtm.masks import MTM_SCHEMES, MaskSampler
 from mtm.model import MtM, MtMConfig
-from mtm.train import RECIPES, Batch, _autocast, _parameter_groups, accumulate
+from mtm.train import RECIPES, Batch, _autocast, _optimizer, accumulate
 
 NEURONS = (548, 601, 652)
 N_BINS, BATCH, N_REGIONS = 100, 16, 8
@@ -51,7 +51,7 @@ def main() -> None:
     results = {}
     for name in MODELS:
         command = [sys.executable, __file__, *sys.argv[1:], "--model", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results[name] = json.loads(done.stdout.splitlines()[-1])
         print(name)
         for what, value in results[name].items():
@@ -71,12 +71,13 @@ def main() -> None:
     }
     name = f"step_{device.replace(' ', '_').lower()}.json" if cuda else "step.json"
     path = options.json or Path(__file__).parent / "results" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    if options.json or not options.small:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Medians over all sessions and repeats; seconds, and GB of memory."""
+    """Mean over the sessions of their medians over the repeats: seconds; peak memory in GB."""
     torch.manual_seed(0)
     device = torch.device(options.device)
     fields = MODELS[options.model]
@@ -84,23 +85,29 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         fields = {**fields, "depth": 1, "width": 32, "heads": 2, "mlp_width": 64}
     config, recipe = MtMConfig(**fields), RECIPES["mtm"]
     model = MtM(config, {str(n): n for n in NEURONS}).to(device).train()
-    groups = _parameter_groups(model, recipe)
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+    optimizer = _optimizer(model, recipe)
     sampler = MaskSampler(MTM_SCHEMES, device=device)
-    data = {n: torch.poisson(torch.full((BATCH, N_BINS, n), 0.1, device=device)) for n in NEURONS}
+    data = {
+        n: torch.poisson(torch.full((BATCH, N_BINS, n), 0.1)).to(device, torch.uint8)
+        for n in NEURONS
+    }
+    trials = torch.randperm(BATCH, device=device)
     regions = {n: torch.arange(n, device=device) % N_REGIONS for n in NEURONS}
 
     def step(n: int) -> None:
-        name, mask = sampler(data[n], regions[n])
-        accumulate(model, [Batch(data[n], str(n), mask, name)], recipe)
+        counts = data[n][trials].float()
+        name, mask = sampler(counts, regions[n])
+        accumulate(model, [Batch(counts, str(n), mask, name)], recipe)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def forward(n: int) -> None:
-        name, mask = sampler(data[n], regions[n])
+        counts = data[n][trials].float()
+        name, mask = sampler(counts, regions[n])
         with _autocast(device):
-            model(data[n], str(n), mask, prompt=name)
+            model(counts, str(n), mask, prompt=name)
 
     steps = times(step, NEURONS, options.repeats, device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

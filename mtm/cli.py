@@ -17,7 +17,7 @@ import torch
 
 from mtm import alf, hub
 from mtm.decode import Decoded, decodable, decode
-from mtm.evaluate import Report, evaluate, mean_rates, oracle, score_table
+from mtm.evaluate import Report, checked_split_seed, evaluate, mean_rates, oracle, score_table
 from mtm.masks import SCHEMES
 from mtm.model import CHOICES as MODEL_CHOICES
 from mtm.model import MtMConfig
@@ -119,7 +119,8 @@ def run_train(options: argparse.Namespace) -> None:
     print(f"best validation, epoch {best['epoch']}, bits per spike on hidden entries:")
     for name, value in best["validation"].items():
         print(f"  {name:<14} {value:7.3f}")
-    print(f"model of {sum(result.model.n_parameters().values()):,} parameters in {options.out}")
+    n_parameters = sum(parameter.numel() for parameter in result.model.parameters())
+    print(f"model of {n_parameters:,} parameters in {options.out}")
 
 
 def _sizes(options: argparse.Namespace, n_bins: int) -> MtMConfig:
@@ -130,6 +131,10 @@ def _sizes(options: argparse.Namespace, n_bins: int) -> MtMConfig:
         raise ValueError(
             f"--{min(given).replace('_', '-')}: a model that is gone on with has its sizes already"
         )
+    if options.tune and not options.start:
+        raise ValueError("--tune: there is no trained model to tune; name one with --start")
+    if options.patch_size and options.tokenizer != "ndt2":
+        raise ValueError("--patch-size: only --tokenizer ndt2 has patches")
     depth = given.pop("depth", 5 if options.recipe == "paper" else 2)
     return MtMConfig.from_depth(depth, n_bins=n_bins, **given)
 
@@ -143,7 +148,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
             f"{options.session}: the model was not trained on session {session.name!r}; it knows: "
             + ", ".join(model.session_names)
         )
-    seed = model.config.split_seed
+    seed = checked_split_seed(model, session, None)
     predictors: dict[str, Any] = {"MtM": model, "mean rate": mean_rates(session, seed)}
     if session.rates is not None:
         predictors["oracle"] = oracle(session)

@@ -238,7 +238,7 @@ def checked_split_seed(predictor: Predicts, session: Session, split_seed: int | 
 
     Raises:
         SessionError: when a model was trained on bins of another width.
-        ValueError: when a model was trained on another split.
+        ValueError: when a model was trained on another split, or on one that nobody knows.
     """
     config = getattr(getattr(predictor, "model", predictor), "config", None)  # of a Fit, its model
     bin_size = getattr(config, "bin_size", session.bin_size)
@@ -248,6 +248,11 @@ def checked_split_seed(predictor: Predicts, session: Session, split_seed: int | 
             f"bins of {bin_size} s"
         )
     trained = getattr(config, "split_seed", None)
+    if split_seed is None and hasattr(config, "split_seed") and trained is None:
+        raise ValueError(
+            "it is not known which trials this model was trained on; split_seed=0 scores it on the "
+            "test trials of that split, some of which it may have learned from"
+        )
     if split_seed is None:
         return trained or 0
     if trained is not None and trained != split_seed:

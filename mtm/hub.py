@@ -1,8 +1,8 @@
 """Save, load and share models: ``config.json`` and ``weights.safetensors``, never a pickle.
 
 ``from_official`` reads the checkpoints of the authors' code. Those are pickles, which can run any
-code when they are opened the usual way; here every class and function in them but the five that put
-tensors together is replaced by an inert stand-in.
+code when they are opened the usual way. Here all classes and functions that they name are replaced
+by inert stand-ins, but for those that put tensors, dictionaries and sets together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import pickle
 import tempfile
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from mtm.model import MtM, MtMConfig
 from mtm.train import Fit
 
 FORMAT = "mtm-model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -86,10 +85,13 @@ def load(folder: str | Path) -> MtM:
     folder = Path(folder)
     description = read_config(folder)
     try:
-        model = MtM(MtMConfig(**description["model"]), description["sessions"])
+        with torch.device("meta"):  # no memory is taken before the sizes are known to fit
+            model = MtM(MtMConfig(**description["model"]), description["sessions"])
         tensors = load_file(folder / WEIGHTS)
     except (TypeError, KeyError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    except (AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} does not describe a model: {error}") from error
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     if expected != found:
@@ -101,7 +103,7 @@ def load(folder: str | Path) -> MtM:
             + ", ".join(wrong[:5])
             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         )
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
@@ -236,26 +238,31 @@ TIME_NDT1, PROMPT, TOKENS = (
 
 
 def from_official(
-    checkpoint: str | Path | Mapping[str, Tensor],
+    checkpoint: str | Path | Mapping[str, Tensor] | torch.nn.Module,
     sessions: Mapping[str, int],
     *,
     heads: int | None = None,
+    causal: bool | None = None,
     eids: Sequence[str] = PAPER_EIDS,
 ) -> MtM:
     """The authors' NDT1 (stitched) or NDT2 as a model of ours that computes the same.
 
     Their attention leaks the future in causal mode, so that the model has ``config.leak`` on; it
-    understands their padding (-1) too.
+    understands their padding (-1) too. What weights do not show is taken as in their released
+    settings: learned positions, softsign, GELU, input scale 1.
 
     Args:
-        checkpoint: their state dict, or a file with it or with their pickled module.
+        checkpoint: their state dict or module, or a file with one of them.
         sessions: name -> number of neurons. Names are looked up in ``eids`` for the session token.
         heads: of attention, which a state dict does not tell. Default: what a pickled module says,
             else the paper's 8.
+        causal: whether it was trained with causal attention. Default: if it has prompts.
         eids: the sessions of the rows of their session embedding, in order.
 
     Returns:
-        on the CPU, in evaluation mode.
+        on the CPU, in evaluation mode. Which trials it was trained on is not known: to evaluate it
+        say ``split_seed=0``, and mind that its training trials may be among that split's test
+        trials, unless the session was held out.
 
     Raises:
         CheckpointError: when the file cannot be read, or a key is missing, unknown or of another
@@ -266,22 +273,27 @@ def from_official(
         UserWarning: naming the keys that no session of ``sessions`` uses.
     """
     attributes: dict[str, Any] = {}
+    if isinstance(checkpoint, torch.nn.Module):
+        checkpoint = checkpoint.state_dict()
     if not isinstance(checkpoint, Mapping):
         checkpoint, attributes = _read_official(Path(checkpoint))
     if attributes.get("use_rope"):
         raise CheckpointError("the checkpoint has rotary positions, which this cannot import")
-    heads = heads or attributes.get("n_heads") or 8
-    config = _official_config(checkpoint, heads)
-    for name, n_neurons in sessions.items():
-        if config.session_token and name not in eids:
-            raise KeyError(f"session {name!r} has no row in their session embedding; see eids")
-        size = config.patch_size
-        if config.tokenizer == "ndt2" and not size <= n_neurons <= size * config.n_patches:
-            raise CheckpointError(
-                f"session {name!r} has {n_neurons} neurons; their NDT2 takes {size} (one patch) to "
-                f"{size * config.n_patches} ({config.n_patches} patches)"
-            )
-    model = MtM(config, sessions)
+    try:
+        config = _official_config(checkpoint, heads or attributes.get("n_heads") or 8, causal)
+    except ValueError as error:
+        raise CheckpointError(f"this is no model of the authors' code: {error}") from error
+    if config.session_token and len(checkpoint[TOKENS]) != len(eids):
+        raise CheckpointError(
+            f"{TOKENS} has {len(checkpoint[TOKENS])} rows for {len(eids)} sessions; pass the names "
+            "of the rows as eids"
+        )
+    if strangers := [name for name in sessions if config.session_token and name not in eids]:
+        raise KeyError(f"session {strangers[0]!r} has no row in their session embedding; see eids")
+    try:
+        model = MtM(config, sessions)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     left = dict(checkpoint)
     tensors, wrong = {}, []
     for key, own in model.state_dict().items():
@@ -307,7 +319,7 @@ def from_official(
     return model.eval()
 
 
-def _official_config(tensors: Mapping[str, Tensor], heads: int) -> MtMConfig:
+def _official_config(tensors: Mapping[str, Tensor], heads: int, causal: bool | None) -> MtMConfig:
     """Sizes from the shapes of their weights."""
     ndt2 = SPACE in tensors
     time = TIME if ndt2 else TIME_NDT1
@@ -316,9 +328,10 @@ def _official_config(tensors: Mapping[str, Tensor], heads: int) -> MtMConfig:
         "encoder.out_norm.weight",
         "encoder.layers.0.mlp.up_proj.weight",
     )
-    if missing := [key for key in (time, spikes, norm, up) if key not in tensors]:
+    needed = {time: 2, spikes: 2, norm: 1, up: 2}  # and how many dimensions
+    if wrong := [key for key, n in needed.items() if key not in tensors or tensors[key].ndim != n]:
         raise CheckpointError(
-            f"this is no NDT1 or NDT2 of the authors' code: {', '.join(missing)} missing"
+            f"this is no NDT1 or NDT2 of the authors' code: {', '.join(wrong)} missing or misshapen"
         )
     if not ndt2 and not any(key.startswith("encoder.stitcher.") for key in tensors):
         raise CheckpointError("their NDT1 without stitching cannot be imported: it has no stitcher")
@@ -333,7 +346,9 @@ def _official_config(tensors: Mapping[str, Tensor], heads: int) -> MtMConfig:
         heads=heads,
         mlp_width=len(tensors[up]),
         prompts=MTM_SCHEMES if PROMPT in tensors else (),
+        causal=PROMPT in tensors if causal is None else causal,
         session_token=TOKENS in tensors,
+        split_seed=None,
         init="paper",
         leak=True,
         **sizes if ndt2 else {"stitch_width": inputs},
@@ -372,9 +387,10 @@ def _is_spare(key: str, config: MtMConfig) -> bool:
 def _read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors in a file of ``torch.save`` by name, and a few attributes of a pickled module."""
     try:
-        if not zipfile.is_zipfile(path):
-            path.open("rb").close()  # for the reason why not
-            raise CheckpointError(f"{path} is not a file of torch.save")
+        path.open("rb").close()  # says best what is wrong with a path
+        # A file of TorchScript would be handed on to its own loader, which runs what is in it.
+        if torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl"):
+            raise CheckpointError(f"{path} holds a TorchScript program, not a checkpoint")
         inert = SimpleNamespace(Unpickler=_InertUnpickler, __name__="inert")
         found = torch.load(path, "cpu", pickle_module=inert, weights_only=False)
         found = found.get("model", found.get("state_dict", found))
@@ -382,11 +398,11 @@ def _read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return dict(_tensors(found)), _attributes(found)
         if not all(isinstance(value, Tensor) for value in found.values()):
             raise CheckpointError(f"{path} holds neither a state dict nor a module")
-        return dict(found), {}
-    except (AttributeError, OSError, RecursionError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path} is not readable: {error}") from error
-    except (pickle.UnpicklingError, EOFError, KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} is not readable: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a broken or hostile file leads to
+        raise CheckpointError(f"{path} is not a readable file of torch.save: {error}") from error
+    return dict(found), {}
 
 
 class _Inert:
@@ -416,26 +432,33 @@ class _InertUnpickler(pickle.Unpickler):
 
     KNOWN = {
         ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
         ("builtins", "set"): set,
         ("__builtin__", "set"): set,
     }
+    REBUILD = ("_rebuild_tensor_v2", "_rebuild_parameter")
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == "torch._utils" and name in self.REBUILD:
+            rebuild = getattr(torch._utils, name)
+            return lambda *args: rebuild(*args)  # its own: a pickle may change what it is given
         return self.KNOWN.get((module, name), _Inert)
 
 
-def _tensors(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """What ``module.state_dict()`` would give."""
-    state = vars(module)
+def _tensors(
+    module: _Inert, prefix: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """What ``module.state_dict()`` would give; a module that is found twice gives its own once."""
+    state, seen = vars(module), set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
     passing = state.get("_non_persistent_buffers_set", set())
     for name, value in {**state.get("_parameters", {}), **state.get("_buffers", {})}.items():
         if isinstance(value, Tensor) and name not in passing:
             yield prefix + name, value.detach()
     for name, child in state.get("_modules", {}).items():
         if isinstance(child, _Inert):
-            yield from _tensors(child, f"{prefix}{name}.")
+            yield from _tensors(child, f"{prefix}{name}.", seen)
 
 
 def _attributes(module: _Inert) -> dict[str, Any]:

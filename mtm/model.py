@@ -15,8 +15,8 @@ In front of them stand a session token, which says whose brain it is, and a prom
 what masking scheme is on. Out come log-rates (B, T, N).
 
 - Hidden entries are taken out before anything sees them.
-- Causal mode: a token attends to tokens of the same and of earlier bins, the two in front only to
-  each other. No path, however many layers deep, leads from a later bin to an earlier output. (In
+- Causal mode: a token attends to tokens of the same and of earlier bins, the two in front to no
+  bin. No path, however many layers deep, leads from a later bin to an earlier output. (In
   the authors' code it does, by way of the tokens in front; for NDT2 the bins are mixed up, too.)
 - Initialisation: each neuron's readout bias is its log mean count, learned tokens start small, and
   time embeddings start as slow and fast waves. A new model therefore predicts the mean rates, knows
@@ -29,7 +29,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -79,11 +79,13 @@ class MtMConfig:
     prompts: tuple[str, ...] = MTM_SCHEMES  # schemes with a prompt token; () = no prompt
     causal: bool = True  # trained with causal attention too; if not, `predict` never uses it
     session_token: bool = True
-    split_seed: int = 0  # of the splits it was trained on; evaluation uses the same
+    split_seed: int | None = 0  # of the splits it was trained on; None = not known (imported)
     init: str = "mtm"  # "mtm" or "paper"
     leak: bool = False  # the authors' attention and patches, for checkpoints of theirs only
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompts, str) or len(set(self.prompts)) < len(self.prompts):
+            raise ValueError(f"prompts must be a list of different names, got {self.prompts!r}")
         object.__setattr__(self, "prompts", tuple(self.prompts))
         sizes = ("n_bins", "width", "depth", "heads", "mlp_width", "stitch_width")
         for name in (*sizes, "patch_size", "n_patches"):
@@ -104,6 +106,11 @@ class MtMConfig:
                 f"rotary positions need an even width for each head, got {self.width} / "
                 f"{self.heads}; choose other heads or positions='learned'"
             )
+
+        theirs = {"init": "paper", "positions": "learned", "hidden_input": "zeros"}
+        theirs |= {"input_transform": "raw"}
+        if self.leak and any(getattr(self, name) != value for name, value in theirs.items()):
+            raise ValueError(f"leak is for the authors' checkpoints only, which have {theirs}")
 
     @classmethod
     def from_depth(cls, depth: int, **fields: object) -> MtMConfig:
@@ -255,10 +262,10 @@ class Patches(nn.Module):
         return len(self.space) if self.leak else math.ceil(maps.n_neurons / self.patch_size)
 
     def grow(self, n_neurons: int) -> None:
-        """Make places for a session that is larger than all before."""
+        """Make places, at random, for a session that is larger than all before."""
         missing = math.ceil(n_neurons / self.patch_size) - len(self.space)
         if missing > 0:
-            new = torch.randn(missing, self.space.shape[1], device=self.space.device)
+            new = torch.randn(missing, self.space.shape[1]).to(self.space)
             self.space = nn.Parameter(torch.cat([self.space.detach(), new]))
 
 
@@ -280,7 +287,7 @@ class Pattern(NamedTuple):
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """As ``F.dropout``; on a CPU six times faster."""
+    """As ``F.dropout``, several times faster on a CPU."""
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
     return Dropout.apply(x, p)
@@ -307,8 +314,8 @@ def _factors(like: Tensor, ctx: Any) -> Tensor:
 def keep_(factors: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """Fill a tensor with what dropout multiplies with: 0 with probability p, else 1 / (1 - p).
 
-    torch draws one random number after the other for each entry, in 10 ns. Here 64 random bits
-    decide on four entries, which makes p a multiple of 1 / 65,536.
+    torch draws a random number for each entry, one after the other. Here 64 random bits decide on
+    four entries, which makes p a multiple of 1 / 65,536.
     """
     n_entries, dropped = factors.numel(), round(p * 2**16)
     bits = torch.empty(math.ceil(n_entries / 4), dtype=torch.int64)
@@ -521,6 +528,7 @@ class MtM(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.sessions = nn.ModuleDict()
+        self._keys: dict[str, str] = {}  # session name -> key in self.sessions
         self._initialise()
         for name, n_neurons in (sessions or {}).items():
             self.add_session(name, n_neurons)
@@ -556,6 +564,7 @@ class MtM(nn.Module):
         self._check(counts, session, maps)
         n_patches = self.tokenizer.n_patches(maps)  # tokens of a bin
         x = self.tokenizer(self._show(counts, mask, maps), maps)  # (B, L, D)
+        x = x.to(self.norm.weight.dtype)  # with autocast too, residuals stay exact
         bins = torch.arange(self.config.n_bins, device=x.device)
         bins = bins.repeat_interleave(n_patches)  # (L,)
         front = [] if maps.token is None else [maps.token]
@@ -664,16 +673,25 @@ class MtM(nn.Module):
             ValueError: when the name is taken, a mean count is not above 0, or there is no other
                 session to take the mean of.
         """
-        if self._key(name) in self.sessions:
+        if name in self._keys:
             raise ValueError(f"session {name!r} is in the model already")
         if n_neurons < 1:
             raise ValueError(f"session {name!r} needs at least 1 neuron, got {n_neurons}")
         if token not in ("new", "mean"):
             raise ValueError(f"session {name!r}: token must be 'new' or 'mean', got {token!r}")
+        size, places = self.config.patch_size, self.config.n_patches
+        ndt2 = self.config.tokenizer == "ndt2"
+        if self.config.leak and ndt2 and not size <= n_neurons <= size * places:
+            raise ValueError(
+                f"session {name!r} has {n_neurons} neurons; the authors' NDT2 takes {size} (one "
+                f"patch) to {size * places} ({places} patches)"
+            )
         maps = SessionMaps(n_neurons, self.config)
         if maps.token is not None and token == "mean":
             if not self.sessions:
-                raise ValueError(f"session {name!r}: no other session to take the mean token of")
+                raise ValueError(
+                    f"session {name!r}: no other session to take the mean token of; use token='new'"
+                )
             others = [other.token.detach() for other in self.sessions.values()]
             maps.token.data.copy_(torch.stack(others).mean(dim=0))
         elif maps.token is not None:
@@ -688,14 +706,16 @@ class MtM(nn.Module):
             maps.start_at(means, self.config)
         if isinstance(self.tokenizer, Patches):
             self.tokenizer.grow(n_neurons)
-        self.sessions[self._key(name)] = maps.to(self.device)
+        self._keys[name] = self._key(name)
+        self.sessions[self._keys[name]] = maps.to(self.norm.weight)
 
     def train_only(self, sessions: Iterable[str] | None = None) -> None:
         """Let nothing but the maps and tokens of these sessions learn; None = everything again."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(sessions is None)
-        for name in sessions or ():
-            self._maps(name).requires_grad_(True)
+        if isinstance(sessions, str):
+            raise ValueError(f"sessions must be a list of names, got {sessions!r}")
+        chosen = [self._maps(name) for name in sessions or ()]
+        for part in (self, *chosen):
+            part.requires_grad_(sessions is None or part is not self)
 
     def n_tokens(self, session: str) -> int:
         """Tokens of a trial, without those in front."""
@@ -704,7 +724,7 @@ class MtM(nn.Module):
     @property
     def session_names(self) -> list[str]:
         """Names of the sessions the model has maps for."""
-        return [unquote(key.removeprefix("session:")) for key in self.sessions]
+        return list(self._keys)
 
     @property
     def device(self) -> torch.device:
@@ -717,10 +737,10 @@ class MtM(nn.Module):
         return "session:" + quote(name, safe=" ").replace(".", "%2E")
 
     def _maps(self, session: str) -> SessionMaps:
-        if self._key(session) not in self.sessions:
+        if session not in self._keys:
             known = ", ".join(self.session_names) or "none"
             raise KeyError(f"the model knows no session {session!r}; it knows: {known}")
-        return self.sessions[self._key(session)]
+        return self.sessions[self._keys[session]]
 
     def _check(self, counts: Tensor, session: str, maps: SessionMaps) -> None:
         expected = (self.config.n_bins, maps.n_neurons)
@@ -744,21 +764,22 @@ class MtM(nn.Module):
             "final norm": self.norm.parameters(),
         }
         rows = {name: sum(p.numel() for p in part) for name, part in parts.items()}
-        rows["core, all of these"] = sizes.pop("core")
-        for (name, size), maps in zip(sizes.items(), self.sessions.values(), strict=True):
-            rows[f"session {name!r}, {maps.n_neurons} neurons"] = size
+        rows["core, all of these"] = sizes["core"]
+        for name, size in sizes["sessions"].items():
+            rows[f"session {name!r}, {self._maps(name).n_neurons} neurons"] = size
         rows["total"] = sum(p.numel() for p in self.parameters())
         wide = max(map(len, rows))
         title = f"MtM with the {config.tokenizer} tokenizer, width {config.width}; parameters"
         return "\n".join([title, *(f"  {name:<{wide}} {n:>12,}" for name, n in rows.items())])
 
-    def n_parameters(self) -> dict[str, int]:
-        """Number of parameters: of the ``core``, with all tokens, and of each session's maps."""
+    def n_parameters(self) -> dict[str, Any]:
+        """Number of parameters: ``core``, all tokens included, and ``sessions``, name -> maps."""
         sizes = {}
-        for name, maps in zip(self.session_names, self.sessions.values(), strict=True):
+        for name in self.session_names:
+            maps = self._maps(name)
             sizes[name] = sum(p.numel() for p in maps.parameters() if p is not maps.token)
         total = sum(p.numel() for p in self.parameters())
-        return {"core": total - sum(sizes.values()), **sizes}
+        return {"core": total - sum(sizes.values()), "sessions": sizes}
 
     def _initialise(self) -> None:
         """Residual branches shrink with depth (as T-Fixup); prompt tokens start small."""

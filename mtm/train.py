@@ -27,7 +27,7 @@ from mtm.session import Session, SessionError
 
 VALIDATION_SEED = 1_000_003
 VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
-CPU_TOKENS = 5000  # that pass through a model at once; more only takes more memory, no less time
+CPU_TOKENS = 5000  # that pass through a model at once; more take more memory, and no less time
 
 CHOICES = {
     "loss": ("mean", "sum"),
@@ -43,7 +43,8 @@ class TrainConfig:
     epochs: int = 100
     batch_size: int = 16  # trials of a session in a step
     sessions_per_step: int = 1  # batches of so many sessions make a step, each with its own mask
-    micro_batch: int | None = None  # trials that pass at once, for small memories; same result
+    micro_batch: int | None = None  # trials that pass at once, for small memories; the loss of a
+    # step, and but for dropout's draws its gradient, stay the same
     tune: str = "all"  # what learns: "all", "maps" of the sessions only, or "maps-then-all"
     maps_share: float = 0.2  # of the epochs, in which "maps-then-all" trains the maps only
     token: str = "new"  # where the session token of a new session starts, see MtM.add_session
@@ -71,6 +72,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "sessions_per_step", "lr", "validations"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 < self.maps_share < 1:
+            raise ValueError(f"maps_share must be between 0 and 1, got {self.maps_share}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1 or None, got {self.micro_batch}")
         for name, known in CHOICES.items():
@@ -121,8 +124,9 @@ class Fit:
 
     def __repr__(self) -> str:
         sizes, best = self.model.n_parameters(), self.best
+        total = sizes["core"] + sum(sizes["sessions"].values())
         return (
-            f"Fit of {len(sizes) - 1} sessions, {sum(sizes.values()):,} parameters; best of "
+            f"Fit of {len(sizes['sessions'])} sessions, {total:,} parameters; best of "
             f"{self.config.epochs} epochs: {best['epoch']}, {best['mean']:.3f} bits per spike"
         )
 
@@ -160,7 +164,8 @@ def fit(
     Args:
         sessions: with distinct names and equally many bins.
         model: a model to go on with (it is changed: sessions it does not know are added, and those
-            it knows may be forgotten), or the sizes of a new one. Default:
+            it knows may be forgotten), or the sizes of a new one, whose ``prompts``, ``causal``,
+            ``init``, ``split_seed`` and ``bin_size`` follow the settings and the data. Default:
             ``MtMConfig.from_depth(depth)``.
         config: settings; default ``RECIPES["mtm"]``.
         depth: of a new model.
@@ -197,8 +202,14 @@ def fit(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)  # weights and dropout; the caller's generator is left alone
         model = _build(model, data, config, depth).to(device)
-        history = _loop(model, data, config, Progress(config.epochs, progress))
-    return Fit(model.eval(), history, config)
+        learns = [parameter.requires_grad for parameter in model.parameters()]
+        try:
+            history = _loop(model, data, config, Progress(config.epochs, progress))
+        finally:
+            for parameter, learned in zip(model.parameters(), learns, strict=True):
+                parameter.requires_grad_(learned)
+            model.eval()
+    return Fit(model, history, config)
 
 
 def pick_device() -> torch.device:
@@ -247,7 +258,7 @@ def _passes(
     model: MtM, batches: Sequence[Batch], config: TrainConfig
 ) -> Iterator[list[tuple[Batch, Tensor | float]]]:
     """Pieces of the batches that pass through the model together, with weights in the loss."""
-    limit = CPU_TOKENS if model.device.type == "cpu" else math.inf
+    limit = CPU_TOKENS if model.device.type == "cpu" else sys.maxsize
     together, n_tokens = [], 0
     for batch in batches:
         weight: Tensor | float = 1.0
@@ -255,7 +266,7 @@ def _passes(
             weight = 1 / batch.mask.target.sum().clamp(min=1) / len(batches)
         each = model.n_tokens(batch.session)
         size = config.micro_batch or min(len(batch.counts), max(1, limit // each))
-        for piece in batch.split(int(size)):
+        for piece in batch.split(size):
             n_new = len(piece.counts) * each
             if together and (config.micro_batch or n_tokens + n_new > limit):
                 yield together
@@ -379,7 +390,7 @@ def _check_model(model: MtM, config: TrainConfig) -> None:
         )
     if wanted.causal and not model.config.causal:
         raise ValueError("the model was never trained causally; train a new one for that scheme")
-    if config.split_seed != model.config.split_seed:
+    if model.config.split_seed not in (None, config.split_seed):
         raise ValueError(
             f"the model was trained on the split of seed {model.config.split_seed}, not "
             f"{config.split_seed}: its training trials would become test trials"
@@ -390,27 +401,24 @@ def _loop(
     model: MtM, data: list[_Data], config: TrainConfig, progress: Progress
 ) -> list[dict[str, Any]]:
     device = model.device
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, config), lr=config.lr, eps=1e-8, fused=device.type == "cuda"
-    )
+    optimizer = _optimizer(model, config)
     n_batches = sum(math.ceil(len(s.train) / config.batch_size) for s in data)
     steps_per_epoch = math.ceil(n_batches / config.sessions_per_step)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=config.lr,
-        total_steps=config.epochs * steps_per_epoch,
-        pct_start=_warmup(config.warmup, config.epochs * steps_per_epoch),
-        div_factor=config.div_factor,
-    )
     sampler = _sampler(model, config, config.seed)
     order = np.random.default_rng(config.seed)
-    names = [session.name for session in data]
+    learning = [p for p in model.parameters() if p.requires_grad]  # the caller may have frozen some
+    maps = {id(p) for session in data for p in model._maps(session.name).parameters()}
+    maps_epochs = _maps_epochs(config)
     history: list[dict[str, Any]] = []
     best: dict[str, Tensor] = {}
     loss_sum, n_steps, step, start = torch.zeros((), device=device), 0, 0, time.perf_counter()
     for epoch in range(1, config.epochs + 1):
         model.train()
-        model.train_only(names if epoch <= _maps_epochs(config) else None)
+        if epoch in (1, maps_epochs + 1):  # a schedule for the maps, one for what follows
+            for parameter in learning:
+                parameter.requires_grad_(epoch > maps_epochs or id(parameter) in maps)
+            epochs = maps_epochs if epoch <= maps_epochs else config.epochs - maps_epochs
+            schedule = _schedule(optimizer, config, epochs * steps_per_epoch)
         for chosen in _steps(data, config, order):
             batches = []
             for session, trials in chosen:
@@ -442,7 +450,6 @@ def _loop(
             loss_sum.zero_()
             n_steps = 0
         progress.update(epoch, history)
-    model.train_only(None)
     model.load_state_dict(best)
     seconds = time.perf_counter() - start
     top = max(history, key=lambda entry: entry["mean"])
@@ -451,6 +458,23 @@ def _loop(
         f"best: epoch {top['epoch']}, {top['mean']:.3f} bits per spike"
     )
     return history
+
+
+def _optimizer(model: MtM, config: TrainConfig) -> torch.optim.AdamW:
+    fused = model.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(_parameter_groups(model, config), lr=config.lr, fused=fused)
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, n_steps: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=config.lr,
+        total_steps=n_steps,
+        pct_start=_warmup(config.warmup, n_steps),
+        div_factor=config.div_factor,
+    )
 
 
 def _warmup(share: float, n_steps: int) -> float:
@@ -466,8 +490,8 @@ def _validation_due(epoch: int, config: TrainConfig) -> bool:
 
 def _maps_epochs(config: TrainConfig) -> int:
     """Number of epochs, from the first, in which only the sessions' maps and tokens learn."""
-    share = {"all": 0.0, "maps": 1.0, "maps-then-all": config.maps_share}[config.tune]
-    return round(share * config.epochs)
+    some = max(1, round(config.maps_share * config.epochs))
+    return {"all": 0, "maps": config.epochs, "maps-then-all": some}[config.tune]
 
 
 def _sampler(model: MtM, config: TrainConfig, seed: int) -> MaskSampler:
@@ -481,16 +505,22 @@ def _steps(
 ) -> Iterator[list[tuple[_Data, np.ndarray]]]:
     """One epoch: every training trial once, in batches of one session, composed anew each time.
 
-    A step takes ``sessions_per_step`` batches; the last one what is left.
+    A step takes ``sessions_per_step`` batches, of different sessions as long as there are any.
     """
     batches = []
     for session in data:
         trials = order.permutation(session.train)
         cuts = range(config.batch_size, len(trials), config.batch_size)
         batches += [(session, batch) for batch in np.split(trials, cuts)]
-    shuffled = [batches[i] for i in order.permutation(len(batches))]
-    for i in range(0, len(shuffled), config.sessions_per_step):
-        yield shuffled[i : i + config.sessions_per_step]
+    waiting = [batches[i] for i in order.permutation(len(batches))]
+    while waiting:
+        first: dict[str, int] = {}  # of each session, in the order they come
+        for i, (session, _) in enumerate(waiting):
+            first.setdefault(session.name, i)
+        rest = (i for i in range(len(waiting)) if i not in first.values())
+        chosen = [*first.values(), *rest][: config.sessions_per_step]
+        yield [waiting[i] for i in chosen]
+        waiting = [batch for i, batch in enumerate(waiting) if i not in chosen]
 
 
 def _parameter_groups(model: MtM, config: TrainConfig) -> list[dict[str, Any]]:

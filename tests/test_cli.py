@@ -56,6 +56,9 @@ def test_a_model_of_patches_and_one_to_go_on_with(folder, capsys):
     assert further_model.session_names == ["sim-0", "sim-1"]
     assert further_model.tokenizer.readout.weight.equal(model.tokenizer.readout.weight)
     assert "ndt2" in capsys.readouterr().out
+    for wrong in (["--tune", "maps"], ["--patch-size", "4"]):
+        assert main(["train", *further, *wrong]) != 0
+        assert wrong[0] in capsys.readouterr().err
     assert main(["train", *further, *start, "--depth", "2"]) != 0
     assert "--depth: a model that is gone on with has its sizes" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from mtm import model as model_module
 from mtm.masks import SCHEMES, Mask, scheme
 from mtm.model import (
     Attention,
@@ -154,16 +155,17 @@ def test_time_embeddings_start_with_neighbours_alike():
 def test_paper_sizes():
     eids = {f"session {i}": 1 for i in range(37)} | {"a": 548, "b": 601, "c": 652}
     with torch.device("meta"):
-        ndt1, ndt2 = (
-            MtM(MtMConfig(tokenizer=name, leak=name == "ndt2"), eids) for name in ("ndt1", "ndt2")
-        )
-    sizes = ndt1.n_parameters()
-    assert sizes["core"] == 12_167_000
+        ndt1 = MtM(MtMConfig(), eids)
+        whole = {name: max(n, 128) for name, n in eids.items()}  # a patch at least
+        ndt2 = MtM(MtMConfig(tokenizer="ndt2", leak=True, init="paper"), whole)
+    assert ndt1.n_parameters()["core"] == 12_167_000
+    sizes = ndt1.n_parameters()["sessions"]
     for name in "abc":
         assert sizes[name] == eids[name] * (668 + 512) + 668 + eids[name]
     # the authors' state dict: these three sessions, and a decoder that gets no gradient
     assert 12_167_000 + sum(sizes[name] for name in "abc") + 668 * 512 + 668 == 14_638_669
-    assert ndt2.n_parameters()["core"] == 10_824_064 and ndt2.n_parameters()["a"] == 0
+    assert ndt2.n_parameters()["core"] == 10_824_064
+    assert set(ndt2.n_parameters()["sessions"].values()) == {0}
     assert MtMConfig.from_depth(5) == MtMConfig()
 
 
@@ -230,7 +232,7 @@ def test_places_grow_with_the_largest_session():
 # ---------------------------------------------------------------------------------- many sessions
 
 
-@pytest.mark.parametrize("fields", [{}, NDT2, {**NDT2, "leak": True}], ids=str)
+@pytest.mark.parametrize("fields", [{}, NDT2, {**NDT2, "leak": True, "n_patches": 3}], ids=str)
 def test_many_batches_in_one_pass_equal_one_after_the_other(fields):
     model = small(**fields)
     model.add_session("small", 5)
@@ -266,6 +268,9 @@ def test_only_the_maps_of_some_sessions_may_learn():
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(KeyError, match="no session 'c'; it knows: a, b"):
         model.train_only(["c"])
+    with pytest.raises(ValueError, match="sessions must be a list of names, got 'ab'"):
+        model.train_only("ab")
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_new_token_can_start_at_the_mean_of_the_others():
@@ -277,6 +282,68 @@ def test_a_new_token_can_start_at_the_mean_of_the_others():
         MtM(MtMConfig.from_depth(1)).add_session("a", 3, token="mean")
     with pytest.raises(ValueError, match="session 'd': token must be 'new' or 'mean'"):
         model.add_session("d", 3, token="old")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("fields", [{}, NDT2], ids=str)
+def test_a_session_is_added_in_the_models_precision(dtype, fields):
+    model = small(**fields).to(dtype)
+    model.add_session("larger", 30, np.ones(30))
+    assert model(torch.ones(2, N_BINS, 30), "larger").dtype == dtype
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_residuals_stay_exact_under_autocast(fields):
+    model = small(**fields).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = model.embed(counts_of().float(), "a", None, "neuron")
+    assert tokens.x.dtype == torch.float32
+
+
+def test_a_model_compiles_in_one_piece():
+    model, counts = small().float(), counts_of().float()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(
+        compiled(counts, "a", prompt="neuron"), model(counts, "a", prompt="neuron")
+    )
+
+
+# ------------------------------------------------------------------------ the authors' attention
+
+
+@pytest.mark.parametrize("tokenizer", ["ndt1", "ndt2"])
+@pytest.mark.parametrize("n_front", [0, 1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_their_attention_against_a_loop(tokenizer, n_front, causal):
+    """As their code is described: a token's number modulo T for its bin, tokens in front open both
+    ways, padding looked at by itself alone. Trial 0 lacks its last two bins."""
+    n_bins, n_patches, n_neurons, size = 5, 3, 7, 4
+    fields = {"prompts": ("causal",) if n_front == 2 else (), "session_token": n_front > 0}
+    model = MtM(
+        MtMConfig(
+            n_bins=n_bins, tokenizer=tokenizer, patch_size=size, n_patches=n_patches, leak=True,
+            init="paper", width=8, heads=2, depth=1, mlp_width=8, stitch_width=6, **fields,
+        ),
+        {"a": n_neurons},
+    ).eval()  # fmt: skip
+    counts = torch.ones(2, n_bins, n_neurons)
+    counts[0, -2:] = -1
+    tokens = model.embed(counts, "a", None, "causal")
+    found = model_module.pattern_of(tokens, causal, model.config).allowed
+    per_bin = n_patches if tokenizer == "ndt2" else 1
+    length = n_front + n_bins * per_bin
+    assert tokens.n_front == n_front and found.shape == (2, 1, length, length)
+    for trial in range(2):
+        for query in range(length):
+            for key in range(length):
+                i, j = query - n_front, key - n_front
+                allowed = not causal or i < 0 or j < 0 or j % n_bins <= i % n_bins
+                if j >= 0:
+                    padded_bin = trial == 0 and j // per_bin >= n_bins - 2
+                    empty_patch = tokenizer == "ndt2" and (j % per_bin) * size >= n_neurons
+                    allowed = allowed and not padded_bin and not empty_patch
+                assert bool(found[trial, 0, query, key]) == (allowed or query == key)
 
 
 # ------------------------------------------------------------------------------- what is shown
@@ -434,11 +501,13 @@ def test_a_model_never_trained_causally_is_not_used_causally():
 
 
 def test_session_names_of_any_kind():
-    names = ["a.b", "a%2Eb", "keys", "näme mit / allem", "a" * 200, "sub-01/ses 2"]
+    names = ["a.b", "a%2Eb", "keys", "core", "näme mit / allem", "a" * 200, "sub-01/ses 2"]
     model = small()
     for name in names:
         model.add_session(name, 4)
     assert model.session_names == ["a", "b", *names]
+    assert list(model.n_parameters()["sessions"]) == ["a", "b", *names]
+    assert "session 'core', 4 neurons" in model.summary()
 
 
 def test_errors_name_the_session_and_the_remedy():
@@ -455,6 +524,14 @@ def test_errors_name_the_session_and_the_remedy():
         MtMConfig(width=10, heads=3)
     with pytest.raises(ValueError, match="tokenizer must be one of ndt1, ndt2; got 'ndt3'"):
         MtMConfig(tokenizer="ndt3")
+    with pytest.raises(ValueError, match="prompts must be a list of different names, got 'neuron'"):
+        MtMConfig(prompts="neuron")
+    with pytest.raises(ValueError, match="leak is for the authors' checkpoints only"):
+        MtMConfig(leak=True)
+    leaking = MtM(MtMConfig(tokenizer="ndt2", leak=True, init="paper"))
+    for n_neurons in (127, 769):
+        with pytest.raises(ValueError, match=rf"'a' has {n_neurons} neurons; the authors' NDT2"):
+            leaking.add_session("a", n_neurons)
     with pytest.raises(ValueError, match="positions must be one of learned, rotary"):
         MtMConfig(positions="sines")
     with pytest.raises(ValueError, match="rotary positions need an even width for each head"):
