@@ -9,16 +9,16 @@ reads the result exactly as it reads the public server, and no network is involv
 from __future__ import annotations
 
 import hashlib
-import importlib
 import re
 import tempfile
 import uuid
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from mtm import atlas
+from mtm.extras import extra
 from mtm.session import Session, SessionError
 
 ESSENTIAL = ("choice", "block", "reward", "contrast")
@@ -119,9 +119,9 @@ def index_alf(root: str | Path) -> dict[str, Path]:
         ImportError: without the ``[data]`` extra.
     """
     root = Path(root).resolve()
-    cache, parquet = _import("one.alf.cache"), _import("iblutil.io.parquet")
-    path_of = _import("one.converters").session_record2path
-    if not any(_import("one.alf.io").iter_sessions(root)):
+    cache, parquet = extra("one.alf.cache"), extra("iblutil.io.parquet")
+    path_of = extra("one.converters").session_record2path
+    if not any(extra("one.alf.io").iter_sessions(root)):
         raise SessionError(f"no sessions lab/Subjects/subject/date/number under {root}")
     for name in ("sessions.pqt", "datasets.pqt"):
         if (root / name).exists():
@@ -153,13 +153,6 @@ def index_alf(root: str | Path) -> dict[str, Path]:
 
 
 # ------------------------------------------------------------------------------- parts
-
-
-def _import(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'{module} is missing: pip install "mtm-neural[data]"') from error
 
 
 def _fail(session: Session, what: str, problem: str) -> None:
@@ -208,7 +201,7 @@ def _trials_table(session: Session, stimulus: np.ndarray) -> Any:
     right = np.where(contrast == 0, reported_right, contrast > 0)
     reaction = session.behaviour.get("reaction-time", np.full(session.n_trials, np.nan))
     response = stimulus + np.where(np.isfinite(reaction), reaction, 0.5) + RESPONSE
-    return _import("pandas").DataFrame(
+    return extra("pandas").DataFrame(
         {
             "intervals_0": stimulus + min(session.window[0], 0) - 0.1,
             "intervals_1": np.maximum(stimulus + session.window[1], response) + 0.1,
@@ -259,7 +252,7 @@ def _probe(
     session: Session, mine: np.ndarray, probe: str, stimulus: np.ndarray, stop: float
 ) -> dict[str, Any]:
     """The spike sorting of the neurons ``mine`` (n,), all on one probe."""
-    pandas = _import("pandas")
+    pandas = extra("pandas")
     n, rng = len(mine), _generator(session, probe)
     times, clusters = _spikes(session, mine, stimulus, stop, rng)
 
@@ -310,8 +303,8 @@ def _spikes(
 
     begins = np.concatenate([[0], edges[:, -1]]) + 0.001  # of the pauses between windows, (K + 1,)
     lengths = np.append(edges[:, 0], stop) - 0.001 - begins
-    extra = rng.poisson(lengths[:, None] * session.firing_rates[mine])
-    pause, neuron = (np.repeat(i, extra[extra > 0]) for i in np.nonzero(extra))
+    more = rng.poisson(lengths[:, None] * session.firing_rates[mine])
+    pause, neuron = (np.repeat(i, more[more > 0]) for i in np.nonzero(more))
     between = begins[pause] + lengths[pause] * rng.random(len(pause))
 
     times = np.concatenate([inside, between])
@@ -321,9 +314,7 @@ def _spikes(
 
 def _allen_ids(session: Session, regions: np.ndarray) -> np.ndarray:
     """Allen id of each region label, (n,) int64; ``""`` becomes 0, which is ``void``."""
-    table = _import("iblatlas.regions").BrainRegions()
-    right = table.id >= 0  # the left hemisphere repeats every acronym with a negative id
-    ids = dict(zip(table.acronym[right].tolist(), table.id[right].tolist(), strict=True)) | {"": 0}
+    ids = atlas.allen_ids() | {"": 0}
     found = [ids.get(name, name.removeprefix("id ")) for name in regions.tolist()]
     try:
         return np.array([int(i) for i in found], dtype=np.int64)

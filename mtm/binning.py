@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import signal
+
+WHEEL_RATE, WHEEL_CUTOFF = 1000.0, 20.0  # Hz
 
 # A spike at a bin's start can come out a few float64 roundings before it (0.1 + 0.2 is not 0.3) and
 # would fall into the bin before. So every edge is moved earlier by this fraction of a bin: far more
@@ -147,6 +150,45 @@ def bin_trace(
     before = np.maximum(np.searchsorted(t[:-1], start + snap, side="right") - 1, 0)
     unknown |= long_before[last] > long_before[before]
     return np.where(unknown, np.nan, mean).astype(np.float32)
+
+
+def ordered_samples(
+    times: ArrayLike, values: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mend a trace for `bin_trace`: finite times and values only, sorted; of equal times the first.
+
+    Args:
+        times: (S,) seconds.
+        values: (S,) samples.
+
+    Returns:
+        times and values, (S',) each.
+    """
+    times, values = np.asarray(times, np.float64), np.asarray(values, np.float64)
+    finite = np.isfinite(times) & np.isfinite(values)
+    times, first = np.unique(times[finite], return_index=True)
+    return times, values[finite][first]
+
+
+def wheel_speed(
+    times: ArrayLike, position: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Speed of a wheel whose position is sampled irregularly, as IBL computes it.
+
+    The position is interpolated at 1 kHz, low-pass filtered at 20 Hz (Butterworth of order 8, run
+    both ways, so that nothing is delayed) and differentiated; of that the absolute value.
+
+    Args:
+        times: (S,) seconds, strictly increasing (see `ordered_samples`), over a second at least.
+        position: (S,) in any unit.
+
+    Returns:
+        times (S',) seconds and speed (S',), in the unit of position a second.
+    """
+    grid = np.arange(times[0], times[-1], 1 / WHEEL_RATE)
+    low_pass = signal.butter(8, WHEEL_CUTOFF, fs=WHEEL_RATE, output="sos")
+    smooth = signal.sosfiltfilt(low_pass, np.interp(grid, times, position))
+    return grid, np.abs(np.gradient(smooth, 1 / WHEEL_RATE))
 
 
 def _integral(

@@ -7,7 +7,6 @@ by inert stand-ins, but for those that put tensors, dictionaries and sets togeth
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import pickle
@@ -16,7 +15,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from mtm.extras import extra
 from mtm.masks import MTM_SCHEMES
 from mtm.model import MtM, MtMConfig
 from mtm.train import Fit
@@ -147,7 +147,7 @@ def push_to_hub(model: MtM | Fit, repo_id: str, **options: Any) -> str:
     Raises:
         ImportError: without the extra ``hub``.
     """
-    api = _huggingface_hub().HfApi(token=options.pop("token", None))
+    api = extra("huggingface_hub").HfApi(token=options.pop("token", None))
     api.create_repo(repo_id, exist_ok=True, **options)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
@@ -172,7 +172,7 @@ def from_pretrained(name: str | Path, **options: Any) -> MtM:
     """
     if Path(name).is_dir():
         return load(name)
-    hub = _huggingface_hub()
+    hub = extra("huggingface_hub")
     try:
         folder = hub.snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS], **options)
     except hub.errors.HFValidationError as error:
@@ -196,13 +196,6 @@ model = mtm.from_pretrained("{repo_id}")
 {summary}
 ```
 """
-
-
-def _huggingface_hub() -> ModuleType:
-    try:
-        return importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise ImportError("the Hub needs huggingface_hub: pip install huggingface_hub") from error
 
 
 # ------------------------------------------------------------- checkpoints of the authors' code

@@ -22,6 +22,7 @@ pytest.importorskip("iblatlas")
 import pandas as pd  # noqa: E402
 
 from mtm.alf import index_alf, write_alf  # noqa: E402
+from mtm.atlas import acronyms  # noqa: E402
 from mtm.session import Session, SessionError  # noqa: E402
 from mtm.sources import ibl  # noqa: E402
 
@@ -340,7 +341,7 @@ def test_regions_at_each_level_against_iblatlas(tree, read):
         assert one_by_one == read.neurons[level.lower()].tolist()
     coarse = load(tree, atlas="Cosmos").regions
     assert coarse.tolist() == one_by_one and set(coarse) == {"HPF", "TH", "MB"}
-    assert ibl.acronyms([382, -382, 5, 0, 997, 10703], "Beryl").tolist() == [
+    assert acronyms([382, -382, 5, 0, 997, 10703], "Beryl").tolist() == [
         *("CA1", "CA1", "id 5", "void", "root", "DG")
     ]
 

@@ -19,20 +19,19 @@ A session's behaviours, where NaN = missing:
 
 from __future__ import annotations
 
-import functools
-import importlib
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
 
+from mtm.atlas import LEVELS, acronyms
+from mtm.binning import ordered_samples, wheel_speed
+from mtm.extras import extra
 from mtm.session import Session, SessionError
 
-LEVELS = ("Allen", "Beryl", "Cosmos")
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
 TRIAL_COLUMNS = (
     *("stimOn_times", "goCue_times", "firstMovement_times", "response_times", "feedback_times"),
@@ -43,7 +42,6 @@ PROBE_DATASETS = (
     *("clusters.channels", "clusters.depths", "clusters.metrics", "clusters.uuids"),
 )
 PLACE = ("lab", "subject", "date", "number")
-WHEEL_RATE, WHEEL_CUTOFF = 1000.0, 20.0  # Hz
 
 
 def connect(
@@ -77,7 +75,7 @@ def connect(
             for the log-in), or credentials that it refuses.
         ImportError: without the ``[data]`` extra.
     """
-    api = _import("one.api")
+    api = extra("one.api")
     if username or password or token:
         where = {} if cache_dir is None else {"cache_dir": Path(cache_dir)}
         login = {"username": username, "password": password, "token": token}
@@ -210,41 +208,7 @@ def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
     return keep
 
 
-def acronyms(ids: np.ndarray, atlas: str = "Allen") -> np.ndarray:
-    """Acronym of each Allen id at a level of the hierarchy; unknown ids become "id 12345".
-
-    Args:
-        ids: (N,) integers; negative = left hemisphere.
-        atlas: "Allen", "Beryl" or "Cosmos".
-
-    Returns:
-        (N,) strings. (iblatlas's own ``id2acronym`` leaves unknown ids out, and the rest moves up.)
-    """
-    ids = np.asarray(ids, dtype=np.int64)
-    known, names = _atlas()
-    place = np.searchsorted(known, ids).clip(max=len(known) - 1)
-    labels = names[atlas][place].astype(object)
-    strange = known[place] != ids
-    labels[strange] = [f"id {i}" for i in ids[strange]]
-    return labels.astype(np.str_)
-
-
 # -------------------------------------------------------------------------- what ONE has
-
-
-def _import(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'{module} is missing: pip install "mtm-neural[data]"') from error
-
-
-@functools.cache
-def _atlas() -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Allen ids, sorted, and for each level the acronym that belongs to each."""
-    table = _import("iblatlas.regions").BrainRegions()
-    order = np.argsort(table.id)
-    return table.id[order], {a: table.acronym[table.mappings[a]][order] for a in LEVELS}
 
 
 class _Recording:
@@ -262,7 +226,7 @@ class _Recording:
         self.eid = str(eid if self.id is None else self.id)
         try:
             found = () if self.id is None else one.list_datasets(self.id, details=True)
-        except _import("requests.exceptions").HTTPError as error:
+        except extra("requests.exceptions").HTTPError as error:
             if getattr(error.response, "status_code", None) != 404:
                 raise
             found = ()
@@ -328,7 +292,7 @@ class _Recording:
             if path.endswith(".npy"):
                 content = np.load(file, allow_pickle=False)
                 return content[:, 0] if content.ndim == 2 and content.shape[1] == 1 else content
-            pandas = _import("pandas")
+            pandas = extra("pandas")
             return (pandas.read_parquet if path.endswith(".pqt") else pandas.read_csv)(file)
         except (OSError, ValueError, EOFError) as error:
             self.fail(path, f"damaged ({error}); delete {file} and load again")
@@ -498,13 +462,6 @@ def _quality(
 # --------------------------------------------------------------------- wheel, camera
 
 
-def _ordered(times: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The samples with finite time and value, sorted; of equal times the first."""
-    finite = np.isfinite(times) & np.isfinite(values)
-    times, first = np.unique(times[finite], return_index=True)
-    return times, np.asarray(values[finite][first], dtype=np.float64)
-
-
 def _wheel(recording: _Recording) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Wheel speed at 1 kHz, rad/s; nothing, with a warning, where there is no usable wheel."""
     path = recording.find("wheel.position")
@@ -519,15 +476,11 @@ def _wheel(recording: _Recording) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         problem = f"{path}: {len(position)} positions, but {len(times)} timestamps"
         _warn(recording, problem, "wheel-speed")
         return {}
-    times, position = _ordered(times, position)
+    times, position = ordered_samples(times, position)
     if len(times) == 0 or times[-1] - times[0] < 1:
         _warn(recording, f"{path}: less than a second of it", "wheel-speed")
         return {}
-    signal = _import("scipy.signal")
-    grid = np.arange(times[0], times[-1], 1 / WHEEL_RATE)
-    low_pass = signal.butter(8, WHEEL_CUTOFF, fs=WHEEL_RATE, output="sos")
-    smooth = signal.sosfiltfilt(low_pass, np.interp(grid, times, position))
-    return {"wheel-speed": (grid, np.abs(np.gradient(smooth, 1 / WHEEL_RATE)))}
+    return {"wheel-speed": wheel_speed(times, position)}
 
 
 def _whisker(
@@ -554,7 +507,7 @@ def _whisker(
             continue
         if any("energies" in problem for problem in problems):
             _warn(recording, f"{problems[0]}; took the right camera", None)
-        return camera, {"whisker-motion-energy": _ordered(times[surplus:], energy)}
+        return camera, {"whisker-motion-energy": ordered_samples(times[surplus:], energy)}
     _warn(recording, "; ".join(problems), "whisker-motion-energy")
     return None, {}
 

@@ -1,0 +1,102 @@
+"""Brain regions at three levels of the Allen atlas.
+
+``Allen`` names every structure, layers and nuclei apart (about 1,300 acronyms); ``Beryl`` joins them
+to some 300 regions, as the International Brain Laboratory reports its results; ``Cosmos`` to ten
+large parts of the brain. The tables are those of iblatlas, which needs no network.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+
+from mtm.extras import extra
+from mtm.session import UNLABELLED, Session, SessionError
+
+LEVELS = ("Allen", "Beryl", "Cosmos")
+
+
+def acronyms(ids: np.ndarray, level: str = "Allen") -> np.ndarray:
+    """Acronym of each Allen id at a level of the hierarchy; unknown ids become "id 12345".
+
+    Args:
+        ids: (N,) integers; negative = left hemisphere.
+        level: "Allen", "Beryl" or "Cosmos".
+
+    Returns:
+        (N,) strings. (iblatlas's own ``id2acronym`` leaves unknown ids out, and the rest moves up.)
+    """
+    ids = np.asarray(ids, dtype=np.int64)
+    known, names, _ = _tables()
+    place = np.searchsorted(known, ids).clip(max=len(known) - 1)
+    labels = names[_level(level)][place].astype(object)
+    strange = known[place] != ids
+    labels[strange] = [f"id {i}" for i in ids[strange]]
+    return labels.astype(np.str_)
+
+
+def at_level(session: Session, level: str) -> Session:
+    """The session with its regions named at another level; counts and all else are shared.
+
+    Where the recording came with the labels of each level (columns ``allen``, ``beryl`` and
+    ``cosmos`` of ``session.neurons``), these are used. Otherwise each label is looked up among the
+    acronyms of the atlas, and what it was is kept as column ``allen``, so that one can go back.
+    Labels that are no acronym stay as they are. What a level has no region for (fibre tracts; at
+    ``Beryl``, whole areas such as ``TH`` that hold several) becomes ``root``: such neurons are
+    seen, but form no region.
+
+    Args:
+        session: any; the levels from coarse to fine cannot be made up: go back through ``allen``.
+        level: "Allen", "Beryl" or "Cosmos".
+
+    Raises:
+        SessionError: when no label is an acronym of the atlas.
+        ValueError: for an unknown level.
+        ImportError: without the ``[data]`` extra, where labels must be looked up.
+
+    Example:
+        >>> at_level(session, "Cosmos").region_names
+        ['HPF', 'Isocortex', 'TH']
+    """
+    column = _level(level).lower()
+    if column in session.neurons:
+        return replace(session, regions=session.neurons[column])
+    allen = session.neurons.get("allen", session.regions)
+    ids = allen_ids()
+    known = np.array([name in ids for name in allen.tolist()], dtype=bool)
+    named = np.array([name.lower() not in UNLABELLED for name in allen.tolist()], dtype=bool)
+    if not (known & named).any():
+        raise SessionError(
+            f"session {session.name!r}, regions: none of {sorted(set(allen[named]))[:5]} is an "
+            "acronym of the Allen atlas; rename the regions with dataclasses.replace(session, "
+            "regions=...)"
+        )
+    labels = allen.astype(object)
+    labels[known] = acronyms([ids[name] for name in allen[known].tolist()], level)
+    labels = labels.astype(np.str_)
+    columns = session.neurons | {"allen": allen, column: labels}
+    return replace(session, regions=labels, neurons=columns)
+
+
+def allen_ids() -> dict[str, int]:
+    """Acronym -> Allen id of the right hemisphere, for every structure of the atlas."""
+    return _tables()[2]
+
+
+def _level(level: str) -> str:
+    if level not in LEVELS:
+        raise ValueError(f"atlas level must be one of {LEVELS}, got {level!r}")
+    return level
+
+
+@functools.cache
+def _tables() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, int]]:
+    """Allen ids, sorted; at each level the acronym that belongs to each; and acronym -> id."""
+    table = extra("iblatlas.regions").BrainRegions()
+    order = np.argsort(table.id)
+    names = {level: table.acronym[table.mappings[level]][order] for level in LEVELS}
+    right = table.id >= 0  # the left hemisphere repeats every acronym with a negative id
+    ids = dict(zip(table.acronym[right].tolist(), table.id[right].tolist(), strict=True))
+    return table.id[order], names, ids
