@@ -4,16 +4,21 @@ Read the package in this order, one idea a file::
 
     session     one recording, cut into trials and binned
     binning     spike times to counts, behaviour traces to bins
-    masks       what is hidden, what is scored: six schemes and the sampler that alternates them
+    masks       what is hidden and what is scored: six schemes, and their sampler
     model       the whole model: embed, encode, read out
     metrics     bits per spike, Poisson D2, R2 of trials and PSTHs
     train       fit(): one explicit loop
     evaluate    the four activity tasks, into a Report
-    decode      choice and continuous behaviour from predicted activity, with controls
+    decode      choice and continuous behaviour from predicted activity
     hub         save, load and share models; read the authors' checkpoints
     simulate    animals with known firing rates
+    sources     recordings from elsewhere: ibl, nwb, steinmetz, huggingface
+    bwb         sessions of BrainWideBench
+    sessions    many recordings on disk: listed, filtered, trained on in place
+    prepare     many recordings to session files, in parallel
+    atlas       regions at three levels: Allen, Beryl, Cosmos
     alf         sessions written as files that ONE reads
-    sources     recordings from elsewhere: sources.ibl
+    extras      packages that only some of this needs
     plots       rasters, PSTHs, masks, scores
     cli         python -m mtm simulate | prepare | train | evaluate
 
@@ -28,12 +33,15 @@ Reference: Zhang et al., "Towards a universal translator for neural dynamics at 
 single-spike resolution", arXiv 2407.14668.
 """
 
+from mtm.atlas import at_level
 from mtm.decode import decode, decode_choice, decode_trace
 from mtm.evaluate import Report, evaluate, mean_rates, oracle, score_table
 from mtm.hub import from_pretrained, load, push_to_hub, save
 from mtm.masks import Mask, MaskSampler, register
 from mtm.model import MtM, MtMConfig
+from mtm.prepare import Prepared, prepare
 from mtm.session import Session, SessionError, Split
+from mtm.sessions import Sessions
 from mtm.simulate import simulate
 from mtm.train import Fit, TrainConfig, fit
 
@@ -45,11 +53,14 @@ __all__ = [
     "MaskSampler",
     "MtM",
     "MtMConfig",
+    "Prepared",
     "Report",
     "Session",
     "SessionError",
+    "Sessions",
     "Split",
     "TrainConfig",
+    "at_level",
     "decode",
     "decode_choice",
     "decode_trace",
@@ -59,6 +70,7 @@ __all__ = [
     "load",
     "mean_rates",
     "oracle",
+    "prepare",
     "push_to_hub",
     "register",
     "save",

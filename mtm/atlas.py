@@ -1,14 +1,15 @@
 """Brain regions at three levels of the Allen atlas.
 
-``Allen`` names every structure, layers and nuclei apart (about 1,300 acronyms); ``Beryl`` joins them
-to some 300 regions, as the International Brain Laboratory reports its results; ``Cosmos`` to ten
-large parts of the brain. The tables are those of iblatlas, which needs no network.
+``Allen`` names every structure, layers and nuclei apart (about 1,300 acronyms); ``Beryl`` joins
+them to some 300 regions, as the International Brain Laboratory reports its results; ``Cosmos`` to
+ten large parts of the brain. The tables are those of iblatlas, which needs no network.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def at_level(session: Session, level: str) -> Session:
     named = np.array([name.lower() not in UNLABELLED for name in allen.tolist()], dtype=bool)
     if not (known & named).any():
         raise SessionError(
-            f"session {session.name!r}, regions: none of {sorted(set(allen[named]))[:5]} is an "
+            f"session {session.name!r}, regions: none of {sorted(set(allen[named].tolist()))[:5]} is an "
             "acronym of the Allen atlas; rename the regions with dataclasses.replace(session, "
             "regions=...)"
         )
@@ -85,6 +86,20 @@ def allen_ids() -> dict[str, int]:
     return _tables()[2]
 
 
+def within(region: str) -> np.ndarray:
+    """Allen ids (right hemisphere) of a region and of all that it contains.
+
+    Args:
+        region: acronym.
+
+    Raises:
+        ValueError: for one that the atlas does not have.
+    """
+    if region not in allen_ids():
+        raise ValueError(f"region {region!r} is not an acronym of the Allen atlas")
+    return _table().descendants(allen_ids()[region]).id
+
+
 def _level(level: str) -> str:
     if level not in LEVELS:
         raise ValueError(f"atlas level must be one of {LEVELS}, got {level!r}")
@@ -92,9 +107,14 @@ def _level(level: str) -> str:
 
 
 @functools.cache
+def _table() -> Any:
+    return extra("iblatlas.regions").BrainRegions()
+
+
+@functools.cache
 def _tables() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, int]]:
     """Allen ids, sorted; at each level the acronym that belongs to each; and acronym -> id."""
-    table = extra("iblatlas.regions").BrainRegions()
+    table = _table()
     order = np.argsort(table.id)
     names = {level: table.acronym[table.mappings[level]][order] for level in LEVELS}
     right = table.id >= 0  # the left hemisphere repeats every acronym with a negative id

@@ -27,6 +27,7 @@ from torch import Tensor
 from mtm.extras import extra
 from mtm.masks import MTM_SCHEMES
 from mtm.model import MtM, MtMConfig
+from mtm.sources.ibl import PAPER_EIDS
 from mtm.train import Fit
 
 FORMAT = "mtm-model"
@@ -199,12 +200,6 @@ model = mtm.from_pretrained("{repo_id}")
 
 
 # ------------------------------------------------------------- checkpoints of the authors' code
-
-PAPER_EIDS = tuple((Path(__file__).parent / "sources/paper_eids.txt").read_text().split())
-"""The 40 sessions of the paper, in the order of the rows of the authors' session embedding.
-
-:meta hide-value:
-"""
 
 THEIRS = {
     "tokenizer.embed_spikes": "encoder.embedder.embed_spikes",

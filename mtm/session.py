@@ -7,14 +7,17 @@ that the code after it can trust it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import struct
 import textwrap
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +27,7 @@ import numpy as np
 from mtm.binning import bin_spikes, bin_trace
 
 FORMAT = "mtm-session"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 UNLABELLED = ("", "root", "void", "nan", "none", "unknown")
 """Labels (any case) that say "no region": such neurons are kept, but never form a region."""
 
@@ -114,7 +117,7 @@ class Session:
             self._fail("counts", f"no {empty} in it (shape {counts.shape})")
         if counts.dtype.kind not in "uibf":
             self._fail("counts", f"need numbers, got dtype {counts.dtype}")
-        if counts.dtype == np.uint8:  # always valid, and the largest arrays are of this type
+        if counts.dtype in (np.uint8, np.uint16):  # always valid; those on disk are not read
             return counts
         if counts.dtype.kind == "f" and not np.isfinite(counts).all():
             self._fail("counts", "NaN or infinite entries; remove or mend those trials first")
@@ -288,7 +291,8 @@ class Session:
         exactly one. A recording that came with its own split keeps it, whatever the seed.
 
         Raises:
-            SessionError: when a part has no trials.
+            SessionError: when a part has no trials. (A split of the recording's own may be without
+                test trials: it can be trained on.)
         """
         split = self.given_split
         if split is None:
@@ -303,7 +307,7 @@ class Session:
             parts = (~in_test & ~in_val, in_val, in_test)
             split = Split(*(np.flatnonzero(part) for part in parts))
         for label, part in zip(Split._fields, split, strict=True):
-            if len(part) == 0:
+            if len(part) == 0 and (label != "test" or self.given_split is None):
                 self._fail("split", f"none of its {self.n_trials} trials is in {label}; keep more "
                            "trials, or pass given_split")  # fmt: skip
         return split
@@ -411,9 +415,10 @@ class Session:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the session to one compressed ``.npz`` without pickled objects; returns the path.
+        """Write the session to one ``.npz`` without pickled objects; returns the path.
 
-        The file appears complete or not at all: it is written beside its place and moved there.
+        Nothing in it is compressed, so that counts can be read from where they lie (``mmap``). The
+        file appears complete or not at all: it is written beside its place and moved there.
         """
         path = Path(path)
         meta = {
@@ -426,52 +431,49 @@ class Session:
             "n_recorded": self.n_recorded,
             "provenance": self.provenance,
         }
-        arrays = {"meta": np.array(json.dumps(meta)), "counts": self.counts}
+        listed = {"shape": list(self.counts.shape), "firing_rates": self.firing_rates.tolist()}
+        arrays = {"meta": np.array(json.dumps(meta)), "listed": np.array(json.dumps(listed))}
         arrays |= {"regions": self.regions, "trial_ids": self.trial_ids}
         arrays |= {f"behaviour/{key}": value for key, value in self.behaviour.items()}
         arrays |= {f"neurons/{key}": value for key, value in self.neurons.items()}
-        if self.rates is not None:
-            arrays["rates"] = self.rates
         if self.given_split is not None:
             arrays |= {f"split/{key}": part for key, part in self.given_split._asdict().items()}
+        if self.rates is not None:
+            arrays["rates"] = self.rates
+        arrays["counts"] = np.ascontiguousarray(self.counts)  # trial after trial
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.parent / f".{path.name}.{os.getpid()}.part"
         try:
             with open(partial, "wb") as file:
-                np.savez_compressed(file, **arrays)  # no array here can hold objects
+                np.savez(file, **arrays)  # no array here can hold objects
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Session:
+    def load(cls, path: str | Path, *, mmap: bool = False) -> Session:
         """Read a session that :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            mmap: leave counts (and true rates) on disk, and read of them what is used, when it is
+                used: many sessions fit that way where memory would not hold them. What is then
+                written into the arrays stays in memory; damaged counts are not noticed.
 
         Raises:
             FileNotFoundError: when there is no such file.
             SessionError: when the file is damaged, or not a session of this package.
         """
         path = Path(path)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-            meta = json.loads(str(arrays.pop("meta")[()]))
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError,
-                zipfile.BadZipFile, zlib.error, RuntimeError) as err:  # fmt: skip
-            raise SessionError(
-                f"{path} is not a readable session file ({type(err).__name__}); session files are "
-                "written by Session.save, and by `python -m mtm simulate` and `prepare`"
-            ) from err
-        if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
-            raise SessionError(f"{path} is not a session file of this package")
-        if (version := meta.pop("version", None)) != FORMAT_VERSION:
-            raise SessionError(
-                f"{path} has format version {version}, this package reads {FORMAT_VERSION}; "
-                "write it again from the recording"
-            )
+        on_disk = ("counts", "rates") if mmap else ()
+        with reading(path), np.load(path, allow_pickle=False) as file:
+            meta = read_meta(file, path)
+            arrays = {
+                key: _on_disk(path, file.zip.getinfo(f"{key}.npy")) if key in on_disk else file[key]
+                for key in file.files
+                if key not in ("meta", "listed")
+            }
         groups: dict[str, dict[str, np.ndarray]] = {"behaviour": {}, "neurons": {}, "split": {}}
         fields: dict[str, Any] = {}
         for key, value in arrays.items():
@@ -487,6 +489,56 @@ class Session:
             )
         except (TypeError, KeyError) as err:
             raise SessionError(f"{path} lacks or adds a field of a session file ({err})") from err
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what can go wrong with a damaged or foreign ``.npz`` into a SessionError."""
+    try:
+        yield
+    except (FileNotFoundError, SessionError):
+        raise
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError,
+            zipfile.BadZipFile, zlib.error, RuntimeError) as err:  # fmt: skip
+        if isinstance(err, OSError) and err.errno == errno.EMFILE:
+            raise SessionError(
+                f"{path}: too many open files, as each mapped session is one; raise the limit, as "
+                "by `ulimit -n 4096`"
+            ) from err
+        raise SessionError(
+            f"{path} is not a readable session file ({type(err).__name__}); session files are "
+            "written by Session.save, and by `python -m mtm simulate` and `prepare`"
+        ) from err
+
+
+def read_meta(file: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
+    """What a session file says of itself, if it is one, of this version."""
+    meta = json.loads(str(file["meta"][()]))
+    if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
+        raise SessionError(f"{path} is not a session file of this package")
+    if (version := meta.pop("version", None)) != FORMAT_VERSION:
+        raise SessionError(
+            f"{path} has format version {version}, this package reads {FORMAT_VERSION}; "
+            "write it again from the recording"
+        )
+    return meta
+
+
+def _on_disk(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
+    """A member of an ``.npz`` as an array that is read when it is indexed."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("compressed")
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + 26)  # the local header: name and extra field, then content
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[np.lib.format.read_magic(file)]
+        shape, fortran, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ValueError("holds Python objects")
+        return np.memmap(path, dtype, "c", file.tell(), shape, "F" if fortran else "C")
 
 
 def _positions(spike_clusters: np.ndarray, clusters: np.ndarray, name: str) -> np.ndarray:

@@ -198,7 +198,8 @@ def fit(
     _check_sessions(sessions, config)
     model = model.model if isinstance(model, Fit) else model
     device = torch.device(device) if device else pick_device()
-    data = [_Data(session, config, device) for session in sessions]
+    home = _home(sessions, device)
+    data = [_Data(session, config, device, home) for session in sessions]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)  # weights and dropout; the caller's generator is left alone
         model = _build(model, data, config, depth).to(device)
@@ -299,23 +300,42 @@ class Batch(NamedTuple):
 
 
 class _Data:
-    """A session on the device: counts as small integers, trials of each part, the null model."""
+    """A session as training needs it: counts as small integers, trials of each part, the null."""
 
-    def __init__(self, session: Session, config: TrainConfig, device: torch.device) -> None:
-        split = session.split(config.split_seed)
-        self.name = session.name
+    def __init__(
+        self,
+        session: Session,
+        config: TrainConfig,
+        device: torch.device,
+        home: torch.device | None = None,
+    ) -> None:
+        split, home = session.split(config.split_seed), home or device
+        self.name, self.device = session.name, device
         self.n_bins, self.bin_size = session.n_bins, session.bin_size
         self.n_neurons = session.n_neurons
-        dtype = np.uint8 if session.counts.dtype == np.uint8 else np.int32
-        self.counts = torch.from_numpy(session.counts.astype(dtype)).to(device)
+        # Shared with the session, not copied, unless its home is another device: counts that are
+        # on disk stay there. torch cannot index uint16; int16 holds the same bits.
+        self.wide = session.counts.dtype == np.uint16
+        self.counts = torch.from_numpy(session.counts.view(np.int16 if self.wide else np.uint8))
+        self.counts = self.counts.to(home)
         self.regions = torch.from_numpy(session.region_codes).to(device)
         self.n_regions = len(session.region_names)
-        self.train, self.val = split.train, torch.from_numpy(split.val).to(device)
+        self.train, self.val = split.train, torch.from_numpy(split.val).to(home)
         null = torch.from_numpy(log_mean(session.counts[split.train]))  # (N,)
         self.null = null.float().to(device)
 
     def batch(self, trials: Tensor) -> Tensor:
-        return self.counts[trials].float()  # (B, T, N)
+        counts = self.counts[trials].to(self.device)  # (B, T, N)
+        return (counts.int() & 0xFFFF if self.wide else counts).float()
+
+
+def _home(sessions: list[Session], device: torch.device) -> torch.device:
+    """Where counts are while a model trains: on its device, if they fill at most half of it."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if sum(session.counts.nbytes for session in sessions) > free / 2:
+            return torch.device("cpu")
+    return device
 
 
 def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
@@ -422,7 +442,7 @@ def _loop(
         for chosen in _steps(data, config, order):
             batches = []
             for session, trials in chosen:
-                counts = session.batch(torch.from_numpy(trials).to(device))
+                counts = session.batch(torch.from_numpy(trials).to(session.counts.device))
                 name, mask = sampler(counts, session.regions)
                 batches.append(Batch(counts, session.name, mask, name))
             loss_sum += accumulate(model, batches, config)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mtm import Mask, MtM, MtMConfig, evaluate, from_pretrained, hub, load, save, simulate
+from mtm.sources.ibl import PAPER_EIDS
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ def theirs(tokens=True, ndt2=False):
     )
 
 
-TWO = dict(zip(hub.PAPER_EIDS[:2], (3, 4), strict=True))
+TWO = dict(zip(PAPER_EIDS[:2], (3, 4), strict=True))
 
 
 def quietly(checkpoint, sessions=TWO, **options):
@@ -391,10 +392,10 @@ def test_keys_that_do_not_fit_are_named():
         with pytest.raises(hub.CheckpointError, match=message):
             quietly(broken, heads=4)
     with pytest.raises(hub.CheckpointError, match="stitcher_dict.5.weight is missing"):
-        quietly(state, {hub.PAPER_EIDS[0]: 5}, heads=4)
+        quietly(state, {PAPER_EIDS[0]: 5}, heads=4)
     with pytest.raises(KeyError, match="'mine' has no row in their session embedding"):
         quietly(state, {"mine": 3}, heads=4)
-    eids = ["mine", *hub.PAPER_EIDS[1:]]
+    eids = ["mine", *PAPER_EIDS[1:]]
     assert quietly(state, {"mine": 3}, heads=4, eids=eids).session_names == ["mine"]
     unstitched = {k: v for k, v in state.items() if "stitch" not in k}
     with pytest.raises(hub.CheckpointError, match="without stitching"):
@@ -428,7 +429,7 @@ def test_sessions_that_their_ndt2_cannot_take(parity):
 
 
 def test_the_papers_sessions():
-    assert len(set(hub.PAPER_EIDS)) == 40 and all(len(eid) == 36 for eid in hub.PAPER_EIDS)
+    assert len(set(PAPER_EIDS)) == 40 and all(len(eid) == 36 for eid in PAPER_EIDS)
 
 
 def test_the_shipped_model_belongs_to_todays_simulation():

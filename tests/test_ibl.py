@@ -527,6 +527,10 @@ def remove(name):
     return lambda alf: [file.unlink() for file in alf.rglob(name)]
 
 
+def remove_from(probe, name):
+    return lambda alf: [file.unlink() for file in (alf / probe).rglob(name)]
+
+
 ERRORS = {
     "no sorting": (remove("spikes.times.npy"), {}, r"spikes.times.*no spike sorting"),
     "no clusters": (remove("spikes.clusters.npy"), {}, r"alf/probe00/pykilosort/spikes.clusters"),
@@ -564,7 +568,7 @@ ERRORS = {
     "channel without id": (
         edit_array(f"{SORTING}/channels.brainLocationIds_ccf_2017.npy", lambda c: c[:10]),
         {},
-        r"clusters.channels: not within the 10 channels",
+        r"clusters.channels: channel \d+ of 10; the files are of different sortings",
     ),
     "depths too short": (
         edit_array(f"{SORTING}/clusters.depths.npy", lambda c: c[:-1]),
@@ -581,11 +585,6 @@ ERRORS = {
         {},
         r"_ibl_trials.table.pqt: damaged",
     ),
-    "NaN spike": (
-        edit_array(f"{SORTING}/spikes.times.npy", lambda t: np.append(t[:-1], np.nan)),
-        {},
-        r"spike_times",
-    ),
 }
 
 
@@ -594,6 +593,69 @@ def test_errors_name_session_dataset_and_remedy(variant, case):
     edit, options, message = ERRORS[case]
     with pytest.raises(SessionError, match=rf"(?s){EID}.*{message}"):
         variant(edit, **options)
+
+
+def test_what_one_of_two_probes_lacks(variant, tree):
+    """A probe without spikes is left out with a word; half a sorting has a remedy."""
+    with pytest.warns(UserWarning, match=f"{EID}: alf/probe01: no spikes.times.*left out probe01"):
+        read = variant(remove_from("probe01", "spikes.times.npy"))
+    np.testing.assert_array_equal(read.counts, make_session().counts[..., :8])
+    broken = remove_from("probe01", "clusters.channels.npy")
+    with pytest.raises(SessionError, match="clusters.channels.*all but 'probe01'"):
+        variant(broken)
+    read = variant(broken, probes=["probe00"])
+    np.testing.assert_array_equal(read.counts, make_session().counts[..., :8])
+    with pytest.raises(SessionError, match=r"alf: no probe07; it has \['probe00', 'probe01'\]"):
+        load(tree, probes=["probe00", "probe07"])
+    with pytest.raises(SessionError, match="alf/probe01: no spike sorting; choose another probe"):
+        variant(remove_from("probe01", "spikes.times.npy"), probes=["probe01"])
+
+
+@pytest.mark.parametrize("clusters", [0, 12])
+def test_a_probe_without_a_single_spike(variant, clusters):
+    def empty(alf):
+        folder = alf / "probe01/pykilosort"
+        for name in ("spikes.times", "spikes.clusters"):
+            np.save(folder / f"{name}.npy", np.zeros(0))
+        if clusters == 0:
+            for name in ("channels", "depths"):
+                np.save(folder / f"clusters.{name}.npy", np.zeros(0))
+            for name in ("clusters.uuids.csv", "clusters.metrics.pqt"):
+                (folder / name).unlink()
+
+    read = variant(empty)
+    np.testing.assert_array_equal(read.counts[..., :8], make_session().counts[..., :8])
+    assert read.n_neurons == 8 + clusters and not read.counts[..., 8:].any()
+
+
+def test_units_without_a_channel_have_no_region(variant):
+    name = f"{SORTING}/clusters.channels.npy"
+    for nothing in (np.nan, -1):
+        lose = edit_array(name, lambda c, x=nothing: np.r_[c[:-2].astype(float), [x, x]])
+        with pytest.warns(UserWarning, match="clusters.channels: 2 clusters without a channel"):
+            read = variant(lose)
+        np.testing.assert_array_equal(read.counts, make_session().counts)
+        assert read.regions[6:8].tolist() == ["void", "void"] and "void" not in read.region_names
+        assert read.regions[:6].tolist() == make_session().regions[:6].tolist()
+
+
+def test_spikes_without_a_time_are_left_out(variant):
+    name = f"{SORTING}/spikes.times.npy"
+    with pytest.warns(UserWarning, match="probe00/pykilosort/spikes.times: left out 3 without"):
+        read = variant(edit_array(name, lambda t: np.r_[np.inf, t[1:-2], np.nan, -np.inf]))
+    assert read.counts.sum() in make_session().counts.sum() - np.arange(4)
+
+
+def test_unsorted_spikes_are_no_matter(variant):
+    order = np.random.default_rng(0).permutation
+
+    def shuffle(alf):
+        n = len(np.load(alf / SORTING / "spikes.times.npy"))
+        new = order(n)
+        for name in ("spikes.times", "spikes.clusters"):
+            edit_array(f"{SORTING}/{name}.npy", lambda x: x[new])(alf)
+
+    np.testing.assert_array_equal(variant(shuffle).counts, make_session().counts)
 
 
 def test_histology_is_not_needed_without_an_atlas(variant):
@@ -661,6 +723,62 @@ def test_local_mode_without_home_input_or_network(tree):
         cwd=Path(__file__).parents[1],
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_search(tree, tmp_path):
+    root = shutil.copytree(tree, tmp_path / "copy")
+    other = make_session("other", "MOUSE-2")
+    other.regions[:] = "VISp5"
+    write_alf(other, root, lab="otherlab")
+    shutil.rmtree(write_alf(make_session("third", "MOUSE-3"), root) / "alf/probe00")
+    shutil.rmtree(write_alf(make_session("bare", "MOUSE-4"), root) / "alf")
+    write_alf(make_session("bare", "MOUSE-4"), root)
+    for folder in root.glob("simlab/Subjects/MOUSE-4/*/*/alf/probe*"):
+        shutil.rmtree(folder)
+    subject = {eid: path.parts[-3] for eid, path in index_alf(root).items()}
+    one = ibl.connect(root)
+
+    def found(**terms):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # one probe is without a sorting
+            return sorted(subject[eid] for eid in ibl.search(one, **terms))
+
+    assert found() == ["MOUSE-1.a", "MOUSE-2", "MOUSE-3"]  # with spikes
+    assert found(lab="otherlab") == ["MOUSE-2"] == found(subject="MOUSE-2")
+    assert found(region="CA1") == found(region="HPF") == ["MOUSE-1.a"]
+    assert found(region="TH") == found(region="PO") == ["MOUSE-1.a", "MOUSE-3"]
+    assert found(region="VISp") == ["MOUSE-2"] and found(region="CB") == []
+    assert found(quality="PASS", date_range="2026-01-02", subject="MOUSE-1") == ["MOUSE-1.a"]
+    assert found(project="nothing like it") == []
+    with pytest.raises(ValueError, match="region 'V1' is not an acronym"):
+        ibl.search(one, region="V1")
+
+
+def test_the_papers_sessions():
+    assert len(set(ibl.PAPER_EIDS)) == 40 and len(set(ibl.REPEATED_SITE_EIDS)) == 83
+    assert ibl.PAPER_EIDS[:5] == ibl.HELD_OUT_EIDS and ibl.ABLATION_EID in ibl.PAPER_EIDS
+    assert set(ibl.PAPER_EIDS) <= set(ibl.REPEATED_SITE_EIDS)
+
+
+def test_prepare_writes_what_load_session_gives(tree, read, tmp_path):
+    root = shutil.copytree(tree, tmp_path / "copy")
+    bad = write_alf(make_session("bad", "MOUSE-2"), root)
+    next(bad.rglob("spikes.clusters.npy")).unlink()
+    blind = write_alf(make_session("blind", "MOUSE-3"), root)
+    next(blind.rglob("leftCamera.ROIMotionEnergy.npy")).unlink()
+    eids = {path.parts[-3]: eid for eid, path in index_alf(root).items()}
+    one = ibl.connect(root)
+    done = ibl.prepare(one, ibl.search(one), tmp_path / "out", workers=2, progress=False)
+    assert sorted(path.stem for path in done.paths) == sorted([eids["MOUSE-1.a"], eids["MOUSE-3"]])
+    (reason,) = done.skipped.values()
+    assert eids["MOUSE-2"] in reason and "spikes.clusters: no such dataset" in reason
+    assert "no behaviour 'whisker-motion-energy'" in str(done)
+    written = Session.load(tmp_path / "out" / f"{EID}.npz")
+    np.testing.assert_array_equal(written.counts, read.counts)
+    assert written.provenance["eid"] == EID and written.provenance["options"] == {}
+    assert {"revisions", "trials", "clusters dropped", "mtm"} <= set(written.provenance)
+    again = ibl.prepare(one, [EID], tmp_path / "out", workers=1, progress=False)
+    assert again.outcomes[0].status == "there already"
 
 
 class Alyx(BaseHTTPRequestHandler):
@@ -764,6 +882,9 @@ def test_the_same_code_reads_a_server(read, tmp_path, server, capfd):
         np.testing.assert_array_equal(remote.neurons[key], values)
     with pytest.raises(SessionError, match="no datasets"):
         ibl.load_session(one, "5dcee0eb-b34d-4652-acc3-d10afc6eae68")
+    # Processes of their own log in with what ONE has saved.
+    done = ibl.prepare(one, [EID], tmp_path / "out", workers=1, progress=False)
+    assert Session.load(done.paths[0]).provenance["server"] == server, done
     # A token alone, then the saved one; and what was downloaded, without the server.
     assert ibl.connect(cache, token="t0ken", base_url=server).alyx.user == "someone"
     assert ibl.connect(cache, username="someone", base_url=server).alyx.is_logged_in

@@ -19,17 +19,21 @@ A session's behaviours, where NaN = missing:
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from mtm.atlas import LEVELS, acronyms
+from mtm.atlas import LEVELS, acronyms, within
 from mtm.binning import ordered_samples, wheel_speed
 from mtm.extras import extra
+from mtm.prepare import Prepared
+from mtm.prepare import prepare as run
 from mtm.session import Session, SessionError
 
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
@@ -42,6 +46,36 @@ PROBE_DATASETS = (
     *("clusters.channels", "clusters.depths", "clusters.metrics", "clusters.uuids"),
 )
 PLACE = ("lab", "subject", "date", "number")
+SESSIONS_OF_THE_PAPER = json.loads((Path(__file__).parent / "paper_sessions.json").read_text())
+PAPER_EIDS: tuple[str, ...] = tuple(SESSIONS_OF_THE_PAPER["paper"])
+"""The sessions of the MtM paper, as the authors' repository lists them (``target_eids.txt``): rows
+of its session embedding, in order. All are of the repeated-site data set.
+
+What does not fit together: these are 40, 35 to pretrain on and the 5 of `HELD_OUT_EIDS`, but the
+paper speaks of 39, 34 and 5, and nothing says which one was left out (its loader takes the first
+34 that the Hub lists, and skips a session that fails to load without a word). Which 10 were its
+"10 sessions" is not written down anywhere. The paper says 48 sessions in the data set;
+`REPEATED_SITE_EIDS`, the authors' own list, has 83.
+
+:meta hide-value:
+"""
+HELD_OUT_EIDS: tuple[str, ...] = tuple(SESSIONS_OF_THE_PAPER["held_out"])
+"""The five sessions that the paper holds out of pretraining (``test_re_eids.txt``), first of
+`PAPER_EIDS`. In the authors' ``ibl_100_eids.txt`` three of them are among the sessions to train on.
+
+:meta hide-value:
+"""
+REPEATED_SITE_EIDS: tuple[str, ...] = tuple(SESSIONS_OF_THE_PAPER["repeated_site"])
+"""The repeated-site sessions as the authors list them (``ibl_repro_ephys_eids.txt``), 83: in each,
+one probe was aimed at the same place, through VISa/am, CA1, DG, LP and PO.
+
+:meta hide-value:
+"""
+ABLATION_EID: str = SESSIONS_OF_THE_PAPER["ablation"]
+"""The one session of the paper's ablations (its Tables 1 and 3).
+
+:meta hide-value:
+"""
 
 
 def connect(
@@ -112,13 +146,15 @@ def load_session(
     atlas: str | None = "Allen",
     trial_filter: str | None = None,
     units: str | None = None,
+    probes: Sequence[str] | None = None,
 ) -> Session:
     """Load one IBL session: all probes, all trials, behaviour.
 
     Neurons are all sorted clusters, probe after probe, those that never fired included. A probe's
     sorting is taken from ``alf/probeNN/iblsorter``, else ``.../pykilosort``, else ``alf/probeNN``,
-    else whatever folder there is; of revisions, ONE's default one. The behaviours are listed at the
-    top of this page.
+    else whatever folder there is; of revisions, ONE's default one. A cluster whose channel is not
+    known has no region, and spikes without a time are left out: both with a warning. The behaviours
+    are listed at the top of this page.
 
     Args:
         one: from `connect`, or any ONE.
@@ -131,6 +167,8 @@ def load_session(
             ``None``: load without regions (a probe without histology).
         trial_filter: "reaction-time" leaves out the trials that `reaction_time_filter` rejects.
         units: "good" keeps the clusters with label 1 (IBL's three quality criteria) only.
+        probes: names of those to load, as ``["probe00"]``. Default: all with a spike sorting; one
+            without is named in a warning.
 
     Returns:
         the session, named by the eid. Its ``neurons`` have ``probe``, ``cluster`` (id on its
@@ -146,9 +184,9 @@ def load_session(
     _check_option("units", units, ("good",))
     recording = _Recording(one, eid)
     trials, dropped = _trials(recording, align, trial_filter)
-    collections = _sortings(recording)
-    probes = [_probe(recording, *item, atlas is not None) for item in collections.items()]
-    times, clusters, columns = _merge(probes)
+    collections = _sortings(recording, probes)
+    sorted_ = [_probe(recording, *item, atlas is not None) for item in collections.items()]
+    times, clusters, columns = _merge(sorted_)
     keep = _quality(recording, columns, units)
     inside = keep[clusters]
     camera, traces = _whisker(recording)
@@ -172,6 +210,100 @@ def load_session(
         | {"collections": collections, "camera": camera, "align": align, "trials": dropped}
         | {"clusters dropped": int(np.sum(~keep))},
     )
+
+
+def search(
+    one: Any,
+    *,
+    project: str | None = None,
+    lab: str | None = None,
+    subject: str | None = None,
+    region: str | None = None,
+    quality: str | None = None,
+    **terms: Any,
+) -> list[str]:
+    """Sessions that have sorted spikes, by what is known of them.
+
+    Args:
+        one: from `connect`. On a server, its database is asked; on a folder, ONE's tables.
+        project: or part of its name, as "ibl_neuropixel_brainwide_01".
+        lab, subject: or part of the name.
+        region: Allen acronym of a region that a probe went through, or of a larger one that
+            contains it ("HPF" finds CA1). On a folder, each session's channels are read for that.
+        quality: worst grade of the spike times that will do: "PASS", "WARNING", "FAIL" (grades
+            that were never given count as good).
+        **terms: any other of ``one.search_terms()``, as ``date_range=("2020-01-01", None)``.
+
+    Returns:
+        eids.
+
+    Raises:
+        ValueError: for a region that the atlas does not have.
+    """
+    given = {"projects": project, "lab": lab, "subject": subject, "dataset_qc_lte": quality}
+    terms |= {key: value for key, value in given.items() if value is not None}
+    inside = None if region is None else within(region)
+    if region is not None and not one.offline:
+        terms["atlas_acronym"] = region
+    with warnings.catch_warnings():  # ONE 3.6 with pandas 3
+        warnings.filterwarnings("ignore", message="The copy keyword is deprecated")
+        eids = [str(eid) for eid in one.search(datasets="spikes.times.npy", **terms)]
+    if inside is None or not one.offline:
+        return eids
+    return [eid for eid in eids if _passes_through(_Recording(one, eid), inside)]
+
+
+def _passes_through(recording: _Recording, ids: np.ndarray) -> bool:
+    """Whether a channel of any probe is in one of the regions with these ids."""
+    for collection in _sortings(recording, None).values():
+        name = "channels.brainLocationIds_ccf_2017"
+        if recording.find(name, collection):
+            located = np.nan_to_num(recording.load(name, collection)).astype(np.int64)
+            if np.isin(np.abs(located), ids).any():
+                return True
+    return False
+
+
+def prepare(
+    one: Any,
+    eids: Iterable[Any],
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Prepared:
+    """Download and write many sessions, each as ``OUT/<eid>.npz``: `mtm.prepare` for ONE.
+
+    Every process connects for itself, with the log-in that ONE has saved.
+
+    Args:
+        one: from `connect`.
+        eids: as from `search`, or `PAPER_EIDS`.
+        out, workers, overwrite, progress: as in :func:`mtm.prepare.prepare`.
+        **options: of `load_session`.
+
+    Returns:
+        what became of each session; it prints as a table.
+
+    Example:
+        >>> done = ibl.prepare(one, ibl.PAPER_EIDS, "sessions", trial_filter="reaction-time")
+        >>> print(done)
+    """
+    where: dict[str, Any] = {"cache_dir": str(one.cache_dir)}
+    if not one.offline:
+        where |= {"username": one.alyx.user, "base_url": one.alyx.base_url}
+    load = functools.partial(_load_there, where)
+    settings = {"workers": workers, "overwrite": overwrite, "progress": progress}
+    return run(load, {str(eid): eid for eid in eids}, out, **settings, **options)
+
+
+def _load_there(where: dict[str, Any], eid: Any, **options: Any) -> Session:
+    return load_session(_connected(**where), eid, **options)
+
+
+_connected = functools.cache(connect)
 
 
 def _check_option(name: str, value: str | None, known: tuple[str, ...]) -> None:
@@ -238,9 +370,10 @@ class _Recording:
         self.paths = sorted({re.sub(r"#[^#/]*#/", "", path) for path in found["rel_path"]})
 
     def origin(self) -> dict[str, Any]:
-        """Where the session comes from: server, lab, subject, date, number, revisions of files."""
+        """Where the session comes from: server, eid, its place, revisions of files."""
         server = None if self.one.offline else self.one.alyx.base_url
-        return {"origin": "ONE", "server": server, **self.place, "revisions": self.revisions}
+        place = {"eid": self.eid, **self.place}
+        return {"origin": "ONE", "server": server, **place, "revisions": self.revisions}
 
     def fail(self, dataset: str, problem: str) -> NoReturn:
         raise SessionError(f"session {self.eid}, {dataset}: {problem}")
@@ -366,15 +499,25 @@ def _signed_contrast(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------- spikes, regions
 
 
-def _sortings(recording: _Recording) -> dict[str, str]:
+def _sortings(recording: _Recording, wanted: Sequence[str] | None) -> dict[str, str]:
     """Probe name -> collection with its spike sorting, probes in order."""
     found: dict[str, list[str]] = {}
+    there = {path.split("/")[1] for path in recording.paths if path.startswith("alf/probe")}
     pattern = r"alf/(probe[^/]+)(?:/([^/]+))?/(?:_[^_/]+_)?spikes\.times\.npy"
     for path in recording.paths:
         if match := re.fullmatch(pattern, path):
             found.setdefault(match[1], []).append(match[2] or "")
     if not found:
         recording.fail("alf/probe*/*/spikes.times.npy", "no spike sorting; choose another session")
+    wanted = sorted(there if wanted is None else wanted)
+    if not set(wanted) <= there:
+        recording.fail("alf", f"no {', '.join(set(wanted) - there)}; it has {sorted(there)}")
+    if unsorted := [probe for probe in wanted if probe not in found]:
+        problem = f"alf/{unsorted[0]}: no spikes.times, so no spike sorting"
+        if len(unsorted) == len(wanted):
+            recording.fail(f"alf/{unsorted[0]}", "no spike sorting; choose another probe")
+        _warn(recording, f"{problem}; left out {', '.join(unsorted)}", None)
+    found = {probe: found[probe] for probe in wanted if probe in found}
     rank = {sorter: place for place, sorter in enumerate(SORTERS)}
     best = {
         probe: min(sorters, key=lambda sorter: (rank.get(sorter, len(rank)), sorter))
@@ -388,14 +531,18 @@ def _probe(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Spike times and clusters (S,) of one probe, and its clusters' columns (n,)."""
     recording.fetch(collection, *PROBE_DATASETS)
-    times = recording.load("spikes.times", collection)
-    clusters = recording.load("spikes.clusters", collection)
-    channels = recording.load("clusters.channels", collection)
+    remedy = f"leave the probe out with probes=..., all but {probe!r}"
+    times = recording.load("spikes.times", collection, remedy)
+    clusters = recording.load("spikes.clusters", collection, remedy)
+    channels = recording.load("clusters.channels", collection, remedy)
     n = len(channels)
     if len(times) != len(clusters):
         recording.fail(
             f"{collection}/spikes.*", f"{len(times)} times, {len(clusters)} clusters; load it again"
         )
+    if not (timed := np.isfinite(times)).all():
+        _warn(recording, f"{collection}/spikes.times: left out {np.sum(~timed)} without time", None)
+        times, clusters = times[timed], clusters[timed]
     if len(clusters) and not 0 <= clusters.min() <= clusters.max() < n:
         recording.fail(
             f"{collection}/spikes.clusters",
@@ -409,9 +556,7 @@ def _probe(
             collection,
             "the probe has no histology: atlas=None loads it without regions",
         )
-        if n and not 0 <= channels.min() <= channels.max() < len(ids):
-            recording.fail(f"{collection}/clusters.channels", f"not within the {len(ids)} channels")
-        columns["allen_id"] = np.nan_to_num(ids[channels]).astype(np.int64)
+        columns["allen_id"] = _locate(recording, collection, channels, np.nan_to_num(ids))
         columns |= {level.lower(): acronyms(columns["allen_id"], level) for level in LEVELS}
     if recording.find("clusters.depths", collection):
         columns["depth"] = recording.load("clusters.depths", collection)
@@ -427,6 +572,26 @@ def _probe(
         if len(values) != n:
             recording.fail(f"{collection}/clusters: {name}", f"{len(values)} for {n} clusters")
     return times, clusters.astype(np.int64), columns
+
+
+def _locate(
+    recording: _Recording, collection: str, channels: np.ndarray, ids: np.ndarray
+) -> np.ndarray:
+    """Allen id of each cluster, (n,) int64, from that of its channel; 0, void, without one."""
+    channels = np.asarray(channels, dtype=np.float64)
+    held = channels >= 0  # neither NaN nor -1
+    if np.any(channels[held] >= len(ids)):
+        recording.fail(
+            f"{collection}/clusters.channels",
+            f"channel {channels[held].max():g} of {len(ids)}; the files are of different sortings, "
+            "download them again",
+        )
+    if not held.all():
+        problem = f"{collection}/clusters.channels: {np.sum(~held)} clusters without a channel"
+        _warn(recording, f"{problem}; they have no region", None)
+    located = np.zeros(len(channels), dtype=np.int64)
+    located[held] = ids[channels[held].astype(np.int64)]
+    return located
 
 
 def _merge(

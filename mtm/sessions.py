@@ -1,0 +1,237 @@
+"""Many recordings on disk: listed, chosen from and trained on without loading them all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from mtm.session import UNLABELLED, Session, SessionError, read_meta, reading
+
+SHOWN = 10  # sessions in the short description
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a recording without reading its counts.
+
+    Attributes:
+        path: its file.
+        name, subject, bin_size, window: as in :class:`~mtm.session.Session`.
+        shape: (K, T, N) of the file.
+        regions: (N,) of the neurons chosen.
+        firing_rates: (N,) Hz, over all trials and bins, of the neurons chosen.
+        neurons: (N,) their places in the file.
+        provenance: where the recording comes from, and the options it was prepared with.
+    """
+
+    path: Path
+    name: str
+    subject: str
+    bin_size: float
+    window: tuple[float, float]
+    shape: tuple[int, int, int]
+    regions: np.ndarray
+    firing_rates: np.ndarray
+    neurons: np.ndarray
+    provenance: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Entry:
+        """The entry of a file that ``Session.save`` wrote."""
+        with reading(path), np.load(path, allow_pickle=False) as file:
+            meta = read_meta(file, path)
+            listed = json.loads(str(file["listed"][()]))
+            return cls(
+                path,
+                *(meta[key] for key in ("name", "subject", "bin_size")),
+                window=tuple(meta["window"]),
+                shape=tuple(listed["shape"]),
+                regions=file["regions"],
+                firing_rates=np.array(listed["firing_rates"]),
+                neurons=np.arange(listed["shape"][2]),
+                provenance=meta["provenance"],
+            )
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the file's table of neurons, of the neurons chosen (N,)."""
+        with reading(self.path), np.load(self.path, allow_pickle=False) as file:
+            if f"neurons/{name}" in file.files:
+                return file[f"neurons/{name}"][self.neurons]
+            known = [key.removeprefix("neurons/") for key in file.files if key[:8] == "neurons/"]
+        raise SessionError(
+            f"session {self.name!r}, neurons: no column {name!r} in {self.path}; there are {known}"
+        )
+
+    def keep(self, chosen: np.ndarray) -> Entry:
+        """The entry with some (N,) bool of its neurons."""
+        return replace(
+            self,
+            regions=self.regions[chosen],
+            firing_rates=self.firing_rates[chosen],
+            neurons=self.neurons[chosen],
+        )
+
+    def load(self, mmap: bool) -> Session:
+        """The recording with the neurons chosen; those are copied if they are not all."""
+        session = Session.load(self.path, mmap=mmap)
+        if len(self.neurons) == session.n_neurons:
+            return session
+        return session.select(neurons=self.neurons)
+
+
+class Sessions(Sequence[Session]):
+    """Many recordings on disk, as a sequence of sessions that are read when they are asked for.
+
+    Listing them reads names, regions and firing rates, not counts; a session taken out of it has
+    its counts on disk (``Session.load(path, mmap=True)``). ``fit`` takes a collection like any
+    other sequence of sessions. An index may also be a session's name; a slice is a collection.
+
+    Args:
+        where: a folder (every ``.npz`` in it, by name), a file, or several files.
+        mmap: leave counts on disk; ``False`` reads each session whole, when it is asked for.
+
+    Raises:
+        FileNotFoundError: no such file, or no ``.npz`` in the folder.
+        SessionError: a file that is no session, or two sessions of the same name.
+
+    Example:
+        >>> sessions = Sessions("sessions").filter(regions=["CA1", "DG"], min_rate=1.0)
+        >>> print(sessions.summary())
+        >>> model = fit(sessions).model
+    """
+
+    def __init__(self, where: str | Path | Iterable[str | Path], *, mmap: bool = True) -> None:
+        several = not isinstance(where, (str, Path))
+        paths = [Path(path) for path in where] if several else [Path(where)]
+        if not several and paths[0].is_dir():
+            paths = sorted(paths[0].glob("*.npz"))
+        if not paths:
+            raise FileNotFoundError(
+                f"no session (*.npz) in {where}; Session.save and `python -m mtm prepare` make them"
+            )
+        self._start([Entry.read(path) for path in paths], mmap)
+        first: dict[str, Path] = {}
+        for entry in self.entries:
+            if entry.name in first:
+                raise SessionError(
+                    f"{first[entry.name]} and {entry.path} both hold a session named "
+                    f"{entry.name!r}; names must differ, leave one out"
+                )
+            first[entry.name] = entry.path
+
+    def _start(self, entries: list[Entry], mmap: bool) -> Sessions:
+        self.entries, self.mmap = entries, mmap
+        return self
+
+    def _with(self, entries: list[Entry]) -> Sessions:
+        return Sessions.__new__(Sessions)._start(entries, self.mmap)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @overload
+    def __getitem__(self, index: int | str) -> Session: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sessions: ...
+    def __getitem__(self, index: int | str | slice) -> Session | Sessions:
+        if isinstance(index, slice):
+            return self._with(self.entries[index])
+        if isinstance(index, str):
+            if index not in self.names:
+                raise KeyError(f"no session {index!r}; there are: {', '.join(self.names)}")
+            index = self.names.index(index)
+        return self.entries[index].load(self.mmap)
+
+    def __iter__(self) -> Iterator[Session]:
+        return (entry.load(self.mmap) for entry in self.entries)
+
+    @property
+    def names(self) -> list[str]:
+        """Name of each session."""
+        return [entry.name for entry in self.entries]
+
+    def filter(
+        self,
+        *,
+        regions: str | Iterable[str] | None = None,
+        min_rate: float = 0.0,
+        units: Mapping[str, Any] | None = None,
+        min_neurons: int = 1,
+        min_trials: int = 1,
+    ) -> Sessions:
+        """The neurons that pass, of the sessions that have enough of them.
+
+        Nothing is read but what decides. A session that keeps only some of its neurons is copied
+        into memory when it is taken out; :meth:`save` writes such a choice to disk for good.
+
+        Args:
+            regions: labels of the neurons to keep.
+            min_rate: Hz, over all trials and bins.
+            units: columns of the table of neurons: name -> the value to keep, or a function from
+                the column (N,) to bool, as ``{"label": 1}``, ``{"depth": lambda d: d > 1000}``.
+            min_neurons: sessions that are left with fewer are left out.
+            min_trials: sessions of fewer trials are left out.
+
+        Raises:
+            SessionError: a column that a session does not have.
+        """
+        wanted = [regions] if isinstance(regions, str) else regions
+        chosen = []
+        for entry in self.entries:
+            passed = entry.firing_rates >= min_rate
+            if wanted is not None:
+                passed &= np.isin(entry.regions, list(wanted))
+            for name, rule in (units or {}).items():
+                column = entry.column(name)
+                passed &= np.asarray(_passes(rule, column), dtype=bool)
+            if passed.sum() >= min_neurons and entry.shape[0] >= min_trials:
+                chosen.append(entry.keep(passed))
+        return self._with(chosen)
+
+    def save(self, folder: str | Path) -> Sessions:
+        """Write every session, with the neurons chosen, into a folder; returns that collection."""
+        paths = [Path(folder) / entry.path.name for entry in self.entries]
+        for entry, path in zip(self.entries, paths, strict=True):
+            entry.load(mmap=True).save(path)
+        return Sessions(paths, mmap=self.mmap)
+
+    def summary(self) -> str:
+        """A table: a line a session."""
+        return "\n".join([HEADER, *(_line(entry) for entry in self.entries), self._total()])
+
+    def _total(self) -> str:
+        trials = sum(entry.shape[0] for entry in self.entries)
+        neurons = sum(len(entry.neurons) for entry in self.entries)
+        size = sum(np.prod(entry.shape[:2]) * len(entry.neurons) for entry in self.entries)
+        subjects = len({entry.subject for entry in self.entries})
+        return (
+            f"{len(self)} sessions of {subjects} subjects: {trials:,} trials, {neurons:,} neurons, "
+            f"{size / 1e9:.2f} GB of counts"
+        )
+
+    def __repr__(self) -> str:
+        lines = [HEADER, *(_line(entry) for entry in self.entries[:SHOWN])]
+        if len(self) > SHOWN:
+            lines.append(f"... and {len(self) - SHOWN} more; summary() lists all")
+        return "\n".join([*lines, self._total()])
+
+
+COLUMNS = "{:<36} {:<12} {:>6} {:>5} {:>7} {:>7} {:>7}"
+HEADER = COLUMNS.format("session", "subject", "trials", "bins", "neurons", "regions", "mean Hz")
+
+
+def _line(entry: Entry) -> str:
+    labels = {label for label in entry.regions.tolist() if label.lower() not in UNLABELLED}
+    rate = f"{entry.firing_rates.mean():.1f}" if len(entry.firing_rates) else ""
+    trials, bins, _ = entry.shape
+    names = (entry.name[:36], entry.subject[:12])
+    return COLUMNS.format(*names, trials, bins, len(entry.neurons), len(labels), rate)
+
+
+def _passes(rule: Any | Callable[[np.ndarray], np.ndarray], column: np.ndarray) -> np.ndarray:
+    return rule(column) if callable(rule) else column == rule

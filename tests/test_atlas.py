@@ -1,0 +1,65 @@
+"""Regions at three levels, against iblatlas."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("iblatlas")
+from iblatlas.regions import BrainRegions  # noqa: E402
+
+from mtm import Session, SessionError, at_level  # noqa: E402
+from mtm.atlas import acronyms, allen_ids, within  # noqa: E402
+
+LABELS = np.array(["CA1", "VISp5", "VISp6a", "root", "fa", "my area", "", "TH", "PO"])
+
+
+def session(regions=LABELS, **fields):
+    return Session(np.ones((10, 2, len(regions))), regions, "atlas", **fields)
+
+
+def test_levels_against_iblatlas():
+    table = BrainRegions()
+    known = np.array([label in allen_ids() for label in LABELS])
+    for level in ("Allen", "Beryl", "Cosmos"):
+        labels = at_level(session(), level).regions
+        expected = table.acronym2acronym(LABELS[known], mapping=level)
+        assert labels[known].tolist() == expected.tolist()
+        assert labels[~known].tolist() == ["my area", ""]  # stay as they are
+
+
+def test_there_and_back():
+    fine = session()
+    coarse = at_level(fine, "Cosmos")
+    assert coarse.region_names == ["HPF", "Isocortex", "TH", "my area"]
+    assert coarse.counts is fine.counts and coarse.split().test.tolist() == [
+        *fine.split().test.tolist()
+    ]
+    assert at_level(coarse, "Allen").regions.tolist() == LABELS.tolist()
+    # TH as a whole is no region of Beryl: such neurons stay, but form none
+    beryl = at_level(coarse, "Beryl")
+    assert beryl.regions[7] == "root" and beryl.region_names == ["CA1", "PO", "VISp", "my area"]
+    assert beryl.region_codes.tolist() == [0, 2, 2, -1, -1, 3, -1, -1, 1]
+
+
+def test_labels_of_the_recording_come_first():
+    given = session(neurons={"cosmos": np.array(list("abcdefghi"))})
+    assert at_level(given, "Cosmos").regions.tolist() == list("abcdefghi")
+
+
+def test_what_cannot_be_looked_up():
+    with pytest.raises(SessionError, match=r"session 'atlas', regions: none of \['area 1', 'area 2'\] is"):
+        at_level(session(["area 1", "area 2", "root"]), "Beryl")
+    with pytest.raises(SessionError, match="none of"):
+        at_level(replace(session(), regions=None), "Beryl")
+    with pytest.raises(ValueError, match="level must be one of"):
+        at_level(session(), "beryl")
+
+
+def test_within():
+    hippocampal = within("HPF")
+    assert {allen_ids()[name] for name in ("HPF", "CA1", "DG-mo")} <= set(hippocampal.tolist())
+    assert allen_ids()["TH"] not in hippocampal
+    with pytest.raises(ValueError, match="'V1' is not an acronym"):
+        within("V1")
+    assert acronyms(np.array([], dtype=int)).tolist() == []
