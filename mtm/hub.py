@@ -89,7 +89,11 @@ def load(folder: str | Path) -> MtM:
         with torch.device("meta"):  # no memory is taken before the sizes are known to fit
             model = MtM(MtMConfig(**description["model"]), description["sessions"])
         tensors = load_file(folder / WEIGHTS)
-    except (TypeError, KeyError, ValueError, OSError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is damaged or cut short ({error}); copy or save the model again"
+        ) from error
+    except (TypeError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     except (AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG} does not describe a model: {error}") from error
@@ -178,6 +182,8 @@ def from_pretrained(name: str | Path, **options: Any) -> MtM:
         folder = hub.snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS], **options)
     except hub.errors.HFValidationError as error:
         raise CheckpointError(f"{name} is neither a folder nor a name on the Hub") from error
+    except hub.errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(f"no folder {name}, and the Hub is out of reach") from error
     return load(folder)
 
 
@@ -270,7 +276,7 @@ def from_official(
     try:
         config = _official_config(checkpoint, heads or attributes.get("n_heads") or 8, causal)
     except ValueError as error:
-        raise CheckpointError(f"this is no model of the authors' code: {error}") from error
+        raise CheckpointError(f"cannot read this checkpoint: {error}") from error
     if config.session_token and len(checkpoint[TOKENS]) != len(eids):
         raise CheckpointError(
             f"{TOKENS} has {len(checkpoint[TOKENS])} rows for {len(eids)} sessions; pass the names "

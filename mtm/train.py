@@ -10,6 +10,7 @@ import copy
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -38,30 +39,59 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides how a model is trained. ``RECIPES`` holds two sets of values."""
+    """Everything that decides how a model is trained. ``RECIPES`` holds two sets of values.
+
+    Args:
+        epochs: passes over the training trials.
+        batch_size: trials of a session in a batch.
+        sessions_per_step: batches in a step, of different sessions as far as there are that many,
+            each with its own mask. An epoch then has that many times fewer steps.
+        micro_batch: trials that pass at once, for small memories; the loss of a step, and but for
+            dropout's draws its gradient, stay the same.
+        tune: what learns: "all", "maps" (those of the sessions at hand, with their tokens) or
+            "maps-then-all".
+        maps_share: of the epochs, in which "maps-then-all" trains the maps only.
+        token: where the session token of a new session starts, see ``MtM.add_session``.
+        lr: peak of the one-cycle schedule.
+        warmup: share of the steps in which the rate rises to its peak.
+        div_factor: the rate starts at ``lr / div_factor``.
+        weight_decay: of AdamW, on weight matrices.
+        decay_all: weight decay on biases, norms and tokens as well.
+        loss: "mean" or "sum" over the targets of a batch.
+        clip: largest norm of the gradient, or None.
+        schemes: alternated at random.
+        ratios: scheme -> share hidden, if not the scheme's own.
+        prompt: tell the model which scheme is on, where there are several.
+        validations: how often to validate, spread evenly over the epochs.
+        seed: of weights, masks, dropout and the order of batches.
+        split_seed: of ``Session.split``.
+        init: how a new model starts, see ``MtMConfig``.
+
+    Raises:
+        ValueError: for a value that cannot be; the message names the field.
+    """
 
     epochs: int = 100
-    batch_size: int = 16  # trials of a session in a step
-    sessions_per_step: int = 1  # batches of so many sessions make a step, each with its own mask
-    micro_batch: int | None = None  # trials that pass at once, for small memories; the loss of a
-    # step, and but for dropout's draws its gradient, stay the same
-    tune: str = "all"  # what learns: "all", "maps" of the sessions only, or "maps-then-all"
-    maps_share: float = 0.2  # of the epochs, in which "maps-then-all" trains the maps only
-    token: str = "new"  # where the session token of a new session starts, see MtM.add_session
-    lr: float = 1e-3  # peak of the one-cycle schedule
-    warmup: float = 0.15  # share of the steps in which the rate rises to its peak
-    div_factor: float = 10.0  # the rate starts at lr / div_factor
+    batch_size: int = 16
+    sessions_per_step: int = 1
+    micro_batch: int | None = None
+    tune: str = "all"
+    maps_share: float = 0.2
+    token: str = "new"
+    lr: float = 1e-3
+    warmup: float = 0.15
+    div_factor: float = 10.0
     weight_decay: float = 0.01
-    decay_all: bool = False  # weight decay on biases, norms and tokens as well
-    loss: str = "mean"  # "mean" or "sum" over the targets of a batch
-    clip: float | None = 1.0  # largest norm of the gradient
-    schemes: tuple[str, ...] = MTM_SCHEMES  # alternated at random
-    ratios: dict[str, float] = field(default_factory=dict)  # scheme -> share hidden, if not its own
-    prompt: bool = True  # tell the model which scheme is on, where there are several
-    validations: int = 20  # how often to validate, spread evenly over the epochs
-    seed: int = 0  # of weights, masks, dropout and the order of batches
-    split_seed: int = 0  # of Session.split
-    init: str = "mtm"  # of the model, see MtMConfig
+    decay_all: bool = False
+    loss: str = "mean"
+    clip: float | None = 1.0
+    schemes: tuple[str, ...] = MTM_SCHEMES
+    ratios: dict[str, float] = field(default_factory=dict)
+    prompt: bool = True
+    validations: int = 20
+    seed: int = 0
+    split_seed: int = 0
+    init: str = "mtm"
 
     def __post_init__(self) -> None:
         if isinstance(self.schemes, str):
@@ -154,7 +184,7 @@ def fit(
     model: MtM | MtMConfig | Fit | None = None,
     *,
     config: TrainConfig | None = None,
-    depth: int = 2,
+    depth: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
     **changes: Any,
@@ -168,7 +198,7 @@ def fit(
             ``init``, ``split_seed`` and ``bin_size`` follow the settings and the data. Default:
             ``MtMConfig.from_depth(depth)``.
         config: settings; default ``RECIPES["mtm"]``.
-        depth: of a new model.
+        depth: of a new model; default 2.
         device: default: a GPU where there is one.
         progress: a progress bar in a terminal, one live line in a notebook.
         **changes: single settings of :class:`TrainConfig`.
@@ -197,6 +227,11 @@ def fit(
         config = replace(config, **changes)
     _check_sessions(sessions, config)
     model = model.model if isinstance(model, Fit) else model
+    if depth is not None and model is not None:
+        raise ValueError("depth is of a new model; this one has its sizes, pass one or the other")
+    if not isinstance(model, MtM | MtMConfig | None):
+        raise TypeError(f"fit goes on with an MtM or starts from an MtMConfig, got {model!r}; a "
+                        "folder is read by mtm.load")  # fmt: skip
     device = torch.device(device) if device else pick_device()
     home = _home(sessions, device)
     data = [_Data(session, config, device, home) for session in sessions]
@@ -364,17 +399,33 @@ def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
 
 
 def _build(
-    model: MtM | MtMConfig | None, data: list[_Data], config: TrainConfig, depth: int
+    model: MtM | MtMConfig | None, data: list[_Data], config: TrainConfig, depth: int | None
 ) -> MtM:
     if not isinstance(model, MtM):
         if config.tune != "all":
             raise ValueError(f"tune={config.tune!r} needs a trained model to start from")
         if model is None:
-            model = MtMConfig.from_depth(depth, n_bins=data[0].n_bins)
+            model = MtMConfig.from_depth(depth or 2, n_bins=data[0].n_bins)
+        if model.n_bins != data[0].n_bins:
+            raise SessionError(
+                f"session {data[0].name!r} has {data[0].n_bins} bins, the model's sizes say "
+                f"{model.n_bins}; pass n_bins={data[0].n_bins} to MtMConfig"
+            )
+        if model.init not in ("mtm", config.init):
+            raise ValueError(
+                f"how a model starts is a setting of training: pass init={model.init!r} to fit"
+            )
         sizes = replace(model, bin_size=data[0].bin_size)
         model = MtM(_fit_to_schemes(sizes, config))
     else:
         _check_model(model, config)
+        if config.tune == "maps" and model.config.tokenizer == "ndt2":
+            warnings.warn(
+                "tune='maps' with ndt2 trains next to nothing: a session has a bias for each "
+                "neuron and a token, and places in the row that the model did not know stay as "
+                "they start; use 'all' or 'maps-then-all'",
+                stacklevel=3,
+            )
         if abs(model.config.bin_size - data[0].bin_size) > 1e-9:
             raise SessionError(
                 f"session {data[0].name!r} has bins of {data[0].bin_size} s, the model was trained "
@@ -591,7 +642,7 @@ def validate(
     if all(math.isnan(value) for value in scores.values()):
         raise SessionError(
             "no hidden entry of the validation trials has a spike; use more trials, and check that "
-            "spikes and events are on the same clock, in seconds"
+            "the schemes hide something, and that spikes and events are on one clock, in seconds"
         )
     return scores
 

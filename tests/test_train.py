@@ -22,6 +22,7 @@ from mtm.train import (
 )
 
 QUICK = {"depth": 1, "epochs": 2, "validations": 2, "progress": False, "device": "cpu"}
+ON = {key: value for key, value in QUICK.items() if key != "depth"}  # going on with a model
 
 
 def test_loss_is_the_poisson_likelihood_of_the_targets_alone():
@@ -174,11 +175,30 @@ def test_silent_validation_trials_are_no_score():
 def test_going_on_with_other_settings_is_refused_where_the_model_cannot(sessions):
     temporal = fit(sessions[0], schemes=("temporal",), **QUICK).model
     with pytest.raises(ValueError, match="no prompt for causal, neuron"):
-        fit(sessions[0], temporal, schemes=("neuron", "causal"), **QUICK)
+        fit(sessions[0], temporal, schemes=("neuron", "causal"), **ON)
     with pytest.raises(ValueError, match="never trained causally"):
-        fit(sessions[0], temporal, schemes=("causal",), **QUICK)
+        fit(sessions[0], temporal, schemes=("causal",), **ON)
     with pytest.raises(ValueError, match="split of seed 0, not 1"):
-        fit(sessions[0], temporal, schemes=("temporal",), split_seed=1, **QUICK)
+        fit(sessions[0], temporal, schemes=("temporal",), split_seed=1, **ON)
+
+
+def test_settings_that_contradict_the_model_are_refused(sessions):
+    model = fit(sessions[0], **QUICK).model
+    with pytest.raises(ValueError, match="depth is of a new model"):
+        fit(sessions[0], model, **QUICK)
+    with pytest.raises(ValueError, match="pass init='paper' to fit"):
+        fit(sessions[0], MtMConfig.from_depth(1, n_bins=50, init="paper"), **ON)
+    with pytest.raises(SessionError, match="has 50 bins, the model's sizes say 100; pass n_bins"):
+        fit(sessions[0], MtMConfig.from_depth(1), **ON)
+    with pytest.raises(TypeError, match="a folder is read by mtm.load"):
+        fit(sessions[0], "folder", **ON)
+
+
+def test_maps_of_ndt2_are_next_to_nothing(sessions):
+    sizes = MtMConfig.from_depth(1, n_bins=50, tokenizer="ndt2", patch_size=16)
+    model = fit(sessions[0], sizes, **ON).model
+    with pytest.warns(UserWarning, match="tune='maps' with ndt2 trains next to nothing"):
+        fit(sessions[1], model, **ON, tune="maps")
 
 
 def test_a_fit_stands_for_its_model(sessions, tmp_path):
@@ -190,13 +210,13 @@ def test_a_fit_stands_for_its_model(sessions, tmp_path):
     )
     folder = save(result, tmp_path / "model")
     assert hub.read_config(folder)["info"]["train"]["epochs"] == 2
-    assert fit(sessions[1], result, **QUICK).model is result.model
+    assert fit(sessions[1], result, **ON).model is result.model
 
 
 def test_bins_of_another_width_are_refused(sessions):
     result = fit(sessions[0], **QUICK)
     counts, choice = sessions[0].counts, sessions[0].behaviour["choice"]
-    uses = [("sim-3-0", evaluate), ("sim-3-0", decode), ("new", lambda m, s: fit(s, m, **QUICK))]
+    uses = [("sim-3-0", evaluate), ("sim-3-0", decode), ("new", lambda m, s: fit(s, m, **ON))]
     for name, use in uses:
         behaviour = {"choice": choice}
         other = Session(counts, sessions[0].regions, name, bin_size=0.02, behaviour=behaviour)
@@ -250,7 +270,7 @@ def test_the_model_kept_is_the_best_one(sessions):
 def test_going_on_with_a_model_adds_sessions_it_does_not_know(sessions):
     first = fit(sessions[0], **QUICK).model
     kept = first.sessions["session:sim-3-0"].stitch.weight.clone()
-    second = fit(sessions[1], first, **QUICK).model
+    second = fit(sessions[1], first, **ON).model
     assert second.session_names == ["sim-3-0", "sim-3-1"]
     assert torch.equal(second.sessions["session:sim-3-0"].stitch.weight, kept)
 
@@ -360,7 +380,7 @@ def test_what_learns_when_fine_tuning(sessions):
     for tune in ("all", "maps", "maps-then-all"):
         model = fit(sessions[0], **QUICK).model
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        result = fit(sessions[1], model, **{**QUICK, "epochs": 4}, tune=tune, maps_share=0.5)
+        result = fit(sessions[1], model, **{**ON, "epochs": 4}, tune=tune, maps_share=0.5)
         after = result.model.state_dict()
         moved[tune] = {key for key in before if not torch.equal(before[key], after[key])}
         assert all(p.requires_grad for p in model.parameters())
@@ -382,7 +402,7 @@ def test_what_learns_when_fine_tuning(sessions):
 
 def test_each_phase_of_fine_tuning_warms_up(sessions):
     model = fit(sessions[0], **QUICK).model
-    slow = {**QUICK, "epochs": 20, "validations": 20}
+    slow = {**ON, "epochs": 20, "validations": 20}
     history = fit(sessions[1], model, **slow, tune="maps-then-all", maps_share=0.5).history
     rates = [entry["lr"] for entry in history]
     assert rates[9] < 1e-6 and rates[19] < 1e-6
@@ -396,7 +416,7 @@ def test_what_the_caller_froze_stays_frozen(sessions):
     before = {key: value.clone() for key, value in model.layers.state_dict().items()}
     for settings in ({}, {"tune": "maps-then-all"}, {"lr": 1e6, "clip": None, "epochs": 20}):
         try:
-            fit(sessions[1], model, **(QUICK | settings))
+            fit(sessions[1], model, **(ON | settings))
         except FloatingPointError:
             assert "lr" in settings
         after = model.layers.state_dict()
@@ -409,7 +429,7 @@ def test_what_the_caller_froze_stays_frozen(sessions):
 def test_a_new_session_can_start_with_the_mean_token(sessions):
     model = fit(sessions[0], **QUICK).model
     known = model._maps("sim-3-0").token.detach().clone()
-    result = fit(sessions[1], model, **QUICK, token="mean", lr=1e-12)
+    result = fit(sessions[1], model, **ON, token="mean", lr=1e-12)
     torch.testing.assert_close(result.model._maps("sim-3-1").token.detach(), known)
 
 
