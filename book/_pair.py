@@ -21,7 +21,7 @@ SETUP = f"""\
 import importlib.util
 
 if importlib.util.find_spec("mtm") is None:
-    %pip install -q "mtm-neural[data] @ git+{URL}@{BRANCH}\""""
+    %pip install -q "mtm-neural[data,nwb,bwb] @ git+{URL}@{BRANCH}\""""
 METADATA = {
     "accelerator": "GPU",
     "colab": {"gpuType": "T4"},

@@ -12,8 +12,9 @@ Read the package in this order, one idea a file::
     decode      choice and continuous behaviour from predicted activity
     hub         save, load and share models; read the authors' checkpoints
     simulate    animals with known firing rates
-    sources     recordings from elsewhere: ibl, nwb, steinmetz, huggingface
-    bwb         sessions of BrainWideBench
+    sources     recordings from elsewhere: ibl, nwb, steinmetz, neuromatch, huggingface
+    bwb         session files of BrainWideBench
+    download    large files by HTTPS, resumed where they were cut
     sessions    many recordings on disk: listed, filtered, trained on in place
     prepare     many recordings to session files, in parallel
     atlas       regions at three levels: Allen, Beryl, Cosmos

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import signal
 
 WHEEL_RATE, WHEEL_CUTOFF = 1000.0, 20.0  # Hz
+LONGEST = 1e5  # s, of a recording (a day has 86,400); a wrong time stamp would fill the memory
 
 # A spike at a bin's start can come out a few float64 roundings before it (0.1 + 0.2 is not 0.3) and
 # would fall into the bin before. So every edge is moved earlier by this fraction of a bin: far more
@@ -179,12 +180,17 @@ def wheel_speed(
     both ways, so that nothing is delayed) and differentiated; of that the absolute value.
 
     Args:
-        times: (S,) seconds, strictly increasing (see `ordered_samples`), over a second at least.
+        times: (S,) seconds, strictly increasing (see `ordered_samples`).
         position: (S,) in any unit.
 
     Returns:
         times (S',) seconds and speed (S',), in the unit of position a second.
+
+    Raises:
+        ValueError: less than a second, or more than any recording lasts.
     """
+    if len(times) < 2 or not 1 <= times[-1] - times[0] <= LONGEST:
+        raise ValueError(f"wheel times must span 1 to {LONGEST:g} s, and be seconds")
     grid = np.arange(times[0], times[-1], 1 / WHEEL_RATE)
     low_pass = signal.butter(8, WHEEL_CUTOFF, fs=WHEEL_RATE, output="sos")
     smooth = signal.sosfiltfilt(low_pass, np.interp(grid, times, position))

@@ -7,8 +7,11 @@ line, with exit status 1; a wrong command line ends with 2.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +19,24 @@ from typing import Any
 import torch
 
 from mtm import alf, hub
+from mtm.atlas import LEVELS
 from mtm.decode import Decoded, decodable, decode
 from mtm.evaluate import Report, checked_split_seed, evaluate, mean_rates, oracle, score_table
 from mtm.masks import SCHEMES
 from mtm.model import CHOICES as MODEL_CHOICES
 from mtm.model import MtMConfig
+from mtm.prepare import Prepared, prepare
 from mtm.session import Session, SessionError
+from mtm.sessions import Sessions
 from mtm.simulate import simulate
 from mtm.train import CHOICES as TRAIN_CHOICES
 from mtm.train import RECIPES, fit, pick_device, recipe
 
+ORIGINS = {
+    **{name: f"mtm.sources.{name}" for name in ("nwb", "steinmetz", "huggingface")},
+    "bwb": "mtm.bwb",
+}
+LOAD_OPTIONS = ("align", "window", "bin_size", "atlas", "trial_filter", "units", "traces", "split")
 EXAMPLE = """example, from nothing to scores in a few minutes:
   python -m mtm simulate sessions --sessions 3
   python -m mtm train sessions/*.npz --out model --depth 1
@@ -36,8 +47,14 @@ EXAMPLE = """example, from nothing to scores in a few minutes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = parse(arguments)
+
+    def warn(message: Warning | str, *_: Any) -> None:
+        print(f"mtm {options.command}: warning: {message}", file=sys.stderr)
+
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = warn  # without the line of code that says it
+            options.run(options)
     except (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         # The text of a KeyError is its argument, quoted; show the argument itself.
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -62,41 +79,56 @@ def run_simulate(options: argparse.Namespace) -> None:
 
 
 def run_prepare(options: argparse.Namespace) -> None:
-    """Every session of a ONE cache to .npz."""
+    """Recordings of one origin to session files."""
+    how = {"workers": options.workers, "overwrite": options.overwrite}
+    given = {key: getattr(options, key, None) for key in LOAD_OPTIONS}
+    how |= {key: value for key, value in given.items() if value is not None}
+    done = options.prepare(options, how)
+    print(done)
+    if not done.paths:
+        raise SessionError(f"none of the {len(done.outcomes)} recordings could be read")
+    print(f"session files in {options.out}")
+
+
+def _prepare_ibl(options: argparse.Namespace, how: dict[str, Any]) -> Prepared:
+    """Sessions that ONE knows: all it finds, or those of a list."""
     from mtm.sources import ibl
 
-    if not options.alf_root.is_dir():
-        raise FileNotFoundError(f"{options.alf_root} is not a folder")
-    one = ibl.connect(options.alf_root)
-    eids = [str(eid) for eid in one.search()]
-    if not eids:
-        raise SessionError(
-            f"{options.alf_root} holds no session that ONE knows; a cache has a sessions.pqt, "
-            "which ONE writes when it downloads, and mtm.alf.index_alf for a tree of your own"
-        )
-    failed = {}
-    for eid in eids:
-        try:
-            session = ibl.load_session(
-                one,
-                eid,
-                atlas=options.atlas,
-                trial_filter=options.trial_filter,
-                units=options.units,
+    if not options.username and not options.recordings.is_dir():
+        raise FileNotFoundError(f"{options.recordings} is not a folder")
+    one = ibl.connect(options.recordings, username=options.username)
+    lists = {"paper": ibl.PAPER_EIDS, "held-out": ibl.HELD_OUT_EIDS}
+    lists["repeated-site"] = ibl.REPEATED_SITE_EIDS
+    if options.eids is None:
+        terms = {key: getattr(options, key) for key in ("project", "lab", "subject", "region")}
+        eids = ibl.search(one, **terms)
+        if not eids:
+            raise SessionError(
+                f"{options.recordings} holds no such session with spikes that ONE knows; a cache "
+                "has a sessions.pqt, which ONE writes when it downloads, and mtm.alf.index_alf "
+                "for a tree of your own"
             )
-        except SessionError as error:
-            failed[eid] = error
-            continue
-        print(session.save(options.out / f"{eid}.npz"))
-    for eid, error in failed.items():
-        print(f"left out {eid}: {error}", file=sys.stderr)
-    if len(failed) == len(eids):
-        raise SessionError(f"none of the {len(eids)} sessions could be read")
+    else:
+        eids = lists.get(options.eids) or Path(options.eids).read_text().split()
+    return ibl.prepare(one, eids, options.out, **how)
+
+
+def _prepare_files(options: argparse.Namespace, how: dict[str, Any]) -> Prepared:
+    """Files or folders of any other origin."""
+    module = importlib.import_module(ORIGINS[options.origin])
+    named = {}
+    for recording in map(str, options.recordings):
+        url = "://" in recording
+        name = re.sub(r"\W+", "-", recording).strip("-") if url else Path(recording).stem
+        if name in named:
+            raise ValueError(f"two recordings are named {name!r}; prepare them into two folders")
+        named[name] = recording if url else Path(recording)
+    return prepare(module.load_session, named, options.out, **how)
 
 
 def run_train(options: argparse.Namespace) -> None:
     """Train a model and save it with its settings and history."""
-    sessions = [Session.load(path) for path in options.sessions]
+    sessions = Sessions(options.sessions if len(options.sessions) > 1 else options.sessions[0])
     flags = ("epochs", "lr", "batch_size", "seed", "schemes", "tune")
     changes = {key: getattr(options, key) for key in flags if getattr(options, key) is not None}
     config = recipe(options.recipe, **changes)
@@ -241,29 +273,54 @@ def _simulate_options(commands: Any) -> None:
 def _prepare_options(commands: Any) -> None:
     sub = commands.add_parser(
         "prepare",
-        help="turn the recordings of a ONE cache into session files",
-        description="Read every session of a local ONE cache, align it to stimulus onset "
-        "(-0.5 to 1.5 s, 20 ms bins) and write OUT/<eid>.npz.",
+        help="turn recordings into session files",
+        description="Read recordings, align them to an event, bin them and write OUT/<name>.npz, "
+        "in parallel. What is there already, made with the same options, is left as it is; what "
+        "cannot be read is skipped and said.",
     )
-    sub.add_argument("alf_root", type=Path, metavar="ALF_ROOT", help="the folder with sessions.pqt")
+    origins = sub.add_subparsers(dest="origin", required=True, metavar="ORIGIN")
+    ibl = _origin(origins, "ibl", "the International Brain Laboratory, through ONE", None)
+    ibl.add_argument(
+        "recordings", type=Path, metavar="CACHE", help="ONE's folder; with sessions.pqt, if local"
+    )
+    ibl.add_argument("--username", help="download from IBL's public server, with a saved log-in")
+    ibl.add_argument(
+        "--eids", metavar="LIST", help="paper, held-out, repeated-site, or a file of session ids"
+    )
+    for name in ("project", "lab", "subject", "region"):
+        ibl.add_argument(f"--{name}", help="only sessions of it" if name != "region" else "through")
+    nwb = _origin(origins, "nwb", "NWB files, on disk or by URL", "FILE")
+    nwb.add_argument("--traces", nargs="+", metavar="SERIES", help="continuous behaviour, by name")
+    steinmetz = _origin(origins, "steinmetz", "Steinmetz et al. 2019, folders", "FOLDER")
+    _origin(origins, "huggingface", "rows of the authors' datasets, folders", "FOLDER")
+    bwb = _origin(origins, "bwb", "session files of BrainWideBench", "FILE")
+    bwb.add_argument("--split", choices=("ts1", "ts2", "pretrain"), help="of the file's splits")
+    for each in (ibl, bwb):
+        each.add_argument(
+            "--atlas", choices=LEVELS, help="how finely regions are named (default Allen)"
+        )
+    choices = {ibl: ("reaction-time",), steinmetz: ("included",), bwb: ("valid",)}
+    for each, filters in choices.items():
+        each.add_argument("--trial-filter", choices=filters, help="keep only trials that pass")
+    for each in (ibl, steinmetz):
+        each.add_argument("--units", choices=("good",), help="keep only well isolated units")
+    for each, event in ((ibl, "stimOn_times"), (nwb, "start_time"), (bwb, "stim_on_time"),
+                        (steinmetz, "visualStim_times")):  # fmt: skip
+        each.add_argument("--align", metavar="EVENT", help=f"to align to (default {event})")
+        each.add_argument("--window", type=float, nargs=2, metavar=("START", "STOP"),
+                          help="seconds around the event (default -0.5 1.5)")  # fmt: skip
+        each.add_argument("--bin-size", type=float, help="seconds (default 0.02)")
+
+
+def _origin(origins: Any, name: str, text: str, recordings: str | None) -> argparse.ArgumentParser:
+    sub = origins.add_parser(name, help=text, description=f"From {text}.")
+    if recordings:
+        sub.add_argument("recordings", nargs="+", metavar=recordings)
     sub.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to write to")
-    sub.add_argument(
-        "--atlas",
-        choices=("Allen", "Beryl", "Cosmos"),
-        default="Allen",
-        help="how finely regions are named (default %(default)s, as the paper)",
-    )
-    sub.add_argument(
-        "--trial-filter",
-        choices=("reaction-time",),
-        help="keep only trials that pass the paper's reaction-time filter (default: all)",
-    )
-    sub.add_argument(
-        "--units",
-        choices=("good",),
-        help="keep only units that pass quality control (default: all)",
-    )
-    sub.set_defaults(run=run_prepare)
+    sub.add_argument("--workers", type=_positive, help="processes (default: one a core, up to 4)")
+    sub.add_argument("--overwrite", action="store_true", help="make again what is there")
+    sub.set_defaults(run=run_prepare, prepare=_prepare_files if recordings else _prepare_ibl)
+    return sub
 
 
 def _train_options(commands: Any) -> None:
@@ -273,7 +330,9 @@ def _train_options(commands: Any) -> None:
         description="Train on the training trials of all sessions, keep the weights that predict "
         "hidden entries of the validation trials best, and save them in DIR.",
     )
-    sub.add_argument("sessions", type=Path, nargs="+", metavar="SESSION.npz")
+    sub.add_argument(
+        "sessions", type=Path, nargs="+", metavar="SESSION.npz", help="files, or one folder of them"
+    )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the model")
     sub.add_argument(
         "--recipe",

@@ -7,7 +7,7 @@ from types import ModuleType
 
 PACKAGES = {
     "data": ("one", "iblutil", "iblatlas", "pandas", "pyarrow", "requests"),
-    "nwb": ("pynwb", "remfile"),
+    "nwb": ("h5py", "pynwb", "remfile", "requests"),
     "bwb": ("h5py",),
     "hub": ("huggingface_hub",),
 }

@@ -565,7 +565,7 @@ def _positions(spike_clusters: np.ndarray, clusters: np.ndarray, name: str) -> n
 def _labels(regions: Mapping[Any, str], clusters: np.ndarray, name: str) -> list[str]:
     """The region of each cluster id, (N,); "" where the mapping has none."""
     labels = [regions.get(cluster, "") for cluster in clusters.tolist()]
-    if regions and not set(regions) & set(clusters.tolist()):
+    if regions and len(clusters) and not set(regions) & set(clusters.tolist()):
         raise SessionError(
             f"session {name!r}, regions: no key of the mapping is a cluster id; keys are like "
             f"{next(iter(regions))!r}, ids like {clusters.tolist()[0]!r}"

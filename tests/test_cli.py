@@ -52,10 +52,10 @@ def test_a_model_of_patches_and_one_to_go_on_with(folder, capsys):
     further = [str(folder / "sim-1.npz"), "--out", str(folder / "further"), "--epochs", "1"]
     start = ["--start", str(folder / "patches"), "--tune", "maps"]
     assert main(["train", *further, *start]) == 0
+    assert "mtm train: warning: tune='maps' with ndt2" in capsys.readouterr().err
     further_model = hub.load(folder / "further")
     assert further_model.session_names == ["sim-0", "sim-1"]
     assert further_model.tokenizer.readout.weight.equal(model.tokenizer.readout.weight)
-    assert "ndt2" in capsys.readouterr().out
     for wrong in (["--tune", "maps"], ["--patch-size", "4"]):
         assert main(["train", *further, *wrong]) != 0
         assert wrong[0] in capsys.readouterr().err
@@ -64,7 +64,20 @@ def test_a_model_of_patches_and_one_to_go_on_with(folder, capsys):
 
 
 def test_prepare_reads_the_alf_tree_that_simulate_wrote(folder, capsys):
-    assert main(["prepare", str(folder / "alf"), "--out", str(folder / "prepared")]) == 0
+    assert (
+        main(
+            [
+                "prepare",
+                "ibl",
+                str(folder / "alf"),
+                "--out",
+                str(folder / "prepared"),
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     files = sorted((folder / "prepared").iterdir())
     prepared = {s.subject: s for s in map(Session.load, files)}
     for i in range(2):
@@ -76,6 +89,40 @@ def test_prepare_reads_the_alf_tree_that_simulate_wrote(folder, capsys):
     assert "oracle" not in capsys.readouterr().out
 
 
+def test_prepare_from_files(tmp_path, capsys):
+    steinmetz = tmp_path / "Mouse_2017-01-02"
+    steinmetz.mkdir()
+    columns = {
+        "spikes.times": np.arange(0, 40, 0.05),
+        "spikes.clusters": np.arange(800) % 4,
+        "clusters.peakChannel": np.arange(4) + 1,
+        "trials.visualStim_times": np.arange(2, 38, 2.0),
+        "trials.goCue_times": np.arange(2, 38, 2.0) + 0.5,
+    }
+    for name, values in columns.items():
+        np.save(steinmetz / f"{name}.npy", values)
+    (steinmetz / "channels.brainLocation.tsv").write_text("allen_ontology\n" + "CA1\n" * 4)
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    how = ["--out", str(out), "--workers", "1", "--window", "0", "1", "--bin-size", "0.1"]
+    folders = [str(steinmetz), str(tmp_path / "empty")]
+    assert main(["prepare", "steinmetz", *folders, *how, "--align", "goCue_times"]) == 0
+    text = capsys.readouterr().out
+    assert "2 recordings: 1 written, 0 there already, 1 skipped" in text and "empty" in text
+    session = Session.load(out / f"{steinmetz.name}.npz")
+    assert session.counts.shape == (18, 10, 4) and session.window == (0, 1)
+    assert session.provenance["options"] == {
+        "align": "goCue_times", "window": [0, 1], "bin_size": 0.1
+    }  # fmt: skip
+    assert main(["prepare", "steinmetz", str(tmp_path / "empty"), *how]) == 1
+    assert "none of the 1 recordings could be read" in capsys.readouterr().err
+    url = "http://127.0.0.1:9/asset/download/"
+    assert main(["prepare", "nwb", url, "--out", str(out), "--workers", "1"]) == 1
+    assert "http-127-0-0-1-9-asset-download" in capsys.readouterr().out
+    twice = ["prepare", "bwb", "a/x.h5", "b/x.h5", "--out", str(out)]
+    assert main(twice) == 1 and "two recordings are named 'x'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,11 +130,14 @@ def test_prepare_reads_the_alf_tree_that_simulate_wrote(folder, capsys):
         (["train", "{root}/m/config.json", "--out", "x"], "is not a readable session file"),
         (["evaluate", "{root}/nowhere", "{root}/sim-0.npz"], "holds no model"),
         (["evaluate", "{root}/m", "{root}/other.npz"], "was not trained on session 'other'"),
-        (["prepare", "{root}/nowhere", "--out", "x"], "is not a folder"),
-        (["prepare", "{root}/m", "--out", "x"], "sessions.pqt is missing"),
+        (["prepare", "ibl", "{root}/nowhere", "--out", "x"], "is not a folder"),
+        (["prepare", "ibl", "{root}/m", "--out", "x"], "sessions.pqt is missing"),
         (["simulate", "{root}/x", "--neurons", "3"], "a neuron for each of the 6 regions"),
         (["train", "{root}/sim-0.npz", "--out", "x", "--lr", "-1"], "lr must be above 0"),
-        (["train", "{root}/sim-0.npz", "{root}/sim-0.npz", "--out", "x"], "two sessions are named"),
+        (
+            ["train", "{root}/sim-0.npz", "{root}/sim-0.npz", "--out", "x"],
+            "both hold a session named",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(folder, capsys, arguments, message, monkeypatch):

@@ -658,6 +658,72 @@ def test_unsorted_spikes_are_no_matter(variant):
     np.testing.assert_array_equal(variant(shuffle).counts, make_session().counts)
 
 
+def damage(file, rng):
+    """Do one thing at random to a file."""
+    if file.suffix == ".npy" and rng.random() < 0.8:
+        values = np.load(file)
+        some = rng.integers(len(values), size=3)
+        wrong = rng.choice([np.nan, np.inf, -np.inf, -1.0, 1e6, 1e12])
+
+        def set_some():
+            changed = values.astype(float)
+            changed[some] = wrong
+            return changed
+
+        ways = [
+            lambda: values[: rng.integers(len(values))],
+            lambda: np.append(values, values[:2], axis=0),
+            lambda: values[::-1],
+            lambda: np.zeros(0),
+            lambda: np.zeros((0, 1)),
+            lambda: np.stack([values, values]),
+            lambda: values.astype(str),
+            lambda: np.float64(3.0),
+            lambda: values.astype(np.float32),
+            *[set_some] * 4,
+        ]
+        np.save(file, ways[rng.integers(len(ways))]())
+    elif file.suffix == ".pqt" and rng.random() < 0.8:
+        table = pd.read_parquet(file)
+        column = rng.choice(table.columns)
+        if rng.random() < 0.3:
+            table = table.drop(columns=column)
+        elif rng.random() < 0.5:
+            table[column] = rng.choice([np.nan, np.inf, -1.0, 1e12], len(table))
+        else:
+            table = table.iloc[: rng.integers(len(table))]
+        table.to_parquet(file)
+    elif rng.random() < 0.5:
+        file.write_bytes(file.read_bytes()[: rng.integers(file.stat().st_size)])
+    else:
+        file.unlink()
+
+
+def test_whatever_is_damaged_ends_as_a_session_or_with_a_reason(tree, tmp_path):
+    """300 trees in which one or two files are damaged at random."""
+    outcomes = {"session": 0, "reason": 0}
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        root = shutil.copytree(tree, tmp_path / "damaged")
+        files = sorted(file for file in root.rglob("alf/**/*.*") if file.is_file())
+        for file in rng.choice(files, rng.integers(1, 3), replace=False):
+            damage(file, rng)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", category=UserWarning, message=f"session {EID}")
+            try:
+                session = load(root)
+                outcomes["session"] += 1
+                assert session.counts.shape[2] == len(session.regions) and session.counts.any()
+            except SessionError as error:
+                outcomes["reason"] += 1
+                assert EID in str(error), (seed, str(error))
+            except Exception as error:
+                raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+        shutil.rmtree(root)
+    assert min(outcomes.values()) > 50, outcomes
+
+
 def test_histology_is_not_needed_without_an_atlas(variant):
     read = variant(remove("channels.brain*"), atlas=None)
     assert read.region_names == [] and "allen" not in read.neurons

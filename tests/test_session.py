@@ -1,8 +1,10 @@
 """Sessions: checks, splits, selection, spike times, and files that come back as they went."""
 
+import warnings
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtm.session import Session, SessionError, Split
@@ -246,3 +248,64 @@ def test_from_spike_times_errors(changes, message):
     fields = {"spike_times": [0.1, 0.2], "spike_clusters": [0, 1], "align_times": [0.1]}
     with pytest.raises(SessionError, match=f"session 's', {message}"):
         Session.from_spike_times(**{**fields, **changes}, name="s")
+
+
+AWKWARD = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=True, width=64),
+    st.sampled_from([-1.0, 0.0, 0.1, 0.1, 5e9, np.nan, np.inf, -np.inf]),
+)
+LABEL = st.one_of(st.text(max_size=6), st.sampled_from(["CA1", "root", "", None, "\x00", "é/\\\n"]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_spike_times_end_as_a_session_or_with_a_reason(data):
+    """Lengths that differ, times that are none, ids twice or unknown, no trials, no neurons."""
+    n = data.draw(st.integers(0, 12))
+    times = data.draw(st.lists(AWKWARD, min_size=n, max_size=n))
+    more = data.draw(st.sampled_from([0, 0, 0, 1]))
+    ids = data.draw(st.lists(st.integers(-1, 4), min_size=n + more, max_size=n + more))
+    events = data.draw(st.lists(AWKWARD, max_size=4))
+    clusters = data.draw(st.none() | st.lists(st.integers(-1, 4), max_size=5))
+    regions = data.draw(
+        st.none() | st.lists(LABEL, max_size=5) | st.dictionaries(st.integers(-1, 4), LABEL)
+    )
+    window = data.draw(st.sampled_from([(0.0, 1.0), (0.0, 0.03), (1.0, 0.0), (0, np.nan), (-1, 1)]))
+    trace = (data.draw(st.lists(AWKWARD, max_size=5)), data.draw(st.lists(AWKWARD, max_size=5)))
+    options = {"clusters": clusters, "regions": regions, "window": window, "name": "any"}
+    if data.draw(st.booleans()):
+        options["traces"] = {"wheel": trace}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            session = Session.from_spike_times(times, ids, events, bin_size=0.1, **options)
+        except SessionError as error:
+            assert "session 'any', " in str(error)
+            return
+    inside = [sum(e + window[0] <= t < e + window[1] for e in events) for t in times]
+    assert abs(int(session.counts.sum()) - sum(inside)) <= 1  # an edge, to within its rounding
+    assert session.n_neurons == len(session.regions) and len(session.behaviour) <= 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_arrays_end_as_a_session_or_with_a_reason(data):
+    shape = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+    values = st.one_of(AWKWARD, st.integers(-3, 70_000), st.booleans(), st.text(max_size=2))
+    size = int(np.prod(shape))
+    flat = data.draw(st.lists(values, min_size=size, max_size=size))
+    kind = data.draw(st.sampled_from([object, float, int, str, np.uint8, bool]))
+    try:
+        with np.errstate(all="ignore"):
+            counts = np.array(flat, dtype=object).reshape(shape).astype(kind)
+    except (ValueError, OverflowError, TypeError):
+        counts = np.array(flat, dtype=object).reshape(shape)
+    regions = data.draw(st.none() | st.lists(LABEL, max_size=4))
+    behaviour = {"x": data.draw(st.lists(AWKWARD, max_size=3))}
+    try:
+        session = Session(counts, regions, "any", behaviour=behaviour)
+    except SessionError as error:
+        assert "session 'any', " in str(error)
+        return
+    assert session.counts.dtype in (np.uint8, np.uint16)
+    np.testing.assert_array_equal(session.counts, counts.astype(float))

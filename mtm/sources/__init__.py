@@ -1,1 +1,1 @@
-"""Recordings from elsewhere as a Session: ibl (ONE), nwb, steinmetz, huggingface."""
+"""Recordings from elsewhere as a Session: ibl (ONE), nwb, steinmetz, neuromatch, huggingface."""

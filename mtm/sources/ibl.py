@@ -423,12 +423,21 @@ class _Recording:
         }
         try:
             if path.endswith(".npy"):
-                content = np.load(file, allow_pickle=False)
-                return content[:, 0] if content.ndim == 2 and content.shape[1] == 1 else content
+                return self.column(path, np.load(file, allow_pickle=False))
             pandas = extra("pandas")
             return (pandas.read_parquet if path.endswith(".pqt") else pandas.read_csv)(file)
         except (OSError, ValueError, EOFError) as error:
             self.fail(path, f"damaged ({error}); delete {file} and load again")
+
+
+    def column(self, path: str, content: np.ndarray) -> np.ndarray:
+        """The content of a file, or a column of a table, as numbers (n,)."""
+        if content.ndim == 2 and content.shape[1] == 1:
+            content = content[:, 0]
+        if content.ndim != 1 or content.dtype.kind not in "uifb":
+            self.fail(path, f"not a column of numbers (shape {content.shape}, {content.dtype}); "
+                      "download it again")  # fmt: skip
+        return content
 
 
 # ------------------------------------------------------------------------------- trials
@@ -641,11 +650,11 @@ def _wheel(recording: _Recording) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         problem = f"{path}: {len(position)} positions, but {len(times)} timestamps"
         _warn(recording, problem, "wheel-speed")
         return {}
-    times, position = ordered_samples(times, position)
-    if len(times) == 0 or times[-1] - times[0] < 1:
-        _warn(recording, f"{path}: less than a second of it", "wheel-speed")
+    try:
+        return {"wheel-speed": wheel_speed(*ordered_samples(times, position))}
+    except ValueError as error:
+        _warn(recording, f"{path}: {error}", "wheel-speed")
         return {}
-    return {"wheel-speed": wheel_speed(times, position)}
 
 
 def _whisker(
