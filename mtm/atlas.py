@@ -69,8 +69,9 @@ def at_level(session: Session, level: str) -> Session:
     known = np.array([name in ids for name in allen.tolist()], dtype=bool)
     named = np.array([name.lower() not in UNLABELLED for name in allen.tolist()], dtype=bool)
     if not (known & named).any():
+        labels = sorted(set(allen[named].tolist()))[:5]
         raise SessionError(
-            f"session {session.name!r}, regions: none of {sorted(set(allen[named].tolist()))[:5]} is an "
+            f"session {session.name!r}, regions: none of {labels} is an "
             "acronym of the Allen atlas; rename the regions with dataclasses.replace(session, "
             "regions=...)"
         )

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from mtm.session import UNLABELLED, Session, SessionError, read_meta, reading
+from mtm.session import UNLABELLED, Session, SessionError, read_meta, reading_file
 
 SHOWN = 10  # sessions in the short description
 
@@ -43,7 +43,7 @@ class Entry:
     @classmethod
     def read(cls, path: Path) -> Entry:
         """The entry of a file that ``Session.save`` wrote."""
-        with reading(path), np.load(path, allow_pickle=False) as file:
+        with reading_file(path), np.load(path, allow_pickle=False) as file:
             meta = read_meta(file, path)
             listed = json.loads(str(file["listed"][()]))
             return cls(
@@ -59,7 +59,7 @@ class Entry:
 
     def column(self, name: str) -> np.ndarray:
         """A column of the file's table of neurons, of the neurons chosen (N,)."""
-        with reading(self.path), np.load(self.path, allow_pickle=False) as file:
+        with reading_file(self.path), np.load(self.path, allow_pickle=False) as file:
             if f"neurons/{name}" in file.files:
                 return file[f"neurons/{name}"][self.neurons]
             known = [key.removeprefix("neurons/") for key in file.files if key[:8] == "neurons/"]

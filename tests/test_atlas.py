@@ -48,7 +48,9 @@ def test_labels_of_the_recording_come_first():
 
 
 def test_what_cannot_be_looked_up():
-    with pytest.raises(SessionError, match=r"session 'atlas', regions: none of \['area 1', 'area 2'\] is"):
+    with pytest.raises(
+        SessionError, match=r"session 'atlas', regions: none of \['area 1', 'area 2'\] is"
+    ):
         at_level(session(["area 1", "area 2", "root"]), "Beryl")
     with pytest.raises(SessionError, match="none of"):
         at_level(replace(session(), regions=None), "Beryl")

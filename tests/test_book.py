@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import jupytext
+import numpy as np
 import pytest
 import yaml
 from markdown_it import MarkdownIt
@@ -72,9 +73,21 @@ def test_readme_commands_are_real():
 
 
 def test_readme_example_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-    exec(compile(example, "README.md", "exec"), {})
-    assert "co-smoothing" in capsys.readouterr().out
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    times = np.arange(0, 60, 0.01)
+    yours = {
+        "spike_times": times,
+        "spike_clusters": np.resize([3, 7], len(times)),
+        "align_times": np.arange(2.0, 56.0, 3.0),
+        "sample_times": times,
+        "speed": np.sin(times),
+        "choice": np.resize([-1, 1], 18),
+    }
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), yours)
+    assert "co-smoothing" in capsys.readouterr().out and len(examples) == 2
+    made = yours["session"]
+    assert made.region_names == ["CA1", "DG"] and set(made.behaviour) == {"choice", "wheel"}
 
 
 def test_readme_command_lines_are_understood():

@@ -700,9 +700,9 @@ def damage(file, rng):
 
 
 def test_whatever_is_damaged_ends_as_a_session_or_with_a_reason(tree, tmp_path):
-    """300 trees in which one or two files are damaged at random."""
+    """120 trees in which one or two files are damaged at random."""
     outcomes = {"session": 0, "reason": 0}
-    for seed in range(300):
+    for seed in range(120):
         rng = np.random.default_rng(seed)
         root = shutil.copytree(tree, tmp_path / "damaged")
         files = sorted(file for file in root.rglob("alf/**/*.*") if file.is_file())
@@ -721,7 +721,7 @@ def test_whatever_is_damaged_ends_as_a_session_or_with_a_reason(tree, tmp_path):
             except Exception as error:
                 raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
         shutil.rmtree(root)
-    assert min(outcomes.values()) > 50, outcomes
+    assert min(outcomes.values()) > 20, outcomes
 
 
 def test_histology_is_not_needed_without_an_atlas(variant):

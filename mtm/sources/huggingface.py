@@ -23,8 +23,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,7 +31,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from mtm.extras import extra
-from mtm.session import Session, SessionError, Split
+from mtm.session import Session, SessionError, Split, reading
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 SPARSE = tuple(f"spikes_sparse_{part}" for part in ("data", "indices", "indptr", "shape"))
@@ -61,7 +60,7 @@ def load_session(folder: str | Path, **options: Any) -> Session:
         ImportError: without the ``[data]`` extra.
     """
     who = options.get("name") or os.path.basename(os.path.abspath(folder))
-    with _reading(who, str(folder)):
+    with reading(who, str(folder)):
         files = _files(who, Path(folder))
         table = {split: _columns(who, files[split]) for split in files}
     return _session(who, table, **options)
@@ -93,7 +92,7 @@ def from_rows(
     """
     table: dict[str, Columns] = {}
     for split, part in (rows if isinstance(rows, Mapping) else {"train": rows}).items():
-        with _reading(name or "rows", f"split {split!r}"):
+        with reading(name or "rows", f"split {split!r}"):
             part = list(part)
             keys = {key for row in part for key in row}
             table[split] = {key: [row[key] for row in part] for key in keys}
@@ -102,17 +101,6 @@ def from_rows(
 
 def _fail(who: str, what: str, problem: str) -> NoReturn:
     raise SessionError(f"session {who!r}, {what}: {problem}")
-
-
-@contextmanager
-def _reading(who: str, what: str) -> Iterator[None]:
-    """Turns whatever damaged files or odd values lead to into a SessionError that names them."""
-    try:
-        yield
-    except (SessionError, ImportError):
-        raise
-    except Exception as error:  # of numpy, scipy, pyarrow: no list of them is complete
-        _fail(who, what, f"cannot be read ({type(error).__name__}: {error}); {AGAIN}")
 
 
 def _session(
@@ -124,7 +112,7 @@ def _session(
     who = name or known["eid"] or _fail(who, "eid", "no such column; pass name")
     counts = _counts(who, columns)
     bins = counts.shape[1]
-    with _reading(who, "binsize, interval_len"):
+    with reading(who, "binsize, interval_len"):
         bin_size = float(np.squeeze(known["binsize"]))
         length = known["interval_len"]
         if length is not None and not np.isclose(length, bins * bin_size):
@@ -156,7 +144,7 @@ def _joined(who: str, table: Mapping[str, Columns]) -> tuple[Columns, Split | No
     order = [split for split in order if sizes[split]]  # one without rows may lack columns
     if not order:
         _fail(who, "rows", f"none; {AGAIN}")
-    with _reading(who, "columns, not the same in all splits"):
+    with reading(who, "columns, not the same in all splits"):
         names = {name for split in order for name in table[split]}
         columns = {name: [v for split in order for v in table[split][name]] for name in names}
     part = np.repeat([SPLITS.get(split, split) for split in order], [sizes[s] for s in order])
@@ -166,7 +154,7 @@ def _joined(who: str, table: Mapping[str, Columns]) -> tuple[Columns, Split | No
 
 def _constant(who: str, key: str, columns: Columns) -> Any:
     """The value that a column has in all rows, arrays as lists; None without the column."""
-    with _reading(who, key):
+    with reading(who, key):
         values = columns.get(key, [None])
         texts = {json.dumps(value, default=lambda array: array.tolist()) for value in values}
         if len(texts) > 1:
@@ -177,7 +165,7 @@ def _constant(who: str, key: str, columns: Columns) -> Any:
 def _counts(who: str, columns: Columns) -> np.ndarray:
     """The sparse matrices (T, N) of K rows as counts (K, T, N); entries given twice add up."""
     trials = []
-    with _reading(who, "spikes_sparse"):
+    with reading(who, "spikes_sparse"):
         for row in zip(*(columns[key] for key in SPARSE), strict=True):
             data, indices, indptr, shape = map(_whole, row)
             if shape[1] > MOST_NEURONS or indptr[-1] != len(data):
@@ -198,7 +186,7 @@ def _whole(values: Any) -> np.ndarray:
 
 def _behaviour(who: str, key: str, values: Sequence[Any]) -> np.ndarray:
     """One number a row (K,), or one a bin (K, T)."""
-    with _reading(who, key):
+    with reading(who, key):
         array = np.array([np.asarray(value, dtype=np.float64) for value in values])
     array = array.ravel() if array.size == len(array) else array
     fine = np.isin(array, (-1, 0, 1)) if key == "choice" else ~np.isinf(array)
@@ -210,7 +198,7 @@ def _behaviour(who: str, key: str, values: Sequence[Any]) -> np.ndarray:
 def _neurons(who: str, columns: Columns) -> dict[str, np.ndarray]:
     """The per-neuron table, column -> (N,)."""
     neurons = {}
-    with _reading(who, "neurons"):
+    with reading(who, "neurons"):
         lists = {label: _constant(who, key, columns) for key, label in NEURONS}
         quality = _constant(who, "cluster_qc", columns) or {}
         lists |= {key if key == "label" else f"qc-{key}": quality[key] for key in quality}
@@ -226,7 +214,7 @@ def _neurons(who: str, columns: Columns) -> dict[str, np.ndarray]:
 def _files(who: str, folder: Path) -> dict[str, list[Path]]:
     """Split -> its files, in order."""
     if os.path.isfile(folder / "dataset_dict.json"):
-        with _reading(who, "dataset_dict.json"):
+        with reading(who, "dataset_dict.json"):
             splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
         return {split: _streams(who, folder / split) for split in splits}
     if os.path.isfile(folder / "state.json"):
@@ -245,7 +233,7 @@ def _files(who: str, folder: Path) -> dict[str, list[Path]]:
 
 
 def _streams(who: str, folder: Path) -> list[Path]:
-    with _reading(who, f"{folder.name}/state.json"):
+    with reading(who, f"{folder.name}/state.json"):
         files = json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
         return [folder / file["filename"] for file in files]
 
@@ -255,7 +243,7 @@ def _columns(who: str, files: Sequence[Path]) -> Columns:
     pyarrow, parquet = extra("pyarrow"), extra("pyarrow.parquet")
     tables = []
     for path in files:
-        with _reading(who, path.name):
+        with reading(who, path.name):
             if path.suffix == ".parquet":
                 tables.append(parquet.ParquetFile(path).read())
             else:

@@ -188,7 +188,7 @@ def load_session(
     sorted_ = [_probe(recording, *item, atlas is not None) for item in collections.items()]
     times, clusters, columns = _merge(sorted_)
     keep = _quality(recording, columns, units)
-    inside = keep[clusters]
+    inside = slice(None) if keep.all() else keep[clusters]
     camera, traces = _whisker(recording)
     traces |= _wheel(recording)
     return Session.from_spike_times(
@@ -429,7 +429,6 @@ class _Recording:
         except (OSError, ValueError, EOFError) as error:
             self.fail(path, f"damaged ({error}); delete {file} and load again")
 
-
     def column(self, path: str, content: np.ndarray) -> np.ndarray:
         """The content of a file, or a column of a table, as numbers (n,)."""
         if content.ndim == 2 and content.shape[1] == 1:
@@ -580,7 +579,7 @@ def _probe(
     for name, values in columns.items():
         if len(values) != n:
             recording.fail(f"{collection}/clusters: {name}", f"{len(values)} for {n} clusters")
-    return times, clusters.astype(np.int64), columns
+    return times, clusters.astype(np.int32), columns  # of 20 million spikes, 80 MB less
 
 
 def _locate(
@@ -615,7 +614,7 @@ def _merge(
         parts = [c.get(name, np.full(n, gap)) for n, (_, _, c) in zip(sizes, probes, strict=True)]
         merged[name] = np.concatenate(parts)
     times = np.concatenate([times for times, _, _ in probes])
-    clusters = [c + offset for offset, (_, c, _) in zip(offsets, probes, strict=True)]
+    clusters = [c + int(offset) for offset, (_, c, _) in zip(offsets, probes, strict=True)]
     return times, np.concatenate(clusters), merged
 
 

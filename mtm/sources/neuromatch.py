@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from mtm.binning import n_bins
-from mtm.session import Session, SessionError
-from mtm.sources.steinmetz import TICK, outcomes, reading
+from mtm.session import Session, SessionError, reading
+from mtm.sources.steinmetz import TICK, outcomes
 
 FRAME, FRAMES, ONSET = 0.01, 250, 50  # s a frame, frames a trial, the stimulus' frame
 OUTCOMES = ("response", "feedback_type", "contrast_left", "contrast_right")

@@ -26,15 +26,14 @@ from __future__ import annotations
 import csv
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
 from mtm.binning import ordered_samples, wheel_speed
-from mtm.session import Session, SessionError
+from mtm.session import Session, SessionError, reading
 
 TICK = 2 * np.pi / 1440  # rad
 GOOD = 2  # annotations: 1 multi-unit, 2 good, 3 unsorted; their analyses include 2 and 3
@@ -102,20 +101,6 @@ def load_session(
         | {"trials": counted, "clusters dropped": int(np.sum(~keep))},
     )
     return session if keep.all() else session.select(neurons=keep)
-
-
-@contextmanager
-def reading(session: str, file: str) -> Iterator[None]:
-    """Turns whatever a damaged file leads to into a SessionError that names it."""
-    try:
-        yield
-    except SessionError:
-        raise
-    except Exception as error:  # of numpy, csv, pickle, zip: no list of them is complete
-        raise SessionError(
-            f"session {session!r}, {file}: cannot be read ({type(error).__name__}: {error}); "
-            "download it again"
-        ) from error
 
 
 def outcomes(

@@ -1,0 +1,735 @@
+"""NWB files written with pynwb, read back and counted by brute force; damaged and odd ones."""
+
+import json
+import random
+import re
+import shutil
+import socket
+import threading
+import warnings
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pynwb = pytest.importorskip("pynwb")
+pytest.importorskip("remfile")
+import h5py  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from pynwb import behavior as nwb_behavior  # noqa: E402
+
+from mtm.session import Session, SessionError  # noqa: E402
+from mtm.sources import nwb  # noqa: E402
+
+REAL = Path(__file__).parents[2] / "shared/data/A2929-200711.nwb"
+N, K, WINDOW = 6, 40, (-0.2, 0.6)
+LOCATIONS = ["CA1", "CA1", "LP", "LP", "unknown", "void"]
+ELECTRODES = [[0], [2, 0, 1], [2, 0, 3], [4, 3], [4, 5], []]  # of each unit
+REGIONS = ["CA1", "CA1", "LP", "LP", "", ""]  # as the vote above has it
+START = 2.0 + 1.5 * np.arange(K)
+GO = np.where(np.arange(K) % 7 == 3, np.nan, START + 0.25)
+SIDES = np.where(np.arange(K) % 3 == 0, "left", "right")
+RATES = np.array([3.0, 8.0, 20.0, 1.0, 12.0, 0.0])  # Hz; the last unit is silent
+
+
+def spikes(seed=0, end=70.0):
+    rng = np.random.default_rng(seed)
+    return [np.sort(rng.uniform(-3, end, rng.poisson(rate * end))) for rate in RATES]
+
+
+def brute_force(trains, events, window=WINDOW, bin_size=0.02):
+    bins = round((window[1] - window[0]) / bin_size)
+    counts = np.zeros((len(events), bins, len(trains)), int)
+    for k, event in enumerate(events):
+        edges = event + window[0] + bin_size * np.arange(bins + 1)
+        for n, train in enumerate(trains):
+            counts[k, :, n] = np.histogram(train, edges)[0]
+            counts[k, -1, n] -= np.sum(train == edges[-1])
+    return counts
+
+
+def empty_file(identifier="recording 1"):
+    return pynwb.NWBFile("test", identifier, datetime(2024, 5, 1, 12, tzinfo=UTC), lab="a lab")
+
+
+def save(file, path):
+    with pynwb.NWBHDF5IO(path, "w") as io:
+        io.write(file)
+    return path
+
+
+def add_units(file):
+    group = file.create_electrode_group("shank", "s", "PO", file.create_device("probe"))
+    file.add_electrode_column("fine", "finer location")
+    for location in LOCATIONS:
+        file.add_electrode(location=location, group=group, fine=location.lower())
+    file.add_unit_column("quality", "text")
+    file.add_unit_column("snr", "number")
+    file.add_unit_column("brain_area", "text")
+    for n, train in enumerate(spikes()):
+        file.add_unit(
+            id=[7, 3, 3, 9, 1, 0][n],  # 3 twice
+            spike_times=train,
+            electrodes=ELECTRODES[n],
+            electrode_group=group,
+            quality=["good", "mua"][n % 2],
+            snr=float(n),
+            brain_area=f" area {n // 3} ",
+            waveform_mean=np.zeros((4, 2)),
+        )
+
+
+def add_trials(file):
+    for column in ("go_time", "choice", "correct", "contrast", "side", "note", "pair"):
+        file.add_trial_column(column, "c")
+    for k in range(K):
+        file.add_trial(
+            start_time=START[k],
+            stop_time=START[k] + 1,
+            go_time=GO[k],
+            choice=k % 2 * 2 - 1,
+            correct=bool(k % 4 < 2),
+            contrast=[0.5, np.nan, np.inf, 0.0][k % 4],
+            side=SIDES[k],
+            note="" if k % 5 == 0 else "ab"[k % 2],
+            pair=[1.0, 2.0],
+        )
+
+
+T_HEAD = 0.5 + np.arange(7000) / 100
+HEAD = np.stack([np.sin(T_HEAD), T_HEAD], axis=1)
+
+
+def add_series(file):
+    def series(kind, name, data, **times):
+        more = {"reference_frame": "r"} if kind is nwb_behavior.SpatialSeries else {"unit": "u"}
+        return kind(
+            name=name, data=data, **more, **(times or {"rate": 100.0, "starting_time": 0.5})
+        )
+
+    spatial, plain = nwb_behavior.SpatialSeries, pynwb.TimeSeries
+    stamps, line = {"timestamps": T_HEAD}, np.arange(7000.0)
+    module = file.create_processing_module("behavior", "b")
+    module.add(nwb_behavior.Position(spatial_series=series(spatial, "head", HEAD, **stamps)))
+    compass = series(spatial, "head", HEAD[:, 0])
+    module.add(nwb_behavior.CompassDirection(spatial_series=compass))
+    eye = series(spatial, "eye", HEAD, **stamps)
+    module.add(nwb_behavior.EyeTracking(spatial_series=eye))
+    module.add(nwb_behavior.PupilTracking(time_series=series(plain, "pupil", line)))
+    module.add(nwb_behavior.BehavioralTimeSeries(time_series=series(plain, "speed", line)))
+    rare = series(plain, "rewards", np.ones(4), timestamps=[1.0, 9.0, 17.0, 33.0])
+    with warnings.catch_warnings():  # deprecated, but in many files
+        warnings.simplefilter("ignore")
+        module.add(nwb_behavior.BehavioralEvents(time_series=rare))
+    order = np.random.default_rng(5).permutation(7000)
+    messy = np.where(np.arange(7000) % 9 == 0, np.nan, 4 * T_HEAD + 1)
+    shuffled = {"timestamps": np.append(T_HEAD[order], np.nan)}
+    file.add_acquisition(
+        plain(
+            name="messy",
+            data=np.append(messy[order], 7.0),
+            unit="V",
+            conversion=0.5,
+            offset=2.0,
+            **shuffled,
+        )
+    )
+    file.add_acquisition(plain(name="cube", data=np.zeros((5, 2, 2)), unit="u", rate=1.0))
+    file.add_acquisition(plain(name="words", data=["a", "b"], unit="u", rate=1.0))
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A file with everything; not to be changed."""
+    file = empty_file()
+    file.subject = pynwb.file.Subject(subject_id="mouse 5", species="Mus musculus")
+    add_units(file)
+    add_trials(file)
+    add_series(file)
+    return save(file, tmp_path_factory.mktemp("nwb") / "full.nwb")
+
+
+@pytest.fixture(scope="module")
+def minimal(tmp_path_factory):
+    """Units and trials alone, small: the one that is damaged and changed."""
+    file = empty_file("minimal")
+    add_units(file)
+    add_trials(file)
+    return save(file, tmp_path_factory.mktemp("nwb") / "minimal.nwb")
+
+
+@pytest.fixture
+def edited(minimal, tmp_path):
+    """A function that loads a copy of the minimal file which ``edit(h5py file)`` changed."""
+
+    def load(edit, *arguments, **options):
+        copy = tmp_path / "edited.nwb"
+        shutil.copy(minimal, copy)
+        with h5py.File(copy, "r+") as file:
+            edit(file)
+        return nwb.load_session(copy, *arguments, **options)
+
+    return load
+
+
+def put(path, values):
+    """An edit: a dataset in place of another."""
+
+    def edit(file):
+        attributes = dict(file[path].attrs) if path in file else {}
+        if path in file:
+            del file[path]
+        file[path] = values
+        file[path].attrs.update(attributes)
+
+    return edit
+
+
+def refusal(function, *arguments, **options):
+    """The text of the SessionError, one line that names session and remedy."""
+    with pytest.raises(SessionError) as caught:
+        function(*arguments, **options)
+    text = str(caught.value)
+    assert re.fullmatch(r"session .+, .+: .+; .+", text), text
+    return text
+
+
+def test_counts_are_those_of_brute_force(path):
+    session = nwb.load_session(path, window=WINDOW)
+    np.testing.assert_array_equal(session.counts, brute_force(spikes(), START))
+    assert session.counts.shape == (K, 40, N) and not session.counts[..., 5].any()
+    assert (session.name, session.subject) == ("recording 1", "mouse 5")
+    assert session.window == WINDOW and session.bin_size == 0.02
+    assert session.regions.tolist() == REGIONS and session.region_names == ["CA1", "LP"]
+    facts = json.loads(json.dumps(session.provenance))
+    assert facts["origin"] == "NWB" and facts["source"] == str(path) and facts["lab"] == "a lab"
+    assert facts["session_start_time"].startswith("2024-05-01T12")
+    assert facts["trials"] == {"recorded": K, "without the event": 0}
+    assert facts["regions"] == "electrodes/location" and facts["align"] == "start_time"
+    assert nwb.load_session(str(path), window=WINDOW, name="mine").name == "mine"
+
+
+def test_neurons_have_the_columns_with_one_value(path):
+    neurons = nwb.load_session(path).neurons
+    assert set(neurons) == {"cluster", "quality", "snr", "brain_area"}
+    assert neurons["cluster"].tolist() == [7, 3, 3, 9, 1, 0]
+    assert neurons["snr"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert neurons["quality"].tolist() == ["good", "mua"] * 3
+
+
+def test_trials_without_the_event_are_left_out_and_keep_the_split(path):
+    go = nwb.load_session(path, "go_time", window=WINDOW)
+    rows = np.flatnonzero(np.isfinite(GO))
+    np.testing.assert_array_equal(go.counts, brute_force(spikes(), GO[rows]))
+    assert go.trial_ids.tolist() == rows.tolist() and go.n_recorded == K
+    assert go.provenance["trials"] == {"recorded": K, "without the event": K - len(rows)}
+    np.testing.assert_array_equal(go.behaviour["choice"], rows % 2 * 2 - 1)
+    whole = nwb.load_session(path).split()
+    for part, all_of_it in zip(go.split(), whole, strict=True):
+        assert rows[part].tolist() == [row for row in all_of_it if row in rows]
+
+
+def test_given_times(path):
+    times = np.arange(0.0, 60.0, 2.0)
+    session = nwb.load_session(path, times, window=(0, 2))
+    np.testing.assert_array_equal(session.counts, brute_force(spikes(), times, (0, 2)))
+    assert session.behaviour == {} and session.provenance["align"] == "given times"
+    some = nwb.load_session(path, [1.0, np.nan, 5.0])
+    assert some.trial_ids.tolist() == [0, 2] and some.n_recorded == 3
+    assert "align" in refusal(nwb.load_session, path, times, behaviour=["choice"])
+    for bad in ([], [np.nan], ["a"], 3.0, [[1.0]], [1j], None):
+        assert "align" in refusal(nwb.load_session, path, bad)
+    assert "inhomogeneous" in refusal(nwb.load_session, path, [[1.0], [1.0, 2.0]])
+
+
+def test_behaviour(path):
+    session = nwb.load_session(path)
+    assert set(session.behaviour) == {"choice", "correct", "contrast"}
+    np.testing.assert_array_equal(session.behaviour["correct"], np.arange(K) % 4 < 2)
+    contrast = np.array([0.5, np.nan, np.nan, 0.0] * (K // 4))
+    np.testing.assert_array_equal(session.behaviour["contrast"], contrast)
+    chosen = {"where": "side", "stop": "stop_time", "note": "note"}
+    session = nwb.load_session(path, behaviour=chosen)
+    assert set(session.behaviour) == set(chosen)
+    np.testing.assert_array_equal(session.behaviour["where"], SIDES == "right")
+    np.testing.assert_array_equal(session.behaviour["stop"], START + 1)
+    assert session.provenance["levels"] == {"where": ["left", "right"], "note": ["a", "b"]}
+    expected = np.where(np.arange(K) % 5 == 0, np.nan, np.arange(K) % 2)
+    np.testing.assert_array_equal(session.behaviour["note"], expected)
+    assert nwb.load_session(path, behaviour=()).behaviour == {}
+    assert list(nwb.load_session(path, behaviour="choice").behaviour) == ["choice"]
+    assert "'contrast'" in refusal(nwb.load_session, path, behaviour=["nope"])
+    assert "pair" in refusal(nwb.load_session, path, behaviour=["pair"])
+
+
+def test_traces(path):
+    names = {"x": "Position/head[0]", "t": "behavior/Position/head[1]", "pupil": "pupil"}
+    names |= {"turn": "processing/behavior/CompassDirection/head", "messy": "messy"}
+    names |= {"eye": "eye[1]", "speed": "BehavioralTimeSeries/speed"}
+    session = nwb.load_session(path, window=WINDOW, traces=names)
+    middle = START[:, None] + session.times + 0.01  # (K, T): the mean of a line is its middle
+    read = session.behaviour
+    np.testing.assert_allclose(read["t"], middle, rtol=1e-6)
+    np.testing.assert_allclose(read["eye"], middle, rtol=1e-6)
+    np.testing.assert_allclose(read["x"], np.sin(middle), atol=1e-4)
+    np.testing.assert_array_equal(read["x"], read["turn"])
+    np.testing.assert_allclose(read["pupil"], (middle - 0.5) * 100, rtol=1e-5)
+    np.testing.assert_array_equal(read["pupil"], read["speed"])
+    np.testing.assert_allclose(read["messy"], 0.5 * (4 * middle + 1) + 2, rtol=1e-6)
+    assert session.provenance["traces"]["t"] == "processing/behavior/Position/head[1]"
+    assert "pupil" in nwb.load_session(path, traces=["pupil"]).behaviour
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nope", ["acquisition/cube", "processing/behavior/PupilTracking/pupil"]),
+        ("head", ["processing/behavior/Position/head", "CompassDirection/head"]),
+        ("Position/head", ["(7000, 2)", "head[0]"]),
+        ("Position/head[2]", ["(7000, 2)"]),
+        ("pupil[1]", ["(7000,)"]),
+        ("cube", ["(5, 2, 2)"]),
+        ("words", ["could not convert string"]),
+        ("", ["not in the file"]),
+    ],
+)
+def test_traces_that_cannot_be(path, name, words):
+    text = refusal(nwb.load_session, path, traces={"trace": name})
+    assert all(word in text for word in words), text
+
+
+def test_a_trace_of_nothing_warns_and_a_name_taken_twice_fails(path):
+    with pytest.warns(UserWarning, match="session 'recording 1', trace 'rewards'.*NaN"):
+        session = nwb.load_session(path, traces=["rewards"])
+    assert np.isnan(session.behaviour["rewards"]).all()
+    assert "choice" in refusal(nwb.load_session, path, traces={"choice": "pupil"})
+
+
+def test_regions(path, edited):
+    def regions(place, **options):
+        return nwb.load_session(path, region=place, **options).regions.tolist()
+
+    assert regions(None) == [""] * N
+    assert regions("brain_area") == ["area 0"] * 3 + ["area 1"] * 3
+    assert regions("electrode_group/location") == ["PO"] * N
+    assert regions("electrodes/fine") == [r.lower() for r in REGIONS]
+    for bad in ("nope", "electrodes/nope", "waveform_mean", "nope/location"):
+        assert "brain_area" in refusal(nwb.load_session, path, region=bad)
+
+    def strip(*columns):
+        def edit(file):
+            for column in columns:
+                del file[f"units/{column}"]
+
+        return edit
+
+    every = strip("electrodes", "electrodes_index")
+    assert edited(every).regions.tolist() == ["area 0"] * 3 + ["area 1"] * 3
+    every = strip("electrodes", "electrodes_index", "brain_area")
+    assert edited(every).regions.tolist() == ["PO"] * N
+    every = strip("electrodes", "electrodes_index", "brain_area", "electrode_group")
+    assert edited(every).regions.tolist() == [""] * N
+
+    def peaks(file):  # as the Allen Institute has it: the id of an electrode, not its row
+        strip("electrodes", "electrodes_index")(file)
+        file["general/extracellular_ephys/electrodes/id"][:] = 100 + np.arange(6)
+        file["units/peak_channel_id"] = [100, 101, 102, 103, 104, 999]
+
+    assert edited(peaks).regions.tolist() == REGIONS
+
+    def one_each(file):
+        strip("electrodes", "electrodes_index")(file)
+        file["units/electrodes"] = [0, 1, 2, 3, 4, 5]
+
+    assert edited(one_each).regions.tolist() == REGIONS
+    beyond = put("units/electrodes", np.full(11, 6))
+    assert "6 electrodes" in refusal(edited, beyond)
+    assert edited(beyond, region=None).regions.tolist() == [""] * N
+
+
+def test_units_filter(path):
+    def kept(units):
+        session = nwb.load_session(path, window=WINDOW, units=units)
+        rows = session.neurons["snr"].astype(int)
+        np.testing.assert_array_equal(session.counts, brute_force(spikes(), START)[..., rows])
+        assert session.regions.tolist() == [REGIONS[row] for row in rows]
+        assert session.provenance["units dropped"] == N - len(rows)
+        return rows.tolist()
+
+    assert kept(None) == kept({}) == list(range(N))
+    assert kept({"quality": "good"}) == [0, 2, 4]
+    assert kept({"quality": ["good", "mua"], "snr": lambda snr: snr > 2}) == [3, 4, 5]
+    assert kept({"snr": 2}) == [2] and kept({"snr": np.array([2, 4])}) == [2, 4]
+    assert "'good', 'mua'" in refusal(kept, {"quality": "Good"})
+    for bad in ({"nope": 1}, {"snr": lambda snr: snr.nope}, {"snr": lambda snr: True},
+                {"snr": lambda snr: snr}, {"waveform_mean": 0}, {"quality": "good", "snr": 1},
+                ):  # fmt: skip
+        assert "units/" in refusal(kept, bad)
+    refusal(kept, [True] * N)  # Session.select takes these
+
+
+def test_files_without_what_is_needed(tmp_path):
+    def load(name, *adders, **options):
+        file = empty_file(name)
+        for add in adders:
+            add(file)
+        return refusal(nwb.load_session, save(file, tmp_path / f"{name}.nwb"), **options)
+
+    assert "choose a file with sorted spikes" in load("no-units", add_trials)
+    assert "align=np.arange(start, stop, length)" in load("no-trials", add_units)
+    extra_table = pynwb.epoch.TimeIntervals(name="drifting_gratings", description="stimuli")
+    extra_table.add_row(start_time=2.0, stop_time=3.0)
+    shown = load("other", add_units, lambda file: file.add_time_intervals(extra_table))
+    assert "one of ['drifting_gratings'], or" in shown
+    other = nwb.load_session(tmp_path / "other.nwb", trials="drifting_gratings")
+    assert other.n_trials == 1
+    silent = load("no-times", add_trials, lambda file: file.add_unit(id=1))
+    assert "units/spike_times" in silent
+    never = load("never", add_trials, lambda file: file.add_unit(spike_times=[1e5]))
+    assert "no spike falls into any trial" in never
+
+
+def clear(table):
+    def edit(file):
+        for column in list(file[table]):
+            empty = file[f"{table}/{column}"][:0]
+            attributes = dict(file[f"{table}/{column}"].attrs)
+            kind = file[f"{table}/{column}"].dtype
+            del file[f"{table}/{column}"]
+            file.create_dataset(f"{table}/{column}", data=empty, dtype=kind)
+            file[f"{table}/{column}"].attrs.update(attributes)
+
+    return edit
+
+
+def remove(path):
+    def edit(file):
+        del file[path]
+
+    return edit
+
+
+ODD = [
+    (clear("units"), "no units"),
+    (clear("intervals/trials"), "align=np.arange(start, stop, length)"),
+    (remove("units/id"), "KeyError: 'id'"),
+    (remove("units/spike_times_index"), "units/spike_times"),
+    (put("units/spike_times", np.zeros(7)), "units/spike_times_index"),
+    (put("units/spike_times", np.array(["a", "b"], dtype=object)), "units/spike_times"),
+    (put("units/spike_times_index", np.array([5, 4, 3, 2, 1, 0])), "units/spike_times_index"),
+    (put("units/spike_times_index", np.array([2**64 - 1] * 6, np.uint64)), "spike_times_index"),
+    (put("units/spike_times_index", np.zeros(6)), "units/spike_times_index"),
+    (put("units", 3), "cannot be read"),
+    (put("units/id", 3), "cannot be read"),
+    (put("intervals/trials/start_time", np.full(K, np.nan)), "start_time"),
+    (put("intervals/trials/start_time", np.full(K, 1e300)), "binning"),
+    (put("intervals/trials/start_time", np.zeros((K, 2))), "start_time"),
+    (put("intervals/trials/start_time", np.array(["x"] * K, dtype=object)), "start_time"),
+    (put("intervals/trials/start_time", h5py.SoftLink("/nowhere")), "start_time"),
+    (put("intervals/trials", h5py.ExternalLink("nowhere.h5", "/x")), "intervals/trials"),
+    (lambda file: file.attrs.__delitem__("nwb_version"), "nwb_version"),
+    (put("general/extracellular_ephys/electrodes", 1), "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("edit", "words"), ODD, ids=range(len(ODD)))
+def test_odd_content(edited, edit, words):
+    def safe(file):
+        try:
+            edit(file)
+        except KeyError:  # attributes of a link to nowhere
+            pass
+
+    assert words in refusal(edited, safe)
+
+
+def test_what_is_mended(edited):
+    flat = np.concatenate(spikes())
+    whole = brute_force(spikes(), START)
+    bad = flat.copy()
+    bad[[0, 5]] = np.nan, np.inf
+    with pytest.warns(UserWarning, match="session 'minimal', units/spike_times: dropped 2"):
+        session = edited(put("units/spike_times", bad), window=WINDOW)
+    assert session.provenance["spikes dropped"] == 2
+    few = [spikes()[0][[1, 2, 3, 4, *range(6, len(spikes()[0]))]], *spikes()[1:]]
+    np.testing.assert_array_equal(session.counts, brute_force(few, START))
+    mixed = np.concatenate([train[::-1] for train in spikes()])
+    session = edited(put("units/spike_times", mixed), window=WINDOW)
+    np.testing.assert_array_equal(session.counts, whole)
+    early = edited(lambda file: None, [-1.0, -2.0], window=WINDOW)  # before the file's zero
+    np.testing.assert_array_equal(early.counts, brute_force(spikes(), [-1.0, -2.0]))
+    assert early.counts.any()
+    odd = ["Ä/β\t", "", "NaN", "🐭", "unknown", 'x"\n']
+    names = np.array(odd, dtype=object)
+    session = edited(put("units/brain_area", names), region="brain_area")
+    assert session.regions.tolist() == ["Ä/β", "", "NaN", "🐭", "unknown", 'x"']
+    latin = edited(put("units/brain_area", np.array([b"caf\xe9"] * 6)), region="brain_area")
+    assert latin.region_names == ["caf\ufffd"]
+
+
+def test_without_an_identifier_the_file_names_it(edited):
+    assert edited(put("identifier", "")).name == "edited.nwb"
+
+
+FLOATS = st.floats(width=64, allow_nan=True, allow_infinity=True)
+SECONDS = st.one_of(st.floats(-5, 70), st.sampled_from([np.nan, np.inf, -np.inf, 1e300, 0.0, -1e9]))
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=6)
+
+
+@settings(
+    max_examples=70,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data):
+    trains = data.draw(st.lists(st.lists(SECONDS, max_size=12), max_size=4))
+    n, k = len(trains), data.draw(st.integers(0, 4))
+
+    def rows(values, size):
+        return data.draw(st.lists(values, min_size=size, max_size=size))
+
+    copy = tmp_path / "any.nwb"
+    shutil.copy(minimal, copy)
+    with h5py.File(copy, "r+") as file:
+        del file["units"], file["intervals/trials"]
+        units, trials = file.create_group("units"), file.create_group("intervals/trials")
+        units["id"] = np.array(rows(st.integers(-3, 3), n), dtype=int)
+        units["spike_times"] = np.array([t for train in trains for t in train], dtype=float)
+        units["spike_times_index"] = np.cumsum([len(train) for train in trains], dtype=np.uint32)
+        kind = h5py.string_dtype()
+        for column in ("location", data.draw(TEXTS).replace("/", "").strip(".") or "quality"):
+            if column not in units:
+                units.create_dataset(column, data=np.array(rows(TEXTS, n), object), dtype=kind)
+        trials["id"] = np.arange(k)
+        trials["start_time"] = np.array(rows(SECONDS, k), dtype=float)
+        trials["value"] = np.array(rows(FLOATS, k), dtype=float)
+        trials["short"] = np.zeros(data.draw(st.integers(0, 4)))
+        trials.create_dataset("side", data=np.array(rows(TEXTS, k), object), dtype=kind)
+        steps = data.draw(st.integers(0, 5))
+        file["acquisition/trace/data"] = np.array(rows(FLOATS, steps), dtype=float)
+        file["acquisition/trace/timestamps"] = np.array(rows(SECONDS, steps), dtype=float)
+    options = {
+        "align": data.draw(st.sampled_from(["start_time", "value", "short", "side", [0.5, 1.0]])),
+        "behaviour": data.draw(st.sampled_from([None, ["side"], ["short"], ["value"]])),
+        "traces": data.draw(st.sampled_from([(), ["trace"]])),
+        "region": data.draw(st.sampled_from(["auto", None, "location", "quality"])),
+        "units": data.draw(st.sampled_from([None, {"location": ""}])),
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="session '")  # ours; all others are errors,
+        warnings.filterwarnings("ignore", message="overflow")  # except of samples at 1e300 s
+        nwb.describe(copy)
+        try:
+            session = nwb.load_session(copy, **options)
+        except SessionError as error:
+            assert re.match(r"session .+, .+: ", str(error), re.DOTALL)
+            return
+    assert isinstance(session, Session) and session.n_neurons <= n
+    finite = [np.array([t for t in train if np.isfinite(t)]) for train in trains]
+    kept = np.flatnonzero(session.neurons["location"] == "") if options["units"] == {
+        "location": ""} else np.arange(n)  # fmt: skip
+    assert session.n_neurons == len(kept)
+    total = sum(len(finite[row]) for row in kept)
+    assert session.counts.sum() <= total * session.n_trials
+    assert json.loads(json.dumps(session.provenance)) == session.provenance
+
+
+def test_truncated_and_foreign_files(minimal, tmp_path):
+    content, part = minimal.read_bytes(), tmp_path / "part.nwb"
+    lengths = [0, 1, 7, 8, 9, 47, 48, 95, 96, 511, 512, 2047, 2048, len(content) - 1]
+    lengths += np.linspace(100, len(content) - 2, 80).astype(int).tolist()
+    for length in lengths:
+        part.write_bytes(content[:length])
+        assert str(part) in refusal(nwb.load_session, part)
+        refusal(nwb.describe, part)
+    for foreign in (b"no NWB at all", b"PK\3\4" + bytes(500), bytes(5000), content[:8] * 90):
+        part.write_bytes(foreign)
+        refusal(nwb.load_session, part)
+    with h5py.File(part, "w") as file:
+        file["x"] = 1
+    assert "NWB 2" in refusal(nwb.load_session, part)
+    for missing in (tmp_path / "none.nwb", tmp_path, "s3://bucket/key", "", "a\0b"):
+        refusal(nwb.load_session, missing)
+
+
+@pytest.mark.parametrize(
+    "damage", [bytes(40), b"\xff" * 40, random.Random(3).randbytes(40)], ids=range(3)
+)
+def test_damaged_chunks(minimal, tmp_path, damage):
+    part = tmp_path / "chunks.nwb"
+    shutil.copy(minimal, part)
+    places = []
+    with h5py.File(part, "r+") as file:
+        for column in ("units/spike_times", "intervals/trials/choice"):
+            values, attributes = file[column][:], dict(file[column].attrs)
+            del file[column]
+            file.create_dataset(column, data=values, chunks=(20,), compression="gzip")
+            file[column].attrs.update(attributes)
+            file.flush()  # only then are chunks compressed and have their place
+            places.append(file[column].id.get_chunk_info(1))
+    assert nwb.load_session(part).n_neurons == N
+    for place in places:
+        content = bytearray(part.read_bytes())
+        size = min(place.size, len(damage))
+        content[place.byte_offset : place.byte_offset + size] = damage[:size]
+        (tmp_path / "damaged.nwb").write_bytes(content)
+        assert "file: cannot be read" in refusal(nwb.load_session, tmp_path / "damaged.nwb")
+
+
+# ------------------------------------------------------------------------------- streaming
+
+
+class Archive(BaseHTTPRequestHandler):
+    """``/file`` with ranges, ``/moved`` to it, ``/whole`` without ranges, the rest 404."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        server, place = self.server, self.path.partition("?")[0]
+        server.requests += 1
+        if place == "/moved" or place not in ("/file", "/whole") or server.requests > server.limit:
+            self.send_response(302 if place == "/moved" else 403 if place == "/file" else 404)
+            self.send_header("Location", "/file?signature=secret")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        content, ranges = server.content, self.headers.get("Range")
+        if ranges is None or place == "/whole":
+            self.send_response(200)
+            first, last = 0, len(content) - 1
+            self.close_connection = True
+        else:
+            first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", ranges).groups())
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            server.sent += last + 1 - first
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        if ranges is not None:  # without, remfile asks for the length alone, and hangs up
+            self.wfile.write(content[first : last + 1])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def archive(path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Archive)
+    server.daemon_threads = True
+    server.content, server.sent, server.requests, server.limit = path.read_bytes(), 0, 0, 10**6
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_streamed_is_the_same(archive, path):
+    options = {"window": WINDOW, "traces": ["pupil"]}
+    local = nwb.load_session(path, **options)
+    for url in (f"{archive.url}/file", f"{archive.url}/moved?token=secret"):
+        session = nwb.load_session(url, **options)
+        np.testing.assert_array_equal(session.counts, local.counts)
+        np.testing.assert_array_equal(session.behaviour["pupil"], local.behaviour["pupil"])
+        assert session.name == local.name and session.regions.tolist() == REGIONS
+        assert session.provenance["source"] == url.partition("?")[0]
+    assert nwb.describe(f"{archive.url}/file") == nwb.describe(path)
+
+
+def test_only_what_is_needed_is_fetched(archive, path, tmp_path):
+    big = tmp_path / "big.nwb"
+    shutil.copy(path, big)
+    with h5py.File(big, "r+") as file:
+        raw = file.create_group("acquisition/raw")
+        noise = np.random.default_rng(0).integers(0, 2**15, (400_000, 16), dtype=np.int16)
+        raw["data"], raw["starting_time"] = noise, 0.0
+        raw["starting_time"].attrs["rate"] = 30000.0
+    archive.content = big.read_bytes()
+    assert len(archive.content) > 12e6
+    session = nwb.load_session(f"{archive.url}/file", traces=["pupil"])
+    assert session.n_neurons == N and archive.sent < 2.5e6
+    assert "acquisition/raw: shape (400000, 16)" in nwb.describe(f"{archive.url}/file")
+    assert archive.sent < 5e6
+
+
+def test_servers_that_do_not_serve(archive):
+    for place, words in (("nothing", "404"), ("whole", "byte range")):
+        text = refusal(nwb.load_session, f"{archive.url}/{place}?token=secret")
+        assert words in text and f"{archive.url}/{place}" in text and "secret" not in text
+    archive.content = b"no NWB" * 1000
+    assert "cannot be read" in refusal(nwb.load_session, f"{archive.url}/file")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}/x"
+    text = refusal(nwb.load_session, closed.replace("//", "//user:secret@"))
+    assert closed in text and "ConnectionError" in text and "secret" not in text
+    for bad in ("http://", "https://[::1", "HTTP://127.0.0.1:99999/x"):
+        refusal(nwb.load_session, bad)
+
+
+def test_a_link_that_expires_while_reading(archive):
+    whole = archive.requests
+    nwb.load_session(f"{archive.url}/moved", traces=["pupil"])
+    whole = archive.requests - whole
+    for limit in range(1, whole):
+        archive.limit = archive.requests + limit
+        text = refusal(nwb.load_session, f"{archive.url}/moved", traces=["pupil"])
+        assert archive.url in text and "secret" not in text
+    assert whole > 3
+
+
+# ----------------------------------------------------------------------------- a real file
+
+
+@pytest.fixture
+def real():
+    if not REAL.is_file():
+        pytest.skip("the shared recording A2929-200711.nwb is not on this machine")
+    return REAL
+
+
+def test_a_real_file(real):
+    times = np.arange(700.0, 1200.0, 2.0)
+    session = nwb.load_session(real, times, window=(0, 2), traces={"head": "ry"})
+    with warnings.catch_warnings(), pynwb.NWBHDF5IO(real, "r") as io:
+        warnings.simplefilter("ignore")
+        file = io.read()
+        trains = [file.units["spike_times"][n] for n in range(15)]
+        angle = file.acquisition["CompassDirection"]["ry"]
+        at, values = angle.timestamps[:], angle.data[:]
+    np.testing.assert_array_equal(session.counts, brute_force(trains, times, (0, 2)))
+    assert session.name == "A2929-200711" and session.n_neurons == 15
+    assert [(r, int(np.sum(session.regions == r))) for r in session.region_names] == [
+        ("adn", 7), ("ca1", 8)]  # fmt: skip
+    head = session.behaviour["head"]
+    assert head.shape == (250, 100) and np.isfinite(head).mean() > 0.99
+    centres = times[:, None] + session.times + 0.01
+    assert np.nanmedian(np.abs(head - np.interp(centres, at, values))) < 0.01
+    text = nwb.describe(real)
+    assert "units: 15 rows" in text and "adn 7, ca1 8" in text
+    assert "CompassDirection/ry: shape (63527,), unit radian" in text
+    assert "align=np.arange" in refusal(nwb.load_session, real)
+
+
+def test_describe(path):
+    text = nwb.describe(path)
+    for words in (
+        *("'recording 1', subject mouse 5", "CA1 2, LP 2, none 2", "fine (text)", "note (text)"),
+        "units: 6 rows; columns brain_area (text), quality (text), snr, electrode_group (many)",
+        *("intervals/trials: 40 rows", "Position/head: shape (7000, 2)"),
+    ):
+        assert words in text, text
