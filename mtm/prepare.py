@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -71,8 +72,11 @@ class Prepared:
         lines = []
         for outcome in self.outcomes:
             if outcome.status == "skipped" or outcome.note:
-                lines.append(f"{outcome.status:<13}  {outcome.name}")
-                lines += [f"{'':15}{line}" for line in outcome.note.splitlines()]
+                lines.append(f"{outcome.status}: {outcome.name}")
+                for line in outcome.note.splitlines():
+                    lines += textwrap.wrap(
+                        line, 74, initial_indent=" " * 4, subsequent_indent=" " * 4
+                    )
         return "\n".join([*lines, f"{len(self.outcomes)} recordings: {total}"])
 
 

@@ -202,7 +202,7 @@ class Sessions(Sequence[Session]):
 
     def summary(self) -> str:
         """A table: a line a session."""
-        return "\n".join([HEADER, *(_line(entry) for entry in self.entries), self._total()])
+        return "\n".join([*_table(self.entries), self._total()])
 
     def _total(self) -> str:
         trials = sum(entry.shape[0] for entry in self.entries)
@@ -215,22 +215,31 @@ class Sessions(Sequence[Session]):
         )
 
     def __repr__(self) -> str:
-        lines = [HEADER, *(_line(entry) for entry in self.entries[:SHOWN])]
+        lines = _table(self.entries[:SHOWN])
         if len(self) > SHOWN:
             lines.append(f"... and {len(self) - SHOWN} more; summary() lists all")
         return "\n".join([*lines, self._total()])
 
 
-COLUMNS = "{:<36} {:<12} {:>6} {:>5} {:>7} {:>7} {:>7}"
-HEADER = COLUMNS.format("session", "subject", "trials", "bins", "neurons", "regions", "mean Hz")
+HEADER = ("session", "subject", "trials", "bins", "neurons", "regions", "Hz")
 
 
-def _line(entry: Entry) -> str:
+def _table(entries: Sequence[Entry]) -> list[str]:
+    rows = [HEADER, *map(_row, entries)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = ["<", "<", ">", ">", ">", ">", ">"]
+    return [
+        "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, aligned, widths, strict=True))
+        for row in rows
+    ]
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
     labels = {label for label in entry.regions.tolist() if label.lower() not in UNLABELLED}
     rate = f"{entry.firing_rates.mean():.1f}" if len(entry.firing_rates) else ""
     trials, bins, _ = entry.shape
-    names = (entry.name[:36], entry.subject[:12])
-    return COLUMNS.format(*names, trials, bins, len(entry.neurons), len(labels), rate)
+    numbers = (trials, bins, len(entry.neurons), len(labels))
+    return (entry.name[:36], entry.subject[:12], *map(str, numbers), rate)
 
 
 def _passes(rule: Any | Callable[[np.ndarray], np.ndarray], column: np.ndarray) -> np.ndarray:

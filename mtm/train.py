@@ -156,8 +156,9 @@ class Fit:
         sizes, best = self.model.n_parameters(), self.best
         total = sizes["core"] + sum(sizes["sessions"].values())
         return (
-            f"Fit of {len(sizes['sessions'])} sessions, {total:,} parameters; best of "
-            f"{self.config.epochs} epochs: {best['epoch']}, {best['mean']:.3f} bits per spike"
+            f"Fit of {len(sizes['sessions'])} sessions, {total:,} parameters\n"
+            f"  best of {self.config.epochs} epochs: {best['epoch']}, "
+            f"{best['mean']:.3f} bits per spike"
         )
 
     @property

@@ -42,12 +42,12 @@ def test_every_recording_ends_as_a_file_or_with_a_reason(tmp_path, workers):
     made = Session.load(done.paths[3]).provenance
     assert made["number"] == 5 and made["options"] == {} and made["mtm"]
     assert str(done).splitlines() == [
-        "skipped        3",
-        "               session 3, spikes: none; choose another",
-        "skipped        4",
-        "               KeyError: 'whatever'",
-        "written        5",
-        "               session 5: no wheel",
+        "skipped: 3",
+        "    session 3, spikes: none; choose another",
+        "skipped: 4",
+        "    KeyError: 'whatever'",
+        "written: 5",
+        "    session 5: no wheel",
         "6 recordings: 4 written, 0 there already, 2 skipped",
     ]
 
