@@ -119,9 +119,9 @@ def index_alf(root: str | Path) -> dict[str, Path]:
         ImportError: without the ``[data]`` extra.
     """
     root = Path(root).resolve()
-    cache, parquet = extra("one.alf.cache"), extra("iblutil.io.parquet")
-    path_of = extra("one.converters").session_record2path
-    if not any(extra("one.alf.io").iter_sessions(root)):
+    cache, parquet = extra("one.alf.cache", "data"), extra("iblutil.io.parquet", "data")
+    path_of = extra("one.converters", "data").session_record2path
+    if not any(extra("one.alf.io", "data").iter_sessions(root)):
         raise SessionError(f"no sessions lab/Subjects/subject/date/number under {root}")
     for name in ("sessions.pqt", "datasets.pqt"):
         if (root / name).exists():
@@ -201,7 +201,7 @@ def _trials_table(session: Session, stimulus: np.ndarray) -> Any:
     right = np.where(contrast == 0, reported_right, contrast > 0)
     reaction = session.behaviour.get("reaction-time", np.full(session.n_trials, np.nan))
     response = stimulus + np.where(np.isfinite(reaction), reaction, 0.5) + RESPONSE
-    return extra("pandas").DataFrame(
+    return extra("pandas", "data").DataFrame(
         {
             "intervals_0": stimulus + min(session.window[0], 0) - 0.1,
             "intervals_1": np.maximum(stimulus + session.window[1], response) + 0.1,
@@ -252,7 +252,7 @@ def _probe(
     session: Session, mine: np.ndarray, probe: str, stimulus: np.ndarray, stop: float
 ) -> dict[str, Any]:
     """The spike sorting of the neurons ``mine`` (n,), all on one probe."""
-    pandas = extra("pandas")
+    pandas = extra("pandas", "data")
     n, rng = len(mine), _generator(session, probe)
     times, clusters = _spikes(session, mine, stimulus, stop, rng)
 

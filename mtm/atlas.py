@@ -17,6 +17,7 @@ from mtm.extras import extra
 from mtm.session import UNLABELLED, Session, SessionError
 
 LEVELS = ("Allen", "Beryl", "Cosmos")
+COLUMNS = tuple(level.lower() for level in LEVELS)  # of Session.neurons
 
 
 def acronyms(ids: np.ndarray, level: str = "Allen") -> np.ndarray:
@@ -42,7 +43,8 @@ def at_level(session: Session, level: str) -> Session:
     """The session with its regions named at another level; counts and all else are shared.
 
     Where the recording came with the labels of each level (columns ``allen``, ``beryl`` and
-    ``cosmos`` of ``session.neurons``), these are used. Otherwise each label is looked up among the
+    ``cosmos`` of ``session.neurons``), these are used, unless its regions are none of them (you
+    have named them anew). Otherwise each label is looked up among the
     acronyms of the atlas, and what it was is kept as column ``allen``, so that one can go back.
     Labels that are no acronym stay as they are. What a level has no region for (fibre tracts; at
     ``Beryl``, whole areas such as ``TH`` that hold several) becomes ``root``: such neurons are
@@ -62,9 +64,13 @@ def at_level(session: Session, level: str) -> Session:
         ['HPF', 'Isocortex', 'TH']
     """
     column = _level(level).lower()
-    if column in session.neurons:
-        return replace(session, regions=session.neurons[column])
-    allen = session.neurons.get("allen", session.regions)
+    columns = {name: session.neurons[name] for name in COLUMNS if name in session.neurons}
+    if not any(np.array_equal(session.regions, labels) for labels in columns.values()):
+        if session.region_names:  # labels of the user's own: what the columns say is past
+            columns = {}
+    if column in columns:
+        return replace(session, regions=columns[column])
+    allen = columns.get("allen", session.regions)
     ids = allen_ids()
     known = np.array([name in ids for name in allen.tolist()], dtype=bool)
     named = np.array([name.lower() not in UNLABELLED for name in allen.tolist()], dtype=bool)
@@ -78,8 +84,9 @@ def at_level(session: Session, level: str) -> Session:
     labels = allen.astype(object)
     labels[known] = acronyms([ids[name] for name in allen[known].tolist()], level)
     labels = labels.astype(np.str_)
-    columns = session.neurons | {"allen": allen, column: labels}
-    return replace(session, regions=labels, neurons=columns)
+    others = {name: values for name, values in session.neurons.items() if name not in COLUMNS}
+    columns |= {"allen": allen, column: labels}
+    return replace(session, regions=labels, neurons=others | columns)
 
 
 def allen_ids() -> dict[str, int]:
@@ -109,7 +116,7 @@ def _level(level: str) -> str:
 
 @functools.cache
 def _table() -> Any:
-    return extra("iblatlas.regions").BrainRegions()
+    return extra("iblatlas.regions", "data").BrainRegions()
 
 
 @functools.cache

@@ -40,10 +40,10 @@ import numpy as np
 import torch
 
 from mtm.atlas import LEVELS
-from mtm.binning import ordered_samples
+from mtm.binning import n_bins, ordered_samples
 from mtm.download import download as fetch
 from mtm.extras import extra
-from mtm.session import Session, SessionError, Split
+from mtm.session import Session, SessionError, Split, check_option
 
 BUCKET = "https://brain-wide-bench.s3.amazonaws.com"
 DATASET = "ibl_brain_wide_bench_2026"
@@ -193,11 +193,16 @@ def load_session(
         stride: seconds from one "ts2" window to the next; its tests use 0.02, 50 times as many.
 
     Raises:
-        SessionError: naming session, dataset or option, and remedy, whatever the file holds.
-        FileNotFoundError, ImportError: no such file; without the ``[bwb]`` extra.
+        SessionError: naming session, dataset and remedy, whatever the file holds.
+        ValueError: for an unknown ``atlas``, ``split`` or ``trial_filter``, a wrong ``window``.
+        ImportError: without the ``[bwb]`` extra.
     """
     cut = isinstance(align, str) and align == "ts2"
     window = ((0.0, 1.0) if cut else (-0.5, 1.5)) if window is None else window
+    n_bins(window, bin_size)  # says what is wrong with them
+    check_option("atlas", atlas, LEVELS)
+    check_option("split", split, ("auto", *SPLITS))
+    check_option("trial_filter", trial_filter, ("valid",))
     with _opened(path) as recording:
         recording.facts["align"] = align if isinstance(align, str) else "given times"
         fields = _unit_fields(recording, atlas)
@@ -230,7 +235,7 @@ def ts2_windows(
         split: "ts2", or another of the splits that the file has.
 
     Raises:
-        SessionError, FileNotFoundError, ImportError: see `load_session`.
+        SessionError, ImportError: see `load_session`.
         ValueError: for an unknown part or split.
     """
     if part not in SPLITS.get(split, ()):
@@ -289,16 +294,18 @@ def _decode(value: Any) -> str:
 @contextmanager
 def _opened(source: Any) -> Iterator[_Recording]:
     """The open file; whatever goes wrong with it becomes a SessionError."""
-    h5py = extra("h5py")
+    h5py = extra("h5py", "bwb")
     given = isinstance(source, h5py.File)
     recording = _Recording("?" if given else Path(source).stem)
+    if not given and not Path(source).is_file():
+        recording.fail(repr(str(source)), "no such file; bwb.download fetches it")
     try:
         with nullcontext(source) if given else h5py.File(source, "r") as recording.file:
             recording.name = _decode(recording.file["session"].attrs["id"])
             recording.facts |= {key: recording.text(*place) for key, place in _FACTS.items()}
             recording.facts["file"] = Path(recording.file.filename).name
             yield recording
-    except (SessionError, FileNotFoundError):
+    except SessionError:
         raise
     except Exception as error:  # h5py and numpy raise all sorts on damaged and foreign files
         line = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -36,6 +36,7 @@ ORIGINS = {
     **{name: f"mtm.sources.{name}" for name in ("nwb", "steinmetz", "huggingface")},
     "bwb": "mtm.bwb",
 }
+IBL_TERMS = ("project", "lab", "subject", "region", "quality")
 LOAD_OPTIONS = ("align", "window", "bin_size", "atlas", "trial_filter", "units", "traces", "split")
 EXAMPLE = """example, from nothing to scores in a few minutes:
   python -m mtm simulate sessions --sessions 3
@@ -99,8 +100,10 @@ def _prepare_ibl(options: argparse.Namespace, how: dict[str, Any]) -> Prepared:
     one = ibl.connect(options.recordings, username=options.username)
     lists = {"paper": ibl.PAPER_EIDS, "held-out": ibl.HELD_OUT_EIDS}
     lists["repeated-site"] = ibl.REPEATED_SITE_EIDS
+    terms = {key: getattr(options, key) for key in IBL_TERMS}
+    if options.eids and any(terms.values()):
+        raise ValueError("--eids names the sessions; it goes with no search for others")
     if options.eids is None:
-        terms = {key: getattr(options, key) for key in ("project", "lab", "subject", "region")}
         eids = ibl.search(one, **terms)
         if not eids:
             raise SessionError(
@@ -119,7 +122,9 @@ def _prepare_files(options: argparse.Namespace, how: dict[str, Any]) -> Prepared
     named = {}
     for recording in map(str, options.recordings):
         url = "://" in recording
-        name = re.sub(r"\W+", "-", recording).strip("-") if url else Path(recording).stem
+        # Of a URL without what may be secret in it, and not too long for a file's name.
+        public = re.sub(r"(?<=://)[^/]*@|[?#].*", "", recording)
+        name = re.sub(r"\W+", "-", public)[-100:].strip("-") if url else Path(recording).stem
         if name in named:
             raise ValueError(f"two recordings are named {name!r}; prepare them into two folders")
         named[name] = recording if url else Path(recording)
@@ -138,7 +143,8 @@ def run_train(options: argparse.Namespace) -> None:
         start = hub.load(options.start)
         sizes = start.config
     print(
-        f"training on {len(sessions)} sessions, {sum(s.n_neurons for s in sessions)} neurons; "
+        f"training on {len(sessions)} sessions, "
+        f"{sum(len(entry.neurons) for entry in sessions.entries)} neurons; "
         f"recipe {options.recipe}, {sizes.tokenizer}, depth {sizes.depth} (width {sizes.width}), "
         f"{config.epochs} epochs, {device}"
     )
@@ -287,8 +293,11 @@ def _prepare_options(commands: Any) -> None:
     ibl.add_argument(
         "--eids", metavar="LIST", help="paper, held-out, repeated-site, or a file of session ids"
     )
-    for name in ("project", "lab", "subject", "region"):
-        ibl.add_argument(f"--{name}", help="only sessions of it" if name != "region" else "through")
+    helps = {name: "only sessions of it" for name in IBL_TERMS}
+    helps["region"] = "only sessions with a probe through it"
+    helps["quality"] = "only sessions whose spike times were graded so (PASS, WARNING) or better"
+    for name, text in helps.items():
+        ibl.add_argument(f"--{name}", help=text)
     nwb = _origin(origins, "nwb", "NWB files, on disk or by URL", "FILE")
     nwb.add_argument("--traces", nargs="+", metavar="SERIES", help="continuous behaviour, by name")
     steinmetz = _origin(origins, "steinmetz", "Steinmetz et al. 2019, folders", "FOLDER")

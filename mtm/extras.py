@@ -1,29 +1,24 @@
-"""Packages that only some of the package needs, imported where they are used."""
+"""Packages that only some of this one needs, imported where they are used."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
-PACKAGES = {
-    "data": ("one", "iblutil", "iblatlas", "pandas", "pyarrow", "requests"),
-    "nwb": ("h5py", "pynwb", "remfile", "requests"),
-    "bwb": ("h5py",),
-    "hub": ("huggingface_hub",),
-}
 
+def extra(module: str, name: str) -> ModuleType:
+    """A module that comes with an optional extra of this package.
 
-def extra(module: str) -> ModuleType:
-    """A module of an optional extra of this package.
+    Args:
+        module: to import.
+        name: of the extra, as in ``pip install "mtm-neural[name]"``.
 
     Raises:
         ImportError: saying which extra brings it.
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        name = next((name for name, packages in PACKAGES.items() if package in packages), None)
-        if name is None:
-            raise
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+            raise  # it is there, and lacks something itself
         raise ImportError(f'{module} is missing: pip install "mtm-neural[{name}]"') from error

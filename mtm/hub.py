@@ -152,7 +152,7 @@ def push_to_hub(model: MtM | Fit, repo_id: str, **options: Any) -> str:
     Raises:
         ImportError: without the extra ``hub``.
     """
-    api = extra("huggingface_hub").HfApi(token=options.pop("token", None))
+    api = extra("huggingface_hub", "hub").HfApi(token=options.pop("token", None))
     api.create_repo(repo_id, exist_ok=True, **options)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
@@ -177,7 +177,7 @@ def from_pretrained(name: str | Path, **options: Any) -> MtM:
     """
     if Path(name).is_dir():
         return load(name)
-    hub = extra("huggingface_hub")
+    hub = extra("huggingface_hub", "hub")
     try:
         folder = hub.snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS], **options)
     except hub.errors.HFValidationError as error:

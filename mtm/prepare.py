@@ -9,6 +9,7 @@ so that a run that was stopped is simply started again.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import textwrap
@@ -23,8 +24,8 @@ import joblib
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
-from mtm.session import Session
-from mtm.sessions import Entry
+from mtm.session import Session, SessionError, VersionError
+from mtm.sessions import Entry, stamp
 
 STALE = 24 * 3600.0  # seconds after which a half-written file belongs to nobody any more
 
@@ -39,6 +40,7 @@ class Outcome:
         note: why it was skipped, or what it lacks.
         path: its file, where there is one.
         seconds: that it took.
+        session: the session's own name, where there is a file.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Outcome:
     note: str = ""
     path: Path | None = None
     seconds: float = 0.0
+    session: str = ""
 
 
 @dataclass
@@ -92,9 +95,11 @@ def prepare(
 ) -> Prepared:
     """Make a session file of each recording.
 
-    A recording whose file is there, made with the same options, is left as it is; with
-    other options, or with ``overwrite``, it is made again. One that cannot be read is skipped and
-    said in the result; the others are not held up by it.
+    A recording whose file is there, made of the same recording (its name, size and time of change,
+    if it is a file) by the same function with the same options, is left as it is; else, or with
+    ``overwrite``, or where an option is a function, it is made again. One that cannot be read is
+    skipped and said in the result; the others are not held up by it. What is no session file is
+    never written over. A session that ``load`` gave no name is called as its file.
 
     Args:
         load: ``load(recording, **options)`` returns a Session. A function that ``pickle`` can send
@@ -112,6 +117,7 @@ def prepare(
         what became of each recording, and the files there are.
 
     Raises:
+        TypeError: options that ``load`` does not take.
         ValueError: two recordings of the same name, or one that no file can have.
         ImportError: what ``load`` needs is not installed.
         OSError: a file that cannot be written.
@@ -123,6 +129,8 @@ def prepare(
         >>> print(done)
     """
     named = _names(recordings)
+    if named:
+        inspect.signature(load).bind(next(iter(named.values())), **options)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _sweep(out)
@@ -134,7 +142,12 @@ def prepare(
             outcomes[outcome.name] = outcome
             bar.update(1)
             bar.set_postfix_str(f"{outcome.status} {outcome.name}")
-    return Prepared([outcomes[name] for name in named])
+    first: dict[str, str] = {}
+    for outcome in (ordered := [outcomes[name] for name in named]):
+        if outcome.path and first.setdefault(outcome.session, outcome.name) != outcome.name:
+            same = f"its session is named {outcome.session!r}, as that of {first[outcome.session]}"
+            outcome.note = f"{outcome.note}\n{same}; they cannot be used together".strip()
+    return Prepared(ordered)
 
 
 def _run(job: Callable[..., Outcome], named: dict[str, Any], workers: int) -> Iterator[Outcome]:
@@ -158,13 +171,13 @@ def _names(recordings: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
     if isinstance(recordings, (str, Path)):
         recordings = [recordings]
     if isinstance(recordings, Mapping):
-        pairs = list(recordings.items())
+        pairs = [(str(name), recording) for name, recording in recordings.items()]
     else:
         pairs = [(r.stem if isinstance(r, Path) else str(r), r) for r in recordings]
     named = dict(pairs)
-    if len(named) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+    if len({name.lower() for name in named}) < len(pairs):  # some systems ignore case
+        names = [name.lower() for name, _ in pairs]
+        twice = next(name for name, _ in pairs if names.count(name.lower()) > 1)
         raise ValueError(f"two recordings are named {twice!r}; pass a mapping from distinct names")
     for name in named:
         if not name or name.startswith(".") or {"/", "\\", "\0"} & set(name):
@@ -185,9 +198,16 @@ def _prepare_one(
     from mtm import __version__
 
     path, start = out / f"{name}.npz", time.perf_counter()
-    made_with = json.loads(json.dumps(options, default=_plain))
-    if not overwrite and _is_prepared(path, made_with):
-        return Outcome(name, "there already", path=path)
+    made = {"mtm": __version__, **_identity(load, recording, options)}
+    try:
+        entry = _there(path, recording)
+    except SessionError as error:
+        return Outcome(name, "skipped", str(error))
+    if entry is not None and not overwrite:
+        before = entry.provenance.get("prepared", {})
+        if all(before.get(key) == value for key, value in made.items() if key != "mtm"):
+            notes = "\n".join(before["notes"])
+            return Outcome(name, "there already", notes, path, session=entry.name)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         try:
@@ -197,27 +217,58 @@ def _prepare_one(
         except Exception as error:  # whatever it is, the other recordings are to go on
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             return Outcome(name, "skipped", f"{kind}{error}", None, time.perf_counter() - start)
-    session.provenance = session.provenance | {"mtm": __version__, "options": made_with}
+    seconds = time.perf_counter() - start
+    if not isinstance(session, Session):
+        what = type(session).__name__
+        return Outcome(name, "skipped", f"load returned {what}, not a Session", None, seconds)
+    if session.name == "session":  # nobody named it
+        session.name = name
+    notes = dict.fromkeys(str(w.message) for w in said if issubclass(w.category, UserWarning))
+    made |= {"notes": list(notes)}
+    session.provenance = session.provenance | {"prepared": made}
     session.save(path)
-    lacks = dict.fromkeys(str(w.message) for w in said if issubclass(w.category, UserWarning))
-    return Outcome(name, "written", "\n".join(lacks), path, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Outcome(name, "written", "\n".join(notes), path, seconds, session.name)
+
+
+def _identity(
+    load: Callable[..., Session], recording: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What a file was made of and how, as JSON: made alike, it need not be made again."""
+    function = load.func if isinstance(load, functools.partial) else load
+    what = recording
+    if isinstance(recording, (str, Path)) and os.path.exists(recording):
+        what = [Path(recording).name, *stamp(Path(recording))]  # wherever it lies by now
+    name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+    made = {"load": name, "recording": what, "options": options}
+    return json.loads(json.dumps(made, default=_plain))
 
 
 def _plain(value: Any) -> Any:
-    """An option as JSON can hold it: the numbers of an array, the name of a function."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return getattr(value, "__qualname__", None) or str(value)
+    """A value as JSON can hold it: the numbers of an array, else its text.
+
+    Functions are alike to nothing, not even to themselves: what one does may have changed.
+    """
+    if callable(value):
+        return f"{getattr(value, '__qualname__', value)}, in a run of {time.time_ns()}"
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def _is_prepared(path: Path, options: dict[str, Any]) -> bool:
-    """Whether the file is a session that was made with these options."""
+def _there(path: Path, recording: Any) -> Entry | None:
+    """The session that is at this place; refuses to touch anything else that is there."""
     if not path.exists():
-        return False
+        return None
+    if isinstance(recording, (str, Path)) and Path(recording).resolve() == path.resolve():
+        raise SessionError(f"{path} is the recording itself; prepare into another folder")
     try:
-        return Entry.read(path).provenance.get("options") == options
-    except ValueError:  # damaged, or of another version of the package: make it again
-        return False
+        return Entry.read(path)
+    except VersionError:
+        return None
+    except SessionError as error:
+        raise SessionError(
+            f"{path} is there, and is no session file or damaged; move it away, or prepare into "
+            "another folder"
+        ) from error
 
 
 def _sweep(out: Path) -> None:

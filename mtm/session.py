@@ -7,12 +7,13 @@ that the code after it can trust it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
+import math
 import os
 import struct
 import textwrap
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -35,8 +36,15 @@ UNLABELLED = ("", "root", "void", "nan", "none", "unknown")
 LARGEST_TABLE = 10_000_000  # entries, for cluster ids
 
 
+MOST_SHARED = 0.1  # of the windows' time, before a random split is called into question
+
+
 class SessionError(ValueError):
     """A recording that cannot be used as it is; the message names session, field and remedy."""
+
+
+class VersionError(SessionError):
+    """A session file of another version of this package."""
 
 
 class Split(NamedTuple):
@@ -379,6 +387,10 @@ class Session:
             name: the session's key.
             **fields: any other field of :class:`Session`.
 
+        Warns:
+            UserWarning: windows that share their time, so that a random split shows in training
+                what it tests on; trials before the first or after the last spike of all.
+
         Raises:
             SessionError: naming the session, the field and the remedy.
         """
@@ -407,6 +419,7 @@ class Session:
                 f"session {name!r}, binning: no spike falls into any trial's window; spikes and "
                 "events must be on the same clock, in seconds"
             )
+        _doubt_events(name, counts, np.asarray(align_times, np.float64), window, fields)
         fields["neurons"] = {"cluster": clusters, **fields.get("neurons", {})}
         return cls(
             counts=counts,
@@ -445,10 +458,12 @@ class Session:
             arrays["rates"] = self.rates
         arrays["counts"] = np.ascontiguousarray(self.counts)  # trial after trial
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.parent / f".{path.name}.{os.getpid()}.part"
+        partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
         try:
             with open(partial, "wb") as file:
                 np.savez(file, **arrays)  # no array here can hold objects
+                file.flush()
+                os.fsync(file.fileno())  # before it takes its place, or a power cut could empty it
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -494,6 +509,12 @@ class Session:
             raise SessionError(f"{path} lacks or adds a field of a session file ({err})") from err
 
 
+def check_option(name: str, value: str | None, known: Sequence[str]) -> None:
+    """Raise a ValueError for an option of a reader that is neither ``None`` nor known."""
+    if value is not None and value not in known:
+        raise ValueError(f"{name} must be None or one of {tuple(known)}, got {value!r}")
+
+
 @contextmanager
 def reading(session: str, what: str) -> Iterator[None]:
     """Turns whatever a damaged file of a recording leads to into a SessionError that names it."""
@@ -517,11 +538,6 @@ def reading_file(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError,
             zipfile.BadZipFile, zlib.error, RuntimeError) as err:  # fmt: skip
-        if isinstance(err, OSError) and err.errno == errno.EMFILE:
-            raise SessionError(
-                f"{path}: too many open files, as each mapped session is one; raise the limit, as "
-                "by `ulimit -n 4096`"
-            ) from err
         raise SessionError(
             f"{path} is not a readable session file ({type(err).__name__}); session files are "
             "written by Session.save, and by `python -m mtm simulate` and `prepare`"
@@ -534,7 +550,7 @@ def read_meta(file: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
         raise SessionError(f"{path} is not a session file of this package")
     if (version := meta.pop("version", None)) != FORMAT_VERSION:
-        raise SessionError(
+        raise VersionError(
             f"{path} has format version {version}, this package reads {FORMAT_VERSION}; "
             "write it again from the recording"
         )
@@ -555,7 +571,43 @@ def _on_disk(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
         shape, fortran, dtype = read_header(file)
         if dtype.hasobject:
             raise ValueError("holds Python objects")
-        return np.memmap(path, dtype, "c", file.tell(), shape, "F" if fortran else "C")
+        offset = file.tell()
+    # Through torch, which keeps no file open for each: systems allow few hundred of them.
+    import torch
+
+    stop = offset + math.prod(shape) * dtype.itemsize
+    if stop > path.stat().st_size:
+        raise ValueError("counts end too early")
+    whole = torch.from_file(str(path), shared=False, size=stop, dtype=torch.uint8).numpy()
+    return whole[offset:].view(dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _doubt_events(
+    name: str,
+    counts: np.ndarray,
+    events: np.ndarray,
+    window: tuple[float, float],
+    fields: Mapping[str, Any],
+) -> None:
+    """Warn of events that are too close for a random split, or lie outside the recording."""
+    length = window[1] - window[0]
+    shared = np.maximum(length - np.diff(np.sort(events)), 0).sum() / (length * len(events))
+    if shared > MOST_SHARED and fields.get("given_split") is None:
+        warnings.warn(
+            f"session {name!r}, align_times: {shared:.0%} of the windows' time lies in the next "
+            "window too, so a random split tests on what it trains on; take events further apart, "
+            "or pass given_split with parts that lie apart in time",
+            stacklevel=3,
+        )
+    spiking = counts.any(axis=(1, 2))
+    inside = events[spiking]
+    outside = int(np.sum(~spiking & ((events < inside.min()) | (events > inside.max()))))
+    if outside > 0.05 * len(events):
+        warnings.warn(
+            f"session {name!r}, align_times: {outside} of {len(events)} trials lie before the "
+            "first or after the last spike, as if nothing had been recorded; leave them out",
+            stacklevel=3,
+        )
 
 
 def _positions(spike_clusters: np.ndarray, clusters: np.ndarray, name: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -26,7 +26,8 @@ class Entry:
         regions: (N,) of the neurons chosen.
         firing_rates: (N,) Hz, over all trials and bins, of the neurons chosen.
         neurons: (N,) their places in the file.
-        provenance: where the recording comes from, and the options it was prepared with.
+        provenance: where the recording comes from, and how it was prepared.
+        stamp: size and time of change of the file, when it was listed.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Entry:
     firing_rates: np.ndarray
     neurons: np.ndarray
     provenance: dict[str, Any]
+    stamp: tuple[int, int]
 
     @classmethod
     def read(cls, path: Path) -> Entry:
@@ -55,6 +57,7 @@ class Entry:
                 firing_rates=np.array(listed["firing_rates"]),
                 neurons=np.arange(listed["shape"][2]),
                 provenance=meta["provenance"],
+                stamp=stamp(path),
             )
 
     def column(self, name: str) -> np.ndarray:
@@ -78,10 +81,23 @@ class Entry:
 
     def load(self, mmap: bool) -> Session:
         """The recording with the neurons chosen; those are copied if they are not all."""
+        if not self.path.exists() or stamp(self.path) != self.stamp:
+            raise SessionError(
+                f"session {self.name!r}: {self.path} has changed since it was listed; list again"
+            )
         session = Session.load(self.path, mmap=mmap)
         if len(self.neurons) == session.n_neurons:
             return session
-        return session.select(neurons=self.neurons)
+        chosen = session.select(neurons=self.neurons)
+        chosen.provenance = {k: v for k, v in chosen.provenance.items() if k != "prepared"}
+        chosen.provenance["neurons chosen"] = f"{len(self.neurons)} of {session.n_neurons}"
+        return chosen
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size (bytes) and time of change (ns) of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 class Sessions(Sequence[Session]):
@@ -100,7 +116,7 @@ class Sessions(Sequence[Session]):
         SessionError: a file that is no session, or two sessions of the same name.
 
     Example:
-        >>> sessions = Sessions("sessions").filter(regions=["CA1", "DG"], min_rate=1.0)
+        >>> sessions = Sessions("all").filter(regions=["CA1", "DG"], min_rate=1.0).save("chosen")
         >>> print(sessions.summary())
         >>> model = fit(sessions).model
     """
@@ -147,6 +163,9 @@ class Sessions(Sequence[Session]):
             index = self.names.index(index)
         return self.entries[index].load(self.mmap)
 
+    def __contains__(self, session: object) -> bool:
+        return (session.name if isinstance(session, Session) else session) in self.names
+
     def __iter__(self) -> Iterator[Session]:
         return (entry.load(self.mmap) for entry in self.entries)
 
@@ -172,30 +191,50 @@ class Sessions(Sequence[Session]):
         Args:
             regions: labels of the neurons to keep.
             min_rate: Hz, over all trials and bins.
-            units: columns of the table of neurons: name -> the value to keep, or a function from
-                the column (N,) to bool, as ``{"label": 1}``, ``{"depth": lambda d: d > 1000}``.
+            units: columns of the table of neurons: name -> the value to keep, or several, or a
+                function from the column (N,) to bool, as ``{"label": 1}``, ``{"depth": lambda d:
+                d > 1000}``.
             min_neurons: sessions that are left with fewer are left out.
             min_trials: sessions of fewer trials are left out.
 
         Raises:
-            SessionError: a column that a session does not have.
+            SessionError: a column that a session does not have, a rule that does not give one bool
+                a neuron, or regions that no session has.
         """
-        wanted = [regions] if isinstance(regions, str) else regions
+        wanted = None if regions is None else {regions} if isinstance(regions, str) else {*regions}
+        there = {label for entry in self.entries for label in entry.regions.tolist()}
+        if wanted and not wanted & there:
+            raise SessionError(f"no neuron is in {sorted(wanted)}; there are {sorted(there)}")
         chosen = []
         for entry in self.entries:
             passed = entry.firing_rates >= min_rate
             if wanted is not None:
-                passed &= np.isin(entry.regions, list(wanted))
+                passed &= np.isin(entry.regions, sorted(wanted))
             for name, rule in (units or {}).items():
                 column = entry.column(name)
-                passed &= np.asarray(_passes(rule, column), dtype=bool)
+                test = np.asarray(rule(column) if callable(rule) else np.isin(column, rule))
+                if test.dtype != bool or test.shape != passed.shape:
+                    raise SessionError(
+                        f"session {entry.name!r}, neurons {name!r}: the rule gives {test.dtype} "
+                        f"{test.shape}, not a bool for each of {len(passed)} neurons"
+                    )
+                passed &= test
             if passed.sum() >= min_neurons and entry.shape[0] >= min_trials:
                 chosen.append(entry.keep(passed))
         return self._with(chosen)
 
     def save(self, folder: str | Path) -> Sessions:
-        """Write every session, with the neurons chosen, into a folder; returns that collection."""
+        """Write every session, with the neurons chosen, into a folder; returns that collection.
+
+        Raises:
+            ValueError: where a file of this collection would be written over, or two into one.
+        """
         paths = [Path(folder) / entry.path.name for entry in self.entries]
+        sources = {entry.path.resolve() for entry in self.entries}
+        if sources & {path.resolve() for path in paths}:
+            raise ValueError(f"{folder} holds files of this collection; save into another folder")
+        if len({path.name for path in paths}) < len(paths):
+            raise ValueError("two files of this collection have the same name; rename one")
         for entry, path in zip(self.entries, paths, strict=True):
             entry.load(mmap=True).save(path)
         return Sessions(paths, mmap=self.mmap)
@@ -240,7 +279,3 @@ def _row(entry: Entry) -> tuple[str, ...]:
     trials, bins, _ = entry.shape
     numbers = (trials, bins, len(entry.neurons), len(labels))
     return (entry.name[:36], entry.subject[:12], *map(str, numbers), rate)
-
-
-def _passes(rule: Any | Callable[[np.ndarray], np.ndarray], column: np.ndarray) -> np.ndarray:
-    return rule(column) if callable(rule) else column == rule

@@ -7,10 +7,12 @@ for each scheme apart; the model kept is the one with the best mean over the sch
 from __future__ import annotations
 
 import copy
+import heapq
 import math
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -352,7 +354,8 @@ class _Data:
         # Shared with the session, not copied, unless its home is another device: counts that are
         # on disk stay there. torch cannot index uint16; int16 holds the same bits.
         self.wide = session.counts.dtype == np.uint16
-        self.counts = torch.from_numpy(session.counts.view(np.int16 if self.wide else np.uint8))
+        counts = np.require(session.counts, requirements=["C", "W", "A"])
+        self.counts = torch.from_numpy(counts.view(np.int16 if self.wide else np.uint8))
         self.counts = self.counts.to(home)
         self.regions = torch.from_numpy(session.region_codes).to(device)
         self.n_regions = len(session.region_names)
@@ -584,15 +587,24 @@ def _steps(
         trials = order.permutation(session.train)
         cuts = range(config.batch_size, len(trials), config.batch_size)
         batches += [(session, batch) for batch in np.split(trials, cuts)]
-    waiting = [batches[i] for i in order.permutation(len(batches))]
-    while waiting:
-        first: dict[str, int] = {}  # of each session, in the order they come
-        for i, (session, _) in enumerate(waiting):
-            first.setdefault(session.name, i)
-        rest = (i for i in range(len(waiting)) if i not in first.values())
-        chosen = [*first.values(), *rest][: config.sessions_per_step]
-        yield [waiting[i] for i in chosen]
-        waiting = [batch for i, batch in enumerate(waiting) if i not in chosen]
+    queues: dict[str, deque[tuple[int, tuple[_Data, np.ndarray]]]] = {s.name: deque() for s in data}
+    for place, i in enumerate(order.permutation(len(batches))):
+        queues[batches[i][0].name].append((place, batches[i]))
+    heads = [(queue[0][0], name) for name, queue in queues.items() if queue]
+    heapq.heapify(heads)
+    while heads:
+        chosen, others = [], []
+        while len(chosen) < config.sessions_per_step and (heads or others):
+            if not heads:  # fewer sessions are left than a step takes: again the first of each
+                heads, others = others, []
+                heapq.heapify(heads)
+            name = heapq.heappop(heads)[1]
+            chosen.append(queues[name].popleft()[1])
+            if queues[name]:
+                others.append((queues[name][0][0], name))
+        for head in others:
+            heapq.heappush(heads, head)
+        yield chosen
 
 
 def _parameter_groups(model: MtM, config: TrainConfig) -> list[dict[str, Any]]:

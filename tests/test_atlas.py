@@ -43,8 +43,15 @@ def test_there_and_back():
 
 
 def test_labels_of_the_recording_come_first():
-    given = session(neurons={"cosmos": np.array(list("abcdefghi"))})
-    assert at_level(given, "Cosmos").regions.tolist() == list("abcdefghi")
+    letters = np.array(list("abcdefghi"))
+    given = session(neurons={"allen": LABELS, "cosmos": letters})
+    assert at_level(given, "Cosmos").regions.tolist() == letters.tolist()
+    unlabelled = replace(given, regions=None)
+    assert at_level(unlabelled, "Cosmos").regions.tolist() == letters.tolist()
+    renamed = replace(given, regions=np.array(["CA1"] * 9))  # by the user, who has the last word
+    anew = at_level(renamed, "Cosmos")
+    assert set(anew.regions.tolist()) == {"HPF"}
+    assert at_level(anew, "Allen").regions.tolist() == ["CA1"] * 9
 
 
 def test_what_cannot_be_looked_up():

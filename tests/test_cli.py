@@ -89,6 +89,12 @@ def test_prepare_reads_the_alf_tree_that_simulate_wrote(folder, capsys):
     assert "oracle" not in capsys.readouterr().out
 
 
+def test_a_list_and_a_search_exclude_each_other(folder, tmp_path, capsys):
+    ibl = ["prepare", "ibl", str(folder / "alf"), "--out", str(tmp_path)]
+    assert main([*ibl, "--eids", "paper", "--lab", "x"]) == 1
+    assert "--eids names the sessions" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def test_prepare_from_files(tmp_path, capsys):
     steinmetz = tmp_path / "Mouse_2017-01-02"
     steinmetz.mkdir()
@@ -111,14 +117,15 @@ def test_prepare_from_files(tmp_path, capsys):
     assert "2 recordings: 1 written, 0 there already, 1 skipped" in text and "empty" in text
     session = Session.load(out / f"{steinmetz.name}.npz")
     assert session.counts.shape == (18, 10, 4) and session.window == (0, 1)
-    assert session.provenance["options"] == {
+    assert session.provenance["prepared"]["options"] == {
         "align": "goCue_times", "window": [0, 1], "bin_size": 0.1
     }  # fmt: skip
     assert main(["prepare", "steinmetz", str(tmp_path / "empty"), *how]) == 1
     assert "none of the 1 recordings could be read" in capsys.readouterr().err
-    url = "http://127.0.0.1:9/asset/download/"
+    url = "http://user:secret@127.0.0.1:9/asset/download/?signature=secret"
     assert main(["prepare", "nwb", url, "--out", str(out), "--workers", "1"]) == 1
-    assert "http-127-0-0-1-9-asset-download" in capsys.readouterr().out
+    text = "".join(capsys.readouterr())
+    assert "http-127-0-0-1-9-asset-download" in text and "secret" not in text
     twice = ["prepare", "bwb", "a/x.h5", "b/x.h5", "--out", str(out)]
     assert main(twice) == 1 and "two recordings are named 'x'" in capsys.readouterr().err
 

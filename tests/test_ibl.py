@@ -453,7 +453,31 @@ def test_bad_trials_are_kept_counted_or_dropped(variant):
         "in the table": K,
         "without stimOn_times": 1,
         "rejected by the filter": 2,
+        "beyond the recording": 0,
     }
+
+
+def test_trials_after_a_probe_stopped_are_left_out(variant):
+    """Twenty of forty trials, of which half the neurons know nothing."""
+    table = []
+
+    def stop(alf):
+        trials = pd.read_parquet(alf / "_ibl_trials.table.pqt")
+        folder = alf / "probe01/pykilosort"
+        times = np.load(folder / "spikes.times.npy")
+        before = times < trials["stimOn_times"][20] - 2
+        for name in ("times", "clusters"):
+            values = np.load(folder / f"spikes.{name}.npy")
+            np.save(folder / f"spikes.{name}.npy", values[before])
+        table.append(trials)
+
+    read = variant(stop)
+    assert 18 <= read.n_trials <= 20 and read.n_recorded == K
+    assert read.trial_ids.tolist() == list(range(read.n_trials))
+    np.testing.assert_array_equal(read.counts, make_session().counts[: read.n_trials])
+    assert read.provenance["trials"]["beyond the recording"] == K - read.n_trials
+    alone = variant(stop, probes=["probe00"])
+    assert alone.n_trials == K  # the other probe went on
 
 
 def test_trials_in_separate_files(variant):
@@ -792,6 +816,8 @@ def test_local_mode_without_home_input_or_network(tree):
 
 
 def test_search(tree, tmp_path):
+    from iblutil.io import parquet
+
     root = shutil.copytree(tree, tmp_path / "copy")
     other = make_session("other", "MOUSE-2")
     other.regions[:] = "VISp5"
@@ -802,6 +828,7 @@ def test_search(tree, tmp_path):
     for folder in root.glob("simlab/Subjects/MOUSE-4/*/*/alf/probe*"):
         shutil.rmtree(folder)
     subject = {eid: path.parts[-3] for eid, path in index_alf(root).items()}
+    eids = {name: eid for eid, name in subject.items()}
     one = ibl.connect(root)
 
     def found(**terms):
@@ -814,8 +841,23 @@ def test_search(tree, tmp_path):
     assert found(region="CA1") == found(region="HPF") == ["MOUSE-1.a"]
     assert found(region="TH") == found(region="PO") == ["MOUSE-1.a", "MOUSE-3"]
     assert found(region="VISp") == ["MOUSE-2"] and found(region="CB") == []
-    assert found(quality="PASS", date_range="2026-01-02", subject="MOUSE-1") == ["MOUSE-1.a"]
-    assert found(project="nothing like it") == []
+    assert found(date_range="2026-01-02", subject="MOUSE-1") == ["MOUSE-1.a"]
+    for table, column in (("datasets", "qc"), ("sessions", "projects")):
+        frame, meta = parquet.load(root / f"{table}.pqt")
+        mine = frame.index.get_level_values(0).astype(str) == eids["MOUSE-2"]
+        values = np.where(
+            mine, "FAIL" if column == "qc" else "brainwide", frame[column].astype(str)
+        )
+        kept = frame[column].dtype
+        frame = frame.assign(**{column: pd.Series(values, frame.index).astype(kept)})
+        parquet.save(root / f"{table}.pqt", frame, meta)
+    one = ibl.connect(root)
+    assert found(quality="WARNING") == ["MOUSE-1.a", "MOUSE-3"]
+    assert found(quality="FAIL") == found()
+    assert found(project="brain") == ["MOUSE-2"] and found(project="nothing like it") == []
+    next(root.glob("simlab/Subjects/MOUSE-3/*/*/alf/probe01/*/channels.brain*")).write_bytes(b"x")
+    with pytest.warns(UserWarning, match="damaged .*left out of the search"):
+        assert [subject[eid] for eid in ibl.search(one, region="PO")] == ["MOUSE-1.a"]
     with pytest.raises(ValueError, match="region 'V1' is not an acronym"):
         ibl.search(one, region="V1")
 
@@ -841,10 +883,16 @@ def test_prepare_writes_what_load_session_gives(tree, read, tmp_path):
     assert "no behaviour 'whisker-motion-energy'" in str(done)
     written = Session.load(tmp_path / "out" / f"{EID}.npz")
     np.testing.assert_array_equal(written.counts, read.counts)
-    assert written.provenance["eid"] == EID and written.provenance["options"] == {}
-    assert {"revisions", "trials", "clusters dropped", "mtm"} <= set(written.provenance)
+    assert written.provenance["eid"] == EID
+    assert {"mtm", "options", "notes"} <= set(written.provenance["prepared"])
+    assert {"revisions", "trials", "clusters dropped"} <= set(written.provenance)
     again = ibl.prepare(one, [EID], tmp_path / "out", workers=1, progress=False)
     assert again.outcomes[0].status == "there already"
+    # a session that came after the first look is seen
+    write_alf(make_session("late", "MOUSE-5"), root)
+    late = next(eid for eid, path in index_alf(root).items() if "MOUSE-5" in path.parts)
+    done = ibl.prepare(ibl.connect(root), [late], tmp_path / "out", workers=1, progress=False)
+    assert done.outcomes[0].status == "written"
 
 
 class Alyx(BaseHTTPRequestHandler):

@@ -145,6 +145,7 @@ def add_series(file):
 def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*align_times: 2.% of the windows")  # of these
         yield
 
 

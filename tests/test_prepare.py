@@ -40,7 +40,9 @@ def test_every_recording_ends_as_a_file_or_with_a_reason(tmp_path, workers):
     assert [path.name for path in done.paths] == ["0.npz", "1.npz", "2.npz", "5.npz"]
     assert Sessions(done.paths).names == ["0", "1", "2", "5"]
     made = Session.load(done.paths[3]).provenance
-    assert made["number"] == 5 and made["options"] == {} and made["mtm"]
+    how = made["prepared"]
+    assert made["number"] == 5 and how["options"] == {} and how["mtm"]
+    assert how["notes"] == ["session 5: no wheel"] and how["load"].endswith("test_prepare.load")
     assert str(done).splitlines() == [
         "skipped: 3",
         "    session 3, spikes: none; choose another",
@@ -56,14 +58,13 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     options = {"workers": 1, "progress": False, "scale": 1}
     prepare(load, [0, 1], tmp_path, **options)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    (tmp_path / "1.npz").write_bytes((tmp_path / "1.npz").read_bytes()[:-100])  # damaged since
     done = prepare(load, [0, 1, 2], tmp_path, **options)
-    assert [o.status for o in done.outcomes] == ["there already", "written", "written"]
+    assert [o.status for o in done.outcomes] == ["there already", "there already", "written"]
     assert (tmp_path / "0.npz").stat().st_mtime_ns == before["0.npz"]
     # other options, other files
     done = prepare(load, [0], tmp_path, **options | {"scale": 5})
     assert done.outcomes[0].status == "written"
-    assert Session.load(tmp_path / "0.npz").provenance["options"] == {"scale": 5}
+    assert Session.load(tmp_path / "0.npz").provenance["prepared"]["options"] == {"scale": 5}
     assert prepare(load, [2], tmp_path, overwrite=True, **options).outcomes[0].status == "written"
 
 
@@ -75,11 +76,60 @@ def test_options_of_every_kind_are_told_apart(tmp_path):
         ({"align": np.arange(2000.0)}, "written"),
         ({"align": np.arange(2000.0)}, "there already"),
         ({"align": np.r_[np.arange(1999.0), 0]}, "written"),
-        ({"window": (0, 1), "where": Path("x"), "pick": load}, "written"),
-        ({"window": (0, 1), "where": Path("x"), "pick": load}, "there already"),
+        ({"window": (0, 1), "where": Path("x")}, "written"),
+        ({"window": (0, 1), "where": Path("x")}, "there already"),
+        ({"pick": load}, "written"),
+        ({"pick": load}, "written"),  # what it does may have changed
     ):
         done = prepare(anything, [0], tmp_path, workers=1, progress=False, **options)
         assert done.outcomes[0].status == status, options
+
+
+def from_file(path):
+    with np.load(path) as file:
+        return Session(file["counts"], provenance={"sum": int(file["counts"].sum())})
+
+
+def test_a_recording_that_changed_is_made_again(tmp_path):
+    def write(folder, value):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        np.savez(tmp_path / folder / "x.npz", counts=np.full((20, 2, 3), value))
+        return [tmp_path / folder / "x.npz"]
+
+    out, how = tmp_path / "out", {"workers": 1, "progress": False}
+    for folder, value, status in (("a", 1, "written"), ("a", 1, "there already"),
+                                  ("b", 2, "written")):  # fmt: skip
+        if status == "written":
+            recordings = write(folder, value)
+        done = prepare(from_file, recordings, out, **how)
+        assert done.outcomes[0].status == status
+        assert Session.load(out / "x.npz").provenance["sum"] == 120 * value
+    assert prepare(lambda path: from_file(path), recordings, out, **how).outcomes[0].status == (
+        "written"  # by another function
+    )
+    assert Session.load(out / "x.npz").name == "x"  # which it was not given
+
+
+def test_nothing_but_sessions_is_written_over(tmp_path):
+    for name in ("raw", "other"):
+        np.savez(tmp_path / f"{name}.npz", counts=np.ones((9, 2, 3)), precious=np.arange(3))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    how = {"workers": 1, "progress": False, "overwrite": True}
+    done = prepare(from_file, [tmp_path / "raw.npz"], tmp_path, **how)
+    assert "is the recording itself" in done.skipped["raw"]
+    done = prepare(from_file, {"other": tmp_path / "raw.npz"}, tmp_path, **how)
+    assert "is no session file or damaged; move it away" in done.skipped["other"]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_load_must_take_and_give(tmp_path):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bin_sise'"):
+        prepare(load, [0], tmp_path, bin_sise=0.1)
+    done = prepare(lambda number: None, [0], tmp_path, workers=1, progress=False)
+    assert done.skipped == {"0": "load returned NoneType, not a Session"}
+    same = {"a": 1, "b": 1}
+    done = prepare(load, same, tmp_path, workers=1, progress=False)
+    assert "b\n    its session is named '1', as that of a;" in str(done)
 
 
 def test_names(tmp_path):
@@ -156,4 +206,4 @@ def test_what_killed_writers_left_behind_goes_after_a_day(tmp_path):
 def test_the_options_are_json(tmp_path):
     done = prepare(load, [0], tmp_path, workers=1, progress=False, scale=2)
     with np.load(done.paths[0]) as file:
-        assert json.loads(str(file["meta"]))["provenance"]["options"] == {"scale": 2}
+        assert json.loads(str(file["meta"]))["provenance"]["prepared"]["options"] == {"scale": 2}

@@ -230,6 +230,23 @@ def test_from_spike_times_counts_by_loop():
     np.testing.assert_allclose(session.behaviour["wheel"], middle, rtol=1e-6)
 
 
+def test_events_that_are_too_close_or_outside_are_doubted():
+    times = np.arange(0, 100, 0.01)
+    spikes = (times, np.resize([0, 1], len(times)))
+    apart = np.arange(2.0, 90.0, 2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Session.from_spike_times(*spikes, apart)
+    with pytest.warns(UserWarning, match="align_times: 8.% of the windows' time lies in the next"):
+        Session.from_spike_times(*spikes, np.arange(2.0, 90.0, 0.25))
+    parts = Split(np.arange(200), np.arange(220, 260), np.arange(280, 352))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Session.from_spike_times(*spikes, np.arange(2.0, 90.0, 0.25), given_split=parts)
+    with pytest.warns(UserWarning, match="align_times: 40 of 88 trials lie before the first or"):
+        Session.from_spike_times(*spikes, np.arange(-80.0, 96.0, 2.0) + 0.5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -277,6 +294,7 @@ def test_any_spike_times_end_as_a_session_or_with_a_reason(data):
         options["traces"] = {"wheel": trace}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="session 'any', align_times")
         try:
             session = Session.from_spike_times(times, ids, events, bin_size=0.1, **options)
         except SessionError as error:

@@ -24,7 +24,15 @@ def make(name, seed=0, n_trials=30, n_neurons=12, **fields):
 
 
 def on_disk(session):
-    return isinstance(session.counts.base, np.memmap)
+    """Whether the counts lie in a mapping of a session file."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("mappings are read from /proc, which this system lacks")
+    at = session.counts.ctypes.data
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(edge, 16) for edge in line.split()[0].split("-"))
+        if start <= at < stop:
+            return line.endswith(".npz")
+    return False
 
 
 @pytest.fixture
@@ -128,6 +136,42 @@ def test_choosing_neurons_against_doing_it_by_hand(folder):
         Sessions(folder).filter(units={"quality": 1})
 
 
+def test_rules_of_every_kind_and_wrong_ones(folder):
+    sessions = Sessions(folder)
+    several = sessions.filter(units={"label": [1.0, 0.5]})
+    assert several.entries[0].neurons.tolist() == list(range(0, 12, 2))
+    with pytest.raises(SessionError, match="the rule gives float64 .12,., not a bool for each"):
+        sessions.filter(units={"depth": lambda depth: depth * 2.0})
+    with pytest.raises(SessionError, match=r"no neuron is in \['VISp'\]; there are \['CA1', 'DG'"):
+        sessions.filter(regions="VISp")
+    assert "s1" in sessions and sessions["s1"] in sessions and "s9" not in sessions
+
+
+def test_nothing_of_a_collection_is_written_over(folder, tmp_path):
+    some = Sessions(folder).filter(regions="CA1")
+    before = (folder / "s0.npz").read_bytes()
+    with pytest.raises(ValueError, match="holds files of this collection"):
+        some.save(folder)
+    assert (folder / "s0.npz").read_bytes() == before
+    other = make("other", 5)
+    other.save(tmp_path / "b" / "s0.npz")
+    with pytest.raises(ValueError, match="the same name"):
+        Sessions([folder / "s0.npz", tmp_path / "b" / "s0.npz"]).save(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    saved = some.save(tmp_path / "d")[0]
+    assert saved.provenance["neurons chosen"] == "4 of 12"
+
+
+def test_a_file_that_changes_is_noticed(folder):
+    chosen = Sessions(folder).filter(regions="CA1")
+    make("s0", 3, n_neurons=9).save(folder / "s0.npz")
+    with pytest.raises(SessionError, match=r"s0\.npz has changed since it was listed"):
+        chosen[0]
+    (folder / "s1.npz").unlink()
+    with pytest.raises(SessionError, match=r"s1\.npz has changed"):
+        chosen["s1"]
+
+
 def test_training_from_disk_is_training_from_memory(folder):
     options = {"depth": 1, "epochs": 2, "validations": 1, "progress": False, "schemes": ["neuron"]}
     mapped, loaded = (
@@ -149,6 +193,15 @@ def test_counts_above_255_train_too():
     data = _Data(session, TrainConfig(), cpu)
     batch = data.batch(torch.arange(5))
     np.testing.assert_array_equal(batch.numpy(), session.counts[:5])
+
+
+def test_mapped_sessions_need_no_file_descriptors(folder):
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("open files are counted in /proc, which this system lacks")
+    before = len([*descriptors.iterdir()])
+    held = [Sessions(folder)[0] for _ in range(50)]
+    assert len([*descriptors.iterdir()]) < before + 5 and len(held) == 50
 
 
 def test_four_hundred_sessions_are_listed_within_a_second(tmp_path):

@@ -240,7 +240,7 @@ def _streams(who: str, folder: Path) -> list[Path]:
 
 def _columns(who: str, files: Sequence[Path]) -> Columns:
     """The columns of all files of a split."""
-    pyarrow, parquet = extra("pyarrow"), extra("pyarrow.parquet")
+    pyarrow, parquet = extra("pyarrow", "data"), extra("pyarrow.parquet", "data")
     tables = []
     for path in files:
         with reading(who, path.name):

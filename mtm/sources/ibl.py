@@ -34,7 +34,7 @@ from mtm.binning import ordered_samples, wheel_speed
 from mtm.extras import extra
 from mtm.prepare import Prepared
 from mtm.prepare import prepare as run
-from mtm.session import Session, SessionError
+from mtm.session import Session, SessionError, check_option
 
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
 TRIAL_COLUMNS = (
@@ -45,6 +45,7 @@ PROBE_DATASETS = (
     *("spikes.times", "spikes.clusters", "channels.brainLocationIds_ccf_2017"),
     *("clusters.channels", "clusters.depths", "clusters.metrics", "clusters.uuids"),
 )
+UNRECORDED = 0.1  # s without a spike of a whole probe that do not yet mean that it was off
 PLACE = ("lab", "subject", "date", "number")
 SESSIONS_OF_THE_PAPER = json.loads((Path(__file__).parent / "paper_sessions.json").read_text())
 PAPER_EIDS: tuple[str, ...] = tuple(SESSIONS_OF_THE_PAPER["paper"])
@@ -109,7 +110,7 @@ def connect(
             for the log-in), or credentials that it refuses.
         ImportError: without the ``[data]`` extra.
     """
-    api = extra("one.api")
+    api = extra("one.api", "data")
     if username or password or token:
         where = {} if cache_dir is None else {"cache_dir": Path(cache_dir)}
         login = {"username": username, "password": password, "token": token}
@@ -161,7 +162,8 @@ def load_session(
         eid: session id (or whatever else ONE takes for one).
         window: (start, stop) around the event, seconds.
         bin_size: seconds.
-        align: the event: a column of the trials table; trials without it are left out.
+        align: the event: a column of the trials table; trials without it are left out, as are
+            those before or after the time in which all probes recorded.
         atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos". All three are
             columns of ``Session.neurons``. An id that the atlas does not know becomes "id 12345".
             ``None``: load without regions (a probe without histology).
@@ -179,13 +181,14 @@ def load_session(
         SessionError: naming the eid, the dataset and the remedy.
         ValueError: for an unknown ``atlas``, ``trial_filter`` or ``units``.
     """
-    _check_option("atlas", atlas, LEVELS)
-    _check_option("trial_filter", trial_filter, ("reaction-time",))
-    _check_option("units", units, ("good",))
+    check_option("atlas", atlas, LEVELS)
+    check_option("trial_filter", trial_filter, ("reaction-time",))
+    check_option("units", units, ("good",))
     recording = _Recording(one, eid)
     trials, dropped = _trials(recording, align, trial_filter)
     collections = _sortings(recording, probes)
     sorted_ = [_probe(recording, *item, atlas is not None) for item in collections.items()]
+    trials = _recorded(trials, dropped, align, window, [times for times, *_ in sorted_])
     times, clusters, columns = _merge(sorted_)
     keep = _quality(recording, columns, units)
     inside = slice(None) if keep.all() else keep[clusters]
@@ -255,12 +258,15 @@ def search(
 
 def _passes_through(recording: _Recording, ids: np.ndarray) -> bool:
     """Whether a channel of any probe is in one of the regions with these ids."""
-    for collection in _sortings(recording, None).values():
-        name = "channels.brainLocationIds_ccf_2017"
-        if recording.find(name, collection):
-            located = np.nan_to_num(recording.load(name, collection)).astype(np.int64)
-            if np.isin(np.abs(located), ids).any():
-                return True
+    name = "channels.brainLocationIds_ccf_2017"
+    try:
+        for collection in _sortings(recording, None).values():
+            if recording.find(name, collection):
+                located = np.nan_to_num(recording.load(name, collection)).astype(np.int64)
+                if np.isin(np.abs(located), ids).any():
+                    return True
+    except SessionError as error:  # the other sessions can still be searched
+        warnings.warn(f"{error}; left out of the search", UserWarning, stacklevel=3)
     return False
 
 
@@ -294,21 +300,21 @@ def prepare(
     where: dict[str, Any] = {"cache_dir": str(one.cache_dir)}
     if not one.offline:
         where |= {"username": one.alyx.user, "base_url": one.alyx.base_url}
-    load = functools.partial(_load_there, where)
+    tables = (Path(one.cache_dir) / f"{name}.pqt" for name in ("sessions", "datasets"))
+    known = tuple(table.stat().st_mtime_ns for table in tables if table.exists())
+    load = functools.partial(_load_there, where, known)
     settings = {"workers": workers, "overwrite": overwrite, "progress": progress}
     return run(load, {str(eid): eid for eid in eids}, out, **settings, **options)
 
 
-def _load_there(where: dict[str, Any], eid: Any, **options: Any) -> Session:
-    return load_session(_connected(**where), eid, **options)
+def _load_there(where: dict[str, Any], known: tuple[int, ...], eid: Any, **options: Any) -> Session:
+    return load_session(_connected(known, **where), eid, **options)
 
 
-_connected = functools.cache(connect)
-
-
-def _check_option(name: str, value: str | None, known: tuple[str, ...]) -> None:
-    if value not in (None, *known):
-        raise ValueError(f"{name} must be None or one of {known}, got {value!r}")
+@functools.cache
+def _connected(known: tuple[int, ...], **where: Any) -> Any:
+    """One connection a process, as long as ONE's tables (times of change: ``known``) are these."""
+    return connect(**where)
 
 
 def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
@@ -358,7 +364,7 @@ class _Recording:
         self.eid = str(eid if self.id is None else self.id)
         try:
             found = () if self.id is None else one.list_datasets(self.id, details=True)
-        except extra("requests.exceptions").HTTPError as error:
+        except extra("requests.exceptions", "data").HTTPError as error:
             if getattr(error.response, "status_code", None) != 404:
                 raise
             found = ()
@@ -424,7 +430,7 @@ class _Recording:
         try:
             if path.endswith(".npy"):
                 return self.column(path, np.load(file, allow_pickle=False))
-            pandas = extra("pandas")
+            pandas = extra("pandas", "data")
             return (pandas.read_parquet if path.endswith(".pqt") else pandas.read_csv)(file)
         except (OSError, ValueError, EOFError) as error:
             self.fail(path, f"damaged ({error}); delete {file} and load again")
@@ -478,6 +484,27 @@ def _trials(
     return rows | {name: values[keep] for name, values in trials.items()}, dropped
 
 
+def _recorded(
+    trials: dict[str, np.ndarray],
+    dropped: dict[str, int],
+    align: str,
+    window: tuple[float, float],
+    spikes: list[np.ndarray],
+) -> dict[str, np.ndarray]:
+    """The trials while all probes recorded; the others would be silent. Counted in ``dropped``.
+
+    A probe records from its first to its last spike, and `UNRECORDED` longer; one with fewer spikes
+    than trials says nothing.
+    """
+    n = len(trials[align])
+    busy = [times for times in spikes if len(times) >= n]
+    start = max((times.min() for times in busy), default=-np.inf) - UNRECORDED
+    stop = min((times.max() for times in busy), default=np.inf) + UNRECORDED
+    keep = (trials[align] + window[0] >= start) & (trials[align] + window[1] <= stop)
+    dropped["beyond the recording"] = int(np.sum(~keep))
+    return {name: values[keep] for name, values in trials.items()} if keep.any() else trials
+
+
 def _behaviour(trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Behaviour with one value a trial, as far as the trials table has the columns for it."""
     recipes = {
@@ -517,9 +544,11 @@ def _sortings(recording: _Recording, wanted: Sequence[str] | None) -> dict[str, 
             found.setdefault(match[1], []).append(match[2] or "")
     if not found:
         recording.fail("alf/probe*/*/spikes.times.npy", "no spike sorting; choose another session")
+    wanted = [wanted] if isinstance(wanted, str) else wanted
     wanted = sorted(there if wanted is None else wanted)
-    if not set(wanted) <= there:
-        recording.fail("alf", f"no {', '.join(set(wanted) - there)}; it has {sorted(there)}")
+    if not wanted or not set(wanted) <= there:
+        lacking = ", ".join(sorted(set(wanted) - there)) or "probe asked for"
+        recording.fail("alf", f"no {lacking}; it has {sorted(there)}")
     if unsorted := [probe for probe in wanted if probe not in found]:
         problem = f"alf/{unsorted[0]}: no spikes.times, so no spike sorting"
         if len(unsorted) == len(wanted):

@@ -67,6 +67,8 @@ def load_bundle(
     """
     grid = _grid(window, bin_size)
     file = os.path.basename(path)
+    if not os.path.isfile(path):
+        raise SessionError(f"session {file!r}: no such file; pass the path of steinmetz_part0.npz")
     with reading(file, "dat"):
         entries = _entries(path)
     chosen = range(len(entries)) if index is None else np.atleast_1d(index).tolist()

@@ -165,7 +165,7 @@ class _Recording:
 
     def read(self, dataset: Any, part: Any = ()) -> np.ndarray:
         """A dataset, or part of it; text as str."""
-        if extra("h5py").check_string_dtype(dataset.dtype) is None:
+        if extra("h5py", "nwb").check_string_dtype(dataset.dtype) is None:
             return np.asarray(dataset[part])
         return np.asarray(dataset.asstr(errors="replace")[part]).astype(np.str_)
 
@@ -201,7 +201,7 @@ def _public(text: str) -> str:
 def _opened(source: Any, name: str | None) -> Iterator[_Recording]:
     """The open file; whatever goes wrong with it becomes a SessionError."""
     recording = _Recording(str(source), name)
-    h5py = extra("h5py")
+    h5py = extra("h5py", "nwb")
     try:
         stream = _stream(recording, source) if recording.remote else str(source)
         if not recording.remote and not Path(stream).is_file():
@@ -226,7 +226,7 @@ def _stream(recording: _Recording, url: str) -> Any:
 
     remfile alone tries for 25 s where nothing is, and does not see that a server ignores ranges.
     """
-    remfile, requests = extra("remfile"), extra("requests")
+    remfile, requests = extra("remfile", "nwb"), extra("requests", "nwb")
     first = {"headers": {"Range": "bytes=0-7"}, "stream": True, "timeout": TIMEOUT}
     with requests.get(url, **first) as reply:
         if reply.status_code != 206:
@@ -240,7 +240,7 @@ class _Table:
     """A DynamicTable: which columns it has, and their content; empty where there is none."""
 
     def __init__(self, recording: _Recording, path: str) -> None:
-        h5py = extra("h5py")
+        h5py = extra("h5py", "nwb")
         self.recording, self.path = recording, path
         group = recording.file.get(path) or {}
         found = {key: item for key, item in group.items() if hasattr(item, "shape")}

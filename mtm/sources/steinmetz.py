@@ -33,7 +33,7 @@ from typing import NoReturn
 import numpy as np
 
 from mtm.binning import ordered_samples, wheel_speed
-from mtm.session import Session, SessionError, reading
+from mtm.session import Session, SessionError, check_option, reading
 
 TICK = 2 * np.pi / 1440  # rad
 GOOD = 2  # annotations: 1 multi-unit, 2 good, 3 unsorted; their analyses include 2 and 3
@@ -73,18 +73,22 @@ def load_session(
         SessionError: naming the session, the file and the remedy.
         ValueError: for an unknown ``units`` or ``trial_filter``.
     """
-    for key, value, known in (("units", units, "good"), ("trial_filter", trial_filter, "included")):
-        if value not in (None, known):
-            raise ValueError(f"{key} must be None or {known!r}, got {value!r}")
+    check_option("units", units, ("good",))
+    check_option("trial_filter", trial_filter, ("included",))
     files = _Folder(folder)
     trials, counted = _trials(files, align, trial_filter)
     neurons = _clusters(files)
     n = len(neurons["channel"])
     keep = np.ones(n, bool) if units is None else files.array("clusters._phy_annotation", n) >= GOOD
     times = files.array("spikes.times")
+    clusters = files.array("spikes.clusters", len(times))
+    if np.all(clusters == np.floor(clusters)):
+        clusters = clusters.astype(np.int32)
+    if not (timed := np.isfinite(times)).all():
+        files.warn(f"spikes.times: left out {np.sum(~timed)} without time")
     session = Session.from_spike_times(
-        times,
-        files.array("spikes.clusters", len(times)),
+        times[timed],
+        clusters[timed],
         trials[align],
         clusters=np.arange(n),
         regions=neurons["allen"],
