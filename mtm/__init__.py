@@ -41,10 +41,11 @@ from mtm.hub import from_pretrained, load, push_to_hub, save
 from mtm.masks import Mask, MaskSampler, register
 from mtm.model import MtM, MtMConfig
 from mtm.prepare import Prepared, prepare
+from mtm.recipes import TrainConfig
 from mtm.session import Session, SessionError, Split
 from mtm.sessions import Sessions
 from mtm.simulate import simulate
-from mtm.train import Fit, TrainConfig, fit
+from mtm.train import Fit, fit
 
 __version__ = "0.1.0.dev0"
 

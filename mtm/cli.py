@@ -7,18 +7,22 @@ line, with exit status 1; a wrong command line ends with 2.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 import importlib
+import inspect
 import json
+import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mtm import alf, hub
+from mtm import alf, hub, parallel
 from mtm.atlas import LEVELS
 from mtm.decode import Decoded, decodable, decode
 from mtm.evaluate import Report, checked_split_seed, evaluate, mean_rates, oracle, score_table
@@ -26,11 +30,12 @@ from mtm.masks import SCHEMES
 from mtm.model import CHOICES as MODEL_CHOICES
 from mtm.model import MtMConfig
 from mtm.prepare import Prepared, prepare
+from mtm.recipes import CHOICES as TRAIN_CHOICES
+from mtm.recipes import RECIPES, TrainConfig, recipe
 from mtm.session import Session, SessionError
 from mtm.sessions import Sessions
 from mtm.simulate import simulate
-from mtm.train import CHOICES as TRAIN_CHOICES
-from mtm.train import RECIPES, fit, pick_device, recipe
+from mtm.train import fit, pick_device
 
 ORIGINS = {
     **{name: f"mtm.sources.{name}" for name in ("nwb", "steinmetz", "huggingface")},
@@ -38,6 +43,7 @@ ORIGINS = {
 }
 IBL_TERMS = ("project", "lab", "subject", "region", "quality")
 LOAD_OPTIONS = ("align", "window", "bin_size", "atlas", "trial_filter", "units", "traces", "split")
+KEEP = object()  # a setting that the command line does not name
 EXAMPLE = """example, from nothing to scores in a few minutes:
   python -m mtm simulate sessions --sessions 3
   python -m mtm train sessions/*.npz --out model --depth 1
@@ -59,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         # The text of a KeyError is its argument, quoted; show the argument itself.
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"mtm {options.command}: error: {text}", file=sys.stderr)
+        who = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+        print(f"mtm {options.command}{who}: error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"mtm {options.command}: stopped", file=sys.stderr)
@@ -132,28 +139,39 @@ def _prepare_files(options: argparse.Namespace, how: dict[str, Any]) -> Prepared
 
 
 def run_train(options: argparse.Namespace) -> None:
-    """Train a model and save it with its settings and history."""
+    """Train a model; it is kept with its settings, its history and the state of the run."""
+    with parallel.joined(options.device) as device:
+        if parallel.rank() > 0:  # one process speaks for all
+            sys.stdout = open(os.devnull, "w")
+        _train(options, device or pick_device())
+
+
+def _train(options: argparse.Namespace, device: torch.device) -> None:
     sessions = Sessions(options.sessions if len(options.sessions) > 1 else options.sessions[0])
-    flags = ("epochs", "lr", "batch_size", "seed", "schemes", "tune")
-    changes = {key: getattr(options, key) for key in flags if getattr(options, key) is not None}
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)}
+    changes = {key: value for key, value in given.items() if value is not KEEP}
     config = recipe(options.recipe, **changes)
-    device = options.device or pick_device()
     start = sizes = _sizes(options, sessions[0].n_bins)
     if options.start:
         start = hub.load(options.start)
         sizes = start.config
     print(
-        f"training on {len(sessions)} sessions, "
+        f"{len(sessions)} sessions, "
         f"{sum(len(entry.neurons) for entry in sessions.entries)} neurons; "
         f"recipe {options.recipe}, {sizes.tokenizer}, depth {sizes.depth} (width {sizes.width}), "
-        f"{config.epochs} epochs, {device}"
+        f"{config.epochs} epochs",
+        flush=True,
     )
-    options.out.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail now
-    if (options.out / hub.CONFIG).exists():
-        print(f"the model in {options.out} will be replaced")
-    result = fit(sessions, start, config=config, device=device)
+    result = fit(
+        sessions,
+        start,
+        config=config,
+        device=device,
+        folder=options.out,
+        restart=options.restart,
+        save_every=options.save_every,
+    )
     best = result.best
-    hub.save(result.model, options.out, info=result.to_dict())
     print(f"best validation, epoch {best['epoch']}, bits per spike on hidden entries:")
     for name, value in best["validation"].items():
         print(f"  {name:<14} {value:7.3f}")
@@ -169,7 +187,7 @@ def _sizes(options: argparse.Namespace, n_bins: int) -> MtMConfig:
         raise ValueError(
             f"--{min(given).replace('_', '-')}: a model that is gone on with has its sizes already"
         )
-    if options.tune and not options.start:
+    if options.tune not in (KEEP, "all") and not options.start:
         raise ValueError("--tune: there is no trained model to tune; name one with --start")
     if options.patch_size and options.tokenizer != "ndt2":
         raise ValueError("--patch-size: only --tokenizer ndt2 has patches")
@@ -248,7 +266,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _prepare_options(commands)
     _train_options(commands)
     _evaluate_options(commands)
-    return parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        sub = commands.choices[options.command]
+        flags = [flag for action in sub._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        sub.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return options
 
 
 def _simulate_options(commands: Any) -> None:
@@ -335,9 +360,12 @@ def _origin(origins: Any, name: str, text: str, recordings: str | None) -> argpa
 def _train_options(commands: Any) -> None:
     sub = commands.add_parser(
         "train",
+        allow_abbrev=False,
         help="train a model on session files",
-        description="Train on the training trials of all sessions, keep the weights that predict "
-        "hidden entries of the validation trials best, and save them in DIR.",
+        description="Train on the training trials of all sessions, and keep the weights that "
+        "predict hidden entries of the validation trials best in DIR. A run that was stopped goes "
+        "on when the same command is given again. Several processes train faster: start them with "
+        "torchrun --nproc-per-node N -m mtm train ... --sessions-per-step N",
     )
     sub.add_argument(
         "sessions", type=Path, nargs="+", metavar="SESSION.npz", help="files, or one folder of them"
@@ -370,30 +398,72 @@ def _train_options(commands: Any) -> None:
         help="folder of a model to go on with; sessions it does not know get maps of their own",
     )
     sub.add_argument(
-        "--tune",
-        choices=TRAIN_CHOICES["tune"],
-        help="what learns of a model to go on with (default all)",
+        "--restart",
+        action="store_true",
+        help="begin anew, and replace what DIR holds; without it, a run that was stopped goes on "
+        "where it was",
     )
     sub.add_argument(
-        "--epochs",
-        type=_positive,
-        help="passes over the training trials (default: "
-        f"{RECIPES['mtm'].epochs}, or {RECIPES['paper'].epochs} with --recipe paper)",
+        "--save-every",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="between two states of the run on disk (default %(default)g)",
     )
-    sub.add_argument("--lr", type=float, help="peak learning rate")
-    sub.add_argument("--batch-size", type=_positive, help="trials in a step")
-    sub.add_argument("--seed", type=int, help="of weights, masks and the order of batches")
-    sub.add_argument(
-        "--schemes",
-        nargs="+",
-        choices=tuple(SCHEMES),
-        metavar="SCHEME",
-        help=f"masking schemes to alternate, of {', '.join(SCHEMES)} (default: the four of MtM)",
-    )
+    _setting_options(sub)
     sub.add_argument(
         "--device", type=_device, help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)"
     )
     sub.set_defaults(run=run_train)
+
+
+def _setting_options(sub: argparse.ArgumentParser) -> None:
+    """A flag for each field of TrainConfig, described by its docstring."""
+    group = sub.add_argument_group(
+        "settings of training", "Defaults are the recipe's. 'none' stands for no value."
+    )
+    said = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", inspect.getdoc(TrainConfig), re.M))
+    for setting in dataclasses.fields(TrainConfig):
+        name, kind = setting.name, str(setting.type)
+        text = " ".join(said[name].split()).replace("``", "").replace("%", "%%").rstrip(".")
+        ours, theirs = (str(getattr(RECIPES[key], name)).lower() for key in ("mtm", "paper"))
+        if kind not in ("bool", "dict[str, float]", "tuple[str, ...]"):
+            text += f" (default {ours}{'' if ours == theirs else f', paper {theirs}'})"
+        flag = {"default": KEEP, "help": text}
+        if kind == "bool":
+            flag["action"] = argparse.BooleanOptionalAction
+        elif kind == "tuple[str, ...]":
+            flag |= {"nargs": "+", "choices": tuple(SCHEMES), "metavar": "SCHEME"}
+        elif kind == "dict[str, float]":
+            flag |= {"nargs": "+", "action": _Pairs, "metavar": "SCHEME=RATIO"}
+        elif name in TRAIN_CHOICES:
+            flag["choices"] = TRAIN_CHOICES[name]
+        else:
+            flag |= {"type": _number(kind), "metavar": kind.partition(" ")[0].upper()}
+        group.add_argument(f"--{name.replace('_', '-')}", **flag)
+
+
+class _Pairs(argparse.Action):
+    """``name=0.3 other=0.1`` to a dict."""
+
+    def __call__(self, parser: Any, options: Any, values: Any, flag: str | None = None) -> None:
+        try:
+            pairs = {name: float(number) for name, number in (v.split("=") for v in values)}
+        except ValueError:
+            parser.error(f"argument {flag}: need NAME=NUMBER, got {' '.join(values)}")
+        setattr(options, self.dest, pairs)
+
+
+def _number(kind: str) -> Callable[[str], int | float | None]:
+    """What reads a number of a field of this type; "none", where that is one of its values."""
+
+    def read(text: str) -> int | float | None:
+        if text == "none" and kind.endswith("None"):
+            return None
+        return int(text) if kind.startswith("int") else float(text)
+
+    read.__name__ = kind.partition(" ")[0]  # argparse names it in its message
+    return read
 
 
 def _evaluate_options(commands: Any) -> None:

@@ -8,7 +8,6 @@ by inert stand-ins, but for those that put tensors, dictionaries and sets togeth
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import tempfile
 import warnings
@@ -16,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,11 +23,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from mtm.atomic import replacing
 from mtm.extras import extra
 from mtm.masks import MTM_SCHEMES
 from mtm.model import MtM, MtMConfig
 from mtm.sources.ibl import PAPER_EIDS
-from mtm.train import Fit
+
+if TYPE_CHECKING:
+    from mtm.train import Fit
 
 FORMAT = "mtm-model"
 FORMAT_VERSION = 2
@@ -53,10 +55,9 @@ def save(model: MtM | Fit, folder: str | Path, info: dict[str, Any] | None = Non
         folder: made when missing.
         info: anything JSON can hold that should travel along: recipe, history, data.
     """
-    if isinstance(model, Fit):
+    if not isinstance(model, MtM):
         model, info = model.model, info or model.to_dict()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     description = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -68,12 +69,10 @@ def save(model: MtM | Fit, folder: str | Path, info: dict[str, Any] | None = Non
         "info": info or {},
     }
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    partial = folder / (WEIGHTS + ".part")
-    partial.write_bytes(serialise(tensors))
-    os.replace(partial, folder / WEIGHTS)
-    partial = folder / (CONFIG + ".part")
-    partial.write_text(json.dumps(description, indent=1) + "\n")
-    os.replace(partial, folder / CONFIG)
+    with replacing(folder / WEIGHTS) as partial:
+        partial.write_bytes(serialise(tensors))
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(description, indent=1) + "\n")
     return folder
 
 
@@ -156,7 +155,7 @@ def push_to_hub(model: MtM | Fit, repo_id: str, **options: Any) -> str:
     api.create_repo(repo_id, exist_ok=True, **options)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
-        network = model.model if isinstance(model, Fit) else model
+        network = model if isinstance(model, MtM) else model.model
         page = MODEL_PAGE.format(repo_id=repo_id, summary=network.summary())
         (Path(folder) / "README.md").write_text(page)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="mtm model")

@@ -280,9 +280,18 @@ class MaskSampler:
 
     def __call__(self, counts: Tensor, regions: Tensor) -> tuple[str, Mask]:
         """The name of the scheme drawn, and its mask for ``counts`` (B, T, N), ``regions`` (N,)."""
-        names = list(self.ratios)
-        name = names[int(torch.randint(len(names), (1,), generator=self.host_generator))]
+        name = self.choose()
         return name, self.draw(name, counts, regions)
+
+    def reseed(self, seed: int) -> None:
+        """Begin again, as if made with this seed."""
+        self.host_generator.manual_seed(seed)
+        self.generator.manual_seed(seed)
+
+    def choose(self) -> str:
+        """The name of a scheme, each equally likely."""
+        names = list(self.ratios)
+        return names[int(torch.randint(len(names), (1,), generator=self.host_generator))]
 
     def draw(self, name: str, counts: Tensor, regions: Tensor) -> Mask:
         """A mask of the scheme ``name`` for ``counts`` (B, T, N), ``regions`` (N,).

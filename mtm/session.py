@@ -13,7 +13,6 @@ import math
 import os
 import struct
 import textwrap
-import uuid
 import warnings
 import zipfile
 import zlib
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtm.atomic import replacing
 from mtm.binning import bin_spikes, bin_trace
 
 FORMAT = "mtm-session"
@@ -457,16 +457,8 @@ class Session:
         if self.rates is not None:
             arrays["rates"] = self.rates
         arrays["counts"] = np.ascontiguousarray(self.counts)  # trial after trial
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
-        try:
-            with open(partial, "wb") as file:
-                np.savez(file, **arrays)  # no array here can hold objects
-                file.flush()
-                os.fsync(file.fileno())  # before it takes its place, or a power cut could empty it
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as partial, open(partial, "wb") as file:
+            np.savez(file, **arrays)  # no array here can hold objects
         return path
 
     @classmethod

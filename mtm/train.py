@@ -2,140 +2,44 @@
 
 Validation hides the same entries every time (its masks are seeded) and scores hidden entries only,
 for each scheme apart; the model kept is the one with the best mean over the schemes.
+
+Everything random has a seed made of the settings' seed and of where it is: the epoch (order of the
+batches), the step and the place in it (masks), the step (dropout), the session (validation masks).
+So a run that was killed goes on as if nothing had been, and several processes draw what one would.
 """
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import heapq
 import math
 import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from mtm.masks import MTM_SCHEMES, NO_REGION, Mask, MaskSampler, scheme
+from mtm import parallel
+from mtm.checkpoint import Run
+from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2, log_mean
 from mtm.model import MtM, MtMConfig
+from mtm.recipes import RECIPES, TrainConfig, changed
 from mtm.session import Session, SessionError
+from mtm.watch import History, Progress, Watch, peak_memory
 
-VALIDATION_SEED = 1_000_003
 VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
 CPU_TOKENS = 5000  # that pass through a model at once; more take more memory, and no less time
-
-CHOICES = {
-    "loss": ("mean", "sum"),
-    "tune": ("all", "maps", "maps-then-all"),
-    "token": ("new", "mean"),
-}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides how a model is trained. ``RECIPES`` holds two sets of values.
-
-    Args:
-        epochs: passes over the training trials.
-        batch_size: trials of a session in a batch.
-        sessions_per_step: batches in a step, of different sessions as far as there are that many,
-            each with its own mask. An epoch then has that many times fewer steps.
-        micro_batch: trials that pass at once, for small memories; the loss of a step, and but for
-            dropout's draws its gradient, stay the same.
-        tune: what learns: "all", "maps" (those of the sessions at hand, with their tokens) or
-            "maps-then-all".
-        maps_share: of the epochs, in which "maps-then-all" trains the maps only.
-        token: where the session token of a new session starts, see ``MtM.add_session``.
-        lr: peak of the one-cycle schedule.
-        warmup: share of the steps in which the rate rises to its peak.
-        div_factor: the rate starts at ``lr / div_factor``.
-        weight_decay: of AdamW, on weight matrices.
-        decay_all: weight decay on biases, norms and tokens as well.
-        loss: "mean" or "sum" over the targets of a batch.
-        clip: largest norm of the gradient, or None.
-        schemes: alternated at random.
-        ratios: scheme -> share hidden, if not the scheme's own.
-        prompt: tell the model which scheme is on, where there are several.
-        validations: how often to validate, spread evenly over the epochs.
-        seed: of weights, masks, dropout and the order of batches.
-        split_seed: of ``Session.split``.
-        init: how a new model starts, see ``MtMConfig``.
-
-    Raises:
-        ValueError: for a value that cannot be; the message names the field.
-    """
-
-    epochs: int = 100
-    batch_size: int = 16
-    sessions_per_step: int = 1
-    micro_batch: int | None = None
-    tune: str = "all"
-    maps_share: float = 0.2
-    token: str = "new"
-    lr: float = 1e-3
-    warmup: float = 0.15
-    div_factor: float = 10.0
-    weight_decay: float = 0.01
-    decay_all: bool = False
-    loss: str = "mean"
-    clip: float | None = 1.0
-    schemes: tuple[str, ...] = MTM_SCHEMES
-    ratios: dict[str, float] = field(default_factory=dict)
-    prompt: bool = True
-    validations: int = 20
-    seed: int = 0
-    split_seed: int = 0
-    init: str = "mtm"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.schemes, str):
-            raise ValueError(f"schemes must be a list of names, got {self.schemes!r}")
-        object.__setattr__(self, "schemes", tuple(self.schemes))
-        for name in self.schemes:
-            scheme(name)
-        for name in ("epochs", "batch_size", "sessions_per_step", "lr", "validations"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 < self.maps_share < 1:
-            raise ValueError(f"maps_share must be between 0 and 1, got {self.maps_share}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1 or None, got {self.micro_batch}")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
-                )
-
-
-RECIPES = {
-    "mtm": TrainConfig(),
-    "paper": TrainConfig(
-        epochs=1000, lr=1e-4, decay_all=True, loss="sum", clip=None, seed=42, init="paper"
-    ),
-}
-"""Settings by name, ``mtm`` for ours and ``paper`` for those of the authors' code."""
-
-
-def recipe(name: str, **changes: Any) -> TrainConfig:
-    """A recipe's settings, some of them changed.
-
-    Raises:
-        ValueError: for an unknown recipe or setting; the message lists the known ones.
-    """
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-    known = [f.name for f in fields(TrainConfig)]
-    if strangers := [key for key in changes if key not in known]:
-        raise ValueError(f"unknown setting {strangers[0]!r}; known: {', '.join(known)}")
-    return replace(RECIPES[name], **changes)
 
 
 @dataclass(repr=False)
@@ -144,14 +48,16 @@ class Fit:
 
     Attributes:
         model: with the weights of the best validation, on the device it was trained on.
-        history: one entry a validation: ``epoch``, ``step``, ``lr``, ``loss`` (mean over the steps
-            since the last), ``seconds``, ``validation`` (scheme -> bits per spike over the training
-            mean rates, pooled over hidden entries of all sessions) and their ``mean``.
+        history: one entry a validation: ``epoch``, ``step``, ``lr``, ``loss`` (mean over the
+            batches since the last) and ``losses`` (the same for each scheme), ``validation``
+            (scheme -> bits per spike over the training mean rates, pooled over hidden entries of
+            all sessions) and their ``mean``, ``seconds`` since the start, trials and tokens a
+            second while training, and peak memory in GB.
         config: the settings.
     """
 
     model: MtM
-    history: list[dict[str, Any]]
+    history: History
     config: TrainConfig
 
     def __repr__(self) -> str:
@@ -189,7 +95,11 @@ def fit(
     config: TrainConfig | None = None,
     depth: int | None = None,
     device: str | torch.device | None = None,
+    folder: str | Path | None = None,
+    restart: bool = False,
+    save_every: float = 300.0,
     progress: bool = True,
+    on_validation: Callable[[History], Any] | None = None,
     **changes: Any,
 ) -> Fit:
     """Train a model on the training trials of one or many sessions.
@@ -203,7 +113,13 @@ def fit(
         config: settings; default ``RECIPES["mtm"]``.
         depth: of a new model; default 2.
         device: default: a GPU where there is one.
+        folder: where the best model so far, ``history.jsonl`` and the state of the run are kept.
+            A run that was killed goes on there when the same is called again, and on a CPU ends
+            with the very weights it would have ended with. ``mtm.load`` reads the model.
+        restart: begin anew, and replace what the folder holds.
+        save_every: seconds between two states on disk. A state has four times the model's size.
         progress: a progress bar in a terminal, one live line in a notebook.
+        on_validation: called with the history after each validation, as ``mtm.plots.live()``.
         **changes: single settings of :class:`TrainConfig`.
 
     Returns:
@@ -211,7 +127,9 @@ def fit(
 
     Raises:
         SessionError: when the sessions do not go together, or lack what a scheme needs.
-        FloatingPointError: when the loss stops being finite.
+        FloatingPointError: when the loss stops being finite, naming step, session and scheme; the
+            model then has the best weights so far.
+        StateError: when the folder holds another run, or a model that is not of a run.
 
     Example:
         >>> result = fit(sessions, depth=2, epochs=30)
@@ -220,15 +138,14 @@ def fit(
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     if strangers := [type(s).__name__ for s in sessions if not isinstance(s, Session)]:
         raise TypeError(f"fit needs Sessions, got {strangers[0]}; see mtm.Session, Session.load")
-    config = config or RECIPES["mtm"]
-    if changes:
-        known = {f.name for f in fields(TrainConfig)}
-        if strangers := set(changes) - known:
-            raise ValueError(
-                f"unknown setting {min(strangers)!r}; known: {', '.join(sorted(known))}"
-            )
-        config = replace(config, **changes)
+    config = changed(config or RECIPES["mtm"], changes)
     _check_sessions(sessions, config)
+    if config.sessions_per_step < parallel.processes():
+        raise ValueError(
+            f"sessions_per_step={config.sessions_per_step} leaves some of "
+            f"{parallel.processes()} processes without a batch; set it to a multiple of "
+            f"{parallel.processes()}, or start fewer"
+        )
     model = model.model if isinstance(model, Fit) else model
     if depth is not None and model is not None:
         raise ValueError("depth is of a new model; this one has its sizes, pass one or the other")
@@ -238,17 +155,26 @@ def fit(
     device = torch.device(device) if device else pick_device()
     home = _home(sessions, device)
     data = [_Data(session, config, device, home) for session in sessions]
+    show = progress and parallel.rank() == 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)  # weights and dropout; the caller's generator is left alone
+        torch.manual_seed(config.seed)  # of new weights; the caller's generator is left alone
         model = _build(model, data, config, depth).to(device)
+        run = Run(folder, _description(model, data, config), save_every, restart)
+        bar = Progress(config.epochs, show, _setup(device, home, config))
+        writes = run.folder if parallel.rank() == 0 else None
+        watch = Watch(bar, writes, run.step, on_validation if parallel.rank() == 0 else None)
         learns = [parameter.requires_grad for parameter in model.parameters()]
         try:
-            history = _loop(model, data, config, Progress(config.epochs, progress))
+            with _compiled(model, config):
+                _loop(model, data, config, run, watch)
         finally:
+            if run.best:
+                model.load_state_dict(run.best)
             for parameter, learned in zip(model.parameters(), learns, strict=True):
                 parameter.requires_grad_(learned)
             model.eval()
-    return Fit(model, history, config)
+    run.save_model(model)
+    return Fit(model, run.history, config)
 
 
 def pick_device() -> torch.device:
@@ -274,35 +200,47 @@ def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: st
     return total / target.sum().clamp(min=1) if reduction == "mean" else total
 
 
-def accumulate(model: MtM, batches: Sequence[Batch], config: TrainConfig) -> Tensor:
-    """Add the gradient of one step's loss to the parameters, and return the loss.
+def accumulate(
+    model: MtM, batches: Sequence[Batch], config: TrainConfig, n_batches: int | None = None
+) -> Tensor:
+    """Add the gradient of one step's loss to the parameters.
 
     The loss of a step is the mean over its batches (with ``loss="sum"``, the sum), each of one
     session, as if they were steps of their own whose gradients add up.
+
+    Args:
+        model: in training mode.
+        batches: those of the step, or a share of them.
+        config: settings.
+        n_batches: of the whole step, where ``batches`` are a share.
+
+    Returns:
+        what each of the ``batches`` contributes to the loss, whose sum is the loss; on the device.
     """
-    loss = torch.zeros((), device=model.device)
-    for pieces in _passes(model, batches, config):
-        with _autocast(model.device):
-            log_rates = model.forward_many([tuple(piece) for piece, _ in pieces])
-        part = sum(
+    losses = torch.zeros(len(batches), device=model.device)
+    for pieces in _passes(model, batches, config, n_batches or len(batches)):
+        with _autocast(model.device, config.precision):
+            log_rates = model.forward_many([tuple(piece) for _, piece, _ in pieces])
+        parts = [
             weight * masked_loss(out.float(), piece.counts, piece.mask.target, "sum")
-            for out, (piece, weight) in zip(log_rates, pieces, strict=True)
-        )
-        part.backward()
-        loss += part.detach()
-    return loss
+            for out, (_, piece, weight) in zip(log_rates, pieces, strict=True)
+        ]
+        torch.stack(parts).sum().backward()
+        for (place, _, _), part in zip(pieces, parts, strict=True):
+            losses[place] += part.detach()
+    return losses
 
 
 def _passes(
-    model: MtM, batches: Sequence[Batch], config: TrainConfig
-) -> Iterator[list[tuple[Batch, Tensor | float]]]:
-    """Pieces of the batches that pass through the model together, with weights in the loss."""
+    model: MtM, batches: Sequence[Batch], config: TrainConfig, n_batches: int
+) -> Iterator[list[tuple[int, Batch, Tensor | float]]]:
+    """Pieces that pass through the model together: number of the batch, piece, weight in loss."""
     limit = CPU_TOKENS if model.device.type == "cpu" else sys.maxsize
     together, n_tokens = [], 0
-    for batch in batches:
+    for place, batch in enumerate(batches):
         weight: Tensor | float = 1.0
         if config.loss == "mean":
-            weight = 1 / batch.mask.target.sum().clamp(min=1) / len(batches)
+            weight = 1 / batch.mask.target.sum().clamp(min=1) / n_batches
         each = model.n_tokens(batch.session)
         size = config.micro_batch or min(len(batch.counts), max(1, limit // each))
         for piece in batch.split(size):
@@ -310,9 +248,10 @@ def _passes(
             if together and (config.micro_batch or n_tokens + n_new > limit):
                 yield together
                 together, n_tokens = [], 0
-            together.append((piece, weight))
+            together.append((place, piece, weight))
             n_tokens += n_new
-    yield together
+    if together:
+        yield together
 
 
 class Batch(NamedTuple):
@@ -360,12 +299,22 @@ class _Data:
         self.regions = torch.from_numpy(session.region_codes).to(device)
         self.n_regions = len(session.region_names)
         self.train, self.val = split.train, torch.from_numpy(split.val).to(home)
-        null = torch.from_numpy(log_mean(session.counts[split.train]))  # (N,)
-        self.null = null.float().to(device)
+        null = log_mean(session.counts[split.train])  # (N,)
+        self.digest = hashlib.sha256(null.tobytes() + split.train.tobytes()).hexdigest()[:16]
+        self.null = torch.from_numpy(null).float().to(device)
 
-    def batch(self, trials: Tensor) -> Tensor:
-        counts = self.counts[trials].to(self.device)  # (B, T, N)
+    def batch(self, trials: Tensor | np.ndarray) -> Tensor:
+        """Counts of some trials, (B, T, N) float32, on the device."""
+        trials = torch.as_tensor(trials)
+        counts = _sent(self.counts[_sent(trials, self.counts.device)], self.device)
         return (counts.int() & 0xFFFF if self.wide else counts).float()
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without waiting for what the device has to do before."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _home(sessions: list[Session], device: torch.device) -> torch.device:
@@ -472,67 +421,159 @@ def _check_model(model: MtM, config: TrainConfig) -> None:
         )
 
 
-def _loop(
-    model: MtM, data: list[_Data], config: TrainConfig, progress: Progress
-) -> list[dict[str, Any]]:
-    device = model.device
-    optimizer = _optimizer(model, config)
-    n_batches = sum(math.ceil(len(s.train) / config.batch_size) for s in data)
-    steps_per_epoch = math.ceil(n_batches / config.sessions_per_step)
-    sampler = _sampler(model, config, config.seed)
-    order = np.random.default_rng(config.seed)
-    learning = [p for p in model.parameters() if p.requires_grad]  # the caller may have frozen some
-    maps = {id(p) for session in data for p in model._maps(session.name).parameters()}
-    maps_epochs = _maps_epochs(config)
-    history: list[dict[str, Any]] = []
-    best: dict[str, Tensor] = {}
-    loss_sum, n_steps, step, start = torch.zeros((), device=device), 0, 0, time.perf_counter()
-    for epoch in range(1, config.epochs + 1):
+def _loop(model: MtM, data: list[_Data], config: TrainConfig, run: Run, watch: Watch) -> None:
+    optimizer, sampler = _optimizer(model, config), _sampler(model, config)
+    per_epoch = _steps_per_epoch(data, config)
+    phases = _Phases(model, data, config, per_epoch)
+    parallel.spread(model.state_dict().values())
+    run.restore(model, optimizer)
+    parallel.agree("steps taken", run.step, model.device)
+    start, speed = time.perf_counter() - run.seconds, Speed(model)
+    first, done = divmod(run.step, per_epoch)
+    for epoch in range(first + 1, config.epochs + 1):
+        if _patience_is_over(run.history, config):
+            break
         model.train()
-        if epoch in (1, maps_epochs + 1):  # a schedule for the maps, one for what follows
-            for parameter in learning:
-                parameter.requires_grad_(epoch > maps_epochs or id(parameter) in maps)
-            epochs = maps_epochs if epoch <= maps_epochs else config.epochs - maps_epochs
-            schedule = _schedule(optimizer, config, epochs * steps_per_epoch)
-        for chosen in _steps(data, config, order):
-            batches = []
-            for session, trials in chosen:
-                counts = session.batch(torch.from_numpy(trials).to(session.counts.device))
-                name, mask = sampler(counts, session.regions)
-                batches.append(Batch(counts, session.name, mask, name))
-            loss_sum += accumulate(model, batches, config)
-            if config.clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)  # before the next pass needs the memory
+        if epoch == first + 1 or phases.begins(epoch):
+            schedule = phases.begin(epoch, optimizer)
+            if run.step > phases.first_step(epoch):
+                run.restore_schedule(optimizer, schedule)
+        order = np.random.default_rng(seed_of(config.seed, "order", epoch))
+        for chosen in islice(_steps(data, config, order), done, None):
+            if run.due():
+                run.seconds = time.perf_counter() - start
+                run.save(model, optimizer, schedule)
+            run.taken(*_take_step(model, optimizer, chosen, sampler, config, run.step))
             schedule.step()
-            n_steps, step = n_steps + 1, step + 1
+            speed.taken(chosen)
+        done = 0
         if _validation_due(epoch, config):
-            mean_loss = float(loss_sum) / n_steps  # the only point where the host waits
-            if not math.isfinite(mean_loss):
-                progress.close(f"loss is {mean_loss} in epoch {epoch}")
-                raise FloatingPointError(
-                    f"the loss became {mean_loss} by epoch {epoch}, step {step}; lower lr "
-                    f"(now {config.lr:g}) or set clip"
-                )
-            validation = validate(model, data, config)
-            entry = {"epoch": epoch, "step": step, "lr": schedule.get_last_lr()[0]}
-            entry |= {"loss": mean_loss, "seconds": time.perf_counter() - start}
-            entry |= {"validation": validation, "mean": float(np.nanmean([*validation.values()]))}
-            if not history or entry["mean"] > max(e["mean"] for e in history):
-                best = copy.deepcopy(model.state_dict())
-            history.append(entry)
-            loss_sum.zero_()
-            n_steps = 0
-        progress.update(epoch, history)
-    model.load_state_dict(best)
-    seconds = time.perf_counter() - start
-    top = max(history, key=lambda entry: entry["mean"])
-    progress.close(
-        f"{step} steps in {seconds:.0f} s on {device.type}; "
-        f"best: epoch {top['epoch']}, {top['mean']:.3f} bits per spike"
+            entry = {"epoch": epoch, "step": run.step, "lr": schedule.get_last_lr()[0]}
+            entry |= run.mean_losses() | speed.measured()  # the only point where the host waits
+            scores = validate(model, data, config)
+            entry |= {"validation": scores, "mean": float(np.nanmean([*scores.values()]))}
+            run.seconds = time.perf_counter() - start
+            entry |= {"seconds": run.seconds, "memory_gb": peak_memory(model.device)}
+            better = run.validated(entry, model)
+            run.save(model, optimizer, schedule)
+            if better:
+                run.save_model(model)
+            watch.validated(run.history)
+            speed = Speed(model)
+        watch.progress.update(epoch, run.history)
+    watch.close(_summary(run, model.device))
+
+
+def _summary(run: Run, device: torch.device) -> str:
+    best = run.best_entry
+    return (
+        f"{run.step} steps in {run.seconds:.0f} s on {device.type}; "
+        f"best: epoch {best['epoch']}, {best['mean']:.3f} bits per spike"
     )
-    return history
+
+
+def _take_step(
+    model: MtM,
+    optimizer: torch.optim.Optimizer,
+    chosen: Sequence[tuple[_Data, np.ndarray]],
+    sampler: MaskSampler,
+    config: TrainConfig,
+    step: int,
+) -> tuple[list[tuple[str, str]], Tensor]:
+    """One step of the optimizer; returns session and scheme, and the loss, of each batch.
+
+    With several processes, each computes the gradient of every so many-th batch.
+    """
+    torch.manual_seed(seed_of(config.seed, "dropout", step, parallel.rank()))
+    mine = range(parallel.rank(), len(chosen), parallel.processes())
+    places, batches = [], []
+    for place, (session, trials) in enumerate(chosen):
+        sampler.reseed(seed_of(config.seed, "masks", step, place))
+        name = sampler.choose()
+        places.append((session.name, name))
+        if place in mine:
+            counts = session.batch(trials)
+            mask = sampler.draw(name, counts, session.regions)
+            batches.append(Batch(counts, session.name, mask, name))
+    losses = torch.zeros(len(chosen), device=model.device)
+    losses[mine.start :: mine.step] = accumulate(model, batches, config, len(chosen))
+    learning = _learning(model, places)
+    parallel.add_up(learning, losses)
+    if config.clip is not None:
+        torch.nn.utils.clip_grad_norm_(learning, config.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # before the next pass needs the memory
+    return places, losses * len(chosen) if config.loss == "mean" else losses
+
+
+def _learning(model: MtM, places: Sequence[tuple[str, str]]) -> list[torch.nn.Parameter]:
+    """Parameters that a step on these sessions and schemes gives a gradient."""
+    sessions = sorted({session for session, _ in places})
+    parts = [model.tokenizer, model.layers, model.norm, *map(model._maps, sessions)]
+    found = [parameter for part in parts for parameter in part.parameters()]
+    if any(name in model.config.prompts for _, name in places):
+        found.append(model.prompt)
+    return [parameter for parameter in found if parameter.requires_grad]
+
+
+def seed_of(*place: int | str) -> int:
+    """A seed that belongs to these numbers and words, and to no others."""
+    digest = hashlib.sha256(repr(place).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class Speed:
+    """Trials and tokens a second, from when it is made until it is measured."""
+
+    def __init__(self, model: MtM) -> None:
+        self.model, self.start, self.trials, self.tokens = model, time.perf_counter(), 0, 0
+
+    def taken(self, chosen: Sequence[tuple[_Data, np.ndarray]]) -> None:
+        """A step on these batches was taken."""
+        for session, trials in chosen:
+            self.trials += len(trials)
+            self.tokens += len(trials) * self.model.n_tokens(session.name)
+
+    def measured(self) -> dict[str, float]:
+        """For the history; the device must be done with the steps."""
+        seconds = time.perf_counter() - self.start
+        rates = {"trials_per_second": self.trials, "tokens_per_second": self.tokens}
+        return {name: number / seconds for name, number in rates.items()}
+
+
+class _Phases:
+    """What learns when: all from the start, or the sessions' maps and tokens first.
+
+    Each phase has a learning-rate schedule of its own.
+    """
+
+    def __init__(
+        self, model: MtM, data: Sequence[_Data], config: TrainConfig, per_epoch: int
+    ) -> None:
+        self.config, self.per_epoch = config, per_epoch
+        # The caller may have frozen some.
+        self.learning = [p for p in model.parameters() if p.requires_grad]
+        self.maps = {id(p) for s in data for p in model._maps(s.name).parameters()}
+        some = max(1, round(config.maps_share * config.epochs))
+        self.maps_epochs = {"all": 0, "maps": config.epochs, "maps-then-all": some}[config.tune]
+
+    def begins(self, epoch: int) -> bool:
+        """Whether the epoch is the first of a phase."""
+        return epoch in (1, self.maps_epochs + 1)
+
+    def first_step(self, epoch: int) -> int:
+        """Steps that were taken before the epoch's phase began."""
+        return 0 if epoch <= self.maps_epochs else self.maps_epochs * self.per_epoch
+
+    def begin(
+        self, epoch: int, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.OneCycleLR:
+        """Let learn what learns in the epoch's phase, and make the phase's schedule."""
+        maps_only = epoch <= self.maps_epochs
+        for parameter in self.learning:
+            parameter.requires_grad_(not maps_only or id(parameter) in self.maps)
+        n_epochs = self.maps_epochs if maps_only else self.config.epochs - self.maps_epochs
+        return _schedule(optimizer, self.config, n_epochs * self.per_epoch)
 
 
 def _optimizer(model: MtM, config: TrainConfig) -> torch.optim.AdamW:
@@ -563,16 +604,21 @@ def _validation_due(epoch: int, config: TrainConfig) -> bool:
     return done[0] < done[1]
 
 
-def _maps_epochs(config: TrainConfig) -> int:
-    """Number of epochs, from the first, in which only the sessions' maps and tokens learn."""
-    some = max(1, round(config.maps_share * config.epochs))
-    return {"all": 0, "maps": config.epochs, "maps-then-all": some}[config.tune]
+def _patience_is_over(history: History, config: TrainConfig) -> bool:
+    if config.patience is None or not history:
+        return False
+    means = [entry["mean"] for entry in history]
+    return len(means) - 1 - int(np.argmax(means)) >= config.patience
 
 
-def _sampler(model: MtM, config: TrainConfig, seed: int) -> MaskSampler:
-    return MaskSampler(
-        config.schemes, config.ratios, seed, model.device, patch_size=model.config.patch_size
-    )
+def _sampler(model: MtM, config: TrainConfig) -> MaskSampler:
+    patch = {"patch_size": model.config.patch_size}
+    return MaskSampler(config.schemes, config.ratios, config.seed, model.device, **patch)
+
+
+def _steps_per_epoch(data: Sequence[_Data], config: TrainConfig) -> int:
+    n_batches = sum(math.ceil(len(session.train) / config.batch_size) for session in data)
+    return math.ceil(n_batches / config.sessions_per_step)
 
 
 def _steps(
@@ -625,78 +671,100 @@ def validate(
 ) -> dict[str, float]:
     """Bits per spike on hidden entries of the validation trials, scheme -> value.
 
-    The null model is each neuron's training mean. Masks are drawn with a seed of their own, so
-    every call scores the same entries: ``rounds`` masks for each batch of trials, or, where a
-    scheme masks regions, one for each region. NaN where no hidden entry has a spike.
+    The null model is each neuron's training mean. Masks are drawn with a seed of their own for
+    each session and scheme, so every call scores the same entries: ``rounds`` masks for each batch
+    of trials, or, where a scheme masks regions, one for each region. NaN where no hidden entry has
+    a spike. Several processes share out the sessions.
     """
     model.eval()
-    scores = {}
-    for name in config.schemes:
-        sampler = _sampler(model, config, VALIDATION_SEED)
-        gain = torch.zeros((), device=model.device)
-        spikes = torch.zeros((), device=model.device)
-        for session in data:
-            # Only one region labelled at a time, so that each has its turn.
-            turns = [session.regions] * rounds
-            if scheme(name).needs_regions:
-                codes = range(session.n_regions)
-                turns = [torch.where(session.regions == c, 0, NO_REGION) for c in codes]
-            for trials in session.val.split(VALIDATION_BATCH):
-                counts = session.batch(trials)
-                null = session.null.expand_as(counts)
-                for regions in turns:
-                    mask = sampler.draw(name, counts, regions)
-                    with _autocast(model.device):
-                        log_rates = model(counts, session.name, mask, prompt=name).float()
-                    gain += masked_loss(null, counts, mask.target, "sum")
-                    gain -= masked_loss(log_rates, counts, mask.target, "sum")
-                    spikes += (counts * mask.target).sum()
-        scores[name] = float(gain / (spikes * LOG2)) if spikes > 0 else math.nan
-    if all(math.isnan(value) for value in scores.values()):
+    found = torch.zeros(len(config.schemes), len(data), 2, device=model.device)  # gain, spikes
+    for i in range(parallel.rank(), len(data), parallel.processes()):
+        for s, name in enumerate(config.schemes):
+            found[s, i] = _validation_gain(model, data[i], name, config, rounds)
+    found = parallel.total(found).cpu().double()
+    for s, i in (~torch.isfinite(found).all(dim=2)).nonzero().tolist():
+        raise FloatingPointError(
+            f"predictions of session {data[i].name!r}, scheme {config.schemes[s]!r}, in the "
+            f"validation trials are not finite; lower lr (now {config.lr:g}) or set clip"
+        )
+    if not bool((found[..., 1] > 0).any()):
         raise SessionError(
             "no hidden entry of the validation trials has a spike; use more trials, and check that "
             "the schemes hide something, and that spikes and events are on one clock, in seconds"
         )
-    return scores
+    gain, spikes = found.sum(dim=1).unbind(dim=1)
+    return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
 
 
-def _autocast(device: torch.device) -> torch.autocast:
+def _validation_gain(
+    model: MtM, session: _Data, name: str, config: TrainConfig, rounds: int
+) -> Tensor:
+    """Nats over the null model in a session's hidden validation entries, and spikes there; (2,)."""
+    sampler = _sampler(model, config)
+    sampler.reseed(seed_of("validation", session.name, name))
+    # Only one region labelled at a time, so that each has its turn.
+    turns = [session.regions] * rounds
+    if scheme(name).needs_regions:
+        codes = range(session.n_regions)
+        turns = [torch.where(session.regions == c, 0, NO_REGION) for c in codes]
+    found = torch.zeros(2, device=model.device)
+    for trials in session.val.split(VALIDATION_BATCH):
+        counts = session.batch(trials)
+        null = session.null.expand_as(counts)
+        for regions in turns:
+            mask = sampler.draw(name, counts, regions)
+            with _autocast(model.device, config.precision):
+                log_rates = model(counts, session.name, mask, prompt=name).float()
+            found[0] += masked_loss(null, counts, mask.target, "sum")
+            found[0] -= masked_loss(log_rates, counts, mask.target, "sum")
+            found[1] += (counts * mask.target).sum()
+    return found
+
+
+# ------------------------------------------------------------------------------ what it runs on
+
+
+def _autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
     """bf16 on GPUs that compute in it (Ampere and later; older ones only emulate it, slowly)."""
     usable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=usable)
+    on = usable if precision == "auto" else precision == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
 
 
-class Progress:
-    """A bar in a terminal; in a notebook one line that is written over; silent in logs.
+def _setup(device: torch.device, home: torch.device, config: TrainConfig) -> str:
+    """What a run computes on and how, in a line."""
+    bf16 = _autocast(device, config.precision)._enabled
+    parts = [f"training on {device}", "bf16" if bf16 else "float32"]
+    if device.type == "cpu":
+        parts.insert(1, f"threads: {torch.get_num_threads()}")
+    if device.type == "cuda":
+        parts[0] += f" ({torch.cuda.get_device_name(device)})"
+        parts.append("counts " + ("on the GPU" if home == device else "sent batch by batch"))
+    if config.compile != "none":
+        parts.append(f"torch.compile {config.compile}")
+    if parallel.processes() > 1:
+        parts.append(f"{parallel.processes()} processes")
+    return ", ".join(parts)
 
-    A notebook that was run for a book then shows that one line, with the result.
+
+@contextmanager
+def _compiled(model: MtM, config: TrainConfig) -> Iterator[None]:
+    """Within, the encoder is compiled, if the settings say so.
+
+    Only the encoder: its shapes are those of all sessions, where the maps in and out have a width
+    for each, and would be compiled for each.
     """
+    if config.compile == "none":
+        yield
+        return
+    model.encode = torch.compile(model.encode, mode=config.compile)  # an attribute of this one
+    try:
+        yield
+    finally:
+        del model.encode
 
-    def __init__(self, epochs: int, show: bool) -> None:
-        ipython = sys.modules.get("IPython")
-        shell = ipython.get_ipython() if ipython else None
-        self.line = None
-        if show and shell is not None and type(shell).__name__ != "TerminalInteractiveShell":
-            from IPython.display import display
 
-            self.line = display({"text/plain": "training ..."}, raw=True, display_id=True)
-        quiet = self.line is not None or not show or not sys.stderr.isatty()
-        self.bar = tqdm(total=epochs, unit="epoch", disable=quiet, leave=False)
-
-    def update(self, epoch: int, history: list[dict[str, Any]]) -> None:
-        """Say how far training is."""
-        score = f"validation {history[-1]['mean']:.3f} bits per spike" if history else ""
-        self.bar.update(1)
-        self.bar.set_postfix_str(score)
-        self._write(f"epoch {epoch} of {self.bar.total}  {score}")
-
-    def close(self, summary: str) -> None:
-        """Leave the summary in the place of the bar."""
-        self.bar.close()
-        if not self.bar.disable:
-            print(summary, file=sys.stderr)
-        self._write(summary)
-
-    def _write(self, text: str) -> None:
-        if self.line is not None:
-            self.line.update({"text/plain": text}, raw=True)
+def _description(model: MtM, data: Sequence[_Data], config: TrainConfig) -> dict[str, Any]:
+    """What a run is; one that was killed goes on only as the same."""
+    sessions = {s.name: [len(s.train), s.n_bins, s.n_neurons, s.digest] for s in data}
+    return {"train": asdict(config), "model": model.config.to_dict(), "sessions": sessions}

@@ -6,18 +6,16 @@ import torch
 
 from mtm import MtM, MtMConfig, SessionError, decode, evaluate, fit, hub, save
 from mtm.masks import MTM_SCHEMES, Mask, MaskSampler
+from mtm.recipes import RECIPES, TrainConfig, recipe
 from mtm.session import Session
 from mtm.train import (
-    RECIPES,
     Batch,
-    TrainConfig,
     _Data,
     _parameter_groups,
     _passes,
     _steps,
     accumulate,
     masked_loss,
-    recipe,
     validate,
 )
 
@@ -72,13 +70,14 @@ def test_whole_batches_pass_at_once_where_they_fit(sessions, device, n_pieces):
     """All in one pass; on a CPU as many as have 5,000 tokens."""
     batches = batches_of(sessions)
     model = MtM(MtMConfig.from_depth(1, n_bins=50), {s.name: s.n_neurons for s in sessions})
-    passes = list(_passes(model.to(device), batches, TrainConfig()))
-    assert [len(piece.counts) for piece, _ in passes[0]] == [5, 6, 7, 8]
+    passes = list(_passes(model.to(device), batches, TrainConfig(), 4))
+    assert [len(piece.counts) for _, piece, _ in passes[0]] == [5, 6, 7, 8]
     assert len(passes) == 1
     long = [batch._replace(counts=batch.counts.repeat(40, 1, 1)) for batch in batches]
     long = [b._replace(mask=Mask(*(x.repeat(40, 1, 1) for x in (b.mask.hidden, b.mask.target))))
             for b in long]  # fmt: skip
-    sizes = [sum(len(piece.counts) for piece, _ in p) for p in _passes(model, long, TrainConfig())]
+    passes = _passes(model, long, TrainConfig(), 4)
+    sizes = [sum(len(piece.counts) for _, piece, _ in together) for together in passes]
     assert sum(sizes) == 40 * 26
     assert (max(sizes) <= 100) if device == "cpu" else sizes == [40 * 26]
 
@@ -304,16 +303,12 @@ def test_errors(sessions):
         TrainConfig(schemes="neuron")
     with pytest.raises(SessionError, match="no session to train on"):
         fit([], **QUICK)
-    with pytest.raises(ValueError, match="unknown setting 'epoch'; known: .*epochs"):
+    with pytest.raises(ValueError, match="unknown setting 'epoch'; did you mean 'epochs'"):
         fit(sessions, epoch=3)
     with pytest.raises(ValueError, match="unknown recipe 'papers'; known: mtm, paper"):
         recipe("papers")
     with pytest.raises(ValueError, match="epochs must be above 0"):
         TrainConfig(epochs=0)
-    with pytest.raises(
-        FloatingPointError, match=r"became (nan|inf) by epoch \d+, step \d+; lower lr"
-    ):
-        fit(sessions[0], **{**QUICK, "epochs": 20}, lr=1e6, clip=None)
 
 
 def test_without_regions_two_schemes_are_left():
@@ -346,7 +341,8 @@ def test_sessions_in_one_step_equal_steps_of_one_accumulated(sessions, fields, l
 
     def gradients(*steps, **settings):
         model.zero_grad()
-        losses = [accumulate(model, step, TrainConfig(loss=loss, **settings)) for step in steps]
+        settings = TrainConfig(loss=loss, **settings)
+        losses = [accumulate(model, step, settings).sum() for step in steps]
         share = len(batches) / len(steps[0]) if loss == "mean" else 1
         return sum(losses) / share, [p.grad / share for p in model.parameters()]
 
@@ -363,7 +359,8 @@ def test_a_step_of_one_session_is_the_masked_loss(sessions):
     for batch in batches_of(sessions):
         batch = batch._replace(counts=batch.counts.float())
         expected = masked_loss(model(*batch), batch.counts, batch.mask.target, "mean")
-        torch.testing.assert_close(accumulate(model, [batch], TrainConfig()), expected.detach())
+        found = accumulate(model, [batch], TrainConfig())
+        torch.testing.assert_close(found, expected.detach()[None])
 
 
 def test_many_sessions_a_step_and_small_pieces_train(sessions):
