@@ -18,7 +18,7 @@ import torch
 from real_data import recordings
 
 import mtm
-from mtm.train import RECIPES, TrainConfig, recipe
+from mtm.recipes import RECIPES, TrainConfig, recipe
 
 RUNS: dict[str, TrainConfig] = {
     "our start": RECIPES["mtm"],

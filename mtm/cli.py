@@ -360,6 +360,7 @@ def _origin(origins: Any, name: str, text: str, recordings: str | None) -> argpa
 def _train_options(commands: Any) -> None:
     sub = commands.add_parser(
         "train",
+        usage="%(prog)s SESSION.npz [SESSION.npz ...] --out DIR [options]",
         allow_abbrev=False,
         help="train a model on session files",
         description="Train on the training trials of all sessions, and keep the weights that "

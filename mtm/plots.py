@@ -7,7 +7,7 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -168,6 +168,27 @@ def history(entries: Sequence[Mapping], ax: Axes | None = None) -> Axes:
     ax.set(xlabel="epoch", ylabel="bits per spike on hidden entries\n(validation trials)")
     ax.legend(frameon=False)
     return _tidy(ax)
+
+
+def live() -> Callable[[Sequence[Mapping]], None]:
+    """A drawing of :func:`history` in a notebook, which follows training: pass it to ``fit``.
+
+    Example:
+        >>> result = mtm.fit(sessions, on_validation=mtm.plots.live())
+    """
+    from IPython.display import display
+
+    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    plt.close(figure)  # or the notebook would show it once more when the cell ends
+    shown = display(figure, display_id=True)
+
+    def draw(entries: Sequence[Mapping]) -> None:
+        ax.clear()
+        history(entries, ax)
+        if shown is not None:  # None outside notebooks
+            shown.update(figure)
+
+    return draw
 
 
 def predicted(

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from mtm import Session, hub
 from mtm.cli import main
+from mtm.recipes import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +179,70 @@ def test_a_wrong_command_line_is_status_2(capsys):
             main(arguments)
         assert stop.value.code == 2
     assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_every_setting_of_training_can_be_given(folder, tmp_path):
+    other = {
+        "epochs": 3, "batch_size": 5, "sessions_per_step": 2, "micro_batch": 4, "tune": "all",
+        "maps_share": 0.4, "token": "mean", "lr": 0.002, "warmup": 0.3, "div_factor": 5.0,
+        "weight_decay": 0.1, "decay_all": True, "loss": "sum", "clip": None,
+        "schemes": ["neuron", "causal"], "ratios": {"neuron": 0.2, "causal": 0.5},
+        "prompt": False, "validations": 2, "patience": 1, "seed": 3, "split_seed": 4,
+        "init": "paper", "precision": "bf16", "compile": "none",
+    }  # fmt: skip
+    assert set(other) == {field.name for field in fields(TrainConfig)}
+    flags = []
+    for name, value in other.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags += [flag if value else "--no-" + flag[2:]]
+        elif isinstance(value, dict):
+            flags += [flag, *(f"{key}={number}" for key, number in value.items())]
+        else:
+            values = value if isinstance(value, list) else [value]
+            flags += [flag, *(str(v).lower() for v in values)]
+    sessions = [str(folder / f"sim-{i}.npz") for i in range(2)]
+    how = ["--depth", "1", "--out", str(tmp_path / "x"), *flags]
+    how = [word for word in how if word not in ("--token", "mean")]  # there is no other session
+    assert main(["train", *sessions, *how]) == 0
+    found = hub.read_config(tmp_path / "x")["info"]["train"]
+    assert found == other | {"token": "new"}
+    assert main(["train", *sessions, *how]) == 0  # finished: nothing is done again
+    assert hub.read_config(tmp_path / "x")["info"]["train"] == found
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_known(capsys):
+    train = ["train", "s.npz", "--out", "x"]
+    nearest_known = {
+        "--epoch": "--epochs",
+        "--batchsize": "--batch-size",
+        "--weight_decay": "--weight-decay",
+        "--learning-rate=3": None,
+    }
+    for wrong, nearest in nearest_known.items():
+        with pytest.raises(SystemExit) as stop:
+            main([*train, wrong, "3"])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and wrong in error
+        assert (f"did you mean {nearest}?" in error) == (nearest is not None)
+    for wrong, problem in ((["--ratios", "neuron"], "need NAME=NUMBER, got neuron"),
+                           (["--lr", "fast"], "invalid float value: 'fast'"),
+                           (["--epochs", "none"], "invalid int value: 'none'"),
+                           (["--loss", "median"], "invalid choice: 'median'")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main([*train, *wrong])
+        assert problem in capsys.readouterr().err
+
+
+def test_a_folder_of_another_run_is_left_alone(folder, tmp_path, capsys):
+    train = ["train", str(folder / "sim-0.npz"), "--out", str(tmp_path / "run"), "--depth", "1"]
+    assert main([*train, "--epochs", "1", "--validations", "1"]) == 0
+    before = (tmp_path / "run" / "weights.safetensors").read_bytes()
+    assert main([*train, "--epochs", "2", "--validations", "1"]) == 1
+    assert "another run: epochs is 1 there, and 2 now" in capsys.readouterr().err
+    assert (tmp_path / "run" / "weights.safetensors").read_bytes() == before
+    assert main([*train, "--epochs", "2", "--validations", "1", "--restart"]) == 0
+    assert (tmp_path / "run" / "weights.safetensors").read_bytes() != before
 
 
 def test_it_runs_as_a_module():
