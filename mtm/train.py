@@ -36,7 +36,7 @@ from mtm.metrics import LOG2, log_mean
 from mtm.model import MtM, MtMConfig
 from mtm.recipes import RECIPES, TrainConfig, changed
 from mtm.session import Session, SessionError
-from mtm.watch import History, Progress, Watch, peak_memory
+from mtm.watch import History, Progress, Watch, peak_memory, without_nan
 
 VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
 CPU_TOKENS = 5000  # that pass through a model at once; more take more memory, and no less time
@@ -85,7 +85,7 @@ class Fit:
 
     def to_dict(self) -> dict[str, Any]:
         """Settings and history as JSON can hold them."""
-        return {"train": asdict(self.config), "history": self.history}
+        return {"train": asdict(self.config), "history": without_nan(self.history)}
 
 
 def fit(
@@ -173,6 +173,7 @@ def fit(
             for parameter, learned in zip(model.parameters(), learns, strict=True):
                 parameter.requires_grad_(learned)
             model.eval()
+            bar.stop()
     run.save_model(model)
     return Fit(model, run.history, config)
 

@@ -51,9 +51,13 @@ class Progress:
         if self.line is not None:
             self.line.update({"text/plain": f"epoch {epoch} of {self.epochs}  {score}"}, raw=True)
 
+    def stop(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
+
     def close(self, summary: str) -> None:
         """Leave the summary in the place of the bar."""
-        self.bar.close()
+        self.stop()
         if self.line is not None:
             self.line.update({"text/plain": summary}, raw=True)
         elif self.show:
