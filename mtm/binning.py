@@ -132,7 +132,7 @@ def bin_trace(
 
     Raises:
         ValueError: times that are not finite, not 1-D or not strictly increasing, lengths that
-            differ, infinite values, max_gap <= 0, or see `n_bins`.
+            differ, infinite values or such as float32 does not hold, max_gap <= 0, or see `n_bins`.
     """
     bins = n_bins(window, bin_size)
     t, v = _samples(times, values)
@@ -302,6 +302,12 @@ def _samples(
     v = _vector("values", values, "set them to NaN to interpolate across them", allow_nan=True)
     if v.shape != t.shape:
         raise ValueError(f"values has {len(v)} samples but times has {len(t)}; pass one for each")
+    largest = np.abs(v).max(initial=0, where=~np.isnan(v))
+    if largest > np.finfo(np.float32).max:
+        raise ValueError(
+            f"values are up to {largest:.3g}, more than float32 holds; set such samples to NaN, or "
+            "give values in a larger unit"
+        )
     later = t[1:] > t[:-1]
     if not later.all():
         raise ValueError(

@@ -383,6 +383,10 @@ def test_trace_without_trials():
         ({"times": [0.0, np.nan, 2.0]}, "^times holds 1 NaN or infinite.*drop those samples"),
         ({"times": [0.0, 1.0]}, "values has 3 samples but times has 2"),
         ({"values": [0.0, np.inf, 1.0]}, "values holds 1 infinite.*index 1; set them to NaN"),
+        (
+            {"values": [0.0, -1e300, np.nan]},
+            r"values are up to 1e\+300, more than float32 holds; set",
+        ),
         ({"values": np.zeros((3, 2))}, "values must be one-dimensional"),
         ({"align_times": [np.nan]}, "align_times holds 1"),
         ({"max_gap": 0.0}, "max_gap must be a positive"),

@@ -592,7 +592,7 @@ OPTIONS = [
 ]
 
 
-@settings(max_examples=90, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(
     damages=st.lists(
         st.tuples(st.sampled_from(NAMES), st.sampled_from(sorted(EDITS))), min_size=1, max_size=2

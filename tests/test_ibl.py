@@ -604,6 +604,33 @@ ERRORS = {
         {},
         r"spikes.times.npy: damaged",
     ),
+    "text for times": (
+        edit_trials(lambda t: t.__setitem__("stimOn_times", "é/\n")),
+        {},
+        r"table.pqt, stimOn_times: not numbers .*; download it again",
+    ),
+    "text for choices": (
+        edit_trials(lambda t: t.__setitem__("choice", "")),
+        {},
+        r"table.pqt, choice: not numbers",
+    ),
+    "text for labels": (
+        lambda alf: [
+            pd.read_parquet(f).assign(label="é").to_parquet(f) for f in alf.rglob("*.metrics.pqt")
+        ],
+        {},
+        r"clusters.metrics: label: not numbers",
+    ),
+    "nothing to filter by": (
+        edit_trials(lambda t: t.pop("probabilityLeft")),
+        {"trial_filter": "reaction-time"},
+        r"table.pqt: .*no column \['probabilityLeft'\]; pass trial_filter=None",
+    ),
+    "samples beyond float32": (
+        edit_array("leftCamera.ROIMotionEnergy.npy", lambda e: np.r_[e[:-1], 1e300]),
+        {},
+        r"'whisker-motion-energy': values are up to 1e\+300",
+    ),
     "damaged table": (
         lambda alf: (alf / "_ibl_trials.table.pqt").write_bytes(b"half a file"),
         {},
@@ -687,7 +714,7 @@ def damage(file, rng):
     if file.suffix == ".npy" and rng.random() < 0.8:
         values = np.load(file)
         some = rng.integers(len(values), size=3)
-        wrong = rng.choice([np.nan, np.inf, -np.inf, -1.0, 1e6, 1e12])
+        wrong = rng.choice([np.nan, np.inf, -np.inf, -1.0, 1e6, 1e12, 1e300])
 
         def set_some():
             changed = values.astype(float)
@@ -704,6 +731,9 @@ def damage(file, rng):
             lambda: values.astype(str),
             lambda: np.float64(3.0),
             lambda: values.astype(np.float32),
+            lambda: np.full(values.shape, 2**64 - 1, np.uint64),
+            lambda: np.full(values.shape, values.ravel()[0]),  # one id; all spikes at one time
+            lambda: values * 1j,
             *[set_some] * 4,
         ]
         np.save(file, ways[rng.integers(len(ways))]())
@@ -713,7 +743,10 @@ def damage(file, rng):
         if rng.random() < 0.3:
             table = table.drop(columns=column)
         elif rng.random() < 0.5:
-            table[column] = rng.choice([np.nan, np.inf, -1.0, 1e12], len(table))
+            wrong = [np.nan, np.inf, -1.0, 1e12] if rng.random() < 0.7 else ["é/\0\n漢", ""]
+            table[column] = rng.choice(wrong, len(table))
+        elif rng.random() < 0.3:
+            table = pd.concat([table, table])
         else:
             table = table.iloc[: rng.integers(len(table))]
         table.to_parquet(file)
@@ -979,6 +1012,7 @@ def server(tree, monkeypatch):
 def test_the_same_code_reads_a_server(read, tmp_path, server, capfd):
     """Against a stand-in for Alyx; the real one cannot be reached from a test."""
     import requests
+    from joblib.externals.loky import get_reusable_executor
 
     with pytest.raises(requests.HTTPError, match="authentication failed"):
         ibl.connect(username="someone", password="wrong", base_url=server)
@@ -997,7 +1031,8 @@ def test_the_same_code_reads_a_server(read, tmp_path, server, capfd):
     with pytest.raises(SessionError, match="no datasets"):
         ibl.load_session(one, "5dcee0eb-b34d-4652-acc3-d10afc6eae68")
     # Processes of their own log in with what ONE has saved.
-    done = ibl.prepare(one, [EID], tmp_path / "out", workers=1, progress=False)
+    get_reusable_executor().shutdown()  # those of earlier tests have another home
+    done = ibl.prepare(one, [EID], tmp_path / "out", workers=2, progress=False)
     assert Session.load(done.paths[0]).provenance["server"] == server, done
     # A token alone, then the saved one; and what was downloaded, without the server.
     assert ibl.connect(cache, token="t0ken", base_url=server).alyx.user == "someone"

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -297,6 +298,52 @@ def test_handmade_pickles_are_refused(tmp_path):
     ):
         with pytest.raises(SessionError, match="dat: cannot be read"):
             load_bundle(write_pickle(tmp_path / "a.npz", content))
+
+
+ODD_VALUES = {
+    "short": lambda v: v[:-1],
+    "none": lambda v: v[:0],
+    "backwards": lambda v: v[::-1],
+    "twice": lambda v: np.stack([v, v]),
+    "turned": lambda v: v.T,
+    "text": lambda v: np.full(v.shape, "é/\n\0漢"),
+    "objects": lambda v: v.astype(object),
+    "complex": lambda v: np.full(v.shape, 1j),
+    "a word": lambda v: "é/\n\0漢",
+    "empty": lambda v: "",
+    "nothing": lambda v: None,
+    "a dictionary": lambda v: {},
+    **{
+        str(x): lambda v, x=x: np.full(v.shape, x)
+        for x in (np.nan, np.inf, -np.inf, -1.0, 0.5, 300, 70_000, 1e300)
+    },
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(make_entry())), st.sampled_from(sorted(ODD_VALUES))),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_whatever_is_in_a_field_a_session_or_an_error(tmp_path_factory, changes):
+    entry = make_entry()
+    for field, kind in changes:
+        entry[field] = ODD_VALUES[kind](np.atleast_1d(make_entry()[field]))
+    path = write_bundle(tmp_path_factory.getbasetemp() / "odd.npz", entry)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            (session,) = load_bundle(path)
+        except SessionError as error:
+            assert str(error).startswith("session ")
+            return
+    assert session.counts.dtype in (np.uint8, np.uint16)
+    if "spks" not in dict(changes):
+        (expected,) = load_bundle(write_bundle(path, make_entry()))
+        np.testing.assert_array_equal(session.counts, expected.counts)
 
 
 @settings(max_examples=150, deadline=None)

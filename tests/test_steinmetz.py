@@ -87,6 +87,7 @@ def variant(folder, tmp_path):
                 np.save(path, change(np.load(path)) if callable(change) else change)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("error", RuntimeWarning)
             return steinmetz.load_session(copy, **options)
 
     return load
@@ -245,6 +246,8 @@ BAD = {
     "id too large": ({"spikes.clusters": lambda c: c + 1}, r"ids \[6\] are not among the 6"),
     "negative id": ({"spikes.clusters": lambda c: c.astype(int) - 1}, r"ids \[-1\] are not"),
     "half an id": ({"spikes.clusters": lambda c: c / 2}, r"ids \[0.5, 1.5, 2.5\] are not"),
+    "huge id": ({"spikes.clusters": lambda c: c + 2.0**40}, r"ids \[109951162777.* are not"),
+    "infinite id": ({"spikes.clusters": np.full(S, np.inf)}, r"ids \[inf\] are not"),
     "NaN id": ({"spikes.clusters": np.full(S, np.nan)}, r"ids \[nan\] are not"),
     "no spikes": ({"spikes.times": [], "spikes.clusters": []}, "no spike falls"),
     "other clock": ({"spikes.times": lambda t: t + 1000}, "no spike falls"),
@@ -259,6 +262,10 @@ BAD = {
     "one anchor": ({"wheel.timestamps": np.zeros((1, 2))}, "wheel.timestamps.npy: no rising"),
     "falling": ({"wheel.timestamps": lambda a: a[::-1]}, "no rising"),
     "NaN anchor": ({"wheel.timestamps": lambda a: a * [1, np.nan]}, "no rising"),
+    "endless anchors": (
+        {"wheel.timestamps": np.array([[0, 0], [9, np.inf], [12, np.inf]])},
+        "no ri",
+    ),
     "infinite anchor": ({"wheel.timestamps": lambda a: a + [[0, 0], [0, np.inf]]}, "no rising"),
     "times only": ({"wheel.timestamps": np.arange(4000.0)}, f"timestamps.npy: {UNREAD}"),
     "past the end": ({"wheel.timestamps": lambda a: a + [9, 0]}, "of 4000 samples"),
@@ -341,6 +348,7 @@ def test_whatever_is_in_a_file_a_session_or_an_error(folder, data):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             np.save(path, array.astype(kind))
+            warnings.simplefilter("error", RuntimeWarning)
             session = steinmetz.load_session(folder, bin_size=0.1)
         assert session.counts.shape[1:] == (20, N)
     except SessionError as error:

@@ -56,7 +56,9 @@ What does not fit together: these are 40, 35 to pretrain on and the 5 of `HELD_O
 paper speaks of 39, 34 and 5, and nothing says which one was left out (its loader takes the first
 34 that the Hub lists, and skips a session that fails to load without a word). Which 10 were its
 "10 sessions" is not written down anywhere. The paper says 48 sessions in the data set;
-`REPEATED_SITE_EIDS`, the authors' own list, has 83.
+`REPEATED_SITE_EIDS`, the authors' own list, has 83. The table of insertions that their data
+preparation looks sessions up in has 23 of the 40; for the other 17 it takes the table's first
+session, without a word.
 
 :meta hide-value:
 """
@@ -470,18 +472,31 @@ def _trials(
         recording.fail(path, f"no column {align!r} to align to; there are {events}")
     if len({len(values) for values in trials.values()}) > 1:
         recording.fail(path, "columns of different lengths; download them again")
-    keep = np.isfinite(np.asarray(trials[align], dtype=np.float64))
+    for name in {*TRIAL_COLUMNS, align} & set(trials):
+        trials[name] = _numbers(recording, f"{path}, {name}", trials[name])
+    keep = np.isfinite(trials[align])
     dropped = {"in the table": len(keep), f"without {align}": int(np.sum(~keep))}
     if not keep.any():
         recording.fail(path, f"all {len(keep)} trials lack {align!r}; align to another event")
     if trial_filter is not None:
-        passed = reaction_time_filter(trials)
+        try:
+            passed = reaction_time_filter(trials)
+        except SessionError as error:  # it does not know whose trials these are
+            recording.fail(path, str(error))
         dropped["rejected by the filter"] = int(np.sum(keep & ~passed))
         keep &= passed
         if not keep.any():
             recording.fail(path, "no trial passes the reaction-time filter; pass trial_filter=None")
     rows = {"row": np.flatnonzero(keep)}
     return rows | {name: values[keep] for name, values in trials.items()}, dropped
+
+
+def _numbers(recording: _Recording, what: str, values: np.ndarray) -> np.ndarray:
+    """A column of a table as float64 (n,), None as NaN; or an error that says which it is."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        recording.fail(what, f"not numbers ({error}); download it again")
 
 
 def _recorded(
@@ -517,7 +532,7 @@ def _behaviour(trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     behaviour = {}
     for key, (names, recipe) in recipes.items():
         if all(name in trials for name in names):
-            behaviour[key] = recipe(*(np.asarray(trials[name], dtype=float) for name in names))
+            behaviour[key] = recipe(*(trials[name] for name in names))
     try:
         behaviour["reaction-time-filter"] = reaction_time_filter(trials).astype(float)
     except SessionError:  # a column is missing; without a filter asked for, the trials are fine
@@ -604,7 +619,8 @@ def _probe(
         metrics = metrics if "cluster_id" in metrics else metrics.reset_index()
         if {"label", "cluster_id"} <= set(metrics):  # IBL leaves out clusters without a spike
             label = metrics.drop_duplicates("cluster_id").set_index("cluster_id")["label"]
-            columns["label"] = label.reindex(np.arange(n)).to_numpy(float)
+            label = label.reindex(np.arange(n)).to_numpy()
+            columns["label"] = _numbers(recording, f"{collection}/clusters.metrics: label", label)
     for name, values in columns.items():
         if len(values) != n:
             recording.fail(f"{collection}/clusters: {name}", f"{len(values)} for {n} clusters")

@@ -82,7 +82,7 @@ def load_session(
     keep = np.ones(n, bool) if units is None else files.array("clusters._phy_annotation", n) >= GOOD
     times = files.array("spikes.times")
     clusters = files.array("spikes.clusters", len(times))
-    if np.all(clusters == np.floor(clusters)):
+    if np.all((clusters == np.floor(clusters)) & (np.abs(clusters) < 2**31)):
         clusters = clusters.astype(np.int32)
     if not (timed := np.isfinite(times)).all():
         files.warn(f"spikes.times: left out {np.sum(~timed)} without time")
@@ -250,7 +250,8 @@ def _sample_times(files: _Folder, name: str, n: int) -> np.ndarray:
     else from 0; wrong by one sample at most.
     """
     number, time = files.array(name, width=2).T
-    rising = len(time) > 1 and np.all(np.diff(number) > 0) and np.all(np.diff(time) > 0)
+    rising = len(time) > 1 and np.isfinite(number).all() and np.isfinite(time).all()
+    rising = rising and np.all(np.diff(number) > 0) and np.all(np.diff(time) > 0)
     fits = rising and number[0] >= 0 and number[-1] <= n
     if not fits or time[-1] - time[0] > LONGEST_SAMPLE * n:
         files.fail(name, f"no rising sample numbers and times of {n} samples; download it again")
