@@ -90,6 +90,20 @@ def test_readme_example_runs(capsys):
     assert made.region_names == ["CA1", "DG"] and set(made.behaviour) == {"choice", "wheel"}
 
 
+def test_numbers_of_bad_inputs_are_those_tried():
+    """The table in CONTRIBUTING.md, against the settings in front of each test, or its loop."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    rows = re.findall(r"`(test_\w+)::(test_\w+)` \| (?:(\d+) x )?(\d+) \|", text)
+    for file, name, _, number in rows:
+        tests = (ROOT / f"tests/{file}.py").read_text("utf-8")
+        before, _, after = tests.partition(f"\ndef {name}(")
+        decorators, body = before.rpartition("\n\n\n")[2], after.partition("\n\n\n")[0]
+        tried = re.findall(r"max_examples=(\d+)", decorators) or re.findall(r"range\((\d+)", body)
+        assert tried == [number], name
+    total = sum(int(times or 1) * int(number) for *_, times, number in rows)
+    assert len(rows) == 11 and f"That is {total} in all" in text
+
+
 def test_readme_command_lines_are_understood():
     """Every `python -m mtm ...` of the README and the book parses, whatever files it names."""
     texts = [page.read_text("utf-8") for page in [ROOT / "README.md", *PAGES]]
