@@ -6,8 +6,8 @@
 An IBL-like recording in ALF files: two probes, random spikes on a 30 kHz clock, a trial every 5 s,
 a wheel at 100 samples a second, a camera at 60. `prepare` reads it through ONE's local mode, bins
 it and writes the session file, in a process of its own whose peak memory is thus its own. Stages
-are timed inside that process, as functions called; what is in none of them is "rest" (ONE's look-up
-of files, checks of the session). Then one size after the other is halved and quartered. The files
+are timed inside that process, as functions called, and the most memory that the process held while
+in each is noted; what is in none of them is "rest" (ONE's look-up of files, checks of the session). Then one size after the other is halved and quartered. The files
 were just written, so that reading them is reading the page cache: a disk or a network adds its own.
 """
 
@@ -87,21 +87,39 @@ def make_recording(root: Path, spikes: int, trials: int, neurons: int) -> None:
     index_alf(root)
 
 
+def peak_since_reset() -> int:
+    """Most memory that the process held since the last call, bytes; on Linux, else since it began.
+
+    A stage's peak includes what the stages before it left behind.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_bytes()
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is held now
+    return int(peak.split()[1]) * 1024
+
+
 def measure(root: Path) -> None:
     """In a process of its own: prepare the one session, print seconds and peak bytes as JSON."""
     import importlib
 
     from mtm.sources import ibl
 
-    spent = dict.fromkeys(STAGES, 0.0)
+    spent, peaks = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0)
+    highest = 0
 
     def timed(stage, function):
         def call(*args, **kwargs):
+            nonlocal highest
+            highest = max(highest, peak_since_reset())
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
                 spent[stage] += time.perf_counter() - start
+                peaks[stage] = max(peaks[stage], peak := peak_since_reset())
+                highest = max(highest, peak)
 
         return call
 
@@ -113,13 +131,15 @@ def measure(root: Path) -> None:
         setattr(holder, last, timed(stage, getattr(holder, last)))
     one = ibl.connect(root)
     eids = ibl.search(one)
-    before = peak_bytes()
+    before = peak_since_reset()
     start = time.perf_counter()
     done = ibl.prepare(one, eids, root / "out", workers=1, overwrite=True, progress=False)
     total = time.perf_counter() - start
     (path,) = done.paths
     result = {"seconds": total, "stages": spent | {"rest": total - sum(spent.values())}}
-    result |= {"peak_bytes": peak_bytes(), "peak_bytes_above_imports": peak_bytes() - before}
+    highest = max(highest, peak_since_reset())
+    result |= {"peak_bytes": highest, "peak_bytes_above_imports": highest - before}
+    result |= {"peak_bytes_of_stages": peaks}
     print(json.dumps(result | {"file_bytes": path.stat().st_size}))
 
 
@@ -163,8 +183,10 @@ def main() -> None:
     for row in [result["realistic"], *result["growth"]]:
         print(f"{row['spikes']:>12,} spikes {row['trials']:>5} trials {row['neurons']:>5} neurons  "
               f"{row['seconds']:6.2f} s  {row['peak_bytes'] / 1e9:5.2f} GB")  # fmt: skip
+    peaks = result["realistic"]["peak_bytes_of_stages"]
     for stage, seconds in result["realistic"]["stages"].items():
-        print(f"  {stage:<26} {seconds:6.2f} s")
+        peak = f"{peaks[stage] / 1e9:5.2f} GB" if stage in peaks else ""
+        print(f"  {stage:<26} {seconds:6.2f} s  {peak}")
 
 
 if __name__ == "__main__":
