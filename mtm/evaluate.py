@@ -49,8 +49,8 @@ CONDITIONS = ("choice", "reward", "block")
 """Behaviours that make up a trial's condition in PSTH R2."""
 
 TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}
-"""Tokens of a batch, unless another size is asked for: what stays in a CPU's cache and was fastest
-there, what fills a large GPU. A smaller one runs out of memory once and goes on with less."""
+"""Tokens of a batch, unless another size is asked for: what was fastest on a CPU, whose cache does
+not hold more; enough to keep a large GPU busy. A small one runs out of memory and takes half."""
 TRIALS_AT_ONCE = 256  # of a predictor without tokens
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -212,7 +212,7 @@ def evaluate(
         ValueError: for an unknown task, or predictions of a wrong shape or with NaN.
         SessionError: when a task that was asked for needs regions and there are none, or the bins
             are not those the model was trained on.
-        MemoryError: when there is not even enough memory for one trial.
+        MemoryError: when memory runs out with a single trial.
         TypeError: when ``session`` is no Session.
     """
     if not isinstance(session, Session):
