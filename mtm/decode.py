@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, r2_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 
-from mtm.evaluate import Predicts, call_predictor, checked_split_seed
+from mtm.evaluate import Predicts, call_predictor, checked_split_seed, require_finite
 from mtm.masks import Mask, scheme
 from mtm.session import Session, SessionError
 
@@ -279,6 +279,7 @@ def _features(
             predicted = call_predictor(predictor, visible, prompt, mask, session.name)
             parts.append(predicted.cpu().numpy())
         features = np.concatenate(parts)
+        require_finite(features[:, :, inside], prompt, session.name)
     return features[:, :, inside].reshape(len(trials), -1).astype(np.float64)
 
 

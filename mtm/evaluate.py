@@ -12,13 +12,19 @@ intra-region        all outside a region, and one of its neurons at a time  it, 
 Anything that predicts can be evaluated: a model, an array of log-rates, or a function of yours,
 ``predict(counts, scheme, mask, session) -> log-rates``. Models and functions are shown counts in
 which hidden entries are zeroed; an array is scored as it is. Source: arXiv 2407.14668, section 4.
+
+What a predictor need not do twice, or at all, is left out, which changes no score. One that takes
+``neurons`` is asked for that output alone where one neuron a trial is scored. One that says
+``sees_mask = False`` cannot tell a hidden entry from a silent one: what it is shown with a silent
+neuron hidden is what it is shown with all such neurons hidden, and one pass serves them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +33,9 @@ from tqdm import tqdm
 
 from mtm import metrics
 from mtm.masks import Mask
+from mtm.model import MtM
 from mtm.session import Session, SessionError
+from mtm.train import Fit
 
 TASKS = {
     "co-smoothing": "neuron",
@@ -39,6 +47,12 @@ TASKS = {
 
 CONDITIONS = ("choice", "reward", "block")
 """Behaviours that make up a trial's condition in PSTH R2."""
+
+TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}
+"""Tokens of a batch, unless another size is asked for: what was fastest on a CPU, whose cache does
+not hold more; enough to keep a large GPU busy. A small one runs out of memory and takes half."""
+TRIALS_AT_ONCE = 256  # of a predictor without tokens
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Predictor(Protocol):
@@ -173,7 +187,7 @@ def evaluate(
     trials: np.ndarray | None = None,
     neurons: np.ndarray | None = None,
     split_seed: int | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Report:
     """Score a predictor on the activity tasks.
@@ -187,7 +201,8 @@ def evaluate(
         neurons: indices of the scored neurons. All neurons stay in the input. Default: all.
         split_seed: of ``session.split``; its training trials make the honest null model. Default:
             the one that the model was trained with, else 0.
-        batch_size: trials predicted at once.
+        batch_size: trials predicted at once. Default: what suits the device. Where memory runs out
+            it is halved, and evaluation goes on from there.
         progress: show a bar.
 
     Returns:
@@ -197,6 +212,7 @@ def evaluate(
         ValueError: for an unknown task, or predictions of a wrong shape or with NaN.
         SessionError: when a task that was asked for needs regions and there are none, or the bins
             are not those the model was trained on.
+        MemoryError: when memory runs out with a single trial.
         TypeError: when ``session`` is no Session.
     """
     if not isinstance(session, Session):
@@ -294,7 +310,7 @@ def predict_held_out(
     trials: np.ndarray,
     wanted: np.ndarray,
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> np.ndarray:
     """Log-rates of the scored entries, each predicted while it was hidden; NaN elsewhere.
@@ -305,45 +321,66 @@ def predict_held_out(
         task: one of :data:`TASKS`.
         trials: (K',) indices.
         wanted: (N,) bool, neurons to score.
-        batch_size: trials predicted at once.
+        batch_size: see :func:`evaluate`.
         progress: show a bar.
 
     Returns:
         (K', T, N) float64.
+
+    Raises:
+        ValueError: for predictions of a wrong shape, or with NaN where they are scored.
+        MemoryError: when it runs out with a single trial.
     """
-    hidden, scored, bins = _queries(task, session, wanted)
-    shape = (len(trials), session.n_bins, session.n_neurons)
+    queries, scored, bins = _queries(task, session, wanted)
+    span, scored_neurons = slice(*bins), scored.any(axis=0)
     if isinstance(predictor, np.ndarray):
-        if np.broadcast_shapes(predictor.shape, session.counts.shape) != session.counts.shape:
-            raise ValueError(
-                f"log-rates of shape {predictor.shape} do not fit counts {session.counts.shape}"
-            )
-        known = np.broadcast_to(predictor, session.counts.shape)[trials].astype(np.float64)
-        if not np.isfinite(known).all():
-            raise ValueError("the predicted log-rates hold NaN or infinite values")
-        bin_scored = np.zeros(session.n_bins, dtype=bool)
-        bin_scored[slice(*bins)] = True
-        return np.where(bin_scored[:, None] & scored.any(axis=0), known, np.nan)
+        return _known(predictor, session, trials, scored_neurons, span)
+    predictor = predictor.model if type(predictor) is Fit else predictor
+    size = _batch_size(predictor, session) if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}")
+    one_each = takes_neurons(predictor)
     device = getattr(predictor, "device", torch.device("cpu"))
+    shares = one_each and not getattr(predictor, "sees_mask", True)
+    fired = session.counts[trials][:, span].any(axis=1) if shares else None
+    passes = _plan(queries, scored, len(trials), fired, device)
+    hidden = torch.from_numpy(queries).to(device)
     counts = torch.from_numpy(session.counts[trials].astype(np.float32)).to(device)
-    log_rates = torch.full(shape, float("nan"), device=device)
-    hidden, scored = torch.from_numpy(hidden).to(device), torch.from_numpy(scored).to(device)
-    in_bins = torch.zeros(session.n_bins, 1, dtype=torch.bool, device=device)
-    in_bins[slice(*bins)] = True
-    total = len(hidden) * len(trials)
-    with tqdm(total=total, desc=task, disable=None if progress else True, leave=False) as bar:
-        for query, trial in _chunks(len(hidden), len(trials), batch_size, device):
-            mask = Mask(
-                hidden[query][:, None, :] & in_bins,
-                scored[query][:, None, :] & in_bins,
-                causal=task == "forward-prediction",
-            )
-            visible = counts[trial].masked_fill(mask.hidden, 0)
-            predicted = call_predictor(predictor, visible, TASKS[task], mask, session.name)
-            b, t, n = mask.target.nonzero(as_tuple=True)
-            log_rates[trial[b], t, n] = predicted[b, t, n].float()
-            bar.update(len(query))
-    return log_rates.cpu().numpy().astype(np.float64)
+    log_rates = torch.full_like(counts, float("nan"))
+
+    def make(start: int, stop: int) -> None:
+        """Some of the passes. On a GPU, nothing here waits for a result."""
+        asked = slice(passes.ends[start], passes.ends[stop])
+        row, neuron, trial = passes.owner[asked] - start, passes.neuron[asked], passes.trial
+        mask = _mask(hidden[passes.query[start:stop]], row, neuron, counts.shape[1], task, span)
+        visible = counts[trial[start:stop]].masked_fill_(mask.hidden, 0)
+        one = neuron if one_each and stop - start == len(neuron) else None
+        predicted = call_predictor(predictor, visible, TASKS[task], mask, session.name, one)
+        predicted = predicted[row, span, neuron] if one is None else predicted[:, span]
+        log_rates[trial[start:stop][row], span, neuron] = predicted.detach().float()
+
+    n_passes, what = len(passes.trial), f"session {session.name!r}, {task}"
+    with tqdm(total=n_passes, desc=task, disable=None if progress else True, leave=False) as bar:
+        _in_batches(make, n_passes, size, what, bar)
+    found = log_rates.cpu().numpy()
+    require_finite(found[:, span][:, :, scored_neurons], TASKS[task], session.name)
+    return found.astype(np.float64)
+
+
+def _known(
+    log_rates: np.ndarray, session: Session, trials: np.ndarray, scored: np.ndarray, span: slice
+) -> np.ndarray:
+    """An array of log-rates as :func:`predict_held_out` returns them."""
+    if np.broadcast_shapes(log_rates.shape, session.counts.shape) != session.counts.shape:
+        raise ValueError(
+            f"log-rates of shape {log_rates.shape} do not fit counts {session.counts.shape}"
+        )
+    known = np.broadcast_to(log_rates, session.counts.shape)[trials].astype(np.float64)
+    if not np.isfinite(known).all():
+        raise ValueError("the predicted log-rates hold NaN or infinite values")
+    bin_scored = np.zeros(session.n_bins, dtype=bool)
+    bin_scored[span] = True
+    return np.where(bin_scored[:, None] & scored, known, np.nan)
 
 
 def _queries(
@@ -366,36 +403,148 @@ def _queries(
     return hidden, scored, (0, session.n_bins)
 
 
-def _chunks(
-    n_queries: int, n_trials: int, size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pairs (query, trial), ``size`` at a time."""
-    for start in range(0, n_queries * n_trials, size):
-        pair = torch.arange(start, min(start + size, n_queries * n_trials), device=device)
-        yield pair // n_trials, pair % n_trials
+class Passes(NamedTuple):
+    """The forward passes of a task, those for a single prediction first.
+
+    Attributes:
+        query: (P,) which of the task's queries each pass hides; on the device, as the next three.
+        trial: (P,) the trial it is shown.
+        owner: (M,) the pass of each prediction, in ascending order.
+        neuron: (M,) the neuron predicted.
+        ends: P + 1 numbers; those from ``ends[p]`` to ``ends[p + 1]`` are pass p's predictions.
+    """
+
+    query: Tensor
+    trial: Tensor
+    owner: Tensor
+    neuron: Tensor
+    ends: list[int]
+
+
+def _plan(
+    hidden: np.ndarray,
+    scored: np.ndarray,
+    n_trials: int,
+    fired: np.ndarray | None,
+    device: torch.device,
+) -> Passes:
+    """The passes that predict every scored neuron in every trial once.
+
+    Args:
+        hidden: (Q, N) bool.
+        scored: (Q, N) bool; each neuron is scored in one query.
+        n_trials: K'.
+        fired: (K', N) bool, neurons with a spike in the bins that are hidden: queries that take
+            the same spikes out of a trial share a pass. None = a pass for every query and trial.
+        device: where the passes are made.
+    """
+    pair = np.arange(n_trials * len(hidden)).reshape(n_trials, len(hidden))
+    for trial in range(0 if fired is None else n_trials):
+        taken_out = np.packbits(hidden & fired[trial], axis=1)  # (Q, N / 8)
+        taken_out = taken_out.view(f"V{taken_out.shape[1]}")[:, 0]  # a row is one thing to compare
+        _, first, alike = np.unique(taken_out, return_index=True, return_inverse=True)
+        pair[trial] = pair[trial, first[alike]]
+    neurons = np.flatnonzero(scored.any(axis=0))
+    pair = pair[:, scored[:, neurons].argmax(axis=0)].ravel()  # the pass of each prediction
+    made, owner, sizes = np.unique(pair, return_inverse=True, return_counts=True)
+    order = np.argsort(sizes, kind="stable")
+    owner = np.argsort(order)[owner]
+    by_owner = np.argsort(owner, kind="stable")
+    trial, query = np.divmod(made[order], len(hidden))
+    arrays = (query, trial, owner[by_owner], np.tile(neurons, n_trials)[by_owner])
+    ends = [0, *np.cumsum(sizes[order]).tolist()]
+    return Passes(*(torch.from_numpy(x).to(device) for x in arrays), ends)
+
+
+def _mask(hidden: Tensor, row: Tensor, neuron: Tensor, n_bins: int, task: str, span: slice) -> Mask:
+    """The mask (B, T, N) of passes that hide ``hidden`` (B, N) and predict pairs (row, neuron)."""
+    target = torch.zeros_like(hidden)
+    target[row, neuron] = True
+    in_bins = torch.zeros(n_bins, 1, dtype=torch.bool, device=hidden.device)
+    in_bins[span] = True
+    hidden = hidden | target  # what any of the queries hides that share the pass
+    causal = task == "forward-prediction"
+    return Mask(hidden[:, None] & in_bins, target[:, None] & in_bins, causal)
+
+
+def _batch_size(predictor: Predictor | Callable[..., Any], session: Session) -> int:
+    """Trials to predict at once."""
+    if not isinstance(predictor, MtM):
+        return TRIALS_AT_ONCE
+    tokens = TOKENS_AT_ONCE.get(predictor.device.type, TOKENS_AT_ONCE["cpu"])
+    return max(1, tokens // predictor.n_tokens(session.name))
+
+
+def _in_batches(
+    make: Callable[[int, int], None], n_passes: int, size: int, what: str, bar: tqdm
+) -> None:
+    """Call ``make(start, stop)`` for all passes, ``size`` at once, fewer when memory runs out.
+
+    Raises:
+        MemoryError: when it runs out with a single one.
+    """
+    start = 0
+    while start < n_passes:
+        stop = min(start + size, n_passes)
+        try:
+            make(start, stop)
+        except (RuntimeError, MemoryError) as error:
+            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not known and not any(text in str(error) for text in OUT_OF_MEMORY):
+                raise
+            if stop - start == 1:
+                raise MemoryError(
+                    f"{what}: memory runs out with a single trial; free some on this device, use "
+                    "another device or take a smaller model"
+                ) from error
+            size = (stop - start) // 2
+            continue
+        bar.update(stop - start)
+        start = stop
+
+
+def takes_neurons(predictor: Predictor | Callable[..., Any]) -> bool:
+    """Whether a predictor can be asked for one neuron of each trial, with ``neurons`` (B,)."""
+    try:
+        signature = inspect.signature(getattr(predictor, "predict", predictor))
+    except (TypeError, ValueError):  # some built-in functions have none
+        return False
+    return "neurons" in signature.parameters
 
 
 def call_predictor(
-    predictor: Predictor | Callable[..., Any], counts: Tensor, scheme: str, mask: Mask, name: str
+    predictor: Predictor | Callable[..., Any],
+    counts: Tensor,
+    scheme: str,
+    mask: Mask,
+    name: str,
+    neurons: Tensor | None = None,
 ) -> Tensor:
-    """Log-rates (B, T, N) from a model or a function, checked.
+    """Log-rates (B, T, N) from a model or a function; with ``neurons`` (B,), theirs alone, (B, T).
 
     Raises:
-        ValueError: when their shape is not the counts', or a target's is not finite.
+        ValueError: when their shape is another.
     """
     predict = getattr(predictor, "predict", predictor)
-    predicted = torch.as_tensor(predict(counts, scheme, mask, name), device=counts.device)
-    if predicted.shape != counts.shape:
+    one_each = {} if neurons is None else {"neurons": neurons}
+    predicted = predict(counts, scheme, mask, name, **one_each)
+    predicted = torch.as_tensor(predicted, device=counts.device)
+    expected = counts.shape[: 2 if one_each else 3]
+    if predicted.shape != expected:
         raise ValueError(
             f"the predictor returned shape {tuple(predicted.shape)} for counts of shape "
-            f"{tuple(counts.shape)}; it must return a log-rate for every entry"
+            f"{tuple(counts.shape)}; it must return a log-rate for every entry, {tuple(expected)}"
         )
-    if not bool(torch.isfinite(predicted[mask.target]).all()):
+    return predicted
+
+
+def require_finite(log_rates: np.ndarray, scheme: str, name: str) -> None:
+    """Raise ValueError where a predictor returned NaN or infinite values."""
+    if not np.isfinite(log_rates).all():
         raise ValueError(
             f"the predictor returned NaN or infinite log-rates in session {name!r} "
             f"(scheme {scheme!r})"
         )
-    return predicted
 
 
 # --------------------------------------------------------------------------------- scoring

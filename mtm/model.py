@@ -203,9 +203,9 @@ class Bins(nn.Module):
         x = self.project(F.softsign(self.embed_spikes(x)))  # (B, T, D)
         return x if self.time is None else x + self.time
 
-    def read_out(self, x: Tensor, maps: SessionMaps) -> Tensor:
-        """Tokens (B, T, D) to log-rates (B, T, N)."""
-        return maps.readout(x)
+    def read_out(self, x: Tensor, maps: SessionMaps, neurons: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, D) to log-rates (B, T, N); (B, T) of a neuron for each trial (B,)."""
+        return maps.readout(x) if neurons is None else read_out_one(x, maps.readout, neurons)
 
     def n_patches(self, maps: SessionMaps) -> int:
         """Tokens of a bin."""
@@ -251,11 +251,16 @@ class Patches(nn.Module):
             x = x + self.time_norm(self.time)[:, None]
         return x.flatten(1, 2)
 
-    def read_out(self, x: Tensor, maps: SessionMaps) -> Tensor:
-        """Tokens (B, T x patches, D) to log-rates (B, T, N)."""
-        x = self.readout(x).unflatten(1, (self.n_bins, -1))  # (B, T, patches, P)
-        x = x.flatten(2)[..., : maps.n_neurons]  # (B, T, N)
-        return x if self.leak else x + maps.bias
+    def read_out(self, x: Tensor, maps: SessionMaps, neurons: Tensor | None = None) -> Tensor:
+        """Tokens (B, T x patches, D) to log-rates (B, T, N); (B, T) of a neuron for each trial."""
+        if neurons is None:
+            x = self.readout(x).unflatten(1, (self.n_bins, -1))  # (B, T, patches, P)
+            x = x.flatten(2)[..., : maps.n_neurons]  # (B, T, N)
+            return x if self.leak else x + maps.bias
+        trials = torch.arange(len(x), device=x.device)
+        x = x.unflatten(1, (self.n_bins, -1))[trials, :, neurons // self.patch_size]  # (B, T, D)
+        x = read_out_one(x, self.readout, neurons % self.patch_size)
+        return x if self.leak else x + maps.bias[neurons, None]
 
     def n_patches(self, maps: SessionMaps) -> int:
         """Tokens of a bin. The authors fill up smaller sessions to as many as the largest has."""
@@ -267,6 +272,12 @@ class Patches(nn.Module):
         if missing > 0:
             new = torch.randn(missing, self.space.shape[1]).to(self.space)
             self.space = nn.Parameter(torch.cat([self.space.detach(), new]))
+
+
+def read_out_one(x: Tensor, readout: nn.Linear, rows: Tensor) -> Tensor:
+    """One output for each trial: tokens (B, T, D) and rows (B,) of the readout, to (B, T)."""
+    bias, weight = readout.bias[rows, None, None], readout.weight[rows, :, None]
+    return torch.baddbmm(bias, x, weight)[..., 0]
 
 
 # ------------------------------------------------------------------------------------ the encoder
@@ -536,7 +547,12 @@ class MtM(nn.Module):
     # ------------------------------------------------------------------ forward
 
     def forward(
-        self, counts: Tensor, session: str, mask: Mask | None = None, prompt: str | None = None
+        self,
+        counts: Tensor,
+        session: str,
+        mask: Mask | None = None,
+        prompt: str | None = None,
+        neurons: Tensor | None = None,
     ) -> Tensor:
         """Log of the expected count of every entry, hidden ones included.
 
@@ -545,9 +561,10 @@ class MtM(nn.Module):
             session: its name.
             mask: what to hide, and whether attention is causal. Default: nothing is hidden.
             prompt: the scheme whose prompt token is shown; a scheme without one shows none.
+            neurons: (B,) index of the one neuron of each trial that is wanted. Default: all.
 
         Returns:
-            log-rates, (B, T, N).
+            log-rates, (B, T, N); with ``neurons``, (B, T).
 
         Raises:
             KeyError: for a session that was never added.
@@ -556,7 +573,7 @@ class MtM(nn.Module):
         causal = mask is not None and mask.causal
         tokens = self.embed(counts, session, mask, prompt)  # (B, L, D)
         x = self.encode(tokens, causal)  # (B, L, D)
-        return self.read_out(x, session)  # (B, T, N)
+        return self.read_out(x, session, neurons)  # (B, T, N) or (B, T)
 
     def embed(self, counts: Tensor, session: str, mask: Mask | None, prompt: str | None) -> Tokens:
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
@@ -584,9 +601,10 @@ class MtM(nn.Module):
             x = layer(x, pattern)
         return self.norm(x)
 
-    def read_out(self, x: Tensor, session: str) -> Tensor:
-        """Encoded tokens (B, L, D), those in front left aside, to log-rates (B, T, N)."""
-        return self.tokenizer.read_out(x[:, -self.n_tokens(session) :], self._maps(session))
+    def read_out(self, x: Tensor, session: str, neurons: Tensor | None = None) -> Tensor:
+        """Encoded tokens (B, L, D), those in front left aside, to what :meth:`forward` returns."""
+        x = x[:, -self.n_tokens(session) :]
+        return self.tokenizer.read_out(x, self._maps(session), neurons)
 
     def forward_many(
         self, batches: Sequence[tuple[Tensor, str, Mask | None, str | None]]
@@ -632,7 +650,14 @@ class MtM(nn.Module):
         return x[:, :, None]
 
     @torch.no_grad()
-    def predict(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
+    def predict(
+        self,
+        counts: Tensor,
+        scheme: str,
+        mask: Mask,
+        session: str,
+        neurons: Tensor | None = None,
+    ) -> Tensor:
         """Log-rates (B, T, N) without dropout and gradients: the predictor interface of `evaluate`.
 
         Args:
@@ -640,14 +665,20 @@ class MtM(nn.Module):
             scheme: name of the masking scheme, which picks the prompt.
             mask: what is hidden, and whether attention is causal.
             session: name.
+            neurons: (B,) index of the one neuron of each trial that is wanted; returns (B, T).
         """
         was_training = self.training
         self.eval()
         mask = Mask(mask.hidden, mask.target, mask.causal and self.config.causal)
         try:
-            return self(counts, session, mask, prompt=scheme)
+            return self(counts, session, mask, scheme, neurons)
         finally:
             self.train(was_training)
+
+    @property
+    def sees_mask(self) -> bool:
+        """Whether a hidden entry is shown as anything but an entry without a spike."""
+        return self.config.hidden_input != "zeros"
 
     # ----------------------------------------------------------------- sessions
 

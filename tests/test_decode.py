@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from mtm import Session, SessionError, decode, oracle
@@ -105,6 +106,8 @@ def test_errors(session):
         decode_trace(session.counts + 0.0, flat, "x")
     with pytest.raises(ValueError, match="unknown masking scheme 'nueron'"):
         decode_choice(oracle(session), session, prompt="nueron")
+    with pytest.raises(ValueError, match="NaN or infinite log-rates in session"):
+        decode_choice(lambda counts, *_: torch.log(counts * 0.0), session)
     one_sided = Session(session.counts, name="s", behaviour=behaviour)
     with pytest.raises(SessionError, match="training trials of the rarer choice"):
         decode(session.counts + 0.0, one_sided, behaviours=["choice"])

@@ -5,8 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtm import (
+    Mask,
+    MtM,
+    MtMConfig,
     Session,
     SessionError,
     evaluate,
@@ -16,7 +20,7 @@ from mtm import (
     oracle,
     score_table,
 )
-from mtm.evaluate import TASKS, forward_bins
+from mtm.evaluate import TASKS, forward_bins, predict_held_out
 
 
 class Watcher:
@@ -209,6 +213,8 @@ def test_errors(session):
         evaluate(lambda c, *_: c[:, :1], session)
     with pytest.raises(ValueError, match="NaN or infinite log-rates in session 's'"):
         evaluate(lambda c, *_: torch.log(c * 0.0), session)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        evaluate(Watcher(), session, batch_size=0)
     with pytest.raises(SessionError, match="only simulated sessions"):
         oracle(session)
 
@@ -227,3 +233,210 @@ def test_hidden_neurons_equal_the_authors(parity):
         evaluate(watcher, session, tasks=[task], trials=[0, 1, 2], neurons=scored)
         ((shown, *_),) = watcher.calls
         np.testing.assert_array_equal(shown, theirs["heldout"][name]["spikes"])
+
+
+# ------------------------------------------------------------------- batches, and what is left out
+
+MODELS = {
+    "ndt1": {},
+    "ndt2": {"tokenizer": "ndt2"},
+    "ndt2, token": {"tokenizer": "ndt2", "hidden_input": "token"},
+    "token": {"hidden_input": "token"},
+    "indicator, log1p": {"hidden_input": "indicator", "input_transform": "log1p"},
+    "rotary": {"positions": "rotary"},
+}
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    """9 neurons that are often silent, one of them always; a region of two, and one of one."""
+    rng = np.random.default_rng(2)
+    counts = rng.poisson(rng.lognormal(-3, 1, 9), (10, 12, 9))
+    counts[:, :, 4] = 0
+    regions = ["CA1", "DG", "CA1", "CA1", "DG", "root", "LP", "CA1", "CA1"]
+    return Session(counts, regions, "sparse")
+
+
+def small_model(session, **fields):
+    """Its output depends on every input far more than rounding does."""
+    torch.manual_seed(0)
+    sizes = {"width": 16, "depth": 2, "heads": 2, "mlp_width": 32, "stitch_width": 12}
+    config = MtMConfig(
+        n_bins=session.n_bins, patch_size=4, n_patches=3, init="paper", **sizes, **fields
+    )
+    model = MtM(config, {session.name: session.n_neurons})
+    for maps in model.sessions.values():
+        if config.hidden_input == "token":
+            torch.nn.init.normal_(maps.fill)
+    return model
+
+
+def one_by_one(model, session, task):
+    """Log-rates of every neuron in every trial from a forward pass of its own."""
+    bins = slice(session.n_bins - 1 if task == "forward-prediction" else 0, None)
+    found = np.full(session.counts.shape, np.nan)
+    model.eval()
+    for trial in range(session.n_trials):
+        for n in range(session.n_neurons):
+            if "region" in task and session.regions[n] == "root":
+                continue
+            mine = session.regions == session.regions[n]
+            neurons = {
+                "co-smoothing": np.arange(session.n_neurons) == n,
+                "forward-prediction": np.ones(session.n_neurons, bool),
+                "inter-region": mine,
+                "intra-region": ~mine | (np.arange(session.n_neurons) == n),
+            }[task]
+            hidden = torch.zeros(1, session.n_bins, session.n_neurons, dtype=torch.bool)
+            hidden[:, bins] = torch.from_numpy(neurons)
+            mask = Mask(hidden, hidden, causal=task == "forward-prediction")
+            counts = torch.from_numpy(session.counts[[trial]]).float()
+            with torch.no_grad():
+                log_rates = model(counts, session.name, mask, prompt=TASKS[task])
+            found[trial, bins, n] = log_rates[0, bins, n].numpy()
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+def test_equals_one_forward_pass_for_each_neuron_and_trial(fields, task, sparse):
+    model = small_model(sparse, **fields)
+    expected = one_by_one(model, sparse, task)
+    for trials, wanted in [
+        (np.arange(10), np.ones(9, dtype=bool)),
+        (np.array([7, 2, 3]), np.ones(9, dtype=bool)),
+        (np.arange(4), np.isin(np.arange(9), [1, 4, 5, 8])),
+        (np.arange(4), np.arange(9) == 3),
+    ]:
+        of_these = np.where(wanted, expected, np.nan)[trials]
+        for batch_size in (None, 1, 5):
+            found = predict_held_out(model, sparse, task, trials, wanted, batch_size=batch_size)
+            np.testing.assert_allclose(found, of_these, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        shown = model(torch.from_numpy(sparse.counts).float(), "sparse", None, prompt=TASKS[task])
+    assert np.nanmax(np.abs(shown.numpy() - expected)) > 1e-2  # it matters what is hidden
+
+
+@pytest.mark.parametrize("hidden_input", ["zeros", "token", "indicator"])
+@pytest.mark.parametrize("task", ["co-smoothing", "intra-region", "inter-region"])
+def test_passes_are_shared_where_nothing_shown_differs(task, hidden_input, sparse):
+    model, passes = small_model(sparse, hidden_input=hidden_input), []
+    model.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    predict_held_out(model, sparse, task, np.arange(10), np.ones(9, dtype=bool))
+    shown = set()  # (trial, what is visible of it), and a query for each scored neuron or region
+    queries = 0
+    for n in np.flatnonzero(sparse.region_codes >= 0) if "region" in task else range(9):
+        mine = sparse.regions == sparse.regions[n]
+        own = np.arange(9) == n
+        hidden = {"co-smoothing": own, "intra-region": ~mine | own, "inter-region": mine}[task]
+        queries += 10 * (task != "inter-region" or n == np.flatnonzero(mine)[0])
+        shown |= {(k, np.where(hidden, 0, sparse.counts[k]).tobytes()) for k in range(10)}
+    assert sum(passes) == (len(shown) if hidden_input == "zeros" else queries)
+    assert len(shown) < queries
+
+
+def test_a_fit_is_evaluated_as_its_model(sessions, trained):
+    options = {"tasks": ["co-smoothing"], "trials": np.arange(5), "neurons": [0, 3]}
+    passes = []
+    hook = trained.model.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    of_model, of_fit = (evaluate(p, sessions[0], **options) for p in (trained.model, trained))
+    hook.remove()
+    assert str(of_model) == str(of_fit)
+    half = len(passes) // 2
+    assert passes[:half] == passes[half:]
+
+
+@pytest.mark.parametrize("takes_neurons", [True, False])
+def test_a_predictor_is_asked_for_one_neuron_if_it_can_tell(takes_neurons, session):
+    asked = []
+
+    class One(Watcher):
+        def predict(self, counts, scheme, mask, session, neurons=None):
+            whole = super().predict(counts, scheme, mask, session)
+            asked.append(neurons)
+            if neurons is None:
+                return whole
+            rows = torch.arange(len(counts))
+            assert mask.target[rows, 0, neurons].all() and mask.target[:, 0].sum() == len(counts)
+            return whole[rows, :, neurons]
+
+    report = evaluate(One() if takes_neurons else Watcher(), session, tasks=["co-smoothing"])
+    assert str(report) == str(evaluate(Watcher(), session, tasks=["co-smoothing"]))
+    assert [n is not None for n in asked] == [True] * takes_neurons
+    evaluate(One(), session, tasks=["inter-region"])
+    assert asked[-1] is None  # more than one neuron of a trial is scored
+
+
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate"),
+    MemoryError(),
+]
+
+
+class Narrow(Watcher):
+    """Runs out of memory above a number of trials."""
+
+    def __init__(self, fits, error):
+        super().__init__()
+        self.fits, self.error, self.tried = fits, error, []
+
+    def predict(self, counts, scheme, mask, session):
+        self.tried.append(len(counts))
+        if len(counts) > self.fits:
+            raise self.error
+        return super().predict(counts, scheme, mask, session)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu", "cpu too", "numpy"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_batch_is_halved_when_memory_runs_out(task, error, session):
+    narrow, watcher = Narrow(3, error), Watcher()
+    report = evaluate(narrow, session, tasks=[task], batch_size=12)
+    assert str(report) == str(evaluate(watcher, session, tasks=[task]))
+    for column, values in evaluate(watcher, session, tasks=[task]).tasks[task].table.items():
+        np.testing.assert_array_equal(values, report.tasks[task].table[column])
+    tried, total = narrow.tried, sum(len(call[0]) for call in watcher.calls) // 2
+    too_many = [n for n in tried if n > 3]
+    assert too_many == [{"forward-prediction": 4}.get(task, 12), 6][: len(too_many)]
+    assert sum(tried) - sum(too_many) == total  # what was done is not done again
+
+
+def test_memory_for_not_even_one_trial(session):
+    narrow = Narrow(0, NO_MEMORY[0])
+    with pytest.raises(
+        MemoryError, match="session 's', co-smoothing: memory runs out with a single"
+    ):
+        evaluate(narrow, session, batch_size=4)
+    assert narrow.tried == [4, 2, 1]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(session):
+    with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied$"):
+        evaluate(Narrow(0, RuntimeError("mat1 and mat2 shapes cannot be multiplied")), session)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_batch_waits_for_no_result(task, sparse):
+    """On a GPU, each of these would stop the queue."""
+    waits = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            name = operation.overloadpacket.__name__
+            flags = [x for x in args[1] if x is not None] if name.startswith("index") else []
+            if name in ("nonzero", "_local_scalar_dense", "masked_select", "equal") or any(
+                x.dtype == torch.bool for x in flags if isinstance(x, torch.Tensor)
+            ):
+                waits.append(name)
+            return operation(*args, **kwargs or {})
+
+    with Listener():
+        predict_held_out(
+            small_model(sparse), sparse, task, np.arange(10), np.ones(9, bool), batch_size=4
+        )
+        assert not waits
+        counts = torch.ones(2)
+        bool(counts[counts > 0].any())
+    assert waits == ["index", "_local_scalar_dense"]

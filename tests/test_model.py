@@ -482,6 +482,34 @@ def test_training_never_keeps_the_attention_weights():
     assert kept[64] < 2 * kept[32]
 
 
+@pytest.mark.parametrize(
+    "fields", [*VARIANTS, {"leak": True}, {**NDT2, "n_patches": 4, "leak": True}], ids=str
+)
+@pytest.mark.parametrize("name", ["neuron", "causal"])
+def test_one_neuron_of_each_trial_can_be_read_out(name, fields):
+    model, counts = small(**fields), counts_of(batch=4)
+    mask = scheme(name).draw(counts, REGIONS, 0.3, torch.Generator().manual_seed(1))
+    neurons = torch.tensor([0, 9, 4, 9])
+    whole = model.predict(counts, name, mask, "a")
+    one = model.predict(counts, name, mask, "a", neurons)
+    assert one.shape == (4, N_BINS)
+    torch.testing.assert_close(one, whole[torch.arange(4), :, neurons], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_a_model_that_does_not_see_the_mask_takes_hidden_for_silent(fields):
+    model, counts = small(**fields), counts_of()
+    for maps in model.sessions.values():
+        if model.config.hidden_input == "token":
+            nn.init.ones_(maps.fill)
+    counts[:, :, 3] = 0
+    nobody = torch.zeros_like(counts, dtype=torch.bool)
+    third = nobody.clone()
+    third[:, :, 3] = True
+    hidden, shown = (model(counts, "a", Mask(m, m), prompt="neuron") for m in (third, nobody))
+    assert torch.equal(hidden, shown) != model.sees_mask
+
+
 def test_predict_leaves_the_model_as_it_was(sessions):
     model = small(dropout=0.5).train()
     counts = counts_of()
