@@ -7,10 +7,14 @@ Read the package in this order, one idea a file::
     masks       what is hidden and what is scored: six schemes, and their sampler
     model       the whole model: embed, encode, read out
     metrics     bits per spike, Poisson D2, R2 of trials and PSTHs
+    recipes     settings of training: ours, and the authors'
     train       fit(): one explicit loop
     evaluate    the four activity tasks, into a Report
     decode      choice and continuous behaviour from predicted activity
     hub         save, load and share models; read the authors' checkpoints
+    checkpoint  the state of a run on disk: one that was killed goes on
+    parallel    several processes that train one model
+    watch       what one sees of a run: bar, history, TensorBoard
     simulate    animals with known firing rates
     sources     recordings from elsewhere: ibl, nwb, steinmetz, neuromatch, huggingface
     bwb         session files of BrainWideBench
@@ -19,6 +23,7 @@ Read the package in this order, one idea a file::
     prepare     many recordings to session files, in parallel
     atlas       regions at three levels: Allen, Beryl, Cosmos
     alf         sessions written as files that ONE reads
+    atomic      files that are complete or not there
     extras      packages that only some of this needs
     plots       rasters, PSTHs, masks, scores
     cli         python -m mtm simulate | prepare | train | evaluate
