@@ -7,8 +7,9 @@ An IBL-like recording in ALF files: two probes, random spikes on a 30 kHz clock,
 a wheel at 100 samples a second, a camera at 60. `prepare` reads it through ONE's local mode, bins
 it and writes the session file, in a process of its own whose peak memory is thus its own. Stages
 are timed inside that process, as functions called, and the most memory that the process held while
-in each is noted; what is in none of them is "rest" (ONE's look-up of files, checks of the session). Then one size after the other is halved and quartered. The files
-were just written, so that reading them is reading the page cache: a disk or a network adds its own.
+in each is noted; what is in none of them is "rest" (ONE's look-up of files, checks of the session).
+Then one size after the other is halved and quartered. The files were just written, so that reading
+them is reading the page cache: a disk or a network adds its own.
 """
 
 import argparse

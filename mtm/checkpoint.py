@@ -71,6 +71,7 @@ class Run:
         self.best: dict[str, Tensor] = {}
         self.sums: dict[str, list[float]] = {}  # scheme -> sum and number of losses since the last
         self.unseen: list[tuple[int, Sequence[tuple[str, str]], Tensor]] = []
+        self.last = ("", "")  # session and scheme of the last step's first batch
         self.state: State | None = None
         if self.folder is not None:
             self._open(self.folder, restart)
@@ -110,6 +111,7 @@ class Run:
             losses: (batches,) on the device, where they stay until somebody looks.
         """
         self.step += 1
+        self.last = places[0]
         self.unseen.append((self.step, places, losses))
         if len(self.unseen) >= UNSEEN:
             self._look()
@@ -182,11 +184,10 @@ class Run:
         """
         if not self._writes():
             return
-        last = self.unseen[-1][1][0] if self.unseen else ("of the last step", "of the last step")
         self._look()
         tensors = {f"model/{key}": value for key, value in model.state_dict().items()}
         if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-            self.fail(f"weights became infinite or NaN in step {self.step}", *last)
+            self.fail(f"weights became infinite or NaN in step {self.step}", *self.last)
         tensors |= {f"best/{key}": value for key, value in self.best.items()}
         for name, parameter in model.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():

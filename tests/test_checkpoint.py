@@ -177,7 +177,7 @@ def test_the_last_two_states_are_kept_and_a_damaged_one_is_passed_over(
 
 def test_a_folder_of_another_run_is_refused(sessions, tmp_path):
     fit(sessions[0], **SHORT, depth=1, folder=tmp_path)
-    before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
+    before = contents(tmp_path)
     for session, settings, problem in (
         (sessions[0], {"lr": 0.1}, "lr is 0.001 there, and 0.1 now"),
         (sessions[0], {"depth": 2}, "width is 128 there, and 192 now"),
@@ -186,12 +186,16 @@ def test_a_folder_of_another_run_is_refused(sessions, tmp_path):
     ):
         with pytest.raises(StateError, match=f"another run: {problem}.* restart=True"):
             fit(session, **{**SHORT, "depth": 1, **settings}, folder=tmp_path)
-    assert before == sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
+    assert contents(tmp_path) == before
     save(fit(sessions[0], **SHORT, depth=1), tmp_path / "model")
     with pytest.raises(StateError, match="holds a model, but no run to go on with"):
         fit(sessions[0], **SHORT, depth=1, folder=tmp_path / "model")
     fit(sessions[1], **SHORT, depth=1, folder=tmp_path, restart=True)
     assert load(tmp_path).session_names == ["sim-3-1"]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def changed_counts(session):
