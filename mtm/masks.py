@@ -176,7 +176,9 @@ def _choose_region(regions: Tensor, generator: torch.Generator | None) -> Tensor
             "no neuron has a region label, and this scheme masks regions; label the neurons "
             "(Session.regions) or leave the region schemes and tasks out"
         )
-    return torch.multinomial(present, 1, generator=generator)[0]
+    # The largest of independent draws; torch.multinomial would make a GPU's queue wait for a check.
+    draws = torch.rand(len(present), generator=generator, device=regions.device)
+    return torch.where(present > 0, draws, -1.0).argmax()
 
 
 def _spread(hidden: Tensor, target: Tensor, counts: Tensor) -> Mask:

@@ -40,6 +40,7 @@ from mtm.masks import MTM_SCHEMES, Mask
 
 TOKEN_STD = 0.05  # of session and prompt tokens
 POSITION_SCALE = 0.3  # amplitude of time and space embeddings
+QUERIES = 160  # of a trial that attend at once, on CPUs
 READOUT_SCALE = 0.1  # of the readout weights, so that a new model predicts close to the mean rates
 
 CHOICES = {
@@ -299,7 +300,7 @@ class Pattern(NamedTuple):
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """As ``F.dropout``, several times faster on a CPU."""
-    if not training or p == 0 or x.device.type != "cpu":
+    if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     return Dropout.apply(x, p)
 
@@ -322,23 +323,27 @@ def _factors(like: Tensor, ctx: Any) -> Tensor:
     return keep_(factors, ctx.p, torch.Generator().manual_seed(ctx.seed))
 
 
-def keep_(factors: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+def keep_(
+    factors: Tensor, p: float, generator: torch.Generator | None = None, bits: Tensor | None = None
+) -> Tensor:
     """Fill a tensor with what dropout multiplies with: 0 with probability p, else 1 / (1 - p).
 
-    torch draws a random number for each entry, one after the other. Here 64 random bits decide on
-    four entries, which makes p a multiple of 1 / 65,536.
+    torch draws a number for each entry. Here 64 random bits decide on eight entries, which makes p
+    a multiple of 1 / 256: the one below or above, at random, so that on average p is as asked.
+    ``bits`` is int64 memory to draw them in, one for each eight entries or more.
     """
-    n_entries, dropped = factors.numel(), round(p * 2**16)
-    bits = torch.empty(math.ceil(n_entries / 4), dtype=torch.int64)
+    n_entries = factors.numel()
+    n_draws = math.ceil(n_entries / 8)
+    bits = torch.empty(n_draws, dtype=torch.int64) if bits is None else bits[:n_draws]
+    dropped = min(255, int(256 * p + float(torch.rand((), generator=generator))))
     bits.random_(-(2**63), None, generator=generator)
-    bits = bits.view(torch.int16)[:n_entries].view(factors.shape)
-    torch.ge(bits, dropped - 2**15, out=factors)
-    return factors.mul_(2**16 / (2**16 - dropped))
+    torch.ge(bits.view(torch.int8)[:n_entries].view(factors.shape), dropped - 128, out=factors)
+    return factors.mul_(256 / (256 - dropped))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, p: float) -> Tensor:
     """Weighted means of the values, (B, heads, L, d) each; ``p`` is the dropout of the weights."""
-    if p == 0 or q.device.type != "cpu":
+    if p == 0 or q.device.type != "cpu" or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=pattern.allowed, dropout_p=p, is_causal=pattern.causal
         )
@@ -346,14 +351,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, p: float) -> Tenso
     if pattern.causal:
         allowed = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
     bias = None if allowed is None else torch.where(allowed, 0.0, -math.inf).to(q.dtype)
-    return DroppedAttention.apply(q, k, v, bias, p)
+    return DroppedAttention.apply(q / math.sqrt(q.shape[-1]), k, v, bias, p)
 
 
 class DroppedAttention(torch.autograd.Function):
     """Attention with dropout of its weights, for CPUs, where torch has no fused kernel for it.
 
-    Trial by trial the weights (heads, L, L) stay in the cache, and in the same memory. They are
-    made again for the gradient instead of kept, which would take 2 GB for the paper's NDT2.
+    Block by block the weights stay in the cache, and in the same memory. They are made again for
+    the gradient instead of kept, which would take 2 GB for the paper's NDT2.
     """
 
     @staticmethod
@@ -361,39 +366,51 @@ class DroppedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias)
         ctx.p, ctx.seed = p, int(torch.randint(2**62, ()))
         out = torch.empty_like(q)
-        for b, _, weights, factors in _weights(q, k, bias, p, ctx.seed):
-            out[b] = torch.bmm(weights.mul_(factors), v[b])
+        for queries, keys, _, weights, factors in _blocks(q, k, bias, p, ctx.seed):
+            out[queries] = torch.bmm(weights.mul_(factors), v[keys])
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        scale = 1 / math.sqrt(q.shape[-1])
-        for b, scratch, weights, factors in _weights(q, k, bias, ctx.p, ctx.seed):
-            torch.bmm(gradient[b], v[b].transpose(1, 2), out=scratch).mul_(factors)
-            dv[b] = torch.bmm(factors.mul_(weights).transpose(1, 2), gradient[b])
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for queries, keys, scratch, weights, factors in _blocks(q, k, bias, ctx.p, ctx.seed):
+            torch.bmm(gradient[queries], v[keys].transpose(1, 2), out=scratch).mul_(factors)
+            dv[keys] += torch.bmm(factors.mul_(weights).transpose(1, 2), gradient[queries])
             torch._softmax_backward_data(scratch, weights, -1, q.dtype, grad_input=factors)
-            dq[b] = torch.bmm(factors, k[b]).mul_(scale)
-            dk[b] = torch.bmm(factors.transpose(1, 2), q[b]).mul_(scale)
+            dq[queries] = torch.bmm(factors, k[keys])
+            dk[keys] += torch.bmm(factors.transpose(1, 2), q[queries])
         return dq, dk, dv, None, None
 
 
-def _weights(
+def _blocks(
     q: Tensor, k: Tensor, bias: Tensor | None, p: float, seed: int
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """One trial after the other: its number, scratch memory, weights before dropout, its factors.
+) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...], Tensor, Tensor, Tensor]]:
+    """Blocks of a trial's queries, with the keys up to the last that one of them may look at.
 
-    The last three are (heads, L, L), and overwritten by the next trial's.
+    Yields: the place of the queries, and of the keys, in (B, heads, L, d); scratch memory, weights
+    before dropout and its factors, (heads, queries, keys), overwritten by those of the next block.
     """
+    n_trials, heads, length, _ = q.shape
+    size = math.ceil(length / math.ceil(length / QUERIES))  # blocks alike in size
     generator = torch.Generator().manual_seed(seed)  # forward and backward drop the same
-    scores, weights, factors = (q.new_empty(q.shape[1], *[q.shape[2]] * 2) for _ in range(3))
-    for b in range(len(q)):
-        torch.bmm(q[b] / math.sqrt(q.shape[-1]), k[b].transpose(1, 2), out=scores)
-        if bias is not None:
-            scores += bias if bias.ndim == 2 else bias[b]
-        torch.softmax(scores, dim=-1, out=weights)
-        yield b, scores, weights, keep_(factors, p, generator)
+    memory = [q.new_empty(heads * min(size, length) * length) for _ in range(3)]
+    bits = torch.empty(math.ceil(len(memory[0]) / 8), dtype=torch.int64)
+    ends = [length] * math.ceil(length / size)
+    if bias is not None:
+        seen = [rows.isfinite().any(dim=-2) for rows in bias.split(size, dim=-2)]
+        ends = [int(keys.nonzero()[:, -1].max()) + 1 for keys in seen]
+    for b in range(n_trials):
+        for start, end in zip(range(0, length, size), ends, strict=True):
+            queries = (b, slice(None), slice(start, start + size))
+            keys = (b, slice(None), slice(end))
+            shape = (heads, min(size, length - start), end)
+            scores, weights, factors = (x[: math.prod(shape)].view(shape) for x in memory)
+            torch.bmm(q[queries], k[keys].transpose(1, 2), out=scores)
+            if bias is not None:
+                scores += (bias if bias.ndim == 2 else bias[b])[..., queries[2], keys[2]]
+            torch.softmax(scores, dim=-1, out=weights)
+            yield queries, keys, scores, weights, keep_(factors, p, generator, bits)
 
 
 class Attention(nn.Module):

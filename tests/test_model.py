@@ -421,7 +421,9 @@ def test_dropout_on_a_cpu():
         y = dropout(x, p, training=True)
         kept = y != 0
         assert kept.double().mean().item() == pytest.approx(1 - p, abs=4e-3)
-        assert torch.allclose(y[kept], torch.tensor(1 / (1 - p), dtype=torch.float64), rtol=1e-3)
+        (factor,) = set(y[kept].tolist())
+        dropped = 256 * (1 - 1 / factor)
+        assert dropped == pytest.approx(round(dropped), abs=1e-9) and abs(dropped - 256 * p) < 1
         (gradient,) = torch.autograd.grad(y.sum(), x)
         assert torch.equal(gradient, y.detach())  # the same entries, the same factor
         neighbours = (kept[:, 1:] == kept[:, :-1]).double().mean().item()
@@ -434,28 +436,54 @@ def test_dropout_on_a_cpu():
     assert not torch.equal(one, dropout(x, 0.4, training=True))
 
 
-@pytest.mark.parametrize("kind", ["full", "causal", "allowed", "by trial"])
-def test_attention_with_dropout_against_autograd(kind):
-    """Value and gradients, with the very factors that it draws."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(3, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    blocks = torch.arange(7) // 2
-    allowed = {
-        "full": torch.ones(7, 7, dtype=torch.bool),
-        "causal": torch.ones(7, 7, dtype=torch.bool).tril(),
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.4, 0.9985])
+def test_dropout_drops_the_share_asked_for_on_average(p):
+    generator = torch.Generator().manual_seed(0)
+    draws = [keep_(torch.empty(1000), p, generator) for _ in range(3000)]
+    dropped = torch.stack([(factors == 0).float().mean() for factors in draws])
+    assert dropped.mean().item() == pytest.approx(p, abs=5e-4 if p < 0.99 else 3e-3)
+    means = torch.stack([factors.mean() for factors in draws])  # what is kept makes up for it
+    assert means.mean().item() == pytest.approx(1.0, abs=4 * (means.std() / 3000**0.5).item())
+
+
+def looking(kind, length):
+    """Who may look at whom, (length, length) or (3 trials, 1, length, length)."""
+    blocks = torch.arange(length) // 2
+    random = torch.rand(3, 1, length, length, generator=torch.Generator().manual_seed(0)) < 0.3
+    return {
+        "full": torch.ones(length, length, dtype=torch.bool),
+        "causal": torch.ones(length, length, dtype=torch.bool).tril(),
         "allowed": blocks[:, None] >= blocks,
-        "by trial": (torch.rand(3, 1, 7, 7) < 0.6) | torch.eye(7, dtype=torch.bool),
+        "by trial": random | torch.eye(length, dtype=torch.bool),
     }[kind]
-    given = None if kind in ("full", "causal") else allowed
-    torch.manual_seed(3)
-    found = attend(*inputs, Pattern(causal=kind == "causal", allowed=given), 0.4)
-    torch.manual_seed(3)
-    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    factors = torch.stack(
-        [keep_(torch.empty(2, 7, 7, dtype=torch.float64), 0.4, generator) for _ in range(3)]
-    )
+
+
+def dropped_attention(kind, q, k, v, seed):
+    given = None if kind in ("full", "causal") else looking(kind, q.shape[2])
+    torch.manual_seed(seed)
+    return attend(q, k, v, Pattern(causal=kind == "causal", allowed=given), 0.4)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 4, 160])
+@pytest.mark.parametrize("kind", ["full", "causal", "allowed", "by trial"])
+def test_attention_with_dropout_against_autograd(kind, queries, monkeypatch):
+    """Value and gradients, with the very factors that it draws, in blocks and all at once."""
+    monkeypatch.setattr(model_module, "QUERIES", queries)
+    torch.manual_seed(0)
+    length = 11
+    inputs = [
+        torch.randn(3, 2, length, length, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    ]
+    found = dropped_attention(kind, *inputs, seed=3)
+    allowed = looking(kind, length)
     q, k, v = inputs
-    scores = (q @ k.transpose(2, 3) / 2).masked_fill(~allowed, -torch.inf)
+    # Where all scores are alike and the values tell the keys apart, what comes out are the factors.
+    silent, telling = torch.zeros_like(q), torch.eye(length, dtype=torch.float64).expand_as(q)
+    factors = dropped_attention(kind, silent, silent, telling, seed=3)
+    factors = factors.detach() * allowed.sum(dim=-1, keepdim=True)
+    assert not factors.masked_fill(allowed, 0).any()
+    assert 0.3 < (factors.masked_select(allowed) == 0).double().mean() < 0.5
+    scores = (q @ k.transpose(2, 3) / length**0.5).masked_fill(~allowed, -torch.inf)
     expected = (scores.softmax(dim=-1) * factors) @ v
     torch.testing.assert_close(found, expected)
     direction = torch.randn_like(expected)
@@ -465,6 +493,26 @@ def test_attention_with_dropout_against_autograd(kind):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("queries", [2, 160])
+@pytest.mark.parametrize("kind", ["full", "causal", "allowed", "by trial"])
+def test_attention_with_dropout_against_differences(kind, queries, monkeypatch):
+    monkeypatch.setattr(model_module, "QUERIES", queries)
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 2, 5, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *x: dropped_attention(kind, *x, seed=3), inputs)
+
+
+def test_attention_in_blocks_without_dropout_is_torchs_own(monkeypatch):
+    """Every block of queries, through a dropout that all but never drops."""
+    monkeypatch.setattr(model_module, "QUERIES", 5)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 23, 8) for _ in range(3))
+    for pattern in (Pattern(), Pattern(causal=True), Pattern(allowed=looking("allowed", 23))):
+        torch.manual_seed(0)
+        found = attend(q, k, v, pattern, 1e-9)
+        torch.testing.assert_close(found, attend(q, k, v, pattern, 0.0))
 
 
 def test_training_never_keeps_the_attention_weights():
