@@ -189,11 +189,11 @@ class Run:
         if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
             self.fail(f"weights became infinite or NaN in step {self.step}", *self.last)
         tensors |= {f"best/{key}": value for key, value in self.best.items()}
-        for name, parameter in model.named_parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer/{name}/{key}"] = value
+        moments = optimizer.state_dict()
+        for number, entry in moments["state"].items():
+            tensors |= {f"optimizer/{number}/{key}": value for key, value in entry.items()}
         facts = {key: getattr(self, key) for key in FACTS}
-        facts |= {"groups": _groups(optimizer), "schedule": schedule.state_dict()}
+        facts |= {"groups": moments["param_groups"], "schedule": schedule.state_dict()}
         write_state(self.folder, self.step, tensors, facts)
         self.saved = time.monotonic()
 
@@ -207,10 +207,12 @@ class Run:
             parts[part][key] = tensor
         model.load_state_dict(parts["model"])
         self.best = {key: value.to(model.device) for key, value in parts["best"].items()}
-        parameters = dict(model.named_parameters())
+        moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
-            parameter, _, key = name.rpartition("/")
-            optimizer.state[parameters[parameter]][key] = tensor.to(model.device)
+            number, _, key = name.partition("/")
+            moments.setdefault(int(number), {})[key] = tensor
+        groups = self.state.facts["groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.state = State({}, self.state.facts)  # the tensors have been given away
 
     def restore_schedule(
@@ -222,7 +224,7 @@ class Run:
         assert self.state is not None
         schedule.load_state_dict(self.state.facts["schedule"])
         for group, stored in zip(optimizer.param_groups, self.state.facts["groups"], strict=True):
-            group |= stored
+            group |= {key: value for key, value in stored.items() if key != "params"}
 
     def save_model(self, model: MtM) -> None:
         """Write the model as the best, with settings and history, if this process writes."""
@@ -233,11 +235,6 @@ class Run:
 
 FACTS = ("step", "seconds", "history", "sums", "description")
 """Attributes of a run that its states keep."""
-
-
-def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Settings of the optimizer's groups of parameters, learning rates among them."""
-    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
 
 def _difference(there: Any, here: Any) -> str:
