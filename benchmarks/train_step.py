@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,24 +76,29 @@ def main() -> None:
         "bins": N_BINS,
         "neurons": NEURONS,
         "repeats": options.repeats,
+        "budget_s": options.budget if math.isfinite(options.budget) else None,
         "small": options.small,
         "compile": options.compile,
         "ceiling_tflops": round(ceiling(torch.device(options.device), options.small), 3),
         "models": {},
         "left_out": [],
     }
-    for name in options.models:
-        report["models"][name] = cells(name, options, report["left_out"])
-    for line in report["left_out"]:
-        print("left out:", line)
     name = f"train_step_{device.replace(' ', '_').lower()}.json" if cuda else "train_step.json"
     path = options.json or Path(__file__).parent / "results" / name
-    for numbers in (n for model in report["models"].values() for n in model.values()):
-        share = numbers["step_tflop"] / numbers["step_s"] / report["ceiling_tflops"]
-        numbers["share_of_ceiling"] = round(share, 4)
-        print(f"{numbers['model']} at {numbers['batch']}: {share:.0%} of the ceiling")
+    for name in options.models:
+        report["models"][name] = {}
+        for numbers in cells(name, options, report["left_out"]):
+            share = numbers["step_tflop"] / numbers["step_s"] / report["ceiling_tflops"]
+            numbers["share_of_ceiling"] = round(share, 4)
+            report["models"][name][str(numbers["batch"])] = numbers
+            for key, value in numbers.items():
+                print(f"{key:<26} {value}", flush=True)
+            if options.json or not options.small:  # each time: a run can take hours
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(report, indent=1) + "\n")
+    for line in report["left_out"]:
+        print("left out:", line)
     if options.json or not options.small:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -123,14 +128,14 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def cells(name: str, options: argparse.Namespace, left_out: list[str]) -> dict[str, Any]:
-    """Numbers of one model, batch -> what -> value; foretold from the batch before whether it fits.
+def cells(name: str, options: argparse.Namespace, left_out: list[str]) -> Iterator[dict[str, Any]]:
+    """Numbers of one model, batch by batch; foretold from the one before whether it fits.
 
     What does not fit, or runs out of memory, is added to ``left_out``, with the reason.
     """
-    found: dict[str, Any] = {}
+    last: dict[str, Any] = {}
     for batch in options.batches:
-        last, what = found[max(found, key=int)] if found else None, "both"
+        what = "both"
         if last:
             grows = batch / last["batch"]
             ours = len(NEURONS) * last["step_s"] * grows
@@ -156,11 +161,8 @@ def cells(name: str, options: argparse.Namespace, left_out: list[str]) -> dict[s
             most, _ = run(name, batch, step, options)
             prefix = "" if step == "ours" else "plain_"
             numbers |= {f"{prefix}peak_gb": most["peak_gb"]} if most else {}
-        found[str(batch)] = numbers
-        print(f"{name}, {batch} trials")
-        for key, value in numbers.items():
-            print(f"  {key:<24} {value}", flush=True)
-    return found
+        last = numbers
+        yield numbers
 
 
 def largest_gb(device: str) -> float:
@@ -382,8 +384,8 @@ def rounds(acts: dict[str, Act], options: argparse.Namespace) -> np.ndarray:
     """Wall and CPU seconds, (acts, sessions, repeats, 2): acts and sessions in turn, then schemes.
 
     Before, steps with full attention and with causal: of each session where shapes are new to the
-    compiler or the device, else of the first. There are fewer repeats, but one or more, when the
-    budget of seconds is spent.
+    compiler or the device, else of the first. There are fewer repeats, but two or more (one with
+    causal attention), when the budget of seconds is spent.
     """
     everywhere = options.compile or options.device.startswith("cuda")
     for n in NEURONS if everywhere else NEURONS[:1]:
@@ -395,7 +397,8 @@ def rounds(acts: dict[str, Act], options: argparse.Namespace) -> np.ndarray:
         scheme = MTM_SCHEMES[repeat % len(MTM_SCHEMES)]
         by_session = [[act(n, scheme) for act in acts.values()] for n in NEURONS]
         found.append(np.array(by_session).transpose(1, 0, 2))
-        if (time.perf_counter() - start) * (repeat + 2) / (repeat + 1) > options.budget:
+        spent = time.perf_counter() - start
+        if repeat > 0 and spent * (repeat + 2) / (repeat + 1) > options.budget:
             break
     return np.stack(found, axis=2)
 
