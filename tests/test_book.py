@@ -114,6 +114,14 @@ def test_readme_command_lines_are_understood():
         cli.parse(words)
 
 
+def test_the_readme_quotes_what_was_measured():
+    numbers = json.loads((ROOT / "benchmarks/results/train_step.json").read_text("utf-8"))
+    step = numbers["models"]["ndt1"]["16"]
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    quoted = re.search(r"A training step of the paper's model takes ([\d.]+) times", readme)
+    assert float(quoted[1]) == round(step["step_over_floor"], 1)
+
+
 def test_one_repository_address_everywhere():
     url, branch = CONFIG["repository"]["url"], CONFIG["repository"]["branch"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
