@@ -21,7 +21,7 @@ from real_data import recordings
 import mtm
 from mtm.recipes import RECIPES, recipe
 
-VALIDATIONS = 100  # of each run
+VALIDATIONS = 50  # of each run
 
 
 def race(session: mtm.Session, depth: int, epochs: int | None) -> dict[str, object]:
@@ -63,12 +63,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("recording", nargs="*")
-    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--epochs", type=int, help="of both recipes, for a quick try")
     path = Path(__file__).parent / "results/time_to_quality.json"
     parser.add_argument("--json", type=Path, default=path)
     options = parser.parse_args()
-    sessions = mtm.simulate(1, 200, 96, seed=0)
+    sessions = mtm.simulate(1, 100, 48, seed=0)
     if options.folder:
         sessions += recordings(options.folder, options.recording)
     report = {
