@@ -486,7 +486,8 @@ def _take_step(
     With several processes, each computes the gradient of every so many-th batch.
     """
     torch.manual_seed(seed_of(config.seed, "dropout", step, parallel.rank()))
-    torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs hold may be reused
+    if config.compile != "none":
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs hold is free
     mine = range(parallel.rank(), len(chosen), parallel.processes())
     places, batches = [], []
     for place, (session, trials) in enumerate(chosen):
