@@ -770,4 +770,5 @@ def _compiled(model: MtM, config: TrainConfig) -> Iterator[None]:
 def _description(model: MtM, data: Sequence[_Data], config: TrainConfig) -> dict[str, Any]:
     """What a run is; one that was killed goes on only as the same."""
     sessions = {s.name: [len(s.train), s.n_bins, s.n_neurons, s.digest] for s in data}
-    return {"train": asdict(config), "model": model.config.to_dict(), "sessions": sessions}
+    described = {"train": asdict(config), "model": model.config.to_dict(), "sessions": sessions}
+    return described | {"order of sessions": list(sessions)}

@@ -187,6 +187,9 @@ def test_a_folder_of_another_run_is_refused(sessions, tmp_path):
         with pytest.raises(StateError, match=f"another run: {problem}.* restart=True"):
             fit(session, **{**SHORT, "depth": 1, **settings}, folder=tmp_path)
     assert contents(tmp_path) == before
+    fit(sessions, **SHORT, depth=1, folder=tmp_path / "both")
+    with pytest.raises(StateError, match="another run: .*order of sessions"):
+        fit(sessions[::-1], **SHORT, depth=1, folder=tmp_path / "both")
     save(fit(sessions[0], **SHORT, depth=1), tmp_path / "model")
     with pytest.raises(StateError, match="holds a model, but no run to go on with"):
         fit(sessions[0], **SHORT, depth=1, folder=tmp_path / "model")
