@@ -43,7 +43,8 @@ class Run:
         folder: where states and the best model are kept; None = nowhere.
         description: settings, sizes and data, as JSON can hold them; a state of a run of another
             description is refused.
-        save_every: seconds between two states. There is one at each validation as well.
+        save_every: seconds between two states. There is one at the start, and one at each
+            validation, as well.
         restart: begin anew, and replace what is in the folder.
 
     Attributes:
@@ -65,7 +66,7 @@ class Run:
     ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.description = json.loads(json.dumps(description))
-        self.save_every, self.saved = save_every, time.monotonic()
+        self.save_every, self.saved = save_every, -math.inf  # the first state is that of the start
         self.step, self.seconds = 0, 0.0
         self.history: History = []
         self.best: dict[str, Tensor] = {}
@@ -79,9 +80,9 @@ class Run:
     def _open(self, folder: Path, restart: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail now
         if parallel.rank() == 0:
-            for left in [*folder.glob(".*.part"), *(states(folder) if restart else [])]:
+            for left in folder.glob(".*.part"):
                 left.unlink(missing_ok=True)
-        if restart:
+        if restart:  # the first state that is written takes the place of all that are there
             return
         self.state = read_state(folder)
         anew = f"begin anew with restart=True (--restart), which replaces what is in {folder}"
@@ -100,6 +101,7 @@ class Run:
                 )
         for key in FACTS:
             setattr(self, key, self.state.facts[key])
+        self.saved = time.monotonic()
 
     # --------------------------------------------------------------- what happens
 
@@ -262,12 +264,16 @@ def states(folder: Path) -> list[Path]:
 
 
 def write_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
-    """Write the state after ``step`` steps, and remove all but the last two; returns the file."""
+    """Write the state after ``step`` steps, and remove all but the last two; returns the file.
+
+    States of more steps are damaged, or of a run that is replaced: they are removed, too.
+    """
     path = folder / f"state-{step:08d}.safetensors"
     with replacing(path) as partial:
         whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(whole, partial, metadata={HEADER: json.dumps(facts)})
-    for old in states(folder)[:-KEPT]:
+    older = [there for there in states(folder) if there <= path]
+    for old in {*states(folder)} - {*older[-KEPT:]}:
         old.unlink()
     return path
 
@@ -299,4 +305,5 @@ def read_state(folder: Path) -> State | None:
 def _read(path: Path) -> State:
     with safe_open(path, "pt") as file:
         facts = json.loads((file.metadata() or {})[HEADER])
-        return State({name: file.get_tensor(name) for name in file.keys()}, facts)
+        # Copies: the file's own memory is mapped, and would end with the file.
+        return State({name: file.get_tensor(name).clone() for name in file.keys()}, facts)

@@ -52,7 +52,7 @@ TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}
 """Tokens of a batch, unless another size is asked for: what was fastest on a CPU, whose cache does
 not hold more; enough to keep a large GPU busy. A small one runs out of memory and takes half."""
 TRIALS_AT_ONCE = 256  # of a predictor without tokens
-OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 class Predictor(Protocol):
@@ -459,7 +459,7 @@ def _plan(
 def _mask(hidden: Tensor, row: Tensor, neuron: Tensor, n_bins: int, task: str, span: slice) -> Mask:
     """The mask (B, T, N) of passes that hide ``hidden`` (B, N) and predict pairs (row, neuron)."""
     target = torch.zeros_like(hidden)
-    target[row, neuron] = True
+    target.index_put_((row, neuron), torch.ones((), dtype=torch.bool, device=hidden.device))
     in_bins = torch.zeros(n_bins, 1, dtype=torch.bool, device=hidden.device)
     in_bins[span] = True
     hidden = hidden | target  # what any of the queries hides that share the pass

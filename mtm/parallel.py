@@ -2,7 +2,8 @@
 
 Every process holds the same weights. It computes the gradient of its share, the gradients are added
 up over the processes, and all take the same step. What a step consists of is decided by the
-settings alone: as many processes as there are train the same model, only faster.
+settings alone: as many processes as there are train the same model, only faster. (But for rounding,
+and for dropout, which each process draws for itself.)
 
 Only what learns in a step travels: the core, and the maps of the sessions in that step. (torch's
 DistributedDataParallel would send the maps of every session each time: of the paper's 459 sessions,
@@ -39,24 +40,30 @@ def joined(device: torch.device | None = None) -> Iterator[torch.device | None]:
     """Be one of the processes that ``torchrun`` started; nothing where it did not.
 
     Args:
-        device: to compute on. Default: the GPU of this process's number, where there are GPUs.
+        device: to compute on. Default, and where it is "cuda" without a number: the GPU of this
+            process's number, where there are GPUs.
 
     Yields:
         the device, or None for the default of a single process.
+
+    Raises:
+        ValueError: for a GPU with a number, which all processes would share.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield device
         return
     if device is None:
-        gpu = torch.cuda.is_available()
-        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and device.index is not None and os.environ["LOCAL_WORLD_SIZE"] != "1":
+        raise ValueError(
+            f"all processes would compute on {device}; say cuda, and each takes its own"
+        )
     if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    yield device
+    dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
 def add_up(gradients: Sequence[nn.Parameter], losses: Tensor) -> None:

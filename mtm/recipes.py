@@ -94,6 +94,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 < self.maps_share < 1:
             raise ValueError(f"maps_share must be between 0 and 1, got {self.maps_share}")
+        if not 0 < self.warmup < 1:
+            raise ValueError(f"warmup must be between 0 and 1, got {self.warmup}")
+        if not self.div_factor > 0:
+            raise ValueError(f"div_factor must be above 0, got {self.div_factor}")
+        if strangers := sorted(set(self.ratios) - set(self.schemes)):
+            raise ValueError(f"ratios for schemes that are not drawn: {', '.join(strangers)}")
         for name in ("micro_batch", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")

@@ -5,7 +5,8 @@ for each scheme apart; the model kept is the one with the best mean over the sch
 
 Everything random has a seed made of the settings' seed and of where it is: the epoch (order of the
 batches), the step and the place in it (masks), the step (dropout), the session (validation masks).
-So a run that was killed goes on as if nothing had been, and several processes draw what one would.
+So a run that was killed goes on as if nothing had been, and several processes draw the masks that
+one would.
 """
 
 from __future__ import annotations
@@ -114,8 +115,9 @@ def fit(
         depth: of a new model; default 2.
         device: default: a GPU where there is one.
         folder: where the best model so far, ``history.jsonl`` and the state of the run are kept.
-            A run that was killed goes on there when the same is called again, and on a CPU ends
-            with the very weights it would have ended with. ``mtm.load`` reads the model.
+            A run that was killed goes on there when the same is called again, and on a CPU (with
+            the same torch and number of threads) ends with the very weights it would have ended
+            with. ``mtm.load`` reads the model.
         restart: begin anew, and replace what the folder holds.
         save_every: seconds between two states on disk. A state has four times the model's size.
         progress: a progress bar in a terminal, one live line in a notebook.
@@ -162,7 +164,8 @@ def fit(
         run = Run(folder, _description(model, data, config), save_every, restart)
         bar = Progress(config.epochs, show, _setup(device, home, config))
         writes = run.folder if parallel.rank() == 0 else None
-        watch = Watch(bar, writes, run.step, on_validation if parallel.rank() == 0 else None)
+        listener = on_validation if parallel.rank() == 0 else None
+        watch = Watch(bar, writes, run.history, listener)
         learns = [parameter.requires_grad for parameter in model.parameters()]
         try:
             with _compiled(model, config):
@@ -301,7 +304,9 @@ class _Data:
         self.n_regions = len(session.region_names)
         self.train, self.val = split.train, torch.from_numpy(split.val).to(home)
         null = log_mean(session.counts[split.train])  # (N,)
-        self.digest = hashlib.sha256(null.tobytes() + split.train.tobytes()).hexdigest()[:16]
+        spikes = np.rint(np.exp(null) * len(split.train) * session.n_bins).astype(np.int64)
+        told = (spikes, split.train, split.val)  # whole numbers, the same on every machine
+        self.digest = hashlib.sha256(b"".join(x.tobytes() for x in told)).hexdigest()[:16]
         self.null = torch.from_numpy(null).float().to(device)
 
     def batch(self, trials: Tensor | np.ndarray) -> Tensor:
@@ -762,7 +767,10 @@ def _compiled(model: MtM, config: TrainConfig) -> Iterator[None]:
         return
     model.encode = torch.compile(model.encode, mode=config.compile)  # an attribute of this one
     try:
-        yield
+        # Few graphs a model, but torch counts them for all models of a process together, and
+        # silently stops compiling at 8.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            yield
     finally:
         del model.encode
 

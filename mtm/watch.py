@@ -71,7 +71,8 @@ class Watch:
         progress: the bar or line.
         folder: where ``history.jsonl`` is written, a line a validation, and, where the package
             tensorboard is installed, the same for TensorBoard in ``tensorboard/``; None = nowhere.
-        step: steps taken so far; what TensorBoard was shown of later ones is withdrawn.
+        history: of a run that goes on; it is written again, for the case that it was killed
+            before it could write the last entry.
         listener: called with the history after each validation.
     """
 
@@ -79,26 +80,32 @@ class Watch:
         self,
         progress: Progress,
         folder: Path | None = None,
-        step: int = 0,
+        history: History = (),
         listener: Callable[[History], Any] | None = None,
     ) -> None:
         self.progress, self.folder, self.listener, self.board = progress, folder, listener, None
         if folder is not None and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=0)
+        if folder is not None:
+            write_history(folder, list(history))
+        for entry in history:
+            self._show(entry)
 
     def validated(self, history: History) -> None:
         """Pass on the history, whose last entry is new."""
         if self.folder is not None:
             write_history(self.folder, history)
+        self._show(history[-1])
+        if self.listener is not None:
+            self.listener(history)
+
+    def _show(self, entry: dict[str, Any]) -> None:
         if self.board is not None:
-            entry = history[-1]
             for name, value in flat(entry).items():
                 self.board.add_scalar(name, value, entry["step"])
             self.board.flush()
-        if self.listener is not None:
-            self.listener(history)
 
     def close(self, summary: str) -> None:
         """The end of the run."""

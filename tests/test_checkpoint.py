@@ -91,9 +91,11 @@ def test_phases_of_fine_tuning_go_on_too(sessions, tmp_path, monkeypatch, step):
 
 DRILL = """
 import os, random, signal, sys, time
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import mtm
+from mtm import checkpoint
 
 folder, kills = sys.argv[1], int(sys.argv[2])
 sessions = mtm.simulate(2, 60, 12, seed=3, mean_rate=30.0, bin_size=0.1)
@@ -110,12 +112,23 @@ def run(folder, save_every):
     return pid
 
 
+def newest():
+    found = checkpoint.states(Path(folder))
+    return int(found[-1].stem.removeprefix("state-")) if found else -1
+
+
 random.seed(0)
+writing = 0
 for kill in range(kills):
+    before = newest()
     pid = run(folder, 0.0)
-    time.sleep(random.uniform(0.05, 0.25))
+    while newest() <= before:  # until it has taken a step, and then some time more
+        time.sleep(0.001)
+    time.sleep(random.uniform(0.0, 0.2))
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it had ended already"
+    writing += any(Path(folder).glob(".*.part"))
+assert writing and newest() > 2 * 12, (writing, newest())  # past validations, every 12 steps
 for where in (folder, folder + "-whole"):
     assert os.waitpid(run(where, 1e9), 0)[1] == 0
 """
@@ -252,7 +265,7 @@ def test_weights_that_are_not_finite_are_never_saved(sessions, tmp_path, monkeyp
     assert [path.name for path in states(tmp_path)] == ["state-00000000.safetensors"]
 
 
-def test_the_model_has_the_best_weights_after_an_error(sessions):
+def test_an_error_before_any_validation_names_nothing_that_is_kept(sessions):
     good = fit(sessions[0], **{**SHORT, "validations": 4}, depth=1).model
     before = {key: value.clone() for key, value in weights(good).items()}
     with pytest.raises(FloatingPointError, match="lower lr .now 1e.30. or set clip$"):

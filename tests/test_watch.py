@@ -55,7 +55,8 @@ def test_compiling_does_not_start_again_for_each_session(sessions, monkeypatch, 
     compile_ = functools.partial(torch.compile, backend=backend)
     monkeypatch.setattr(torch, "compile", lambda encode, mode: compile_(encode))
     sizes = MtMConfig.from_depth(1, n_bins=20, **fields)
-    result = fit(sessions, sizes, **SHORT, progress=False, compile="default")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        result = fit(sessions, sizes, **SHORT, progress=False, compile="default")
     n_graphs = len(graphs)
     assert 0 < n_graphs <= 8
     fit(sessions[:1], sizes, **SHORT, progress=False, compile="default")
