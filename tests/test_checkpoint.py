@@ -124,7 +124,11 @@ for kill in range(kills):
     pid = run(folder, 0.0)
     while newest() <= before:  # until it has taken a step, and then some time more
         time.sleep(0.001)
-    time.sleep(random.uniform(0.0, 0.2))
+    if kill % 2:
+        time.sleep(random.uniform(0.0, 0.2))
+    else:  # while it writes
+        while not any(Path(folder).glob(".state-*.part")):
+            pass
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it had ended already"
     writing += any(Path(folder).glob(".*.part"))
