@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from mtm import hub, parallel
@@ -271,7 +271,7 @@ def write_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict
     path = folder / f"state-{step:08d}.safetensors"
     with replacing(path) as partial:
         whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, partial, metadata={HEADER: json.dumps(facts)})
+        partial.write_bytes(serialise(whole, metadata={HEADER: json.dumps(facts)}))
     older = [there for there in states(folder) if there <= path]
     for old in {*states(folder)} - {*older[-KEPT:]}:
         old.unlink()

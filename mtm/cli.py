@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mtm {options.command}{who}: error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"mtm {options.command}: stopped", file=sys.stderr)
+        on = "; the same command goes on from the last state" * (options.command == "train")
+        print(f"mtm {options.command}: stopped{on}", file=sys.stderr)
         return 130
     return 0
 

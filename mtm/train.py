@@ -162,7 +162,10 @@ def fit(
         torch.manual_seed(config.seed)  # of new weights; the caller's generator is left alone
         model = _build(model, data, config, depth).to(device)
         run = Run(folder, _description(model, data, config), save_every, restart)
-        bar = Progress(config.epochs, show, _setup(device, home, config))
+        setup = _setup(device, home, config)
+        if run.step > 0:
+            setup += f", going on after step {run.step} in {folder}"
+        bar = Progress(config.epochs, show, setup)
         writes = run.folder if parallel.rank() == 0 else None
         listener = on_validation if parallel.rank() == 0 else None
         watch = Watch(bar, writes, run.history, listener)
