@@ -130,7 +130,7 @@ def fit(
     Raises:
         SessionError: when the sessions do not go together, or lack what a scheme needs.
         FloatingPointError: when the loss stops being finite, naming step, session and scheme; the
-            model then has the best weights so far.
+            model then has the best weights so far, where there was a validation.
         StateError: when the folder holds another run, or a model that is not of a run.
 
     Example:
@@ -142,12 +142,6 @@ def fit(
         raise TypeError(f"fit needs Sessions, got {strangers[0]}; see mtm.Session, Session.load")
     config = changed(config or RECIPES["mtm"], changes)
     _check_sessions(sessions, config)
-    if config.sessions_per_step < parallel.processes():
-        raise ValueError(
-            f"sessions_per_step={config.sessions_per_step} leaves some of "
-            f"{parallel.processes()} processes without a batch; set it to a multiple of "
-            f"{parallel.processes()}, or start fewer"
-        )
     model = model.model if isinstance(model, Fit) else model
     if depth is not None and model is not None:
         raise ValueError("depth is of a new model; this one has its sizes, pass one or the other")
@@ -157,18 +151,11 @@ def fit(
     device = torch.device(device) if device else pick_device()
     home = _home(sessions, device)
     data = [_Data(session, config, device, home) for session in sessions]
-    show = progress and parallel.rank() == 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)  # of new weights; the caller's generator is left alone
         model = _build(model, data, config, depth).to(device)
         run = Run(folder, _description(model, data, config), save_every, restart)
-        setup = _setup(device, home, config)
-        if run.step > 0:
-            setup += f", going on after step {run.step} in {folder}"
-        bar = Progress(config.epochs, show, setup)
-        writes = run.folder if parallel.rank() == 0 else None
-        listener = on_validation if parallel.rank() == 0 else None
-        watch = Watch(bar, writes, run.history, listener)
+        watch = _watch(run, _setup(device, home, config), config, progress, on_validation)
         learns = [parameter.requires_grad for parameter in model.parameters()]
         try:
             with _compiled(model, config):
@@ -179,9 +166,24 @@ def fit(
             for parameter, learned in zip(model.parameters(), learns, strict=True):
                 parameter.requires_grad_(learned)
             model.eval()
-            bar.stop()
+            watch.progress.stop()
     run.save_model(model)
     return Fit(model, run.history, config)
+
+
+def _watch(
+    run: Run,
+    setup: str,
+    config: TrainConfig,
+    progress: bool,
+    listener: Callable[[History], Any] | None,
+) -> Watch:
+    """What looks on; of several processes, at the first alone."""
+    if parallel.rank() > 0:
+        return Watch(Progress(config.epochs, False, setup))
+    if run.step > 0:
+        setup += f", going on after step {run.step} in {run.folder}"
+    return Watch(Progress(config.epochs, progress, setup), run.folder, run.history, listener)
 
 
 def pick_device() -> torch.device:
@@ -338,6 +340,12 @@ def _home(sessions: list[Session], device: torch.device) -> torch.device:
 def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
     if not sessions:
         raise SessionError("no session to train on")
+    if config.sessions_per_step < parallel.processes():
+        raise ValueError(
+            f"sessions_per_step={config.sessions_per_step} leaves some of "
+            f"{parallel.processes()} processes without a batch; set it to a multiple of "
+            f"{parallel.processes()}, or start fewer"
+        )
     names = [session.name for session in sessions]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise SessionError(f"two sessions are named {min(repeated)!r}; names must differ")
