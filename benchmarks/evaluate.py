@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 from mtm import evaluate
-from mtm.evaluate import TASKS, _plan, _queries, predict_held_out
 from mtm.masks import Mask
 from mtm.model import MtM, MtMConfig
+from mtm.predict import TASKS, _plan, predict_held_out, queries_of
 from mtm.session import Session
 
 N_TRIALS, N_BINS, BIN_SIZE, N_NEURONS, N_REGIONS = 120, 100, 0.02, 700, 8
@@ -145,10 +145,10 @@ def compare(
         rounds.append([*our_seconds, *plain_seconds])
         difference = max(difference, float(np.nanmax(np.abs(ours - plain))))
     ours_s, ours_cpu_s, plain_s, plain_cpu_s = np.median(rounds[1:], axis=0).tolist()
-    n_queries = len(_queries(task, session, wanted)[0])
+    nqueries_of = len(queries_of(task, session, wanted)[0])
     return {
         "neurons_scored": int(wanted.sum()),
-        "queries": n_queries,
+        "queries": nqueries_of,
         "ours_s": ours_s,
         "plain_s": plain_s,
         "plain_over_ours": plain_s / ours_s,
@@ -156,7 +156,7 @@ def compare(
         "plain_cpu_s": plain_cpu_s,
         "plain_over_ours_cpu": plain_cpu_s / ours_cpu_s,
         "ours_passes": passes(session, task, wanted),
-        "plain_passes": n_queries * session.n_trials,
+        "plain_passes": nqueries_of * session.n_trials,
         "largest_difference_of_log_rates": difference,
     }
 
@@ -167,7 +167,7 @@ def all_neurons(
     """Passes of both, and the seconds that they would take, from those of a few neurons."""
     everything = np.ones(session.n_neurons, dtype=bool)
     n_ours = passes(session, task, everything)
-    n_plain = len(_queries(task, session, everything)[0]) * session.n_trials
+    n_plain = len(queries_of(task, session, everything)[0]) * session.n_trials
     unit, workers = ("s", 1) if device.type == "cuda" else ("cpu_s", torch.get_num_threads())
     ours, plain = (pair[f"{who}_{unit}"] / pair[f"{who}_passes"] for who in ("ours", "plain"))
     return {
@@ -180,7 +180,7 @@ def all_neurons(
 
 def passes(session: Session, task: str, wanted: np.ndarray) -> int:
     """Forward passes of one trial that ours makes."""
-    hidden, scored, bins = _queries(task, session, wanted)
+    hidden, scored, bins = queries_of(task, session, wanted)
     fired = session.counts[:, slice(*bins)].any(axis=1)
     return len(_plan(hidden, scored, session.n_trials, fired, torch.device("cpu")).trial)
 
@@ -198,7 +198,7 @@ def whole_report(model: MtM, session: Session, task: str) -> dict[str, float]:
 def one_query_at_a_time(model: MtM, session: Session, task: str, wanted: np.ndarray) -> np.ndarray:
     """Log-rates as :func:`predict_held_out` returns them, made as plainly as can be."""
     found = np.full(session.counts.shape, np.nan)
-    queries, all_scored, bins = _queries(task, session, wanted)
+    queries, all_scored, bins = queries_of(task, session, wanted)
     counts = torch.from_numpy(session.counts.astype(np.float32)).to(model.device)
     for neurons, scored in zip(queries, all_scored, strict=True):
         entries = torch.zeros(session.counts.shape[1:], dtype=torch.bool)

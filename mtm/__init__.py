@@ -9,7 +9,9 @@ Read the package in this order, one idea a file::
     metrics     bits per spike, Poisson D2, R2 of trials and PSTHs
     recipes     settings of training: ours, and the authors'
     train       fit(): one explicit loop
+    predict     one interface for whatever fills in hidden activity
     evaluate    the four activity tasks, into a Report
+    report      scores, neuron by neuron, and what is said of them
     decode      choice and continuous behaviour from predicted activity
     hub         save, load and share models; read the authors' checkpoints
     checkpoint  the state of a run on disk: one that was killed goes on
@@ -41,12 +43,14 @@ single-spike resolution", arXiv 2407.14668.
 
 from mtm.atlas import at_level
 from mtm.decode import decode, decode_choice, decode_trace
-from mtm.evaluate import Report, evaluate, mean_rates, oracle, score_table
+from mtm.evaluate import evaluate
 from mtm.hub import from_pretrained, load, push_to_hub, save
 from mtm.masks import Mask, MaskSampler, register
 from mtm.model import MtM, MtMConfig
+from mtm.predict import mean_rates, oracle
 from mtm.prepare import Prepared, prepare
 from mtm.recipes import TrainConfig
+from mtm.report import Report, score_table
 from mtm.session import Session, SessionError, Split
 from mtm.sessions import Sessions
 from mtm.simulate import simulate

@@ -25,13 +25,15 @@ import torch
 from mtm import alf, hub, parallel
 from mtm.atlas import LEVELS
 from mtm.decode import Decoded, decodable, decode
-from mtm.evaluate import Report, checked_split_seed, evaluate, mean_rates, oracle, score_table
+from mtm.evaluate import evaluate
 from mtm.masks import SCHEMES
 from mtm.model import CHOICES as MODEL_CHOICES
 from mtm.model import MtMConfig
+from mtm.predict import checked_split_seed, mean_rates, oracle
 from mtm.prepare import Prepared, prepare
 from mtm.recipes import CHOICES as TRAIN_CHOICES
 from mtm.recipes import RECIPES, TrainConfig, recipe
+from mtm.report import Report, score_table
 from mtm.session import Session, SessionError
 from mtm.sessions import Sessions
 from mtm.simulate import simulate

@@ -19,8 +19,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, r2_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 
-from mtm.evaluate import Predicts, call_predictor, checked_split_seed, require_finite
 from mtm.masks import Mask, scheme
+from mtm.predict import Predicts, call_predictor, checked_split_seed, require_finite
 from mtm.session import Session, SessionError
 
 FOLDS = 4

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
-from mtm.evaluate import TASKS, Report
 from mtm.masks import scheme
+from mtm.predict import TASKS
+from mtm.report import Report
 from mtm.session import Session
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (

@@ -20,7 +20,7 @@ from mtm import (
     oracle,
     score_table,
 )
-from mtm.evaluate import TASKS, forward_bins, predict_held_out
+from mtm.predict import TASKS, forward_bins, predict_held_out
 
 
 class Watcher:

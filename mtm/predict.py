@@ -1,0 +1,350 @@
+"""One interface for whatever fills in hidden activity, and the passes that ask it to.
+
+Anything that predicts can be evaluated: a model, an array of log-rates, or a function of yours,
+``predict(counts, scheme, mask, session) -> log-rates``. Models and functions are shown counts in
+which hidden entries are zeroed; an array is taken as it is.
+
+What a predictor need not do twice, or at all, is left out, which changes no score. One that takes
+``neurons`` is asked for that output alone where one neuron a trial is scored. One that says
+``sees_mask = False`` cannot tell a hidden entry from a silent one: what it is shown with a silent
+neuron hidden is what it is shown with all such neurons hidden, and one pass serves them all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtm import metrics
+from mtm.masks import Mask
+from mtm.model import MtM
+from mtm.session import Session, SessionError
+from mtm.train import Fit
+
+TASKS = {
+    "co-smoothing": "neuron",
+    "forward-prediction": "causal",
+    "inter-region": "inter-region",
+    "intra-region": "intra-region",
+}
+"""Each activity task, and the masking scheme that trains for it (whose prompt is shown)."""
+
+TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}
+"""Tokens of a batch, unless another size is asked for: what was fastest on a CPU, whose cache does
+not hold more; enough to keep a large GPU busy. A small one runs out of memory and takes half."""
+TRIALS_AT_ONCE = 256  # of a predictor without tokens
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+
+
+class Predictor(Protocol):
+    """Whatever can fill in hidden activity."""
+
+    def predict(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
+        """Log-rates (B, T, N) for counts (B, T, N) in which ``mask.hidden`` entries are 0."""
+
+
+Predicts = Predictor | Callable[..., Any] | np.ndarray
+
+
+def checked_split_seed(predictor: Predicts, session: Session, split_seed: int | None) -> int:
+    """The split to use: the one asked for, else the one the model was trained on, else that of 0.
+
+    Raises:
+        SessionError: when a model was trained on bins of another width.
+        ValueError: when a model was trained on another split, or on one that nobody knows.
+    """
+    config = getattr(getattr(predictor, "model", predictor), "config", None)  # of a Fit, its model
+    bin_size = getattr(config, "bin_size", session.bin_size)
+    if abs(bin_size - session.bin_size) > 1e-9:
+        raise SessionError(
+            f"session {session.name!r} has bins of {session.bin_size} s, the model was trained on "
+            f"bins of {bin_size} s"
+        )
+    trained = getattr(config, "split_seed", None)
+    if split_seed is None and hasattr(config, "split_seed") and trained is None:
+        raise ValueError(
+            "it is not known which trials this model was trained on; split_seed=0 scores it on the "
+            "test trials of that split, some of which it may have learned from"
+        )
+    if split_seed is None:
+        return trained or 0
+    if trained is not None and trained != split_seed:
+        raise ValueError(
+            f"the model was trained on the split of seed {trained}, not {split_seed}; some of the "
+            "test trials would be ones it has learned from"
+        )
+    return split_seed
+
+
+def oracle(session: Session) -> np.ndarray:
+    """Log of the true rates, (K, T, N): the best possible predictor of a simulated session.
+
+    Raises:
+        SessionError: for a recording whose true rates nobody knows.
+    """
+    if session.rates is None:
+        raise SessionError(f"session {session.name!r}, rates: only simulated sessions have them")
+    return np.log(session.rates)
+
+
+def mean_rates(session: Session, split_seed: int = 0) -> np.ndarray:
+    """Log of each neuron's mean count over the training trials, (1, 1, N): the null predictor."""
+    return metrics.log_mean(session.counts[session.split(split_seed).train])[None, None]
+
+
+def forward_bins(n_bins: int) -> tuple[int, int]:
+    """The bins that forward prediction hides: the last 10 %, at least one; (start, stop)."""
+    return n_bins - max(1, round(0.1 * n_bins)), n_bins
+
+
+# ------------------------------------------------------------------- hiding and predicting
+
+
+def predict_held_out(
+    predictor: Predicts,
+    session: Session,
+    task: str,
+    trials: np.ndarray,
+    wanted: np.ndarray,
+    *,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Log-rates of the scored entries, each predicted while it was hidden; NaN elsewhere.
+
+    Args:
+        predictor: see :func:`evaluate`.
+        session: the recording.
+        task: one of :data:`TASKS`.
+        trials: (K',) indices.
+        wanted: (N,) bool, neurons to score.
+        batch_size: see :func:`evaluate`.
+        progress: show a bar.
+
+    Returns:
+        (K', T, N) float64.
+
+    Raises:
+        ValueError: for predictions of a wrong shape, or with NaN where they are scored.
+        MemoryError: when it runs out with a single trial.
+    """
+    queries, scored, bins = queries_of(task, session, wanted)
+    span, scored_neurons = slice(*bins), scored.any(axis=0)
+    if isinstance(predictor, np.ndarray):
+        return _known(predictor, session, trials, scored_neurons, span)
+    predictor = predictor.model if type(predictor) is Fit else predictor
+    size = _batch_size(predictor, session) if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}")
+    one_each = takes_neurons(predictor)
+    device = getattr(predictor, "device", torch.device("cpu"))
+    shares = one_each and not getattr(predictor, "sees_mask", True)
+    fired = session.counts[trials][:, span].any(axis=1) if shares else None
+    passes = _plan(queries, scored, len(trials), fired, device)
+    hidden = torch.from_numpy(queries).to(device)
+    counts = torch.from_numpy(session.counts[trials].astype(np.float32)).to(device)
+    log_rates = torch.full_like(counts, float("nan"))
+
+    def make(start: int, stop: int) -> None:
+        """Some of the passes. On a GPU, nothing here waits for a result."""
+        asked = slice(passes.ends[start], passes.ends[stop])
+        row, neuron, trial = passes.owner[asked] - start, passes.neuron[asked], passes.trial
+        mask = _mask(hidden[passes.query[start:stop]], row, neuron, counts.shape[1], task, span)
+        visible = counts[trial[start:stop]].masked_fill_(mask.hidden, 0)
+        one = neuron if one_each and stop - start == len(neuron) else None
+        predicted = call_predictor(predictor, visible, TASKS[task], mask, session.name, one)
+        predicted = predicted[row, span, neuron] if one is None else predicted[:, span]
+        log_rates[trial[start:stop][row], span, neuron] = predicted.detach().float()
+
+    n_passes, what = len(passes.trial), f"session {session.name!r}, {task}"
+    with tqdm(total=n_passes, desc=task, disable=None if progress else True, leave=False) as bar:
+        _in_batches(make, n_passes, size, what, bar)
+    found = log_rates.cpu().numpy()
+    require_finite(found[:, span][:, :, scored_neurons], TASKS[task], session.name)
+    return found.astype(np.float64)
+
+
+def _known(
+    log_rates: np.ndarray, session: Session, trials: np.ndarray, scored: np.ndarray, span: slice
+) -> np.ndarray:
+    """An array of log-rates as :func:`predict_held_out` returns them."""
+    if np.broadcast_shapes(log_rates.shape, session.counts.shape) != session.counts.shape:
+        raise ValueError(
+            f"log-rates of shape {log_rates.shape} do not fit counts {session.counts.shape}"
+        )
+    known = np.broadcast_to(log_rates, session.counts.shape)[trials].astype(np.float64)
+    if not np.isfinite(known).all():
+        raise ValueError("the predicted log-rates hold NaN or infinite values")
+    bin_scored = np.zeros(session.n_bins, dtype=bool)
+    bin_scored[span] = True
+    return np.where(bin_scored[:, None] & scored, known, np.nan)
+
+
+def queries_of(
+    task: str, session: Session, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """What to hide and score in turn: hidden (Q, N), scored (Q, N) bool, and the bins of both."""
+    eye = np.eye(session.n_neurons, dtype=bool)
+    codes = session.region_codes
+    if task == "forward-prediction":
+        everything = np.ones((1, session.n_neurons), dtype=bool)
+        return everything, wanted[None], forward_bins(session.n_bins)
+    if task == "co-smoothing":
+        hidden = scored = eye[wanted]
+    elif task == "inter-region":
+        hidden = codes[None] == np.unique(codes[wanted & (codes >= 0)])[:, None]
+        scored = hidden & wanted
+    else:
+        scored = eye[wanted & (codes >= 0)]
+        hidden = scored | (codes[None] != codes[scored.argmax(axis=1)][:, None])
+    return hidden, scored, (0, session.n_bins)
+
+
+class Passes(NamedTuple):
+    """The forward passes of a task, those for a single prediction first.
+
+    Attributes:
+        query: (P,) which of the task's queries each pass hides; on the device, as the next three.
+        trial: (P,) the trial it is shown.
+        owner: (M,) the pass of each prediction, in ascending order.
+        neuron: (M,) the neuron predicted.
+        ends: P + 1 numbers; those from ``ends[p]`` to ``ends[p + 1]`` are pass p's predictions.
+    """
+
+    query: Tensor
+    trial: Tensor
+    owner: Tensor
+    neuron: Tensor
+    ends: list[int]
+
+
+def _plan(
+    hidden: np.ndarray,
+    scored: np.ndarray,
+    n_trials: int,
+    fired: np.ndarray | None,
+    device: torch.device,
+) -> Passes:
+    """The passes that predict every scored neuron in every trial once.
+
+    Args:
+        hidden: (Q, N) bool.
+        scored: (Q, N) bool; each neuron is scored in one query.
+        n_trials: K'.
+        fired: (K', N) bool, neurons with a spike in the bins that are hidden: queries that take
+            the same spikes out of a trial share a pass. None = a pass for every query and trial.
+        device: where the passes are made.
+    """
+    pair = np.arange(n_trials * len(hidden)).reshape(n_trials, len(hidden))
+    for trial in range(0 if fired is None else n_trials):
+        taken_out = np.packbits(hidden & fired[trial], axis=1)  # (Q, N / 8)
+        taken_out = taken_out.view(f"V{taken_out.shape[1]}")[:, 0]  # a row is one thing to compare
+        _, first, alike = np.unique(taken_out, return_index=True, return_inverse=True)
+        pair[trial] = pair[trial, first[alike]]
+    neurons = np.flatnonzero(scored.any(axis=0))
+    pair = pair[:, scored[:, neurons].argmax(axis=0)].ravel()  # the pass of each prediction
+    made, owner, sizes = np.unique(pair, return_inverse=True, return_counts=True)
+    order = np.argsort(sizes, kind="stable")
+    owner = np.argsort(order)[owner]
+    by_owner = np.argsort(owner, kind="stable")
+    trial, query = np.divmod(made[order], len(hidden))
+    arrays = (query, trial, owner[by_owner], np.tile(neurons, n_trials)[by_owner])
+    ends = [0, *np.cumsum(sizes[order]).tolist()]
+    return Passes(*(torch.from_numpy(x).to(device) for x in arrays), ends)
+
+
+def _mask(hidden: Tensor, row: Tensor, neuron: Tensor, n_bins: int, task: str, span: slice) -> Mask:
+    """The mask (B, T, N) of passes that hide ``hidden`` (B, N) and predict pairs (row, neuron)."""
+    target = torch.zeros_like(hidden)
+    target.index_put_((row, neuron), torch.ones((), dtype=torch.bool, device=hidden.device))
+    in_bins = torch.zeros(n_bins, 1, dtype=torch.bool, device=hidden.device)
+    in_bins[span] = True
+    hidden = hidden | target  # what any of the queries hides that share the pass
+    causal = task == "forward-prediction"
+    return Mask(hidden[:, None] & in_bins, target[:, None] & in_bins, causal)
+
+
+def _batch_size(predictor: Predictor | Callable[..., Any], session: Session) -> int:
+    """Trials to predict at once."""
+    if not isinstance(predictor, MtM):
+        return TRIALS_AT_ONCE
+    tokens = TOKENS_AT_ONCE.get(predictor.device.type, TOKENS_AT_ONCE["cpu"])
+    return max(1, tokens // predictor.n_tokens(session.name))
+
+
+def _in_batches(
+    make: Callable[[int, int], None], n_passes: int, size: int, what: str, bar: tqdm
+) -> None:
+    """Call ``make(start, stop)`` for all passes, ``size`` at once, fewer when memory runs out.
+
+    Raises:
+        MemoryError: when it runs out with a single one.
+    """
+    start = 0
+    while start < n_passes:
+        stop = min(start + size, n_passes)
+        try:
+            make(start, stop)
+        except (RuntimeError, MemoryError) as error:
+            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not known and not any(text in str(error) for text in OUT_OF_MEMORY):
+                raise
+            if stop - start == 1:
+                raise MemoryError(
+                    f"{what}: memory runs out with a single trial; free some on this device, use "
+                    "another device or take a smaller model"
+                ) from error
+            size = (stop - start) // 2
+            continue
+        bar.update(stop - start)
+        start = stop
+
+
+def takes_neurons(predictor: Predictor | Callable[..., Any]) -> bool:
+    """Whether a predictor can be asked for one neuron of each trial, with ``neurons`` (B,)."""
+    try:
+        signature = inspect.signature(getattr(predictor, "predict", predictor))
+    except (TypeError, ValueError):  # some built-in functions have none
+        return False
+    return "neurons" in signature.parameters
+
+
+def call_predictor(
+    predictor: Predictor | Callable[..., Any],
+    counts: Tensor,
+    scheme: str,
+    mask: Mask,
+    name: str,
+    neurons: Tensor | None = None,
+) -> Tensor:
+    """Log-rates (B, T, N) from a model or a function; with ``neurons`` (B,), theirs alone, (B, T).
+
+    Raises:
+        ValueError: when their shape is another.
+    """
+    predict = getattr(predictor, "predict", predictor)
+    one_each = {} if neurons is None else {"neurons": neurons}
+    predicted = predict(counts, scheme, mask, name, **one_each)
+    predicted = torch.as_tensor(predicted, device=counts.device)
+    expected = counts.shape[: 2 if one_each else 3]
+    if predicted.shape != expected:
+        raise ValueError(
+            f"the predictor returned shape {tuple(predicted.shape)} for counts of shape "
+            f"{tuple(counts.shape)}; it must return a log-rate for every entry, {tuple(expected)}"
+        )
+    return predicted
+
+
+def require_finite(log_rates: np.ndarray, scheme: str, name: str) -> None:
+    """Raise ValueError where a predictor returned NaN or infinite values."""
+    if not np.isfinite(log_rates).all():
+        raise ValueError(
+            f"the predictor returned NaN or infinite log-rates in session {name!r} "
+            f"(scheme {scheme!r})"
+        )
