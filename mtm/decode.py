@@ -5,27 +5,37 @@ training and validation trials, with its penalty chosen by cross-validation ther
 the test trials. Source: arXiv 2407.14668, section 4, and the final version of the authors' code.
 
 Beside every score stand its controls: what the score would be without activity (majority class,
-mean time course), from the stimulus alone, from shuffled trials, and from the raw counts.
+mean time course), from the stimulus alone, from shuffled trials, from the raw counts, and from
+counts smoothed in time as suits them best, which is what a user would try without a model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter1d
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, r2_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 
 from mtm.masks import Mask, scheme
-from mtm.predict import Predicts, call_predictor, checked_split_seed, require_finite
+from mtm.predict import (
+    Predicts,
+    call_predictor,
+    checked_split_seed,
+    require_finite,
+    require_unseen,
+)
 from mtm.session import Session, SessionError
 
 FOLDS = 4
 CHOICE_PENALTIES = np.logspace(-4, 4, 9)  # C of the logistic regression, as the paper
-TRACE_PENALTIES = np.logspace(-1, 6, 8)  # alpha of the ridge regression
+TRACE_PENALTIES = np.logspace(-3, 6, 10)  # alpha of the ridge regression
+WIDTHS = (0, 1, 2, 4)  # bins, standard deviations of the Gaussians that smooth counts
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,6 +44,7 @@ class Decoded:
 
     Attributes:
         behaviour: its name.
+        session: whose it is.
         metric: ``"accuracy"`` or ``"R2"``.
         score: of the predicted activity, on the test trials.
         others: further scores and the controls, by name.
@@ -42,6 +53,7 @@ class Decoded:
     """
 
     behaviour: str
+    session: str
     metric: str
     score: float
     others: dict[str, float]
@@ -52,24 +64,23 @@ class Decoded:
         others = ", ".join(f"{key} {value:.3f}" for key, value in self.others.items())
         return f"{self.behaviour}: {self.metric} {self.score:.3f} ({others})"
 
+    def to_row(self, seed: int = 0) -> dict[str, Any]:
+        """As the row of a table."""
+        numbers = {self.metric: float(self.score), **self.others}
+        trials = {"train_trials": self.n_train, "test_trials": self.n_test}
+        return {"session": self.session, "seed": seed, **numbers, **trials}
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        rounded = {key: round(float(value), 6) for key, value in self.others.items()}
-        return (
-            {self.metric: round(float(self.score), 6)}
-            | rounded
-            | {
-                "train_trials": self.n_train,
-                "test_trials": self.n_test,
-            }
-        )
+        row = self.to_row()
+        return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
 
 
 def decode(
     predictor: Predicts,
     session: Session,
-    *,
     behaviours: list[str] | None = None,
+    *,
     region: str | None = None,
     split_seed: int | None = None,
 ) -> dict[str, Decoded]:
@@ -98,6 +109,39 @@ def decode(
     return results
 
 
+def decode_by_region(
+    predictor: Predicts,
+    session: Session,
+    behaviour: str,
+    *,
+    split_seed: int | None = None,
+    least: int = 1,
+) -> dict[str, Decoded]:
+    """Decode a behaviour from one region at a time: the predictor sees it alone (paper, Figure 5).
+
+    Args:
+        predictor, session, split_seed: see :func:`decode`.
+        behaviour: its name.
+        least: neurons that a region must have.
+
+    Returns:
+        region -> :class:`Decoded`.
+
+    Raises:
+        SessionError: as :func:`decode`, and when no region has so many neurons.
+    """
+    names, sizes = np.unique(session.regions[session.region_codes >= 0], return_counts=True)
+    regions = names[sizes >= least].tolist()
+    if not regions:
+        raise SessionError(f"session {session.name!r}: no region has {least} neurons")
+    return {
+        region: decode(predictor, session, [behaviour], region=region, split_seed=split_seed)[
+            behaviour
+        ]
+        for region in regions
+    }
+
+
 def decodable(session: Session) -> list[str]:
     """Behaviours that can be decoded: ``choice`` where known, and those recorded bin by bin."""
     traces = sorted(key for key, value in session.behaviour.items() if value.ndim == 2)
@@ -117,7 +161,8 @@ def decode_choice(
     Returns:
         accuracy; also ``balanced_accuracy``, and the controls ``majority`` (always say the more
         frequent choice), ``shuffled`` (fitted to shuffled choices), ``raw_counts`` (the same
-        decoder on the counts themselves) and, where the contrast is known, ``stimulus_only``.
+        decoder on the counts themselves), ``smoothed_counts`` (on counts smoothed by the Gaussian
+        that cross-validates best) and, where the contrast is known, ``stimulus_only``.
 
     Arguments: see :func:`decode`; ``prompt`` is the scheme whose prompt the model is shown,
     by default that of ``neuron`` as in the paper, or of ``intra-region`` for one region.
@@ -139,33 +184,36 @@ def decode_choice(
             f"{FOLDS} are needed to cross-validate"
         )
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    logistic = LogisticRegression(solver="newton-cholesky", max_iter=1000)
 
-    def decoded(x: np.ndarray, x_test: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        search = GridSearchCV(logistic, {"C": CHOICE_PENALTIES}, cv=folds, scoring="accuracy")
-        return search.fit(x, labels).predict(x_test)
+    def search(x: np.ndarray, labels: np.ndarray) -> GridSearchCV:
+        # Newton's line search complains of features that never vary, as the mean rates'.
+        solver = "newton-cholesky" if np.ptp(x, axis=0).max() > 1e-9 else "lbfgs"
+        logistic = LogisticRegression(solver=solver, max_iter=1000)
+        grid = {"C": CHOICE_PENALTIES}
+        return GridSearchCV(logistic, grid, cv=folds, scoring="accuracy").fit(x, labels)
 
-    trials = np.concatenate([fit_trials, test_trials])
-    n_fit = len(fit_trials)
-    features = _features(predictor, session, trials, prompt, region)
-    x, x_test = _rotate(features[:n_fit], features[n_fit:])
-    guess = decoded(x, x_test, y)
-    shuffled = decoded(x, x_test, np.random.default_rng(0).permutation(y))
-    raw = _features(None, session, trials, prompt, region)
+    x, x_test = _both(predictor, session, fit_trials, test_trials, prompt, region)
+    guess = search(x, y).predict(x_test)
+    shuffled = search(x, np.random.default_rng(0).permutation(y)).predict(x_test)
+    of_counts = _from_counts(
+        lambda x: search(x, y), session, fit_trials, test_trials, prompt, region
+    )
     majority = -1.0 if (y == -1).mean() > 0.5 else 1.0
     others = {
         "balanced_accuracy": balanced_accuracy_score(truth, guess),
         "majority": float((truth == majority).mean()),
         "shuffled": accuracy_score(truth, shuffled),
-        "raw_counts": accuracy_score(truth, decoded(*_rotate(raw[:n_fit], raw[n_fit:]), y)),
     }
+    others |= {name: accuracy_score(truth, found) for name, found in of_counts.items()}
     if "contrast" in session.behaviour:
         stimulus = _stimulus(session)
-        stimulus_guess = decoded(stimulus[fit_trials], stimulus[test_trials], y)
+        stimulus_guess = search(stimulus[fit_trials], y).predict(stimulus[test_trials])
         others["stimulus_only"] = accuracy_score(truth, stimulus_guess)
         others["stimulus_only_balanced"] = balanced_accuracy_score(truth, stimulus_guess)
     score = accuracy_score(truth, guess)
-    return Decoded("choice", "accuracy", score, others, n_fit, len(test_trials))
+    return Decoded(
+        "choice", session.name, "accuracy", score, others, len(fit_trials), len(test_trials)
+    )
 
 
 def decode_trace(
@@ -181,8 +229,9 @@ def decode_trace(
 
     Returns:
         R2 over all test trials and bins; the mean time course counts as explained variance, so
-        compare with the control ``time_course``. Also ``shuffled`` (fitted to other trials' traces)
-        and ``raw_counts`` (the same decoder on the counts themselves).
+        compare with the control ``time_course``. Also ``shuffled`` (fitted to other trials'
+        traces), ``raw_counts`` (the same decoder on the counts themselves) and ``smoothed_counts``
+        (on counts smoothed by the Gaussian that cross-validates best).
 
     Arguments: see :func:`decode`; ``prompt`` is the scheme whose prompt the model is shown,
     by default that of ``causal`` as in the paper, or of ``intra-region`` for one region.
@@ -203,24 +252,27 @@ def decode_trace(
         )
     folds = KFold(FOLDS, shuffle=True, random_state=0)
 
-    def r2(x: np.ndarray, x_test: np.ndarray, targets: np.ndarray) -> float:
-        search = GridSearchCV(
-            Ridge(), {"alpha": TRACE_PENALTIES}, cv=folds, scoring="neg_mean_squared_error"
+    def search(x: np.ndarray, targets: np.ndarray) -> GridSearchCV:
+        grid = {"alpha": TRACE_PENALTIES}
+        return GridSearchCV(Ridge(), grid, cv=folds, scoring="neg_mean_squared_error").fit(
+            x, targets
         )
-        return r2_score(truth.ravel(), search.fit(x, targets).predict(x_test).ravel())
 
-    trials = np.concatenate([fit_trials, test_trials])
-    n_fit = len(fit_trials)
-    features = _features(predictor, session, trials, prompt, region)
-    x, x_test = _rotate(features[:n_fit], features[n_fit:])
-    raw = _features(None, session, trials, prompt, region)
-    average = np.broadcast_to(y.mean(axis=0), truth.shape)
+    def r2(guess: np.ndarray) -> float:
+        return r2_score(truth.ravel(), guess.ravel())
+
+    x, x_test = _both(predictor, session, fit_trials, test_trials, prompt, region)
+    others_traces = y[np.random.default_rng(0).permutation(len(y))]
+    of_counts = _from_counts(
+        lambda x: search(x, y), session, fit_trials, test_trials, prompt, region
+    )
     others = {
-        "time_course": r2_score(truth.ravel(), average.ravel()),
-        "shuffled": r2(x, x_test, y[np.random.default_rng(0).permutation(n_fit)]),
-        "raw_counts": r2(*_rotate(raw[:n_fit], raw[n_fit:]), y),
+        "time_course": r2(np.broadcast_to(y.mean(axis=0), truth.shape)),
+        "shuffled": r2(search(x, others_traces).predict(x_test)),
     }
-    return Decoded(behaviour, "R2", r2(x, x_test, y), others, n_fit, len(test_trials))
+    others |= {name: r2(guess) for name, guess in of_counts.items()}
+    score = r2(search(x, y).predict(x_test))
+    return Decoded(behaviour, session.name, "R2", score, others, len(y), len(truth))
 
 
 def _behaviour(session: Session, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -249,14 +301,50 @@ def _trials(session: Session, usable: np.ndarray, seed: int) -> tuple[np.ndarray
     return fit_trials, test_trials
 
 
+def _both(
+    predictor: Predicts,
+    session: Session,
+    fit_trials: np.ndarray,
+    test_trials: np.ndarray,
+    prompt: str,
+    region: str | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of the trials to fit and to test on; refuses test trials that were learned from."""
+    require_unseen(predictor, session, test_trials)
+    trials, n_fit = np.concatenate([fit_trials, test_trials]), len(fit_trials)
+    features = _features(predictor, session, trials, prompt, region)
+    return _rotate(features[:n_fit], features[n_fit:])
+
+
+def _from_counts(
+    search: Callable[[np.ndarray], GridSearchCV],
+    session: Session,
+    fit_trials: np.ndarray,
+    test_trials: np.ndarray,
+    prompt: str,
+    region: str | None,
+) -> dict[str, np.ndarray]:
+    """What the same decoder finds in the counts: as they are, and smoothed as suits it best."""
+    found = []
+    for width in WIDTHS:
+        smoothed = session.counts.astype(np.float64)
+        if width:
+            smoothed = gaussian_filter1d(smoothed, width, axis=1, mode="nearest")
+        x, x_test = _both(smoothed, session, fit_trials, test_trials, prompt, region)
+        fitted = search(x)
+        found.append((fitted.best_score_, fitted.predict(x_test)))
+    best = max(range(len(WIDTHS)), key=lambda i: found[i][0])
+    return {"raw_counts": found[0][1], "smoothed_counts": found[best][1]}
+
+
 def _features(
-    predictor: Predicts | None,
+    predictor: Predicts,
     session: Session,
     trials: np.ndarray,
     prompt: str,
     region: str | None,
 ) -> np.ndarray:
-    """Predicted log-rates, or the counts where there is no predictor, flattened; (K', T * N)."""
+    """Predicted log-rates, flattened; (K', T * N)."""
     causal = scheme(prompt).causal
     inside = np.ones(session.n_neurons, dtype=bool)
     if region is not None:
@@ -264,9 +352,7 @@ def _features(
         if not inside.any():
             known = ", ".join(session.region_names) or "none"
             raise SessionError(f"session {session.name!r} has no region {region!r}; known: {known}")
-    if predictor is None:
-        features = session.counts[trials]
-    elif isinstance(predictor, np.ndarray):
+    if isinstance(predictor, np.ndarray):
         features = np.broadcast_to(predictor, session.counts.shape)[trials]
     else:
         device = getattr(predictor, "device", torch.device("cpu"))

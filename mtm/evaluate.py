@@ -1,4 +1,4 @@
-"""The four activity tasks: hide part of the test trials, predict it, score the prediction.
+"""The six tasks: hide part of the test trials, predict it, score the prediction.
 
 ==================  ======================================================  ==================
 task                hidden                                                  scored
@@ -7,6 +7,8 @@ co-smoothing        one neuron at a time                                    it, 
 forward-prediction  the last 10 % of the bins, all neurons                  those bins
 inter-region        each region in turn                                     its neurons
 intra-region        all outside a region, and one of its neurons at a time  it, all bins
+choice              nothing                                                 see `mtm.decode`
+other behaviours    nothing                                                 see `mtm.decode`
 ==================  ======================================================  ==================
 
 Source: arXiv 2407.14668, section 4.
@@ -14,18 +16,19 @@ Source: arXiv 2407.14668, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from mtm import metrics
+from mtm.decode import Decoded, decodable, decode
 from mtm.predict import (
     TASKS,
     Predicts,
     checked_split_seed,
-    forward_bins,
     predict_held_out,
     queries_of,
+    require_unseen,
 )
 from mtm.report import Report, TaskScores
 from mtm.session import Session, SessionError
@@ -35,73 +38,134 @@ CONDITIONS = ("choice", "reward", "block")
 
 
 def evaluate(
-    predictor: Predicts,
-    session: Session,
+    predictor: Predicts | Mapping[str, Predicts],
+    session: Session | Sequence[Session],
     *,
     tasks: Sequence[str] | None = None,
     trials: np.ndarray | None = None,
     neurons: np.ndarray | None = None,
     split_seed: int | None = None,
     batch_size: int | None = None,
+    allow_seen: bool = False,
     progress: bool = False,
 ) -> Report:
-    """Score a predictor on the activity tasks.
+    """Score a predictor on the activity tasks, and decode behaviour from what it predicts.
 
     Args:
         predictor: a model; a function ``(counts, scheme, mask, session) -> log-rates``; or
-            log-rates for the whole session, broadcastable to (K, T, N).
-        session: the recording.
-        tasks: some of :data:`TASKS`. Default: all that the session allows.
+            log-rates for the whole session, broadcastable to (K, T, N). A mapping from session
+            names has one for each.
+        session: the recording, or several, one after the other: :class:`mtm.Sessions` are read
+            from disk in turn.
+        tasks: some of :data:`TASKS`, and names of behaviours. Default: all that the session and the
+            predictor allow.
         trials: indices of the scored trials. Default: the test trials of ``session.split``.
+            Behaviours are always decoded in the test trials.
         neurons: indices of the scored neurons. All neurons stay in the input. Default: all.
         split_seed: of ``session.split``; its training trials make the honest null model. Default:
             the one that the model was trained with, else 0.
         batch_size: trials predicted at once. Default: what suits the device. Where memory runs out
             it is halved, and evaluation goes on from there.
+        allow_seen: score trials that the model has learned from, instead of refusing them.
         progress: show a bar.
 
     Returns:
-        tables of scores; regional tasks score labelled neurons only.
+        tables of scores; regional tasks score labelled neurons only. Reports of models of other
+        seeds are joined by :meth:`Report.join`.
 
     Raises:
-        ValueError: for an unknown task, or predictions of a wrong shape or with NaN.
+        ValueError: for an unknown task, predictions of a wrong shape or with NaN, or trials that
+            the predictor was trained on.
         SessionError: when a task that was asked for needs regions and there are none, or the bins
             are not those the model was trained on.
         MemoryError: when memory runs out with a single trial.
         TypeError: when ``session`` is no Session.
     """
-    if not isinstance(session, Session):
+    options = {"tasks": tasks, "trials": trials, "neurons": neurons, "split_seed": split_seed}
+    options |= {"batch_size": batch_size, "allow_seen": allow_seen, "progress": progress}
+    if isinstance(session, Session):
+        return _evaluate(_predictor_of(predictor, session.name), session, **options)
+    if isinstance(session, str) or not isinstance(session, Sequence):
         raise TypeError(
             f"evaluate(predictor, session) needs a Session, got {type(session).__name__}"
         )
-    split = session.split(checked_split_seed(predictor, session, split_seed))
+    reports = [evaluate(predictor, one, **options) for one in session]
+    for report in reports:
+        (name,) = report.sessions
+        left_out = {task: f"{name}: {reason}" for task, reason in report.left_out.items()}
+        report.left_out = left_out if len(reports) > 1 else report.left_out
+    return Report.join(reports)
+
+
+def _predictor_of(predictor: Predicts | Mapping[str, Predicts], name: str) -> Predicts:
+    if not isinstance(predictor, Mapping):
+        return predictor
+    if name not in predictor:
+        raise ValueError(f"no predictor for session {name!r}; there are: {', '.join(predictor)}")
+    return predictor[name]
+
+
+def _evaluate(
+    predictor: Predicts,
+    session: Session,
+    tasks: Sequence[str] | None,
+    trials: np.ndarray | None,
+    neurons: np.ndarray | None,
+    split_seed: int | None,
+    batch_size: int | None,
+    allow_seen: bool,
+    progress: bool,
+) -> Report:
+    """One session."""
+    split_seed = checked_split_seed(predictor, session, split_seed)
+    split = session.split(split_seed)
     trials = np.arange(session.n_trials)[split.test if trials is None else trials]
     wanted = np.zeros(session.n_neurons, dtype=bool)
     wanted[slice(None) if neurons is None else neurons] = True
     if len(trials) == 0 or not wanted.any():
         raise ValueError(f"session {session.name!r}: no trials or no neurons to score")
+    if not allow_seen:
+        require_unseen(predictor, session, trials)
+    left_out = _cannot(predictor, session, wanted, tasks)
+    scores = {}
+    train_null = metrics.log_mean(session.counts[split.train])
+    for task in [t for t in (TASKS if tasks is None else tasks) if t in TASKS]:
+        if task not in left_out:
+            log_rates = predict_held_out(
+                predictor, session, task, trials, wanted, batch_size=batch_size, progress=progress
+            )
+            scores[task] = _score(log_rates, session, task, trials, train_null, wanted)
+    for name in [t for t in (decodable(session) if tasks is None else tasks) if t not in TASKS]:
+        try:
+            scores |= _behaviour(decode(predictor, session, [name], split_seed=split_seed))
+        except SessionError as error:
+            if tasks is not None:
+                raise
+            left_out[name] = str(error)
+    sizes = {"trials": len(trials), "neurons": session.n_neurons, "wanted": int(wanted.sum())}
+    return Report(scores, {session.name: sizes}, left_out)
+
+
+def _cannot(
+    predictor: Predicts, session: Session, wanted: np.ndarray, tasks: Sequence[str] | None
+) -> dict[str, str]:
+    """Tasks that cannot be scored -> why; raises where they were asked for."""
     left_out = {}
+    able = getattr(predictor, "schemes", None)
     for task in TASKS if tasks is None else tasks:
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; pass a list of some of: {', '.join(TASKS)}")
+        if task not in TASKS and task not in session.behaviour:
+            known = ", ".join([*TASKS, *decodable(session)])
+            raise ValueError(f"unknown task {task!r}; pass a list of some of: {known}")
         if task.endswith("region") and not (session.region_codes[wanted] >= 0).any():
-            left_out[task] = "no neuron has a region label"
+            left_out[task] = "no scored neuron has a region label"
+        elif task in TASKS and able is not None and TASKS[task] not in able:
+            left_out[task] = "the predictor does not do it"
     if tasks is not None and left_out:
         raise SessionError(
-            f"session {session.name!r}, {', '.join(left_out)}: no scored neuron has a region "
-            "label; pass regions, or leave the task out"
+            f"session {session.name!r}, {', '.join(left_out)}: "
+            f"{' and '.join(dict.fromkeys(left_out.values()))}; pass regions, or leave the task out"
         )
-    train_null = metrics.log_mean(session.counts[split.train])
-    scores = {}
-    for task in [t for t in (TASKS if tasks is None else tasks) if t not in left_out]:
-        log_rates = predict_held_out(
-            predictor, session, task, trials, wanted, batch_size=batch_size, progress=progress
-        )
-        hidden, scored, bins = queries_of(task, session, wanted)
-        hidden = hidden & (bins[0] == 0)  # in forward prediction, all are visible at first
-        visible = scored.T @ (~hidden).sum(axis=1)  # (N,): each neuron is scored in one query
-        scores[task] = _score(log_rates, session, task, trials, train_null, scored.any(0), visible)
-    return Report(session.name, len(trials), scores, left_out)
+    return left_out
 
 
 def _score(
@@ -110,15 +174,20 @@ def _score(
     task: str,
     trials: np.ndarray,
     train_null: np.ndarray,
-    scored: np.ndarray,
-    visible: np.ndarray,
+    wanted: np.ndarray,
 ) -> TaskScores:
-    bins = forward_bins(session.n_bins) if task == "forward-prediction" else (0, session.n_bins)
-    neurons = np.flatnonzero(scored)
+    hidden, scored, bins = queries_of(task, session, wanted)
+    hidden = hidden & (bins[0] == 0)  # in forward prediction, all are visible at first
+    visible = scored.T @ (~hidden).sum(axis=1)  # (N,): each neuron is scored in one query
+    neurons = np.flatnonzero(scored.any(axis=0))
     predicted = log_rates[:, slice(*bins)][:, :, neurons]
     counts = session.counts[trials][:, slice(*bins)][:, :, neurons]
     null = train_null[neurons]
     table = {
+        "session": np.full(len(neurons), session.name),
+        "seed": np.zeros(len(neurons), dtype=np.int64),
+        "neuron": neurons,
+        "region": session.regions[neurons],
         "bits_per_spike": metrics.bits_per_spike(predicted, counts),
         "bits_per_spike_train_null": metrics.bits_per_spike(predicted, counts, null),
         "poisson_d2": metrics.poisson_d2(predicted, counts),
@@ -129,11 +198,41 @@ def _score(
     if known:
         conditions = np.stack([session.behaviour[key][trials] for key in known], axis=1)
         table["psth_r2"] = metrics.psth_r2(predicted, counts, conditions)
+    table |= _shuffled(predicted, counts)
+    table["gain"] = metrics.gain(predicted, counts)
+    table["gain_train_null"] = metrics.gain(predicted, counts, null)
     table["spikes"] = counts.sum(axis=(0, 1), dtype=np.int64)
     table["visible"] = visible[neurons]
-    table["region"] = session.regions[neurons]
-    pooled = {
-        "bits_per_spike": metrics.pooled_bits_per_spike(predicted, counts),
-        "bits_per_spike_train_null": metrics.pooled_bits_per_spike(predicted, counts, null),
+    return TaskScores(table)
+
+
+def _shuffled(log_rates: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Bits per spike when each trial, or each neuron, is given the prediction of another one."""
+    rng = np.random.default_rng(0)
+
+    def other(n: int) -> np.ndarray:
+        """A permutation that leaves nothing in its place, but for n = 1."""
+        order = rng.permutation(n)
+        partner = np.empty(n, dtype=np.int64)
+        partner[order] = np.roll(order, 1)
+        return partner
+
+    n_trials, _, n_neurons = counts.shape
+    scores = {}
+    nothing = np.full(n_neurons, np.nan)
+    trials = metrics.bits_per_spike(log_rates[other(n_trials)], counts)
+    scores["shuffled_trials"] = trials if n_trials > 1 else nothing
+    mean = np.log(np.exp(log_rates).mean(axis=(0, 1)))  # of each neuron, as predicted
+    foreign = other(n_neurons)
+    scaled = log_rates[:, :, foreign] - mean[foreign] + mean
+    neurons = metrics.bits_per_spike(scaled, counts)
+    scores["shuffled_neurons"] = neurons if n_neurons > 1 else nothing
+    return scores
+
+
+def _behaviour(decoded: Mapping[str, Decoded]) -> dict[str, TaskScores]:
+    """Decoded behaviours as tables of one row."""
+    return {
+        name: TaskScores({k: np.array([v]) for k, v in result.to_row().items()}, result.metric)
+        for name, result in decoded.items()
     }
-    return TaskScores(neurons, bins, table, pooled)

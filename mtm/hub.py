@@ -11,12 +11,14 @@ import json
 import pickle
 import tempfile
 import warnings
+from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -66,6 +68,7 @@ def save(model: MtM | Fit, folder: str | Path, info: dict[str, Any] | None = Non
             name: maps.n_neurons
             for name, maps in zip(model.session_names, model.sessions.values(), strict=True)
         },
+        "seen": {name: b64encode(prints.tobytes()).decode() for name, prints in model.seen.items()},
         "info": info or {},
     }
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -87,6 +90,8 @@ def load(folder: str | Path) -> MtM:
     try:
         with torch.device("meta"):  # no memory is taken before the sizes are known to fit
             model = MtM(MtMConfig(**description["model"]), description["sessions"])
+        for name, prints in description.get("seen", {}).items():
+            model.seen[name] = np.frombuffer(b64decode(prints), dtype=np.int64)
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise CheckpointError(

@@ -33,6 +33,15 @@ def log_mean(counts: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(counts.sum(axis=(0, 1), dtype=np.float64), 0.5) / n_entries)
 
 
+def gain(
+    log_rates: np.ndarray, counts: np.ndarray, null_log_rates: np.ndarray | None = None
+) -> np.ndarray:
+    """Gain in log-likelihood over a null model, in bits; (N,). Arguments as below."""
+    log_rates, counts = _check(log_rates, counts)
+    null = _null(counts, null_log_rates)
+    return (poisson_nll(null, counts) - poisson_nll(log_rates, counts)).sum(axis=(0, 1)) / LOG2
+
+
 def bits_per_spike(
     log_rates: np.ndarray, counts: np.ndarray, null_log_rates: np.ndarray | None = None
 ) -> np.ndarray:
@@ -46,8 +55,8 @@ def bits_per_spike(
             paper. It knows the scored data, so a model that only knows the training mean scores
             below 0. The honest alternative is ``log_mean(training counts)``.
     """
-    gain, spikes = _gain(log_rates, counts, null_log_rates)
-    return _ratio(gain, spikes * LOG2)
+    bits = gain(log_rates, counts, null_log_rates)
+    return _ratio(bits, np.asarray(counts).sum(axis=(0, 1), dtype=np.float64))
 
 
 def pooled_bits_per_spike(
@@ -57,8 +66,8 @@ def pooled_bits_per_spike(
 
     Busy neurons weigh more here; the mean over neurons treats all alike. They are two numbers.
     """
-    gain, spikes = _gain(log_rates, counts, null_log_rates)
-    return float(_ratio(gain.sum(), spikes.sum() * LOG2))
+    bits = gain(log_rates, counts, null_log_rates)
+    return float(_ratio(bits.sum(), np.asarray(counts).sum(dtype=np.float64)))
 
 
 def poisson_d2(
@@ -69,13 +78,13 @@ def poisson_d2(
     Arguments: see :func:`bits_per_spike`.
     """
     log_rates, counts = _check(log_rates, counts)
-    gain, _ = _gain(log_rates, counts, null_log_rates)
+    nats = gain(log_rates, counts, null_log_rates) * LOG2
     log_counts = np.log(np.maximum(counts, 1.0))  # count 0 contributes 0 to count * log(count)
     saturated = (counts - counts * log_counts).sum(axis=(0, 1))
     null = poisson_nll(_null(counts, null_log_rates), counts).sum(axis=(0, 1)) - saturated
     spikes = counts.sum(axis=(0, 1))
     varies = (spikes > 0) & (null > 1e-9 * (np.abs(saturated) + spikes))  # but for rounding
-    return _ratio(gain, np.where(varies, null, 0.0))
+    return _ratio(nats, np.where(varies, null, 0.0))
 
 
 def trial_r2(log_rates: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -104,15 +113,6 @@ def psth_r2(log_rates: np.ndarray, counts: np.ndarray, conditions: np.ndarray) -
         for x in (np.exp(log_rates), counts)
     ]
     return _r2(*psths)
-
-
-def _gain(
-    log_rates: np.ndarray, counts: np.ndarray, null_log_rates: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    log_rates, counts = _check(log_rates, counts)
-    null = _null(counts, null_log_rates)
-    gain = (poisson_nll(null, counts) - poisson_nll(log_rates, counts)).sum(axis=(0, 1))
-    return gain, counts.sum(axis=(0, 1))
 
 
 def _null(counts: np.ndarray, null_log_rates: np.ndarray | None) -> np.ndarray:

@@ -546,6 +546,10 @@ class MtM(nn.Module):
     Args:
         config: sizes and options.
         sessions: name -> number of neurons; more can follow with :meth:`add_session`.
+
+    Attributes:
+        seen: session -> fingerprints (n,) int64 of the trials it was trained on
+            (:meth:`mtm.Session.fingerprints`), by which evaluation refuses them.
     """
 
     def __init__(self, config: MtMConfig, sessions: Mapping[str, int] | None = None) -> None:
@@ -557,6 +561,7 @@ class MtM(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.sessions = nn.ModuleDict()
         self._keys: dict[str, str] = {}  # session name -> key in self.sessions
+        self.seen: dict[str, np.ndarray] = {}
         self._initialise()
         for name, n_neurons in (sessions or {}).items():
             self.add_session(name, n_neurons)

@@ -20,8 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
 from mtm.masks import scheme
-from mtm.predict import TASKS
-from mtm.report import Report
+from mtm.report import Mean, Report, TaskScores
 from mtm.session import Session
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
@@ -40,10 +39,7 @@ METHOD_COLOURS = {"MtM": BLUE, "oracle": GREEN, "mean rate": "0.6", "true rate":
 def region_colours(session: Session) -> dict[str, str]:
     """Region -> colour, the same in every figure of a session; unlabelled neurons are grey."""
     names = session.region_names
-    palette = REGION_COLOURS
-    if len(names) > len(palette):  # more than one can tell apart at a glance, but all different
-        palette = [to_hex(c) for c in plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(names)))]
-    colours = dict(zip(names, palette, strict=False))
+    colours = dict(zip(names, _palette(len(names)), strict=False))
     return {label: colours.get(label, "0.5") for label in np.unique(session.regions).tolist()}
 
 
@@ -239,28 +235,197 @@ def rate_scatter(true: np.ndarray, log_rates: np.ndarray, bin_size: float, ax: A
 def score_bars(
     reports: Mapping[str, Report], column: str = "bits_per_spike", ax: Axes | None = None
 ) -> Axes:
-    """Mean over neurons of each predictor in each task, with the standard error over neurons."""
+    """Mean of each predictor in each activity task, with its standard error.
+
+    The error is that over sessions where there are several, else that over neurons.
+    """
     ax = ax or plt.gca()
-    tasks = [task for task in TASKS if any(task in r.tasks for r in reports.values())]
-    width = 0.8 / len(reports)
+    having = (t for r in reports.values() for t, s in r.tasks.items() if column in s.table)
+    tasks = list(dict.fromkeys(having))
+    rows = {
+        name: [_mean(r.tasks[t], column) if t in r.tasks else None for t in tasks]
+        for name, r in reports.items()
+    }
+    _bars(rows, ax)
+    ax.set_xticks(np.arange(len(tasks)), tasks)
+    ax.set_ylabel(column.replace("_", " "))
+    return _tidy(ax)
+
+
+def region_bars(
+    reports: Mapping[str, Report],
+    task: str = "co-smoothing",
+    column: str = "bits_per_spike",
+    ax: Axes | None = None,
+) -> Axes:
+    """Mean over the neurons of each region, with the standard error over them."""
+    ax = ax or plt.gca()
+    means = {name: r.tasks[task].by_region(column) for name, r in reports.items()}
+    regions = sorted({region for parts in means.values() for region in parts if region})
+    _bars({name: [parts.get(region) for region in regions] for name, parts in means.items()}, ax)
+    counts = [max(parts[r].n for parts in means.values() if r in parts) for r in regions]
+    labels = [f"{region}\n{n}" for region, n in zip(regions, counts, strict=True)]
+    ax.set_xticks(np.arange(len(regions)), labels, rotation=90 if len(regions) > 10 else 0)
+    ax.set(xlabel="region, neurons", ylabel=f"{task}, {column.replace('_', ' ')}")
+    return _tidy(ax)
+
+
+def score_scatter(
+    across: Report,
+    up: Report,
+    task: str = "co-smoothing",
+    column: str = "bits_per_spike",
+    ax: Axes | None = None,
+    names: tuple[str, str] = ("one", "other"),
+) -> Axes:
+    """Each neuron's score in one report against that in another, coloured by region.
+
+    Args:
+        across, up: reports on the same sessions.
+        task, column: which score; it is averaged over seeds.
+        ax: where to draw.
+        names: of the two predictors.
+
+    Raises:
+        ValueError: when the reports scored other neurons.
+    """
+    ax = ax or plt.gca()
+    table, parts = across.tasks[task].table, []
+    for session in across.tasks[task].sessions:
+        mine = table["session"] == session
+        neurons, first = np.unique(table["neuron"][mine], return_index=True)
+        other = up.tasks[task].table
+        if not np.array_equal(neurons, np.unique(other["neuron"][other["session"] == session])):
+            raise ValueError(f"session {session!r}: the two reports scored other neurons")
+        scores = [r.tasks[task].by_neuron(session, column) for r in (across, up)]
+        parts.append((*scores, table["region"][mine][first]))
+    x, y, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    regions = [name for name in np.unique(labels).tolist() if name]
+    for region, colour in [*zip(regions, _palette(len(regions)), strict=False), ("", "0.5")]:
+        mine = labels == region
+        ax.scatter(x[mine], y[mine], s=14, color=colour, label=region, lw=0, alpha=0.8)
+    ends = [np.nanmin([x, y]), np.nanmax([x, y])]
+    ax.plot(ends, ends, "--", color="0.6", lw=1, zorder=0)
+    better, unit = np.mean((y > x)[~np.isnan(x + y)]), column.replace("_", " ")
+    ax.set_title(f"{task}: {names[1]} better for {better:.0%} of neurons", fontsize=10)
+    ax.set(xlabel=f"{names[0]} ({unit})", ylabel=f"{names[1]} ({unit})")
+    if len(regions) <= 10:
+        handles, texts = ax.get_legend_handles_labels()
+        ax.legend(handles[: len(regions)], texts[: len(regions)], frameon=False, fontsize=8)
+    return _tidy(ax)
+
+
+def psth_grid(
+    session: Session,
+    rates: np.ndarray,
+    neurons: Sequence[int],
+    trials: np.ndarray,
+    by: str = "choice",
+    figure: Figure | None = None,
+) -> Figure:
+    """PSTHs of several neurons, observed (thin) and predicted (thick), for each value of ``by``.
+
+    Args:
+        session: the recording.
+        rates: (K', T, N) predicted expected counts of ``trials``.
+        neurons: their indices.
+        trials: (K',) indices.
+        by: a behaviour with one value a trial.
+        figure: where to draw.
+    """
+    columns = min(4, len(neurons))
+    rows = -(-len(neurons) // columns)
+    figure = figure or plt.figure(figsize=(2.6 * columns, 2.2 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
+    values = np.asarray(session.behaviour[by], dtype=np.float64)[trials]
+    levels = np.unique(values[~np.isnan(values)])
+    centres = session.times + session.bin_size / 2
+    for ax, neuron in zip(axes.flat, neurons, strict=False):
+        for level, colour in zip(levels, _palette(len(levels)), strict=False):
+            like = values == level
+            seen, told = (
+                x[like][:, :, neuron].mean(axis=0) / session.bin_size
+                for x in (session.counts[trials], rates)
+            )
+            ax.plot(centres, seen, color=colour, lw=0.8, alpha=0.6)
+            ax.plot(centres, told, color=colour, lw=2, label=f"{by} {level:g}")
+        ax.set_title(f"neuron {neuron}, {session.regions[neuron] or 'no region'}", fontsize=9)
+        ax.set_ylim(bottom=0)
+        _tidy(ax)
+    for ax in axes.flat[len(neurons) :]:
+        ax.set_visible(False)
+    figure.supxlabel("time from the event (s)", fontsize=10)
+    figure.supylabel("firing rate (Hz)", fontsize=10)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
+    return figure
+
+
+def before_and_after(
+    session: Session,
+    rates: np.ndarray,
+    neuron: int,
+    trials: np.ndarray,
+    by: str | None = None,
+    figure: Figure | None = None,
+) -> Figure:
+    """Single trials of one neuron: its spikes at the left, what was predicted of them at the right.
+
+    Args:
+        session: the recording.
+        rates: (K', T, N) expected counts of ``trials``, each predicted while it was hidden.
+        neuron: its index.
+        trials: (K',) indices.
+        by: a behaviour to sort the trials by; default as they come.
+        figure: where to draw.
+    """
+    figure = figure or plt.figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    order = np.arange(len(trials))
+    if by is not None:
+        order = np.argsort(np.asarray(session.behaviour[by])[trials], kind="stable")
+    seen, told = (
+        x[order][:, :, neuron] / session.bin_size for x in (session.counts[trials], rates)
+    )
+    edges = (session.window[0], session.window[1], len(trials), 0)
+    style = {"aspect": "auto", "cmap": "Greys", "extent": edges, "interpolation": "nearest"}
+    for ax, image, title in ((left, seen, "spikes"), (right, told, "predicted while hidden")):
+        shown = ax.imshow(image, vmin=0, vmax=max(np.quantile(image, 0.995), 1e-9), **style)
+        ax.axvline(0, color=RED, lw=1)
+        ax.set(title=title, xlabel="time from the event (s)")
+        figure.colorbar(shown, ax=ax, label="Hz")
+    left.set_ylabel("test trials" + (f", sorted by {by}" if by else ""))
+    figure.suptitle(f"neuron {neuron}, {session.regions[neuron] or 'no region'}", fontsize=10)
+    return figure
+
+
+def _mean(scores: TaskScores, column: str) -> Mean:
+    return scores.over("sessions" if len(scores.sessions) > 1 else "neurons", column)
+
+
+def _bars(rows: Mapping[str, Sequence[Mean | None]], ax: Axes) -> None:
+    """Bars side by side, a colour for each row, lines for the standard errors."""
     spare = cycle(c for c in REGION_COLOURS if c not in METHOD_COLOURS.values())
-    for i, (name, report) in enumerate(reports.items()):
-        tables = [report.tasks[task].table if task in report.tasks else {} for task in tasks]
-        values = [np.asarray(table.get(column, [np.nan])) for table in tables]
-        values = [v[~np.isnan(v)] if len(v) > 1 else v for v in values]
+    width = 0.8 / len(rows)
+    for i, (name, means) in enumerate(rows.items()):
+        means = [Mean(np.nan, np.nan, 0) if mean is None else mean for mean in means]
         ax.bar(
-            np.arange(len(tasks)) + (i - (len(reports) - 1) / 2) * width,
-            [v.mean() for v in values],
+            np.arange(len(means)) + (i - (len(rows) - 1) / 2) * width,
+            [mean.value for mean in means],
             width,
-            yerr=[v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else 0 for v in values],
+            yerr=np.nan_to_num([mean.error for mean in means]),
             color=METHOD_COLOURS.get(name) or next(spare),
             label=name,
         )
     ax.axhline(0, color="black", lw=0.8)
-    ax.set_xticks(np.arange(len(tasks)), tasks)
-    ax.set_ylabel(column.replace("_", " "))
-    ax.legend(frameon=False, ncols=len(reports), loc="lower left", bbox_to_anchor=(0, 1))
-    return _tidy(ax)
+    ax.legend(frameon=False, ncols=min(len(rows), 4), loc="lower left", bbox_to_anchor=(0, 1))
+
+
+def _palette(n: int) -> list[str]:
+    """Colours that one can tell apart at a glance; of more than seven, that are all different."""
+    if n <= len(REGION_COLOURS):
+        return list(REGION_COLOURS)
+    return [to_hex(c) for c in plt.get_cmap("turbo")(np.linspace(0.05, 0.95, n))]
 
 
 def _region_labels(session: Session, order: np.ndarray, ax: Axes) -> None:

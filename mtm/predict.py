@@ -82,6 +82,30 @@ def checked_split_seed(predictor: Predicts, session: Session, split_seed: int | 
     return split_seed
 
 
+def require_unseen(predictor: Predicts, session: Session, trials: np.ndarray) -> None:
+    """Refuse to score trials that the predictor was trained on.
+
+    Models and baselines keep a fingerprint of every trial they learned from, in whatever session it
+    was (``predictor.seen``): a recording under another name, or a split that changed, is found too.
+
+    Raises:
+        ValueError: naming how many there are.
+    """
+    seen = getattr(getattr(predictor, "model", predictor), "seen", {})
+    if not seen:
+        return
+    mine = session.fingerprints(trials)
+    known = np.isin(mine, np.concatenate(list(seen.values()))) & (mine != 0)
+    if known.any():
+        where = [name for name, prints in seen.items() if np.isin(mine[known], prints).any()]
+        raise ValueError(
+            f"session {session.name!r}: the predictor was trained on {int(known.sum())} of the "
+            f"{len(trials)} trials to be scored (in session {where[0]!r}); score the test trials "
+            "of the split that it was trained with, or pass allow_seen=True to see how well it "
+            "fits what it knows"
+        )
+
+
 def oracle(session: Session) -> np.ndarray:
     """Log of the true rates, (K, T, N): the best possible predictor of a simulated session.
 
@@ -110,8 +134,8 @@ def predict_held_out(
     predictor: Predicts,
     session: Session,
     task: str,
-    trials: np.ndarray,
-    wanted: np.ndarray,
+    trials: np.ndarray | None = None,
+    wanted: np.ndarray | None = None,
     *,
     batch_size: int | None = None,
     progress: bool = False,
@@ -119,12 +143,12 @@ def predict_held_out(
     """Log-rates of the scored entries, each predicted while it was hidden; NaN elsewhere.
 
     Args:
-        predictor: see :func:`evaluate`.
+        predictor: see :func:`mtm.evaluate`.
         session: the recording.
         task: one of :data:`TASKS`.
-        trials: (K',) indices.
-        wanted: (N,) bool, neurons to score.
-        batch_size: see :func:`evaluate`.
+        trials: (K',) indices; default the test trials, as in :func:`mtm.evaluate`.
+        wanted: (N,) bool, neurons to score; default all.
+        batch_size: see :func:`mtm.evaluate`.
         progress: show a bar.
 
     Returns:
@@ -134,6 +158,10 @@ def predict_held_out(
         ValueError: for predictions of a wrong shape, or with NaN where they are scored.
         MemoryError: when it runs out with a single trial.
     """
+    if trials is None:
+        trials = session.split(checked_split_seed(predictor, session, None)).test
+    if wanted is None:
+        wanted = np.ones(session.n_neurons, dtype=bool)
     queries, scored, bins = queries_of(task, session, wanted)
     span, scored_neurons = slice(*bins), scored.any(axis=0)
     if isinstance(predictor, np.ndarray):

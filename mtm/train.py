@@ -310,6 +310,8 @@ class _Data:
         self.train, self.val = split.train, torch.from_numpy(split.val).to(home)
         null = log_mean(session.counts[split.train])  # (N,)
         spikes = np.rint(np.exp(null) * len(split.train) * session.n_bins).astype(np.int64)
+        prints = session.fingerprints(split.train)
+        self.prints = prints[prints != 0]
         told = (spikes, split.train, split.val)  # whole numbers, the same on every machine
         self.digest = hashlib.sha256(b"".join(x.tobytes() for x in told)).hexdigest()[:16]
         self.null = torch.from_numpy(null).float().to(device)
@@ -404,6 +406,8 @@ def _build(
     for session in data:
         if session.name not in model.session_names:
             model.add_session(session.name, session.n_neurons, session.null.exp(), config.token)
+        known = model.seen.get(session.name, session.prints)
+        model.seen[session.name] = np.union1d(known, session.prints)
     return model
 
 

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from mtm import Session, SessionError, decode, oracle
-from mtm.decode import _rotate, decode_choice, decode_trace
+from mtm.decode import _rotate, decode_by_region, decode_choice, decode_trace
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,11 @@ def test_what_activity_carries_is_decoded_and_controls_are_not(session):
     assert list(results) == ["choice", "trace"]
     choice, trace = results["choice"], results["trace"]
     assert choice.score == 1 and choice.metric == "accuracy"
-    assert choice.others["raw_counts"] > 0.9
+    assert choice.others["raw_counts"] > 0.9 and choice.others["smoothed_counts"] > 0.9
     for control in ("shuffled", "stimulus_only", "majority"):
         assert choice.others[control] < 0.8
-    assert trace.score > 0.95 and 0.3 < trace.others["raw_counts"] < 0.9
+    assert trace.score > 0.95
+    assert 0.3 < trace.others["raw_counts"] < trace.others["smoothed_counts"] < 0.9
     assert trace.others["time_course"] < 0.05 and trace.others["shuffled"] < 0.1
     assert (choice.n_train, choice.n_test) == (96, 24)
 
@@ -63,6 +64,16 @@ def test_one_region_at_a_time(session):
     assert inside > 0.95 and outside < 0.05
     with pytest.raises(SessionError, match="no region 'LP'; known: CA1, DG"):
         decode_choice(oracle(session), session, region="LP")
+
+
+def test_every_region_in_turn(session):
+    found = decode_by_region(oracle(session), session, "trace")
+    assert list(found) == ["CA1", "DG"]
+    for region, result in found.items():
+        assert result.score == decode_trace(oracle(session), session, "trace", region=region).score
+    assert list(decode_by_region(oracle(session), session, "choice", least=3)) == ["DG"]
+    with pytest.raises(SessionError, match="no region has 5 neurons"):
+        decode_by_region(oracle(session), session, "choice", least=5)
 
 
 def test_trials_without_choice_or_with_nan_are_left_out(session):

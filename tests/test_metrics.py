@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import gammaln
 from scipy.stats import poisson
 from sklearn.metrics import d2_tweedie_score, r2_score
 
@@ -46,6 +47,23 @@ def test_bits_per_spike_against_a_loop(example):
         metrics.bits_per_spike(log_rates, counts, np.log(null)), expected, rtol=1e-9
     )
     assert np.isnan(expected[2])
+
+
+def test_pooled_is_the_neural_latents_benchmark_s_definition(example):
+    """Its formula: (NLL of the null - NLL of the model) / spikes / ln 2, over all neurons at once.
+
+    NLL = sum(rate - count ln(rate) + ln(count!)); rates of 0 count as 1e-9; the null is each
+    neuron's mean over the same entries (Pei et al. 2021, section 3).
+    """
+    log_rates, counts = example
+
+    def nll(rates):
+        rates = np.where(rates == 0, 1e-9, rates)
+        return (rates - counts * np.log(rates) + gammaln(counts + 1.0)).sum()
+
+    null = np.tile(counts.mean(axis=(0, 1)), (*counts.shape[:2], 1))
+    expected = (nll(null) - nll(np.exp(log_rates))) / counts.sum() / np.log(2)
+    assert metrics.pooled_bits_per_spike(log_rates, counts) == pytest.approx(expected, rel=1e-9)
 
 
 def test_metrics_equal_the_authors(parity):

@@ -4,7 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from mtm import evaluate, mean_rates, oracle, plots
+from mtm import Report, evaluate, mean_rates, oracle, plots
+from mtm.predict import TASKS
 
 
 @pytest.fixture
@@ -34,12 +35,12 @@ def test_each_figure_returns_its_axes_with_labels(ax, sessions, trained):
         assert draw() is ax, name
         assert ax.has_data() and (ax.get_xlabel() or name == "bars"), name
     assert ax.get_ylabel() == "bits per spike"
-    assert [t.get_text() for t in ax.get_xticklabels()] == list(reports["oracle"].tasks)
+    assert [t.get_text() for t in ax.get_xticklabels()] == list(TASKS)
 
 
 def test_bars_stand_at_the_means(ax, sessions):
     session = sessions[0]
-    report = evaluate(oracle(session), session)
+    report = evaluate(oracle(session), session, tasks=list(TASKS))
     plots.score_bars({"oracle": report}, ax=ax)
     heights = [bar.get_height() for bar in ax.patches]
     assert heights == pytest.approx([s.mean() for s in report.tasks.values()])
@@ -58,3 +59,50 @@ def test_mask_pictures_show_the_mask(ax, sessions, name):
     assert bool((image >= 4).any()) and has_unscored == (name == "intra-region")
     assert name in ax.get_title()
     assert {t.get_text() for t in ax.get_yticklabels()} == set(session.region_names)
+
+
+def test_scatter_shows_every_scored_neuron_once(ax, sessions):
+    reports = [
+        Report.join([evaluate(p(s), s, tasks=["inter-region"]) for s in sessions])
+        for p in (mean_rates, oracle)
+    ]
+    plots.score_scatter(*reports, "inter-region", ax=ax, names=("mean rate", "oracle"))
+    shown = np.concatenate([points.get_offsets() for points in ax.collections])
+    expected = [[v for s in sessions for v in r.tasks["inter-region"].by_neuron(s.name)]
+                for r in reports]  # fmt: skip
+    np.testing.assert_allclose(np.sort(shown, axis=0), np.sort(np.transpose(expected), axis=0))
+    assert "oracle better for" in ax.get_title()
+    fewer = evaluate(oracle(sessions[0]), sessions[0], tasks=["inter-region"], neurons=[0, 1])
+    with pytest.raises(ValueError, match="scored other neurons"):
+        plots.score_scatter(reports[0], fewer, "inter-region", ax=ax)
+
+
+def test_region_bars_stand_at_the_means(ax, sessions):
+    report = evaluate(oracle(sessions[0]), sessions[0], tasks=["co-smoothing"])
+    plots.region_bars({"oracle": report}, ax=ax)
+    means = report.tasks["co-smoothing"].by_region()
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx(
+        [means[r].value for r in sessions[0].region_names]
+    )
+    labels = [t.get_text().split("\n")[0] for t in ax.get_xticklabels()]
+    assert labels == sessions[0].region_names
+
+
+def test_psths_and_single_trials_are_those_of_the_trials(sessions):
+    session, trials = sessions[0], sessions[0].split().test
+    rates = session.rates[trials]
+    figure = plots.psth_grid(session, rates, [0, 5, 7, 9, 11], trials)
+    left = session.behaviour["choice"][trials] == -1
+    seen, told = (line.get_ydata() for line in figure.axes[1].lines[:2])
+    np.testing.assert_allclose(told, rates[left][:, :, 5].mean(0) / session.bin_size)
+    np.testing.assert_allclose(
+        seen, session.counts[trials][left][:, :, 5].mean(0) / session.bin_size
+    )
+    assert sum(ax.get_visible() for ax in figure.axes) == 5
+    plt.close(figure)
+    figure = plots.before_and_after(session, rates, 5, trials, by="choice")
+    order = np.argsort(session.behaviour["choice"][trials], kind="stable")
+    images = [ax.images[0].get_array() for ax in figure.axes[:2]]
+    np.testing.assert_allclose(images[0], session.counts[trials][order][:, :, 5] / session.bin_size)
+    np.testing.assert_allclose(images[1], rates[order][:, :, 5] / session.bin_size)
+    plt.close(figure)
