@@ -1,6 +1,6 @@
-"""Train MtM on real recordings and print its scores beside the null: one command.
+"""All six tasks, all baselines, on real recordings: who wins where. One command.
 
-    python benchmarks/real_data.py FOLDER [--recordings NAME ...] [--depth D] [--epochs E]
+    python benchmarks/real_data.py FOLDER [--recordings NAME ...] [--seeds 0 1 2] [--methods ...]
 
 FOLDER holds recordings as plain arrays (they are no part of this project):
 - steinmetz2019/*.npz (Steinmetz et al. 2019, CC-BY 4.0): `spikes_10ms` (K, N, 40), `region`,
@@ -8,7 +8,10 @@ FOLDER holds recordings as plain arrays (they are no part of this project):
 - ibl_*.npz (one session of the International Brain Laboratory, CC-BY 4.0): `spikes` (K, N, 50) in
   20 ms bins, -0.2 to 0.8 s around stimulus onset; its first and last bin are dropped.
 
-Scores are means over the neurons that fire at least 1 Hz in the training trials.
+Every method learns from the training trials, is tuned on the validation trials and scored on the
+test trials; scores are means over the neurons that fire at least 1 Hz in the training trials.
+What is done is kept in --work, so that the command goes on where it was stopped; the table is
+written to results/real_data.json and results/real_data.md.
 """
 
 from __future__ import annotations
@@ -17,12 +20,25 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mtm.baselines import fit_baseline
 
 import mtm
+from mtm.report import Mean, Report, TaskScores
+
+RESULTS = Path(__file__).parent / "results"
+FOUR = ("co-smoothing", "forward-prediction", "inter-region", "intra-region")
+CONTROLS = {  # rows of the table that the decoders bring along
+    "smoothed counts": "smoothed_counts",
+    "raw counts": "raw_counts",
+    "time course, majority": ("time_course", "majority"),
+    "stimulus only": "stimulus_only",
+}
 
 
 def steinmetz(path: Path) -> mtm.Session:
@@ -68,9 +84,9 @@ def ibl(path: Path) -> mtm.Session:
 
 
 def recordings(folder: Path, names: list[str]) -> list[mtm.Session]:
-    """The named recordings; default the first Steinmetz session and the IBL session."""
+    """The named recordings; default one of each Steinmetz animal, and the IBL session."""
     found = {p.stem: (p, steinmetz) for p in sorted((folder / "steinmetz2019").glob("*.npz"))}
-    first = list(found)[:1]
+    first = list({name.split("_")[1]: name for name in reversed(found)}.values())[::-1]
     found |= {p.stem: (p, ibl) for p in sorted(folder.glob("ibl_*.npz"))}
     chosen = names or first + [name for name in found if name.startswith("ibl_")]
     if missing := [name for name in chosen if name not in found]:
@@ -78,65 +94,265 @@ def recordings(folder: Path, names: list[str]) -> list[mtm.Session]:
     return [read(path) for path, read in (found[name] for name in chosen)]
 
 
-def run(session: mtm.Session, depth: int, changes: dict[str, object]) -> dict[str, object]:
-    """Train on one session and score it; returns everything worth keeping."""
-    train = session.counts[session.split().train]
-    neurons = np.flatnonzero(train.mean(axis=(0, 1)) / session.bin_size >= 1.0)
-    print(f"\n{session!r}\n  scored: {len(neurons)} neurons of at least 1 Hz", flush=True)
-    start = time.perf_counter()
-    result = mtm.fit(session, depth=depth, **changes)
-    trained = time.perf_counter() - start
-    predictors = {"MtM": result.model, "mean rate": mtm.mean_rates(session)}
-    start = time.perf_counter()
-    reports = {k: mtm.evaluate(p, session, neurons=neurons) for k, p in predictors.items()}
-    evaluated = time.perf_counter() - start
-    print(mtm.score_table(reports))
-    decoded = {name: d.to_dict() for name, d in mtm.decode(result.model, session).items()}
-    for name, scores in decoded.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in scores.items()))
-    print(f"trained in {trained:.0f} s, evaluated in {evaluated:.0f} s", flush=True)
+class Method(NamedTuple):
+    """How a predictor is made: ``make(sessions, seed)``."""
+
+    make: Callable[[list[mtm.Session], int], Any]
+    seeded: bool = False  # another seed gives another predictor
+    joint: bool = False  # learns from all sessions with the same bins at once
+
+
+def methods(depth: int, epochs: int) -> dict[str, Method]:
+    """Every method, by name."""
+    training = {"epochs": epochs, "progress": False}
+
+    def baseline(name: str, **settings: Any) -> Callable[[list[mtm.Session], int], Any]:
+        return lambda sessions, seed: fit_baseline(name, sessions, **settings)
+
+    def trained(name: str | None) -> Callable[[list[mtm.Session], int], Any]:
+        def make(sessions: list[mtm.Session], seed: int) -> Any:
+            options = {"depth": depth, "seed": seed, **training}
+            return (
+                mtm.fit(sessions, **options)
+                if name is None
+                else fit_baseline(name, sessions, **options)
+            )
+
+        return make
+
     return {
-        "session": session.name,
-        "trials": session.n_trials,
-        "bins": session.n_bins,
-        "neurons": session.n_neurons,
-        "scored_neurons": len(neurons),
-        "activity": {name: report.to_dict() for name, report in reports.items()},
-        "behaviour": decoded,
-        "history": [{k: e[k] for k in ("epoch", "mean", "seconds")} for e in result.history],
-        "seconds": {"train": round(trained, 1), "evaluate": round(evaluated, 1)},
+        "mean rate": Method(lambda sessions, seed: {s.name: mtm.mean_rates(s) for s in sessions}),
+        "PSTH": Method(baseline("PSTH")),
+        "ridge": Method(baseline("ridge")),
+        "low-rank GLM": Method(baseline("low-rank GLM")),
+        "reduced-rank regression": Method(baseline("reduced-rank regression"), joint=True),
+        "temporal NDT1": Method(trained("temporal NDT1"), seeded=True),
+        "random-token NDT2": Method(trained("random-token NDT2"), seeded=True),
+        "MtM": Method(trained(None), seeded=True),
+        "MtM, sessions together": Method(trained(None), seeded=True, joint=True),
     }
 
 
+def busy(session: mtm.Session) -> np.ndarray:
+    """Indices of the neurons that fire at least 1 Hz in the training trials."""
+    means = session.counts[session.split().train].mean(axis=(0, 1))
+    return np.flatnonzero(means / session.bin_size >= 1.0)
+
+
+def score(
+    name: str, method: Method, sessions: list[mtm.Session], seed: int, work: Path
+) -> dict[str, float]:
+    """Make a predictor and keep its report on each session in ``work``; returns seconds."""
+    start = time.perf_counter()
+    predictor = method.make(sessions, seed)
+    seconds = {"fit": round(time.perf_counter() - start, 1)}
+    for session in sessions:
+        start = time.perf_counter()
+        report = mtm.evaluate(predictor, session, neurons=busy(session))
+        seconds[session.name] = round(time.perf_counter() - start, 1)
+        report.to_json(work / session.name / f"{name}-{seed}.json")
+        print(f"{session.name}, {name}, seed {seed}: {seconds['fit']} s to fit, "
+              f"{seconds[session.name]} s to score\n{mtm.score_table({name: report})}",
+              flush=True)  # fmt: skip
+    return seconds
+
+
+def run(
+    sessions: list[mtm.Session], chosen: dict[str, Method], seeds: list[int], work: Path
+) -> dict[str, dict[str, float]]:
+    """Whatever is not done yet; returns the seconds of each."""
+    work.mkdir(parents=True, exist_ok=True)
+    log = work / "seconds.json"
+    seconds = json.loads(log.read_text()) if log.exists() else {}
+    grids: dict[tuple, list[mtm.Session]] = {}
+    for session in sessions:
+        grids.setdefault((session.n_bins, session.bin_size), []).append(session)
+    for seed in seeds:
+        for name, method in chosen.items():
+            if seed != seeds[0] and not method.seeded:
+                continue
+            groups = (
+                [g for g in grids.values() if len(g) > 1]
+                if method.joint
+                else [[session] for session in sessions]
+            )
+            for group in groups:
+                key = f"{name}, {'+'.join(s.name for s in group)}, seed {seed}"
+                done = [work / s.name / f"{name}-{seed}.json" for s in group]
+                if not all(path.exists() for path in done):
+                    seconds[key] = score(name, method, group, seed, work)
+                    log.write_text(json.dumps(seconds, indent=1))
+    return seconds
+
+
+def table(
+    sessions: list[mtm.Session], names: list[str], work: Path
+) -> dict[str, dict[str, dict[str, Mean]]]:
+    """Session (or "mean") -> task -> method -> mean and error; over neurons, or over sessions.
+
+    The mean is over the sessions that every method has.
+    """
+    found = {}
+    for name in names:
+        parts = [
+            Report.join(
+                [Report.from_json(p) for p in sorted((work / s.name).glob(f"{name}-*.json"))]
+            )
+            for s in sessions
+            if list((work / s.name).glob(f"{name}-*.json"))
+        ]
+        if parts:
+            found[name] = Report.join(parts)
+    whole: dict[str, dict[str, dict[str, Mean]]] = {}
+    for name, report in found.items():
+        for task, scores in report.tasks.items():
+            for session in scores.sessions:
+                one = _only(scores, session)
+                kind = "neurons" if "spikes" in scores.table else "seeds"
+                whole.setdefault(session, {}).setdefault(task, {})[name] = one.over(kind)
+                if name == "MtM" and kind == "seeds":
+                    for row, columns in CONTROLS.items():
+                        for column in np.atleast_1d(columns):
+                            if column in one.table and one.over("seeds", column).n:
+                                whole[session][task][row] = one.over("seeds", column)
+    return whole
+
+
+def _only(scores: TaskScores, session: str) -> TaskScores:
+    mine = scores.table["session"] == session
+    return TaskScores({k: v[mine] for k, v in scores.table.items()}, scores.score)
+
+
+def averages(whole: dict[str, dict[str, dict[str, Mean]]]) -> dict[str, dict[str, Mean]]:
+    """Task -> method -> mean over sessions and its error, for methods that did every session."""
+    means: dict[str, dict[str, Mean]] = {}
+    for task in dict.fromkeys(task for tasks in whole.values() for task in tasks):
+        having = [tasks[task] for tasks in whole.values() if task in tasks]
+        for name in having[0]:
+            if all(name in one for one in having):
+                means.setdefault(task, {})[name] = mtm.report.mean_of(
+                    [o[name].value for o in having]
+                )
+    return means
+
+
+def winners(whole: dict[str, dict[str, dict[str, Mean]]]) -> list[str]:
+    """A sentence for each session and task: the best method, and by how much MtM is behind."""
+    lines = []
+    for session, tasks in whole.items():
+        for task, scores in tasks.items():
+            best = max(scores, key=lambda name: scores[name].value)
+            ours = max((n for n in scores if n.startswith("MtM")), key=lambda n: scores[n].value)
+            behind = scores[best].value - scores[ours].value
+            rest = {n: s.value for n, s in scores.items() if not n.startswith("MtM")}
+            second = max(rest, key=rest.get)
+            lines.append(
+                f"{session}, {task}: {best} {scores[best].value:.3f}; "
+                + (f"the best of MtM ({ours}) is behind by {behind:.3f}" if behind > 0
+                   else f"ahead of {second} by {scores[best].value - rest[second]:.3f}")
+            )  # fmt: skip
+    return lines
+
+
+def markdown(title: str, scores: dict[str, dict[str, Mean]]) -> str:
+    """A table with a row for each method; the best of each task is bold."""
+    tasks = [*[t for t in FOUR if t in scores], *[t for t in scores if t not in FOUR]]
+    names = list(dict.fromkeys(name for task in tasks for name in scores[task]))
+    lines = [
+        f"### {title}",
+        "",
+        "| | " + " | ".join(tasks) + " |",
+        "| --- " * (len(tasks) + 1) + "|",
+    ]
+    for name in names:
+        cells = []
+        for task in tasks:
+            best = max(mean.value for mean in scores[task].values())
+            mean = scores[task].get(name, Mean(np.nan, np.nan, 0))
+            cells.append(f"**{mean}**" if mean.value == best else str(mean))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
-    """Read the command line, run, write the JSON."""
+    """Read the command line, run, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--recordings", nargs="*", default=[])
-    parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--json", type=Path, default=Path(__file__).parent / "results/real_data.json"
-    )
+    parser.add_argument("--methods", nargs="*", default=[], help="some, by name; default all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--depth", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--work", type=Path, default=Path("_build/real_data"))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the table goes")
     options = parser.parse_args()
-    changes: dict[str, object] = {"seed": options.seed}
-    if options.epochs:
-        changes["epochs"] = options.epochs
-    runs = []
-    for session in recordings(options.folder, options.recordings):
-        runs.append(run(session, options.depth, changes))
-        report = {
-            "depth": options.depth,
-            "train": {k: v for k, v in vars(mtm.TrainConfig(**changes)).items() if k != "ratios"},
-            "machine": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "device": str(mtm.train.pick_device()),
-            "torch": torch.__version__,
-            "runs": runs,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    known = methods(options.depth, options.epochs)
+    if strangers := set(options.methods) - set(known):
+        parser.error(f"unknown method {min(strangers)!r}; known: {', '.join(known)}")
+    sessions = recordings(options.folder, options.recordings)
+    for session in sessions:
+        print(f"{session!r}\n  scored: {len(busy(session))} neurons of at least 1 Hz", flush=True)
+    chosen = {name: known[name] for name in options.methods or known}
+    seconds = run(sessions, chosen, options.seeds, options.work)
+    whole = table(sessions, list(known), options.work)
+    means = averages(whole)
+    facts = described(sessions, options) | {"seconds": seconds, "scores": whole, "mean": means}
+    write_json(options.out / "real_data.json", facts)
+    text = [
+        "# Real recordings: who wins where",
+        "",
+        "Test trials. Activity: bits per spike over each neuron's test mean, mean over neurons "
+        "of at least 1 Hz ± standard error over neurons. Behaviour: accuracy of the choice, R2 of "
+        "traces, ± standard error over seeds. Bold: the best. Made by "
+        "`python benchmarks/real_data.py`.",
+        "",
+        markdown("Mean over sessions (± standard error over sessions)", means),
+        *[markdown(name, tasks) for name, tasks in whole.items()],
+        "## Who wins",
+        "",
+        *[f"- {line}" for line in winners(whole)],
+        "",
+    ]
+    (options.out / "real_data.md").write_text("\n".join(text))
+    print("\n".join(text))
+
+
+def described(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, and on what."""
+    return {
+        "train": {"depth": options.depth, "epochs": options.epochs, "seeds": options.seeds},
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": str(mtm.train.pick_device()),
+        "torch": torch.__version__,
+        "sessions": {
+            s.name: {
+                "trials": s.n_trials,
+                "bins": s.n_bins,
+                "neurons": s.n_neurons,
+                "scored": len(busy(s)),
+                "regions": len(s.region_names),
+            }
+            for s in sessions
+        },
+    }
+
+
+def write_json(path: Path, facts: dict[str, Any]) -> None:
+    """Write them; a Mean becomes [value, error, n], NaN becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_without_nan(facts), indent=1) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """As JSON can hold it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_without_nan(v) for v in value]
+    if isinstance(value, float):
+        return None if np.isnan(value) else round(value, 5)
+    return value
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ import torch
 
 from mtm import alf, hub, parallel
 from mtm.atlas import LEVELS
-from mtm.decode import Decoded, decodable, decode
+from mtm.baselines import BASELINES, fit_baseline
+from mtm.decode import decode_by_region
 from mtm.evaluate import evaluate
 from mtm.masks import SCHEMES
 from mtm.model import CHOICES as MODEL_CHOICES
-from mtm.model import MtMConfig
+from mtm.model import MtM, MtMConfig
 from mtm.predict import checked_split_seed, mean_rates, oracle
 from mtm.prepare import Prepared, prepare
 from mtm.recipes import CHOICES as TRAIN_CHOICES
@@ -199,59 +200,71 @@ def _sizes(options: argparse.Namespace, n_bins: int) -> MtMConfig:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    """Print the scores of a model on a session's test trials, beside the null and the oracle."""
+    """Print the scores of a model on test trials, beside the null, the oracle and baselines."""
     model = hub.load(options.model).to(options.device or pick_device())
-    session = Session.load(options.session)
-    if session.name not in model.session_names:
-        raise SessionError(
-            f"{options.session}: the model was not trained on session {session.name!r}; it knows: "
-            + ", ".join(model.session_names)
-        )
-    seed = checked_split_seed(model, session, None)
-    predictors: dict[str, Any] = {"MtM": model, "mean rate": mean_rates(session, seed)}
-    if session.rates is not None:
-        predictors["oracle"] = oracle(session)
-    reports = {
-        name: evaluate(predictor, session, split_seed=seed, progress=True)
-        for name, predictor in predictors.items()
+    sessions = Sessions(options.sessions)
+    for session in sessions:
+        if session.name not in model.session_names:
+            raise SessionError(
+                f"the model was not trained on session {session.name!r}; it knows: "
+                + ", ".join(model.session_names)
+            )
+    seed = checked_split_seed(model, sessions[0], None)
+    predictors: dict[str, Any] = {
+        "MtM": model,
+        "mean rate": {session.name: mean_rates(session, seed) for session in sessions},
     }
-    print(f"session {session.name!r}, {reports['MtM'].n_trials} test trials\n")
-    print("bits per spike, mean over neurons, against each neuron's mean in the scored entries:")
+    if all(session.rates is not None for session in sessions):
+        predictors["oracle"] = {session.name: oracle(session) for session in sessions}
+    for name in options.baselines:
+        print(f"fitting {name} to the training trials", flush=True)
+        predictors[name] = fit_baseline(name, list(sessions), split_seed=seed)
+    how = {"split_seed": seed, "tasks": options.tasks, "progress": True}
+    reports = {name: evaluate(p, sessions, **how) for name, p in predictors.items()}
+    print(f"\n{reports['MtM']}\n")
+    print("beside others, over each neuron's mean in the scored test entries:")
     print(score_table(reports))
-    print("\nthe same against its mean in the training trials:")
+    print("\nthe same over its mean in the training trials:")
     print(score_table(reports, "bits_per_spike_train_null"))
-    left_out = dict(reports["MtM"].left_out)
-    decoded = {}
-    for name in decodable(session):
-        try:
-            decoded |= decode(model, session, behaviours=[name])
-        except SessionError as error:
-            left_out[name] = str(error)
-            continue
-        others = ", ".join(f"{key} {value:.3f}" for key, value in decoded[name].others.items())
-        print(f"\n{name}: {decoded[name].metric} {decoded[name].score:.3f}  ({others})")
-    for name, reason in left_out.items():
-        print(f"\n{name}: left out, {reason}")
+    if "oracle" in reports:
+        shares = reports["MtM"].share(reports["oracle"]).items()
+        print("\nof the oracle's: " + ", ".join(f"{t} {share:.0%}" for t, share in shares))
+    regions = {}
+    if options.by_region:
+        regions = _by_region(model, sessions, options.by_region)
+    if options.report:
+        reports["MtM"].to_json(options.report)
+        print(f"\nneuron by neuron in {options.report}")
     if options.json:
-        scores = _scores(reports, decoded)
-        scores["details"] |= {"model": str(options.model), "left_out": left_out}
+        scores = _scores(reports)
+        scores["details"] |= {"model": str(options.model), "by_region": regions}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
         print(f"\nscores in {options.json}")
 
 
-def _scores(reports: dict[str, Report], decoded: dict[str, Decoded]) -> dict[str, Any]:
+def _by_region(model: MtM, sessions: Sessions, behaviour: str) -> dict[str, dict[str, Any]]:
+    """A behaviour from one region at a time; printed and returned."""
+    found = {}
+    for session in sessions:
+        print(f"\n{behaviour} in {session.name!r} from one region at a time:")
+        decoded = decode_by_region(model, session, behaviour)
+        for region, result in decoded.items():
+            print(f"  {region:<12} {result}")
+        found[session.name] = {region: result.to_dict() for region, result in decoded.items()}
+    return found
+
+
+def _scores(reports: dict[str, Report]) -> dict[str, Any]:
     """One number a task and behaviour, and all else under "details"; NaN becomes None."""
-    activity = {name: report.to_dict() for name, report in reports.items()}
-    scores: dict[str, Any] = {
-        task: summary["bits_per_spike"] for task, summary in activity["MtM"].items()
-    }
-    scores |= {name: round(float(result.score), 6) for name, result in decoded.items()}
+    details = {name: report.to_dict() for name, report in reports.items()}
+    ours = reports["MtM"]
+    scores: dict[str, Any] = {t: details["MtM"][t][s.score] for t, s in ours.tasks.items()}
     scores["details"] = {
-        "session": reports["MtM"].session,
-        "test_trials": reports["MtM"].n_trials,
-        "activity": activity,
-        "behaviour": {name: result.to_dict() for name, result in decoded.items()},
+        "sessions": ours.sessions,
+        "test_trials": ours.n_trials,
+        "reports": details,
+        "left_out": ours.left_out,
     }
     return scores
 
@@ -473,15 +486,25 @@ def _number(kind: str) -> Callable[[str], int | float | None]:
 def _evaluate_options(commands: Any) -> None:
     sub = commands.add_parser(
         "evaluate",
-        help="score a model on a session's test trials",
+        help="score a model on the test trials of sessions",
         description="Score hidden activity in the four tasks and decode behaviour, beside the "
         "mean-rate model and, for simulated sessions, the true rates. The JSON has one number for "
         "each of co-smoothing, forward-prediction, inter-region, intra-region (bits per spike), "
-        "choice (accuracy) and each continuous behaviour (R2), and all else under 'details'.",
+        "choice (accuracy) and each continuous behaviour (R2), mean over sessions, and all else "
+        "under 'details'.",
     )
     sub.add_argument("model", type=Path, metavar="DIR", help="folder that train wrote")
-    sub.add_argument("session", type=Path, metavar="SESSION.npz")
+    sub.add_argument("sessions", type=Path, nargs="+", metavar="SESSION.npz")
+    sub.add_argument("--tasks", nargs="+", help="some tasks and behaviours (default: all)")
+    sub.add_argument(
+        "--baselines", nargs="+", default=[], choices=BASELINES, metavar="NAME",
+        help="fit and score these too: " + ", ".join(map(repr, BASELINES)),
+    )
+    sub.add_argument(
+        "--by-region", metavar="BEHAVIOUR", help="decode it from one region at a time as well"
+    )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the scores here as well")
+    sub.add_argument("--report", type=Path, metavar="FILE", help="and the tables, by neuron, here")
     sub.add_argument(
         "--device", type=_device, help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)"
     )

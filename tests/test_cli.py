@@ -33,12 +33,30 @@ def test_from_simulation_to_scores(folder, capsys):
     for key in [*keys, "wheel-speed", "whisker-motion-energy"]:
         assert isinstance(scores[key], float) and np.isfinite(scores[key])
         assert key in printed
-    activity = scores["details"]["activity"]
+    activity = scores["details"]["reports"]
     assert set(activity) == {"MtM", "mean rate", "oracle"}
     assert activity["MtM"]["co-smoothing"]["bits_per_spike"] == pytest.approx(
         scores["co-smoothing"], abs=1e-6
     )
     assert "mean rate" in printed and "oracle" in printed and "stimulus_only" in printed
+
+
+def test_many_sessions_beside_a_baseline(folder, capsys):
+    files = [str(folder / f"sim-{i}.npz") for i in range(2)]
+    what = ["--tasks", "co-smoothing", "choice", "--baselines", "PSTH", "--by-region", "choice"]
+    where = ["--json", str(folder / "s.json"), "--report", str(folder / "r.json")]
+    assert main(["evaluate", str(folder / "m"), *files, *what, *where]) == 0
+    printed = capsys.readouterr().out
+    scores = json.loads((folder / "s.json").read_text())
+    assert set(scores) == {"co-smoothing", "choice", "details"}
+    details = scores["details"]
+    assert set(details["sessions"]) == {"sim-0", "sim-1"} and "PSTH" in details["reports"]
+    assert set(details["by_region"]["sim-1"]) >= {"CA1", "LP"} and "± over sessions" in printed
+    report = Report.from_json(folder / "r.json")
+    assert report.tasks["co-smoothing"].mean() == pytest.approx(scores["co-smoothing"], abs=1e-5)
+    assert "of the oracle's: co-smoothing" in printed
+    assert main(["evaluate", str(folder / "m"), *files, "--tasks", "cosmoothing"]) == 1
+    assert "unknown task 'cosmoothing'" in capsys.readouterr().err
 
 
 def test_training_leaves_settings_and_history(folder):
