@@ -26,13 +26,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mtm.baselines import fit_baseline
 
 import mtm
+from mtm.baselines import fit_baseline
 from mtm.report import Mean, Report, TaskScores
 
 RESULTS = Path(__file__).parent / "results"
 FOUR = ("co-smoothing", "forward-prediction", "inter-region", "intra-region")
+ONE_OF_EACH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05", "09_Hench_2017-06-16")  # animal
 CONTROLS = {  # rows of the table that the decoders bring along
     "smoothed counts": "smoothed_counts",
     "raw counts": "raw_counts",
@@ -86,9 +87,8 @@ def ibl(path: Path) -> mtm.Session:
 def recordings(folder: Path, names: list[str]) -> list[mtm.Session]:
     """The named recordings; default one of each Steinmetz animal, and the IBL session."""
     found = {p.stem: (p, steinmetz) for p in sorted((folder / "steinmetz2019").glob("*.npz"))}
-    first = list({name.split("_")[1]: name for name in reversed(found)}.values())[::-1]
     found |= {p.stem: (p, ibl) for p in sorted(folder.glob("ibl_*.npz"))}
-    chosen = names or first + [name for name in found if name.startswith("ibl_")]
+    chosen = names or [*ONE_OF_EACH, *(name for name in found if name.startswith("ibl_"))]
     if missing := [name for name in chosen if name not in found]:
         raise SystemExit(f"{folder} has no {missing[0]}; it has: {', '.join(found) or 'nothing'}")
     return [read(path) for path, read in (found[name] for name in chosen)]

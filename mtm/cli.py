@@ -35,7 +35,7 @@ from mtm.prepare import Prepared, prepare
 from mtm.recipes import CHOICES as TRAIN_CHOICES
 from mtm.recipes import RECIPES, TrainConfig, recipe
 from mtm.report import Report, score_table
-from mtm.session import Session, SessionError
+from mtm.session import SessionError
 from mtm.sessions import Sessions
 from mtm.simulate import simulate
 from mtm.train import fit, pick_device
@@ -497,7 +497,11 @@ def _evaluate_options(commands: Any) -> None:
     sub.add_argument("sessions", type=Path, nargs="+", metavar="SESSION.npz")
     sub.add_argument("--tasks", nargs="+", help="some tasks and behaviours (default: all)")
     sub.add_argument(
-        "--baselines", nargs="+", default=[], choices=BASELINES, metavar="NAME",
+        "--baselines",
+        nargs="+",
+        default=[],
+        choices=BASELINES,
+        metavar="NAME",
         help="fit and score these too: " + ", ".join(map(repr, BASELINES)),
     )
     sub.add_argument(
