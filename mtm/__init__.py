@@ -43,7 +43,8 @@ single-spike resolution", arXiv 2407.14668.
 """
 
 from mtm.atlas import at_level
-from mtm.decode import decode, decode_choice, decode_trace
+from mtm.baselines import fit_baseline
+from mtm.decode import decode, decode_by_region, decode_choice, decode_trace
 from mtm.evaluate import evaluate
 from mtm.hub import from_pretrained, load, push_to_hub, save
 from mtm.masks import Mask, MaskSampler, register
@@ -74,10 +75,12 @@ __all__ = [
     "TrainConfig",
     "at_level",
     "decode",
+    "decode_by_region",
     "decode_choice",
     "decode_trace",
     "evaluate",
     "fit",
+    "fit_baseline",
     "from_pretrained",
     "load",
     "mean_rates",

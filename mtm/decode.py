@@ -61,7 +61,7 @@ class Decoded:
     n_test: int
 
     def __repr__(self) -> str:
-        others = ", ".join(f"{key} {value:.3f}" for key, value in self.others.items())
+        others = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.others.items())
         return f"{self.behaviour}: {self.metric} {self.score:.3f} ({others})"
 
     def to_row(self, seed: int = 0) -> dict[str, Any]:

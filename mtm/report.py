@@ -7,6 +7,7 @@ then over the seeds of a session, then over sessions, and each has its standard 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,8 +263,9 @@ class Report:
         for task in [t for t in self.tasks if t not in activity]:
             scores = self.tasks[task]
             others = [c for c in scores.table if c not in (*LABELS, *COUNTS, scores.score)]
-            beside = ", ".join(f"{c} {scores.mean(c):.3f}" for c in others)
-            lines.append(f"{task}: {scores.score} {scores.over('sessions')} ({beside})")
+            beside = ", ".join(f"{c.replace('_', ' ')} {scores.mean(c):.3f}" for c in others)
+            text = f"{task}: {scores.score} {scores.over('sessions')} ({beside})"
+            lines.append(textwrap.fill(text, 79, subsequent_indent="    "))
         lines += [f"{task}: left out, {reason}" for task, reason in self.left_out.items()]
         return "\n".join(lines)
 

@@ -38,7 +38,7 @@ def test_from_simulation_to_scores(folder, capsys):
     assert activity["MtM"]["co-smoothing"]["bits_per_spike"] == pytest.approx(
         scores["co-smoothing"], abs=1e-6
     )
-    assert "mean rate" in printed and "oracle" in printed and "stimulus_only" in printed
+    assert "mean rate" in printed and "oracle" in printed and "stimulus only" in printed
 
 
 def test_many_sessions_beside_a_baseline(folder, capsys):
