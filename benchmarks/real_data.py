@@ -11,7 +11,7 @@ FOLDER holds recordings as plain arrays (they are no part of this project):
 Every method learns from the training trials, is tuned on the validation trials and scored on the
 test trials; scores are means over the neurons that fire at least 1 Hz in the training trials.
 What is done is kept in --work, so that the command goes on where it was stopped; the table is
-written to results/real_data.json and results/real_data.md.
+written to results/real_data.json and .md, the picture to book/_assets/real_data.png.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 import mtm
 from mtm.baselines import fit_baseline
+from mtm.plots import BLUE
 from mtm.report import Mean, Report, TaskScores
 
 RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parents[1] / "book/_assets"
 FOUR = ("co-smoothing", "forward-prediction", "inter-region", "intra-region")
 ONE_OF_EACH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05", "09_Hench_2017-06-16")  # animal
 CONTROLS = {  # rows of the table that the decoders bring along
@@ -139,6 +142,14 @@ def busy(session: mtm.Session) -> np.ndarray:
     return np.flatnonzero(means / session.bin_size >= 1.0)
 
 
+def same_bins(sessions: list[mtm.Session]) -> list[list[mtm.Session]]:
+    """Groups of sessions that one model can be trained on."""
+    groups: dict[tuple, list[mtm.Session]] = {}
+    for session in sessions:
+        groups.setdefault((session.n_bins, session.bin_size), []).append(session)
+    return list(groups.values())
+
+
 def score(
     name: str, method: Method, sessions: list[mtm.Session], seed: int, work: Path
 ) -> dict[str, float]:
@@ -164,15 +175,13 @@ def run(
     work.mkdir(parents=True, exist_ok=True)
     log = work / "seconds.json"
     seconds = json.loads(log.read_text()) if log.exists() else {}
-    grids: dict[tuple, list[mtm.Session]] = {}
-    for session in sessions:
-        grids.setdefault((session.n_bins, session.bin_size), []).append(session)
+    grids = same_bins(sessions)
     for seed in seeds:
         for name, method in chosen.items():
             if seed != seeds[0] and not method.seeded:
                 continue
             groups = (
-                [g for g in grids.values() if len(g) > 1]
+                [g for g in grids if len(g) > 1]
                 if method.joint
                 else [[session] for session in sessions]
             )
@@ -274,6 +283,37 @@ def markdown(title: str, scores: dict[str, dict[str, Mean]]) -> str:
     return "\n".join([*lines, ""])
 
 
+def draw(means: dict[str, dict[str, Mean]], title: str) -> plt.Figure:
+    """A panel for each task, a bar for each row; lines are standard errors."""
+    tasks = [*[t for t in FOUR if t in means], *[t for t in means if t not in FOUR]]
+    names = list(dict.fromkeys(name for task in tasks for name in means[task]))
+    size = (1.2 + 1.75 * len(tasks), 1.1 + 0.26 * len(names))
+    figure, axes = plt.subplots(1, len(tasks), sharey=True, figsize=size, layout="constrained")
+    for ax, task in zip(axes, tasks, strict=True):
+        values = [means[task].get(name, Mean(np.nan, np.nan, 0)) for name in names]
+        best = np.nanmax([value.value for value in values])
+        ax.barh(
+            names,
+            [value.value for value in values],
+            xerr=np.nan_to_num([value.error for value in values]),
+            color=[BLUE if value.value == best else "0.7" for value in values],
+            height=0.7,
+        )
+        low = min(0.0, np.nanmin([value.value for value in values]))
+        ax.set_xlim(left=max(low * 1.1, -best))  # what is far below 0 is cut; its number is told
+        for i, value in enumerate(values):
+            if value.value < -best:
+                ax.text(-0.95 * best, i, f"{value.value:.2f}", va="center", fontsize=7, color="w")
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set_title(task, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.supxlabel("bits per spike; behaviour: accuracy or R2", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def main() -> None:
     """Read the command line, run, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -285,6 +325,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--work", type=Path, default=Path("_build/real_data"))
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the table goes")
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
     options = parser.parse_args()
     known = methods(options.depth, options.epochs)
     if strangers := set(options.methods) - set(known):
@@ -296,8 +337,11 @@ def main() -> None:
     seconds = run(sessions, chosen, options.seeds, options.work)
     whole = table(sessions, list(known), options.work)
     means = averages(whole)
+    together = averages({s.name: whole[s.name] for s in max(same_bins(sessions), key=len)})
     facts = described(sessions, options) | {"seconds": seconds, "scores": whole, "mean": means}
+    facts["mean_with_the_same_bins"] = together
     write_json(options.out / "real_data.json", facts)
+    n = len(max(same_bins(sessions), key=len))
     text = [
         "# Real recordings: who wins where",
         "",
@@ -306,13 +350,16 @@ def main() -> None:
         "traces, ± standard error over seeds. Bold: the best. Made by "
         "`python benchmarks/real_data.py`.",
         "",
-        markdown("Mean over sessions (± standard error over sessions)", means),
+        markdown("Mean over recordings (± standard error over recordings)", means),
+        markdown(f"Mean over the {n} recordings with the same bins, all methods", together),
         *[markdown(name, tasks) for name, tasks in whole.items()],
         "## Who wins",
         "",
         *[f"- {line}" for line in winners(whole)],
         "",
     ]
+    figure = draw(together, f"{n} recordings, mean ± standard error over recordings")
+    figure.savefig(options.pictures / "real_data.png", dpi=110)
     (options.out / "real_data.md").write_text("\n".join(text))
     print("\n".join(text))
 

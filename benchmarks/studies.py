@@ -6,8 +6,8 @@
 
 WHERE is "simulated", session files (as `python -m mtm prepare` writes), or the folder of recordings
 that real_data.py reads. Each session is trained on alone, with each seed. What is done is kept in
---work, so that the command goes on where it was stopped; results/study_<name>.json and .png come
-out.
+--work, so that the command goes on where it was stopped. Out come results/study_<name>.json and the
+picture book/_assets/study_<name>.png.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 from real_data import (
-    FOUR,
+    PICTURES,
     RESULTS,
     Method,
     averages,
     described,
+    draw,
     markdown,
     recordings,
     run,
@@ -33,8 +32,6 @@ from real_data import (
 
 import mtm
 from mtm.masks import MTM_SCHEMES
-from mtm.plots import BLUE
-from mtm.report import Mean
 
 RATIOS = (0.1, 0.3, 0.6)  # of the paper's Table 7
 SHARED = ("neuron", "intra-region")  # the schemes of MtM that hide a share, by the paper's Table 7
@@ -109,37 +106,6 @@ def sessions_of(where: list[str]) -> list[mtm.Session]:
     return recordings(Path(where[0]), where[1:])
 
 
-def draw(means: dict[str, dict[str, Mean]], title: str) -> plt.Figure:
-    """A panel for each task, a bar for each row; lines are standard errors."""
-    tasks = [*[t for t in FOUR if t in means], *[t for t in means if t not in FOUR]]
-    names = list(means[tasks[0]])
-    size = (1.2 + 1.75 * len(tasks), 1.1 + 0.26 * len(names))
-    figure, axes = plt.subplots(1, len(tasks), sharey=True, figsize=size, layout="constrained")
-    for ax, task in zip(axes, tasks, strict=True):
-        values = [means[task].get(name, Mean(np.nan, np.nan, 0)) for name in names]
-        best = max(value.value for value in values)
-        ax.barh(
-            names,
-            [value.value for value in values],
-            xerr=np.nan_to_num([value.error for value in values]),
-            color=[BLUE if value.value == best else "0.7" for value in values],
-            height=0.7,
-        )
-        low = min(0.0, min(value.value for value in values))
-        ax.set_xlim(left=max(low * 1.1, -best))  # what is far below 0 is cut; its number is told
-        for i, value in enumerate(values):
-            if value.value < -best:
-                ax.text(-0.95 * best, i, f"{value.value:.2f}", va="center", fontsize=7, color="w")
-        ax.axvline(0, color="black", lw=0.8)
-        ax.set_title(task, fontsize=9)
-        ax.tick_params(labelsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    figure.supxlabel("bits per spike; behaviour: accuracy or R2", fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    return figure
-
-
 def main() -> None:
     """Read the command line, run, write the JSON and the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -150,6 +116,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--work", type=Path, default=Path("_build/studies"))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
     options = parser.parse_args()
     sessions = sessions_of(options.where)
     chosen = STUDIES[options.study](options.depth, options.epochs)
@@ -162,7 +129,7 @@ def main() -> None:
     write_json(options.out / f"study_{options.study}.json", facts)
     who = f"{len(sessions)} sessions, {len(options.seeds)} seeds"
     figure = draw(means, f"{options.study}: {who}, mean ± standard error over sessions")
-    figure.savefig(options.out / f"study_{options.study}.png", dpi=150)
+    figure.savefig(options.pictures / f"study_{options.study}.png", dpi=110)
     print(markdown(f"{options.study}, {who}", means))
 
 
