@@ -1,0 +1,65 @@
+"""The benchmarks that compare methods: what they keep, how they go on, what they say of it."""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from mtm import simulate
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import real_data  # noqa: E402
+import studies  # noqa: E402
+
+from mtm.report import Mean  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Two animals, so small that every method takes a moment."""
+    return simulate(2, 40, 12, seed=0, mean_rate=40.0, bin_size=0.1)
+
+
+def test_a_study_goes_on_where_it_was_stopped(small, tmp_path):
+    chosen = studies.ablation(depth=1, epochs=1)
+    assert list(chosen) == ["temporal", "neuron", "causal", "inter-region", "intra-region",
+                            "MtM, no prompt", "MtM"]  # fmt: skip
+    some = {name: chosen[name] for name in ("temporal", "MtM")}
+    seconds = real_data.run(small[:1], {"MtM": some["MtM"]}, [0], tmp_path)
+    assert len(seconds) == 1
+    kept = tmp_path / small[0].name / "MtM-0.json"
+    before = kept.read_text()
+    seconds = real_data.run(small, some, [0, 1], tmp_path)
+    assert len(seconds) == 8 and kept.read_text() == before
+    whole = real_data.table(small, list(some), tmp_path)
+    assert set(whole) == {session.name for session in small}
+    means = real_data.averages(whole)
+    of_each = [whole[session.name]["co-smoothing"]["MtM"].value for session in small]
+    assert means["co-smoothing"]["MtM"].value == pytest.approx(np.mean(of_each))
+    text = real_data.markdown("title", means)
+    assert text.count("**") == 2 * len(means)  # a winner in each task
+    figure = studies.draw(means, "title")
+    assert [ax.get_title() for ax in figure.axes[:4]] == list(real_data.FOUR)
+    plt.close(figure)
+    facts = json.dumps(real_data._without_nan(means), allow_nan=False)
+    assert json.loads(facts)["co-smoothing"]["MtM"][2] == 2
+
+
+def test_each_prompt_is_shown_to_the_same_model(small):
+    methods = studies.prompt(depth=1, epochs=1)
+    made = {name: method.make(small[:1], 0) for name, method in methods.items()}
+    assert len({id(prompted.model) for prompted in made.values()}) == 1
+    assert [prompted.prompt for prompted in made.values()] == list(studies.MTM_SCHEMES)
+    ratios = studies.ratio(depth=1, epochs=1)
+    assert len(ratios) == 12 and "MtM 0.1" in ratios
+
+
+def test_who_wins_is_said_for_ties_and_losses_alike():
+    scores = {"a": {"choice": {"ridge": Mean(0.5, 0.1, 3), "MtM": Mean(0.4, 0.1, 3)}},
+              "b": {"choice": {"ridge": Mean(0.2, 0.1, 3), "MtM": Mean(0.3, 0.1, 3)}}}  # fmt: skip
+    first, second = real_data.winners(scores)
+    assert first == "a, choice: ridge 0.500; the best of MtM (MtM) is behind by 0.100"
+    assert second == "b, choice: MtM 0.300; ahead of ridge by 0.100"
