@@ -148,7 +148,7 @@ def decode_choice(
     trials = np.concatenate([fit_trials, test_trials])
     n_fit = len(fit_trials)
     features = _features(predictor, session, trials, prompt, region)
-    x, x_test = _rotate(features[:n_fit], features[n_fit:])
+    x, x_test = rotate(features[:n_fit], features[n_fit:])
     guess = decoded(x, x_test, y)
     shuffled = decoded(x, x_test, np.random.default_rng(0).permutation(y))
     raw = _features(None, session, trials, prompt, region)
@@ -157,7 +157,7 @@ def decode_choice(
         "balanced_accuracy": balanced_accuracy_score(truth, guess),
         "majority": float((truth == majority).mean()),
         "shuffled": accuracy_score(truth, shuffled),
-        "raw_counts": accuracy_score(truth, decoded(*_rotate(raw[:n_fit], raw[n_fit:]), y)),
+        "raw_counts": accuracy_score(truth, decoded(*rotate(raw[:n_fit], raw[n_fit:]), y)),
     }
     if "contrast" in session.behaviour:
         stimulus = _stimulus(session)
@@ -212,13 +212,13 @@ def decode_trace(
     trials = np.concatenate([fit_trials, test_trials])
     n_fit = len(fit_trials)
     features = _features(predictor, session, trials, prompt, region)
-    x, x_test = _rotate(features[:n_fit], features[n_fit:])
+    x, x_test = rotate(features[:n_fit], features[n_fit:])
     raw = _features(None, session, trials, prompt, region)
     average = np.broadcast_to(y.mean(axis=0), truth.shape)
     others = {
         "time_course": r2_score(truth.ravel(), average.ravel()),
         "shuffled": r2(x, x_test, y[np.random.default_rng(0).permutation(n_fit)]),
-        "raw_counts": r2(*_rotate(raw[:n_fit], raw[n_fit:]), y),
+        "raw_counts": r2(*rotate(raw[:n_fit], raw[n_fit:]), y),
     }
     return Decoded(behaviour, "R2", r2(x, x_test, y), others, n_fit, len(test_trials))
 
@@ -283,7 +283,7 @@ def _features(
     return features[:, :, inside].reshape(len(trials), -1).astype(np.float64)
 
 
-def _rotate(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rotate(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same features in as many dimensions as there are training trials.
 
     Decoders with a squared penalty and a free intercept only use inner products of centred
