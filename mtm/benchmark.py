@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,8 +94,7 @@ class Recording:
         version: of the data set.
         units: (N,) ids.
         held_out: (N,) bool, units that co-smoothing hides and scores; none in other builds.
-        times: (S,) of the spikes, seconds, ascending.
-        unit: (S,) row of the unit that fired each.
+        rates: (N,) mean count in 20 ms, from the first spike of the recording to the last.
     """
 
     path: Path
@@ -103,22 +103,28 @@ class Recording:
     version: str
     units: np.ndarray
     held_out: np.ndarray
-    times: np.ndarray
-    unit: np.ndarray
+    rates: np.ndarray
+
+    @cached_property
+    def spikes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Times (S,) of all spikes, seconds, ascending, and the row (S,) of each one's unit."""
+        with bwb.opened(self.path) as file:
+            return _spikes(file, len(self.units))
 
     def counts(self, starts: np.ndarray) -> np.ndarray:
         """Spikes of each bin (B, 50, N) int64 in windows that begin at ``starts`` (B,), seconds.
 
         The benchmark's own: floor((spike - start) * 50) of the spikes in [start, start + 1).
         """
-        first, last = (np.searchsorted(self.times, edge) for edge in (starts, starts + LENGTH))
+        times, unit = self.spikes
+        first, last = (np.searchsorted(times, edge) for edge in (starts, starts + LENGTH))
         window = np.repeat(np.arange(len(starts)), last - first)
         before = np.cumsum(last - first) - (last - first)  # spikes of the windows before
         spike = np.arange(len(window)) - before[window] + first[window]
-        place = np.floor((self.times[spike] - starts[window]) * round(1 / BIN_SIZE))
+        place = np.floor((times[spike] - starts[window]) * round(1 / BIN_SIZE))
         row = window * BINS + np.minimum(place, BINS - 1).astype(np.int64)
         size = (len(starts), BINS, len(self.units))
-        flat = np.bincount(row * size[2] + self.unit[spike], minlength=int(np.prod(size)))
+        flat = np.bincount(row * size[2] + unit[spike], minlength=int(np.prod(size)))
         return flat.reshape(size)
 
     def windows(self) -> np.ndarray:
@@ -155,32 +161,34 @@ class Recording:
 
 
 def read(path: str | Path) -> Recording:
-    """A session file's spikes, units and version.
+    """What a session file says of its units; their spikes are read when they are needed.
 
     Raises:
         SessionError: for a file that is missing, damaged, or of no build that is scored.
         ImportError: without the ``[bwb]`` extra.
     """
+    flag = "units/ts2_co_smoothing_is_held_out_test"
     with bwb.opened(path) as file:
-        times = file.column("spikes/timestamps").astype(np.float64)
-        unit, units = file.column("spikes/unit_index"), file.column("units/id")
-        if unit.dtype.kind not in "iu" or not len(unit) == len(times) or not len(units):
-            file.fail("spikes", "times, units and rows of units do not match; download it again")
-        if (
-            not np.isfinite(times).all()
-            or unit.min(initial=0) < 0
-            or unit.max(initial=0) >= len(units)
-        ):
-            file.fail("spikes", "not finite times and rows of units; download the file again")
-        flag = "units/ts2_co_smoothing_is_held_out_test"
-        held = file.column(flag) == 1 if flag in file.file else np.zeros(len(units), dtype=bool)
-        build = file.facts["unit_filtering"]
+        build, version = file.facts["unit_filtering"], file.facts["derived_version"]
         if build not in bwb.BUILDS:
-            file.fail("brainset/unit_filtering", f"{build!r} is not one of {bwb.BUILDS}; "
-                      "download the file again")  # fmt: skip
-        order = np.argsort(times, kind="stable")
-        version, rows = file.facts["derived_version"], unit.astype(np.int64)[order]
-        return Recording(Path(path), file.name, build, version, units, held, times[order], rows)
+            file.fail("brainset/unit_filtering", f"{build!r}, not one of {bwb.BUILDS}; download "
+                      "the file again")  # fmt: skip
+        units = file.column("units/id")
+        held = file.column(flag) == 1 if flag in file.file else np.zeros(len(units), dtype=bool)
+        times, unit = _spikes(file, len(units))
+        bins = max(float(np.ptp(times)) / BIN_SIZE, 1.0)
+        rates = np.bincount(unit, minlength=len(units)) / bins
+        return Recording(Path(path), file.name, build, version, units, held, rates)
+
+
+def _spikes(file: bwb.OpenFile, n_units: int) -> tuple[np.ndarray, np.ndarray]:
+    times = file.column("spikes/timestamps").astype(np.float64)
+    unit = file.column("spikes/unit_index").astype(np.int64)
+    known = len(unit) == len(times) > 0 and unit.min() >= 0 and unit.max() < n_units
+    if not known or not np.isfinite(times).all():
+        file.fail("spikes", "not finite times and rows of units; download the file again")
+    order = np.argsort(times, kind="stable")
+    return times[order], unit[order]
 
 
 class Trials(NamedTuple):
@@ -278,7 +286,7 @@ def truth(recording: Recording, task: str) -> dict[str, np.ndarray] | None:
     """What the scorer compares with, as its ``ground_truth.safetensors`` has it.
 
     Returns:
-        TS2: ``window_timestamps`` (W,) float64, ``targets`` (W, 50 or 5, n) float32, ``unit_ids``.
+        TS2: ``window_timestamps`` (W,) float64, ``targets`` (W, 50 or 5, n) counts, ``unit_ids``.
         TS1: ``trial_id`` (K,) int64, ``values`` (K, 1) int64 or (K, 50, 1) float32, for the paws
         also ``mask`` (K, 50) bool. ``None`` where the file lacks the behaviour.
     """
@@ -289,14 +297,14 @@ def truth(recording: Recording, task: str) -> dict[str, np.ndarray] | None:
         mask = {"mask": test.trusted} if TASKS[task].group == "paws" else {}
         return {"trial_id": test.index, "values": test.values} | mask
     starts, (bins, units) = recording.windows(), recording.scored(task)
-    targets = np.empty((len(starts), bins.stop - bins.start, len(units)), dtype=np.float32)
+    targets = np.empty((len(starts), bins.stop - bins.start, len(units)), dtype=np.uint16)
     for at in pieces(len(starts)):
         targets[at] = recording.counts(starts[at])[:, bins][:, :, units]
     return {"window_timestamps": starts, "targets": targets, "unit_ids": recording.ids(units)}
 
 
 def pieces(n: int) -> Iterator[slice]:
-    """Windows 0 to n, so many at once that their counts fit."""
+    """Windows 0 to n, as many at once as are binned together."""
     return (slice(i, min(i + WINDOWS_AT_ONCE, n)) for i in range(0, n, WINDOWS_AT_ONCE))
 
 

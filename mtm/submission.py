@@ -13,6 +13,7 @@ not look at the order of units, and leaves out in silence what it cannot match; 
 
 from __future__ import annotations
 
+import itertools
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -174,11 +175,11 @@ def predict_task(
     if None in parts or not len(parts[2].index):
         return None
     fit = Trials(*map(np.concatenate, zip(*parts[:2], strict=True)))
+    _require_trials(recording, task, fit)
     features = [
         predict_windows(predictor, recording, part.starts, spec.prompt, dtype="float64", **options)
         for part in (fit, parts[2])
     ]
-    check_trials(recording, task, fit)
     x, x_test = rotate(*[each.reshape(len(each), -1) for each in features])
     if spec.classes:
         found = decode_classes(x, x_test, fit.values[:, 0], spec.classes)
@@ -190,7 +191,7 @@ def predict_task(
     return {"predictions": found, "trial_id": parts[2].index}
 
 
-def check_trials(recording: Recording, task: str, fit: Trials) -> None:
+def _require_trials(recording: Recording, task: str, fit: Trials) -> None:
     """Raise SessionError where trials do not suffice to fit a decoder with cross-validation."""
     if len(fit.index) < 2 * FOLDS:
         recording.fail(task, f"{len(fit.index)} trials to fit to, {2 * FOLDS} are needed; leave "
@@ -344,8 +345,9 @@ def save(
     if seed < 0:
         raise ValueError(f"a seed is 0 or more, got {seed}")
     path = Path(folder) / label / task / recording.name / f"seed_{seed}.safetensors"
-    metadata = _metadata(label, task, seed, recording)
-    return _save(path, tensors, metadata | {"ibl_bwb_eval_version": SCORER})
+    more = {"context_window": str(LENGTH), "bin_size": str(BIN_SIZE)}
+    more["ibl_bwb_eval_version"] = SCORER
+    return _save(path, tensors, _metadata(label, task, seed, recording) | more)
 
 
 def _check_label(label: str) -> None:
@@ -354,7 +356,7 @@ def _check_label(label: str) -> None:
 
 
 def _metadata(label: str, task: str, seed: int, recording: Recording) -> dict[str, str]:
-    """What a file has to say of itself."""
+    """What a prediction file has to say of itself."""
     return {
         "label": label,
         "task": task,
@@ -362,8 +364,6 @@ def _metadata(label: str, task: str, seed: int, recording: Recording) -> dict[st
         "recording_id": recording.name,
         "unit_filtering": recording.build,
         "dataset_version": recording.version,
-        "context_window": str(LENGTH),
-        "bin_size": str(BIN_SIZE),
     }
 
 
@@ -409,12 +409,14 @@ def export(
     for build in dict.fromkeys(recording.build for recording in recordings):
         mine = [recording for recording in recordings if recording.build == build]
         fitting = models_for(mine, models)
-        for seed, model in zip(seeds_of(fitting, seeds), fitting, strict=True):
-            for recording in mine:
-                for task in (task for task in tasks if TASKS[task].build == build):
-                    made = predict_task(model, recording, task, **options)
-                    if made is not None:
-                        paths.append(save(folder, label, task, seed, recording, made))
+        numbered = list(zip(seeds_of(fitting, seeds), fitting, strict=True))
+        asked = [task for task in tasks if TASKS[task].build == build]
+        for path in [recording.path for recording in mine]:
+            recording = read(path)  # anew, so that the spikes of one are in memory at a time
+            for (seed, model), task in itertools.product(numbered, asked):
+                made = predict_task(model, recording, task, **options)
+                if made is not None:
+                    paths.append(save(folder, label, task, seed, recording, made))
     return paths
 
 
@@ -470,7 +472,8 @@ def check(
         SessionError: when a session file cannot be read.
     """
     folder = Path(folder)
-    labels = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    inside = folder.iterdir() if folder.is_dir() else ()
+    labels = sorted(path.name for path in inside if path.is_dir())
     if not labels or (label is not None and label not in labels):
         return [f"{folder / (label or '')}: holds no predictions; export them first"]
     if label is None and len(labels) > 1:
@@ -538,11 +541,10 @@ def _check_file(path: Path, recording: Recording, task: str, metadata: dict[str,
         tensors, said = _load(path)
     except ValueError as error:
         return [str(error)]
-    required = list(metadata)[:-2]  # what the prediction was made from is for the reader
     problems = [
-        f"says {key} {said.get(key)!r}, its place and the session file say {metadata[key]!r}"
-        for key in required
-        if said.get(key) != metadata[key]
+        f"says {key} {said.get(key)!r}, its place and the session file say {value!r}"
+        for key, value in metadata.items()
+        if said.get(key) != value
     ]
     more = ["trial_id"] if TASKS[task].events else ["window_timestamps", "unit_ids"]
     if lacking := sorted({"predictions", *more} - tensors.keys()):
@@ -572,10 +574,8 @@ def _check_windows(tensors: dict[str, np.ndarray], recording: Recording, task: s
     else:
         missing, extra = len(np.setdiff1d(starts, given)), len(np.setdiff1d(given, starts))
         if missing or extra:
-            near = np.abs(given[:, None] - starts[np.searchsorted(starts, given).clip(
-                max=len(starts) - 1)][:, None])  # fmt: skip
-            bits = bool(extra) and near.min() < 1e-6 and missing == extra
-            why = " (the last bits differ: take them from bwb.ts2_windows)" if bits else ""
+            near = len(given) == len(starts) and np.allclose(np.sort(given), starts, 0, 1e-6)
+            why = " (only the last bits differ: take them from bwb.ts2_windows)" if near else ""
             problems.append(f"{missing} windows are missing and {extra} are not of the task{why}")
         if len(np.unique(given)) != len(given):
             problems.append("some windows are there twice")
@@ -585,9 +585,8 @@ def _check_windows(tensors: dict[str, np.ndarray], recording: Recording, task: s
     elif _rows(found) != _rows(ids):
         problems.append("units are in another order than in the session file")
     shape = (len(given), bins.stop - bins.start, len(units))
-    mine = np.isin(recording.unit, units)
-    spikes = mine.sum() / len(units) / max(np.ptp(recording.times), 1.0) * BIN_SIZE
-    return problems + _check_numbers(tensors["predictions"], shape, ("float16", "float32"), spikes)
+    events, dtypes = float(recording.rates[units].mean()), ("float16", "float32")
+    return problems + _check_numbers(tensors["predictions"], shape, dtypes, events)
 
 
 def _rows(ids: np.ndarray) -> list[bytes]:
@@ -682,6 +681,8 @@ def write_truth(
         for task in tasks:
             made = truth(recording, task) if TASKS[task].build == recording.build else None
             if made is not None:
+                if "targets" in made:
+                    made["targets"] = made["targets"].astype(np.float32)
                 place = Path(folder) / task / recording.name / "ground_truth.safetensors"
                 paths.append(_save(place, made, {"recording_id": recording.name, "task": task}))
     return paths
@@ -707,12 +708,13 @@ def score(
         ValueError: for predictions that cannot be read or matched, and when there are none.
     """
     recordings = {(recording.build, recording.name): recording for recording in map(read, files)}
-    scores = {}
+    scores, last, expected = {}, None, None
     for root in sorted(Path(folder).iterdir()) if label is None else [Path(folder) / label]:
         for (task, session, seed), path in _listed(root)[0].items():
-            recording = recordings.get((TASKS[task].build, session))
-            expected = None if recording is None else truth(recording, task)
-            if expected is not None:
+            if last != (task, session):  # the same for all seeds
+                last, recording = (task, session), recordings.get((TASKS[task].build, session))
+                expected = recording and truth(read(recording.path), task)
+            if expected:
                 scores[task, session, seed] = score_file(path, task, expected)
     if not scores:
         raise ValueError(f"{folder}: no predictions of the sessions given; export them first")
