@@ -111,7 +111,8 @@ def predict_windows(
         mask = Mask(*[hide.expand(visible.shape)] * 2, causal=scheme(prompt).causal)
         predicted = call_predictor(predictor, visible, prompt, mask, recording.name)
         predicted = predicted[:, bins][:, :, kept].detach().float().clamp(min=LOWEST)
-        found[start:stop] = predicted.cpu().numpy()
+        with np.errstate(over="ignore"):  # too large for float16 is infinite
+            found[start:stop] = predicted.cpu().numpy()
         require_finite(found[start:stop], prompt, recording.name)
 
     size = batch_size or trials_at_once(predictor, recording.name)
@@ -471,15 +472,10 @@ def check(
     Raises:
         SessionError: when a session file cannot be read.
     """
-    folder = Path(folder)
-    inside = folder.iterdir() if folder.is_dir() else ()
-    labels = sorted(path.name for path in inside if path.is_dir())
-    if not labels or (label is not None and label not in labels):
-        return [f"{folder / (label or '')}: holds no predictions; export them first"]
-    if label is None and len(labels) > 1:
-        return [f"{folder}: holds {', '.join(labels)}, an upload has one label; move the others "
-                "away, or name one"]  # fmt: skip
-    root = folder / (label or labels[0])
+    try:
+        root = _only(folder, label)
+    except ValueError as error:
+        return [str(error)]
     recordings = {(recording.build, recording.name): recording for recording in map(read, files)}
     found, findings = _listed(root)
     seeds: dict[tuple[str, str], set[int]] = {}
@@ -492,6 +488,21 @@ def check(
         seeds.setdefault((task, session), set()).add(seed)
         findings += _check_file(path, recording, task, _metadata(root.name, task, seed, recording))
     return findings + _check_seeds(root, seeds, recordings, deterministic)
+
+
+def _only(folder: str | Path, label: str | None) -> Path:
+    """The folder of a label; without one, the only folder; raises ValueError that names it."""
+    folder = Path(folder)
+    inside = folder.iterdir() if folder.is_dir() else ()
+    labels = sorted(path.name for path in inside if path.is_dir())
+    if not labels or (label is not None and label not in labels):
+        raise ValueError(f"{folder / (label or '')}: holds no predictions; export them first")
+    if label is None and len(labels) > 1:
+        raise ValueError(
+            f"{folder}: holds {', '.join(labels)}, an upload has one label; name it, or move the "
+            "others away"
+        )
+    return folder / (label or labels[0])
 
 
 def _listed(root: Path) -> tuple[dict[tuple[str, str, int], Path], list[str]]:
@@ -708,14 +719,13 @@ def score(
         ValueError: for predictions that cannot be read or matched, and when there are none.
     """
     recordings = {(recording.build, recording.name): recording for recording in map(read, files)}
-    scores, last, expected = {}, None, None
-    for root in sorted(Path(folder).iterdir()) if label is None else [Path(folder) / label]:
-        for (task, session, seed), path in _listed(root)[0].items():
-            if last != (task, session):  # the same for all seeds
-                last, recording = (task, session), recordings.get((TASKS[task].build, session))
-                expected = recording and truth(read(recording.path), task)
-            if expected:
-                scores[task, session, seed] = score_file(path, task, expected)
+    root, scores, last, expected = _only(folder, label), {}, None, None
+    for (task, session, seed), path in _listed(root)[0].items():
+        if last != (task, session):  # the same for all seeds
+            last, recording = (task, session), recordings.get((TASKS[task].build, session))
+            expected = recording and truth(read(recording.path), task)
+        if expected:
+            scores[task, session, seed] = score_file(path, task, expected)
     if not scores:
         raise ValueError(f"{folder}: no predictions of the sessions given; export them first")
     return scores

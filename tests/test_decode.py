@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from mtm import Session, SessionError, decode, oracle
-from mtm.decode import rotate, decode_choice, decode_trace
+from mtm.decode import decode_choice, decode_trace, rotate
 
 
 @pytest.fixture(scope="module")
