@@ -198,9 +198,9 @@ def _require_trials(recording: Recording, task: str, fit: Trials) -> None:
         recording.fail(task, f"{len(fit.index)} trials to fit to, {2 * FOLDS} are needed; leave "
                        "the task out")  # fmt: skip
     present, count = np.unique(fit.values, return_counts=True)
-    if TASKS[task].classes and (len(present) < 2 or count.min() < FOLDS):
+    if TASKS[task].classes and (len(present) < 2 or count.min() < 2):
         recording.fail(task, f"classes {present.tolist()} have {count.tolist()} trials to fit to; "
-                       f"two or more with {FOLDS} each are needed; leave the task out")  # fmt: skip
+                       "two or more with 2 each are needed; leave the task out")  # fmt: skip
 
 
 def decode_classes(
@@ -214,12 +214,13 @@ def decode_classes(
     Args:
         x: features (K, F) of the trials to fit to.
         x_test: (K', F).
-        labels: (K,) from 0 to n_classes - 1.
+        labels: (K,) from 0 to n_classes - 1, of two or more classes, each twice or more often.
         n_classes: also of those not in ``labels``.
     """
-    solver = "newton-cholesky" if len(np.unique(labels)) == 2 else "lbfgs"
+    present, count = np.unique(labels, return_counts=True)
+    solver = "newton-cholesky" if len(present) == 2 else "lbfgs"
     logistic = LogisticRegression(solver=solver, class_weight="balanced", max_iter=1000)
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    folds = StratifiedKFold(min(FOLDS, count.min()), shuffle=True, random_state=0)
     grid = {"C": CHOICE_PENALTIES}
     search = GridSearchCV(logistic, grid, cv=folds, scoring="balanced_accuracy").fit(x, labels)
     found = np.full((len(x_test), n_classes), LOWEST)

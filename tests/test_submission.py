@@ -55,7 +55,7 @@ def everything(tmp_path_factory):
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     """Files of a simulated animal in both builds."""
-    animal = mtm.simulate(1, 70, 24, window=(-1.0, 2.5), seed=1)[0]
+    animal = mtm.simulate(1, 80, 24, window=(-1.0, 2.5), seed=1)[0]
     folder = tmp_path_factory.mktemp("simulated")
     return [write_bwb(animal, folder / f"{build}.h5", build) for build in bwb.BUILDS]
 
@@ -584,7 +584,7 @@ def test_from_session_files_to_the_zip(tmp_path, simulated, capsys):
     models, builds = [], {"all_units": ["--split", "ts1"], "selected_units": []}
     for path, (build, options) in zip(simulated, builds.items(), strict=True):
         if build == "all_units":  # another number of units, so that models can be told apart
-            animal = mtm.simulate(1, 70, 26, window=(-1.0, 2.5), seed=1)[0]
+            animal = mtm.simulate(1, 80, 26, window=(-1.0, 2.5), seed=1)[0]
             path = simulated[0].with_name("more.h5")
             more = write_bwb(animal, path, build)
         out = str(tmp_path / build)
@@ -673,7 +673,7 @@ def test_files_without_what_a_task_needs(tmp_path, everything):
 
 
 def test_simulated_files_are_what_was_simulated(simulated):
-    animal = mtm.simulate(1, 70, 24, window=(-1.0, 2.5), seed=1)[0]
+    animal = mtm.simulate(1, 80, 24, window=(-1.0, 2.5), seed=1)[0]
     session = bwb.load_session(simulated[1], window=(-1.0, 2.5))
     np.testing.assert_array_equal(session.counts, animal.counts)
     for key in ("choice", "reward", "contrast", "block"):
