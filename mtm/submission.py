@@ -542,7 +542,7 @@ def _check_seeds(
     if known and known[-1] - known[0] + 1 != len(known):
         findings.append(f"{root}: seeds {known} leave some out; number them one after the other")
     if known and len(known) < LEAST_SEEDS and not deterministic:
-        findings.append(f"{root}: {len(known)} seeds, {LEAST_SEEDS} are needed; train with others, "
+        findings.append(f"{root}: seeds {known}, {LEAST_SEEDS} are needed; train with others, "
                         "or declare the model deterministic")  # fmt: skip
     return findings
 

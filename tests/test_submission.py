@@ -552,7 +552,7 @@ def test_the_check_compares_files(exported, simulated, tmp_path):
     assert "has seeds [44, 45] where others have [43, 44, 45]" in finding
     for path in toy.glob("*/*/seed_43*"):
         path.unlink()
-    assert "2 seeds, 3 are needed" in findings()[0] and findings(deterministic=True) == []
+    assert "seeds [44, 45], 3 are needed" in findings()[0] and findings(deterministic=True) == []
     for path in toy.glob("*/*/seed_44*"):
         path.rename(path.with_name("seed_40.safetensors"))
     assert any("seeds [40, 45] leave some out" in f for f in findings())
@@ -599,7 +599,7 @@ def test_from_session_files_to_the_zip(tmp_path, simulated, capsys):
     capsys.readouterr()
     assert main(command) == 1  # one seed is too few, and that is all that is wrong
     said = capsys.readouterr().err
-    assert said.count("\n- ") == 1 and "1 seeds, 3 are needed" in said
+    assert said.count("\n- ") == 1 and "seeds [43], 3 are needed" in said
     assert main([*command, "--deterministic"]) == 0
     assert "ready to be uploaded" in capsys.readouterr().out
     with zipfile.ZipFile(tmp_path / "out" / "mtm-1.zip") as packed:
