@@ -77,7 +77,10 @@ TASKS = {
     **_traces("movement_window", left_paw_speed="paws", right_paw_speed="paws"),
     **_traces("licking_window", licking_rate="licks"),
 }
-"""Every task by the name that the scorer gives it."""
+"""Every task by the name that the scorer gives it.
+
+:meta hide-value:
+"""
 
 
 # --------------------------------------------------------------------- what the files hold
