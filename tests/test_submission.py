@@ -28,6 +28,7 @@ from mtm.session import SessionError  # noqa: E402
 from mtm.simulate import write_bwb  # noqa: E402
 
 SMALL = {"duration": 190.0, "chunk": 40.0, "gap": 4.0, "units": 12, "rate": 6.0}
+NO_SCORER = "the benchmark's scorer is missing: pip install --no-deps ibl-bwb-eval==0.1.0"
 TS1 = [task for task in TASKS if task.startswith("ts1")]
 TS2 = [task for task in TASKS if task.startswith("ts2")]
 TRACES = {  # task without its prefix -> group, event, and column of the samples to trust
@@ -303,9 +304,8 @@ def test_a_behaviour_that_is_absent_or_too_rare(tmp_path):
 @pytest.fixture(scope="module")
 def scored(exported, simulated, tmp_path_factory):
     """Where the ground truth is, and what the scorer says of the exported predictions."""
-    reason = "the benchmark's scorer is missing: pip install --no-deps ibl-bwb-eval==0.1.0"
-    ts1 = pytest.importorskip("ibl_bwb_eval.scoring.ts1", reason=reason)
-    ts2 = pytest.importorskip("ibl_bwb_eval.scoring.ts2", reason=reason)
+    ts1 = pytest.importorskip("ibl_bwb_eval.scoring.ts1", reason=NO_SCORER)
+    ts2 = pytest.importorskip("ibl_bwb_eval.scoring.ts2", reason=NO_SCORER)
     folder = tmp_path_factory.mktemp("truth")
     submission.write_truth(simulated, folder)
     theirs = ts1.score_dir(exported[0], folder) | ts2.score_dir(exported[0], folder)
@@ -368,7 +368,7 @@ def test_the_scorers_command_line(exported, scored):
 
 
 def test_the_scorers_ids_and_seeds(exported):
-    ids = pytest.importorskip("ibl_bwb_eval.entity_ids", reason="the scorer is missing")
+    ids = pytest.importorskip("ibl_bwb_eval.entity_ids", reason=NO_SCORER)
     from ibl_bwb_eval import EVAL_SEEDS, __version__
 
     [path] = [p for p in exported[1] if "forecasting" in str(p) and p.stem == "seed_43"]
