@@ -404,18 +404,26 @@ def export(
     recordings = [read(path) for path in files]
     recordings = [r for r in recordings if any(TASKS[task].build == r.build for task in tasks)]
     if not recordings:
-        builds = ", ".join(sorted({TASKS[task].build for task in tasks}))
-        raise SessionError(f"none of the files has units that the tasks are scored on ({builds}); "
-                           "download that build")  # fmt: skip
+        needed = " or ".join(sorted({TASKS[task].build for task in tasks}))
+        raise SessionError(f"none of the files has the units that the tasks are scored on "
+                           f"({needed}); download that build")  # fmt: skip
+    builds = {recording.build: [] for recording in recordings}
+    for recording in recordings:
+        builds[recording.build].append(recording)
+    numbered = {build: models_for(mine, models, seeds) for build, mine in builds.items()}
+    used = [id(model) for chosen in numbered.values() for model in chosen.values()]
+    for place, model in enumerate(models, start=1):
+        if id(model) not in used:
+            problem = next(filter(None, (misfit(model, r) for r in recordings)))
+            raise SessionError(
+                f"model {place} of {len(models)} serves none of the files: {problem}"
+            )
     paths = []
-    for build in dict.fromkeys(recording.build for recording in recordings):
-        mine = [recording for recording in recordings if recording.build == build]
-        fitting = models_for(mine, models)
-        numbered = list(zip(seeds_of(fitting, seeds), fitting, strict=True))
+    for build, mine in builds.items():
         asked = [task for task in tasks if TASKS[task].build == build]
         for path in [recording.path for recording in mine]:
             recording = read(path)  # anew, so that the spikes of one are in memory at a time
-            for (seed, model), task in itertools.product(numbered, asked):
+            for (seed, model), task in itertools.product(numbered[build].items(), asked):
                 made = predict_task(model, recording, task, **options)
                 if made is not None:
                     paths.append(save(folder, label, task, seed, recording, made))
@@ -429,23 +437,23 @@ def checked_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(tasks or TASKS)
 
 
-def models_for(recordings: Sequence[Recording], models: Sequence[Predicts]) -> list[Predicts]:
-    """The models that know all recordings of a build; raises SessionError when there is none."""
-    problems = []
-    for model in models:
-        problems.append(next(filter(None, (misfit(model, r) for r in recordings)), None))
+def models_for(
+    recordings: Sequence[Recording], models: Sequence[Predicts], seeds: Sequence[int] | None = None
+) -> dict[int, Predicts]:
+    """Seed -> model, of those that know all recordings of a build.
+
+    Raises:
+        SessionError: when there is none.
+        ValueError: for seeds that are fewer, more, or twice the same.
+    """
+    problems = [next(filter(None, (misfit(m, r) for r in recordings)), None) for m in models]
     fitting = [model for model, problem in zip(models, problems, strict=True) if problem is None]
     if not fitting:
-        raise SessionError(problems[0] if problems else "no model is given")
-    return fitting
-
-
-def seeds_of(models: Sequence[Predicts], seeds: Sequence[int] | None) -> list[int]:
-    """A seed for each model; raises ValueError where those given are too few, many or equal."""
-    found = list(range(FIRST_SEED, FIRST_SEED + len(models)) if seeds is None else seeds)
-    if len(found) != len(models) or len(set(found)) != len(found):
-        raise ValueError(f"{len(models)} models need as many different seeds, got {found}")
-    return found
+        raise SessionError(problems[0] if problems else "no model is given; name one or more")
+    found = list(range(FIRST_SEED, FIRST_SEED + len(fitting)) if seeds is None else seeds)
+    if len(found) != len(fitting) or len(set(found)) != len(found):
+        raise ValueError(f"{len(fitting)} models need as many different seeds, got {found}")
+    return dict(zip(found, fitting, strict=True))
 
 
 # ------------------------------------------------------------------------- checked and packed

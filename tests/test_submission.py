@@ -618,6 +618,7 @@ def test_from_session_files_to_the_zip(tmp_path, simulated, capsys):
         return said
 
     assert "26 units" in error("export", models[1], more)
+    assert "model 1 of 2 serves none" in error("export", *models, files[1])
     assert "one or more session files" in error("export", *models)
     assert "unknown task 'ts2-x'; known" in error("export", *models, *files, "--tasks", "ts2-x")
     assert "different seeds" in error("export", *models, *files, "--seed", "1", "2")
