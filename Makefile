@@ -51,4 +51,6 @@ clean: ## remove what was built; the environment stays
 	$(PYTHON) -m venv .venv
 	@echo "installing requirements.txt into .venv; the first time this takes several minutes"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@# the benchmark's scorer, for the tests: it pins exact versions, others than ours
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps ibl-bwb-eval==0.1.0
 	@touch $@

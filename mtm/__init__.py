@@ -21,6 +21,8 @@ Read the package in this order, one idea a file::
     simulate    animals with known firing rates
     sources     recordings from elsewhere: ibl, nwb, steinmetz, neuromatch, huggingface
     bwb         session files of BrainWideBench
+    benchmark   what its tasks ask for, and its scores
+    submission  predictions as its scorer reads them, checked and packed
     download    large files by HTTPS, resumed where they were cut
     sessions    many recordings on disk: listed, filtered, trained on in place
     prepare     many recordings to session files, in parallel
@@ -29,7 +31,7 @@ Read the package in this order, one idea a file::
     atomic      files that are complete or not there
     extras      packages that only some of this needs
     plots       rasters, PSTHs, masks, scores
-    cli         python -m mtm simulate | prepare | train | evaluate
+    cli         python -m mtm simulate | prepare | train | evaluate | export
 
 Recordings in, a trained model and honest scores out:
 

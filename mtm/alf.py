@@ -71,7 +71,7 @@ def write_alf(
     if not all(re.fullmatch(p, part) for p, part in zip(patterns, place, strict=True)):
         _fail(session, "lab, subject, date", f"{place} are not names that ALF allows ({patterns})")
     _check_behaviour(session)
-    stimulus, stop = _layout(session)
+    stimulus, stop = layout(session)
     files: dict[str, Any] = {"_ibl_trials.table.pqt": _trials_table(session, stimulus)}
     if "wheel-speed" in session.behaviour:
         files |= _wheel(session, stimulus, stop)
@@ -183,7 +183,7 @@ def _check_behaviour(session: Session) -> None:
             _fail(session, f"behaviour {key!r}", "NaN or infinite; leave out those trials")
 
 
-def _layout(session: Session) -> tuple[np.ndarray, float]:
+def layout(session: Session) -> tuple[np.ndarray, float]:
     """Stimulus onset of each trial (K,) and the end of the recording, seconds on its clock."""
     start, stop = session.window
     reaction = session.behaviour.get("reaction-time", np.zeros(session.n_trials))
@@ -254,7 +254,7 @@ def _probe(
     """The spike sorting of the neurons ``mine`` (n,), all on one probe."""
     pandas = extra("pandas", "data")
     n, rng = len(mine), _generator(session, probe)
-    times, clusters = _spikes(session, mine, stimulus, stop, rng)
+    times, clusters = spike_times(session, mine, stimulus, stop, rng)
 
     # Along the probe the neurons stand region by region, each on a channel of its own.
     regions = session.regions[mine]
@@ -288,7 +288,7 @@ def _probe(
     }
 
 
-def _spikes(
+def spike_times(
     session: Session,
     mine: np.ndarray,
     stimulus: np.ndarray,

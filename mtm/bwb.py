@@ -203,7 +203,7 @@ def load_session(
     check_option("atlas", atlas, LEVELS)
     check_option("split", split, ("auto", *SPLITS))
     check_option("trial_filter", trial_filter, ("valid",))
-    with _opened(path) as recording:
+    with opened(path) as recording:
         recording.facts["align"] = align if isinstance(align, str) else "given times"
         fields = _unit_fields(recording, atlas)
         parts = _parts(recording, split, cut)
@@ -240,7 +240,7 @@ def ts2_windows(
     """
     if part not in SPLITS.get(split, ()):
         raise ValueError(f"part must be one of those in {SPLITS}, got {part!r} of {split!r}")
-    with _opened(source) as recording:
+    with opened(source) as recording:
         bounds = recording.intervals(f"{split}_{part}_domain")
         return _windows(recording, bounds, stride, (0.0, length))
 
@@ -248,7 +248,7 @@ def ts2_windows(
 # ---------------------------------------------------------------------------- the file
 
 
-class _Recording:
+class OpenFile:
     """An open session file: its columns, its facts, and errors that name it."""
 
     def __init__(self, name: str) -> None:
@@ -292,11 +292,11 @@ def _decode(value: Any) -> str:
 
 
 @contextmanager
-def _opened(source: Any) -> Iterator[_Recording]:
-    """The open file; whatever goes wrong with it becomes a SessionError."""
+def opened(source: Any) -> Iterator[OpenFile]:
+    """A session file, given open or by its path; what goes wrong becomes a SessionError."""
     h5py = extra("h5py", "bwb")
     given = isinstance(source, h5py.File)
-    recording = _Recording("?" if given else Path(source).stem)
+    recording = OpenFile("?" if given else Path(source).stem)
     if not given and not Path(source).is_file():
         recording.fail(repr(str(source)), "no such file; bwb.download fetches it")
     try:
@@ -312,7 +312,7 @@ def _opened(source: Any) -> Iterator[_Recording]:
         recording.fail("file", f"cannot be read as one of BrainWideBench ({line}); {_AGAIN}")
 
 
-def _unit_fields(recording: _Recording, atlas: str | None) -> dict[str, Any]:
+def _unit_fields(recording: OpenFile, atlas: str | None) -> dict[str, Any]:
     """What `Session.from_spike_times` needs of spikes and units, which are rows of ``units``."""
     table = {"id": recording.column("units/id")} | recording.columns("units", _UNITS)
     neurons = {_UNITS[name]: values for name, values in table.items()}
@@ -335,7 +335,7 @@ def _unit_fields(recording: _Recording, atlas: str | None) -> dict[str, Any]:
     }
 
 
-def _parts(recording: _Recording, split: str | None, cut: bool) -> dict[str, np.ndarray]:
+def _parts(recording: OpenFile, split: str | None, cut: bool) -> dict[str, np.ndarray]:
     """Intervals (n, 2) of each part of the split; none without one."""
     here = [name for name in SPLITS if f"{name}_train_domain" in recording.file]
     if split == "auto":
@@ -352,7 +352,7 @@ def _parts(recording: _Recording, split: str | None, cut: bool) -> dict[str, np.
 
 
 def _windows(
-    recording: _Recording, part: np.ndarray, stride: float, window: tuple[float, float]
+    recording: OpenFile, part: np.ndarray, stride: float, window: tuple[float, float]
 ) -> np.ndarray:
     """Starts (W,) of the windows in the valid trials' time within a part (n, 2)."""
     length = window[1]
@@ -373,7 +373,7 @@ def _windows(
 
 
 def _trial_fields(
-    recording: _Recording, align: str | np.ndarray, window: tuple[float, float],
+    recording: OpenFile, align: str | np.ndarray, window: tuple[float, float],
     trial_filter: str | None, spikes: np.ndarray,
 ) -> dict[str, Any]:  # fmt: skip
     """What `Session.from_spike_times` needs of the trials that are used."""
@@ -401,7 +401,7 @@ def _trial_fields(
 
 
 def _trials(
-    recording: _Recording, align: str | np.ndarray
+    recording: OpenFile, align: str | np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Time (K,) of each trial's event; and behaviour (K,) of the animal, if trials are its own."""
     if not isinstance(align, str):
@@ -427,7 +427,7 @@ def _trials(
 
 
 def _membership(
-    recording: _Recording, events: np.ndarray, window: Any, parts: dict[str, np.ndarray]
+    recording: OpenFile, events: np.ndarray, window: Any, parts: dict[str, np.ndarray]
 ) -> Split | None:
     """The trials of each part: those whose window lies in one of its intervals."""
     if not parts:
@@ -442,7 +442,7 @@ def _membership(
     return Split(**given)
 
 
-def _traces(recording: _Recording) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _traces(recording: OpenFile) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Times and values of each behaviour that the file has."""
     traces = {}
     for key, group in _TRACES.items():

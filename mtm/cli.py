@@ -1,4 +1,4 @@
-"""The command line: python -m mtm simulate | prepare | train | evaluate.
+"""The command line: python -m mtm simulate | prepare | train | evaluate | export.
 
 Each command is a function of the parsed arguments. What goes wrong with the input is said in one
 line, with exit status 1; a wrong command line ends with 2.
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mtm import alf, hub, parallel
+from mtm import alf, hub, parallel, submission
 from mtm.atlas import LEVELS
 from mtm.baselines import BASELINES, fit_baseline
 from mtm.decode import decode_by_region
@@ -269,6 +269,31 @@ def _scores(reports: dict[str, Report]) -> dict[str, Any]:
     return scores
 
 
+def run_export(options: argparse.Namespace) -> None:
+    """Predictions for BrainWideBench of models and session files, checked and zipped."""
+    folders = [path for path in options.inputs if path.is_dir()]
+    files = [path for path in options.inputs if not path.is_dir()]
+    if not folders or not files:
+        raise ValueError("name one or more folders of models, and one or more session files (.h5)")
+    tasks = submission.checked_tasks(options.tasks)
+    device = options.device or pick_device()
+    models = [hub.load(folder).to(device) for folder in folders]
+    submission.export(
+        models,
+        files,
+        options.out / "predictions",
+        options.label,
+        tasks=tasks,
+        seeds=options.seed,
+        dtype=options.dtype,
+        progress=True,
+    )
+    out = options.out / f"{options.label}.zip"
+    how = {"deterministic": options.deterministic}
+    place = submission.pack(options.out / "predictions", options.label, out, files, **how)
+    print(f"{place} is ready to be uploaded")
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of a command line; a wrong one prints why and leaves with status 2."""
     parser = argparse.ArgumentParser(
@@ -282,6 +307,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _prepare_options(commands)
     _train_options(commands)
     _evaluate_options(commands)
+    _export_options(commands)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         sub = commands.choices[options.command]
@@ -513,6 +539,56 @@ def _evaluate_options(commands: Any) -> None:
         "--device", type=_device, help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)"
     )
     sub.set_defaults(run=run_evaluate)
+
+
+def _export_options(commands: Any) -> None:
+    sub = commands.add_parser(
+        "export",
+        usage="%(prog)s MODEL [MODEL ...] SESSION.h5 [SESSION.h5 ...] --out FOLDER --label NAME",
+        help="write predictions for BrainWideBench, check and zip them",
+        description="Predict the test parts of session files of BrainWideBench with models trained "
+        "on them, write FOLDER/predictions/NAME/..., check it against the session files, and zip "
+        "it to FOLDER/NAME.zip. Tasks on single units (ts2) need the build of selected units, "
+        "tasks on behaviour (ts1) that of all units, and a model for each build; both may be given "
+        "at once. For ts2: prepare bwb FILE --out DIR --align ts2, then train DIR; for ts1 add "
+        "--split ts1 to prepare.",
+    )
+    sub.add_argument(
+        "inputs",
+        type=Path,
+        nargs="+",
+        metavar="MODEL, SESSION.h5",
+        help="folders that train wrote, one for each seed, and session files",
+    )
+    sub.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    sub.add_argument("--label", required=True, metavar="NAME", help="of the model at the benchmark")
+    sub.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="as ts2-co_smoothing or ts1-choice (default: all that the files serve)",
+    )
+    sub.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"of the models of a build, in their order (default {submission.FIRST_SEED}, "
+        f"{submission.FIRST_SEED + 1}, ...)",
+    )
+    sub.add_argument(
+        "--dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="of ts2 predictions (default %(default)s)",
+    )
+    sub.add_argument(
+        "--deterministic", action="store_true", help="one model will do, having no random part"
+    )
+    sub.add_argument(
+        "--device", type=_device, help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)"
+    )
+    sub.set_defaults(run=run_export)
 
 
 def _positive(text: str) -> int:

@@ -313,7 +313,7 @@ def _both(
     require_unseen(predictor, session, test_trials)
     trials, n_fit = np.concatenate([fit_trials, test_trials]), len(fit_trials)
     features = _features(predictor, session, trials, prompt, region)
-    return _rotate(features[:n_fit], features[n_fit:])
+    return rotate(features[:n_fit], features[n_fit:])
 
 
 def _from_counts(
@@ -369,7 +369,7 @@ def _features(
     return features[:, :, inside].reshape(len(trials), -1).astype(np.float64)
 
 
-def _rotate(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rotate(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same features in as many dimensions as there are training trials.
 
     Decoders with a squared penalty and a free intercept only use inner products of centred

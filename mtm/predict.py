@@ -167,7 +167,7 @@ def predict_held_out(
     if isinstance(predictor, np.ndarray):
         return _known(predictor, session, trials, scored_neurons, span)
     predictor = predictor.model if type(predictor) is Fit else predictor
-    size = _batch_size(predictor, session) if batch_size is None else batch_size
+    size = trials_at_once(predictor, session.name) if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size must be at least 1, got {size}")
     one_each = takes_neurons(predictor)
@@ -192,7 +192,7 @@ def predict_held_out(
 
     n_passes, what = len(passes.trial), f"session {session.name!r}, {task}"
     with tqdm(total=n_passes, desc=task, disable=None if progress else True, leave=False) as bar:
-        _in_batches(make, n_passes, size, what, bar)
+        in_batches(make, n_passes, size, what, bar)
     found = log_rates.cpu().numpy()
     require_finite(found[:, span][:, :, scored_neurons], TASKS[task], session.name)
     return found.astype(np.float64)
@@ -298,15 +298,15 @@ def _mask(hidden: Tensor, row: Tensor, neuron: Tensor, n_bins: int, task: str, s
     return Mask(hidden[:, None] & in_bins, target[:, None] & in_bins, causal)
 
 
-def _batch_size(predictor: Predictor | Callable[..., Any], session: Session) -> int:
-    """Trials to predict at once."""
+def trials_at_once(predictor: Predictor | Callable[..., Any], session: str) -> int:
+    """Trials of a session (its name) to predict at once, unless another size is asked for."""
     if not isinstance(predictor, MtM):
         return TRIALS_AT_ONCE
     tokens = TOKENS_AT_ONCE.get(predictor.device.type, TOKENS_AT_ONCE["cpu"])
-    return max(1, tokens // predictor.n_tokens(session.name))
+    return max(1, tokens // predictor.n_tokens(session))
 
 
-def _in_batches(
+def in_batches(
     make: Callable[[int, int], None], n_passes: int, size: int, what: str, bar: tqdm
 ) -> None:
     """Call ``make(start, stop)`` for all passes, ``size`` at once, fewer when memory runs out.

@@ -12,6 +12,11 @@ REGIONS = {  # at the levels Allen, Beryl, Cosmos
     "beryl": ["CA1", "VISp", "LP", "SCm", "root"],
     "cosmos": ["HPF", "Isocortex", "TH", "MB", "root"],
 }
+NORMALIZE = {  # mean and standard deviation, as the benchmark would have taken them
+    "whisker/whisker_motion_energy": (6.1, 4.3),
+    "paws/left_paw_speed": (63.0, 33.0),
+    "paws/right_paw_speed": (62.0, 32.0),
+}
 PATTERN = ("train", "test", "train", "val", "test")  # of the TS2 chunks
 
 
@@ -266,6 +271,7 @@ def _write(file, made, regime, filtering, strings, irregular):
         ("reward", "feedback_time", 0.0, 1.0),
         ("stimulus_contrast", "stim_on_time", -0.9, 0.1),
         ("movement_window", "movement_onset_time", 0.0, 1.0),
+        ("licking_window", "feedback_time", 0.0, 1.0),
     ):
         bounds = trials[event][row, None] + [start, end]
         values = {name: trials[name][row]} if name in trials else {}
@@ -276,6 +282,9 @@ def _write(file, made, regime, filtering, strings, irregular):
         _interval(file, f"{name}_domain", bounds)
     normalize = file.create_group("pretrain_normalize" if regime == "pretrain" else "ts1_normalize")
     normalize.attrs["object"] = "Data"
+    if regime == "eval":
+        for name, (mean, std) in NORMALIZE.items():
+            normalize.create_group(name).attrs.update({"mean": mean, "std": std})
     for name, columns in made["series"].items():
         kind = "IrregularTimeSeries" if name in irregular else "RegularTimeSeries"
         stored = {key: value for key, value in columns.items() if key != "times"}

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from mtm import Session, SessionError, decode, oracle
-from mtm.decode import _rotate, decode_by_region, decode_choice, decode_trace
+from mtm.decode import decode_by_region, decode_choice, decode_trace, rotate
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_rotation_changes_no_prediction():
     rng = np.random.default_rng(1)
     x, x_test = rng.normal(size=(30, 200)) + 3, rng.normal(size=(10, 200)) + 3
     y = rng.normal(size=(30, 4))
-    r, r_test = _rotate(x, x_test)
+    r, r_test = rotate(x, x_test)
     assert r.shape[1] <= 30
     for alpha in (0.1, 10.0, 1000.0):
         a, b = Ridge(alpha=alpha).fit(x, y), Ridge(alpha=alpha).fit(r, y)

@@ -1,0 +1,763 @@
+"""BrainWideBench (arXiv 2609.22064): predictions as its scorer reads them, checked and packed.
+
+From session files and trained models to the zip to upload::
+
+    export(models, files, "predictions", "my-model")
+    check("predictions", files)  # a list of what would go wrong; empty = ready
+    score("predictions", files)  # what the scorer says, from the session files themselves
+    pack("predictions", "my-model", "my-model.zip", files)
+
+`mtm.benchmark` has the tasks. The scorer matches windows by exact equality of their starts, does
+not look at the order of units, and leaves out in silence what it cannot match; hence `check`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import r2_score
+from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from tqdm import tqdm
+
+from mtm.atomic import replacing
+from mtm.benchmark import (
+    BIN_SIZE,
+    BINS,
+    LENGTH,
+    TASKS,
+    Recording,
+    Trials,
+    mean_recall,
+    pieces,
+    poisson_scores,
+    read,
+    trials,
+    truth,
+)
+from mtm.decode import CHOICE_PENALTIES, FOLDS, TRACE_PENALTIES, rotate
+from mtm.masks import Mask, scheme
+from mtm.model import MtM
+from mtm.predict import Predicts, call_predictor, in_batches, require_finite, trials_at_once
+from mtm.session import SessionError
+from mtm.train import Fit
+
+LOWEST = float(np.log(1e-9))  # of a log-rate: a rate of 0 would have none
+FIRST_SEED, LEAST_SEEDS = 43, 3
+SCORER = "0.1.0"  # version of the scorer whose files these are
+IMPLAUSIBLE = 10.0  # times the recording's own rate: log-rates are off by less, or no log-rates
+
+
+# ----------------------------------------------------------------------------- predictions
+
+
+def predict_windows(
+    predictor: Predicts,
+    recording: Recording,
+    starts: np.ndarray,
+    prompt: str,
+    *,
+    hidden: tuple[slice, np.ndarray] | None = None,
+    dtype: str = "float16",
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Log-rates that a predictor gives in windows of 1 s, each gathered when it is needed.
+
+    Args:
+        predictor: a model, or ``predict(counts, scheme, mask, session)``; see `mtm.predict`.
+        recording: from `read`.
+        starts: (W,) of the windows, seconds.
+        prompt: masking scheme whose prompt, and direction of attention, is used.
+        hidden: bins and units (n,) to hide and to return. Default: hide nothing, return all.
+        dtype: of what is returned.
+        batch_size: windows at once. Default: as many as the model predicts fastest.
+        progress: show a bar on a terminal.
+
+    Returns:
+        (W, T', n) of the hidden bins and units, or (W, 50, N); natural log of the expected count in
+        20 ms, at least `LOWEST`.
+
+    Raises:
+        SessionError: for a model that does not know the session with so many neurons or such bins.
+        ValueError: for predictions of a wrong shape, or NaN or infinite ones.
+        MemoryError: when it runs out with a single window.
+    """
+    predictor = predictor.model if type(predictor) is Fit else predictor
+    if problem := misfit(predictor, recording):
+        raise SessionError(problem)
+    n_units = len(recording.units)
+    bins, units = hidden or (slice(0, BINS), np.arange(n_units))
+    hide = torch.zeros(BINS, n_units, dtype=torch.bool)
+    if hidden:
+        hide[bins, torch.from_numpy(units)] = True
+    device = getattr(predictor, "device", torch.device("cpu"))
+    hide, kept = hide.to(device), torch.from_numpy(units).to(device)
+    found = np.empty((len(starts), bins.stop - bins.start, len(units)), dtype=dtype)
+
+    def make(start: int, stop: int) -> None:
+        counts = recording.counts(starts[start:stop]).astype(np.float32)
+        visible = torch.from_numpy(counts).to(device).masked_fill_(hide, 0)
+        mask = Mask(*[hide.expand(visible.shape)] * 2, causal=scheme(prompt).causal)
+        predicted = call_predictor(predictor, visible, prompt, mask, recording.name)
+        predicted = predicted[:, bins][:, :, kept].detach().float().clamp(min=LOWEST)
+        with np.errstate(over="ignore"):  # too large for float16 is infinite
+            found[start:stop] = predicted.cpu().numpy()
+        require_finite(found[start:stop], prompt, recording.name)
+
+    size = batch_size or trials_at_once(predictor, recording.name)
+    what = f"session {recording.name!r}, windows"
+    bar = {"desc": f"{recording.name[:8]} {prompt}", "disable": None if progress else True}
+    with tqdm(total=len(starts), leave=False, **bar) as shown:
+        in_batches(make, len(starts), size, what, shown)
+    return found
+
+
+def misfit(predictor: Predicts, recording: Recording) -> str | None:
+    """Why a predictor cannot predict the windows of a recording; ``None`` if it can."""
+    if not isinstance(predictor, MtM):
+        return None
+    name, n = recording.name, len(recording.units)
+    maps = zip(predictor.session_names, predictor.sessions.values(), strict=True)
+    known = {other: of.n_neurons for other, of in maps}
+    if name not in known:
+        return (f"the model does not know session {name!r}; train it on the session, or go on with "
+                "it: python -m mtm train ... --start MODEL")  # fmt: skip
+    if known[name] != n:
+        return (f"session {name!r} has {n} units in {recording.path} ({recording.build}), the "
+                f"model knows {known[name]}; a model is for the build it learned")  # fmt: skip
+    config = predictor.config
+    if config.n_bins != BINS or abs(config.bin_size - BIN_SIZE) > 1e-9:
+        return (f"the model takes {config.n_bins} bins of {config.bin_size} s, the benchmark has "
+                f"{BINS} of {BIN_SIZE} s; prepare the sessions with --align ts2")  # fmt: skip
+    return None
+
+
+def predict_task(
+    predictor: Predicts, recording: Recording, task: str, *, dtype: str = "float16", **options: Any
+) -> dict[str, np.ndarray] | None:
+    """The tensors of a prediction file.
+
+    Args:
+        predictor: see `predict_windows`.
+        recording: of the task's build.
+        task: one of `TASKS`.
+        dtype: of TS2 predictions, "float16" or "float32".
+        **options: ``batch_size`` and ``progress`` of `predict_windows`.
+
+    Returns:
+        TS2: ``predictions`` (W, 50 or 5, n) log-rates of what was hidden, ``window_timestamps``
+        (W,) float64, ``unit_ids`` (n, width) uint8. TS1: ``predictions`` (K, 1, C) or (K, 50, 1)
+        float32, ``trial_id`` (K,) int64. ``None`` where the file lacks the behaviour.
+
+    Raises:
+        SessionError: also for too few trials to fit a decoder.
+        ValueError, MemoryError: see `predict_windows`.
+    """
+    spec = TASKS[task]
+    if not spec.events:
+        starts, hidden = recording.windows(), recording.scored(task)
+        predicted = predict_windows(
+            predictor, recording, starts, spec.prompt, hidden=hidden, dtype=dtype, **options
+        )
+        ids = recording.ids(hidden[1])
+        return {"predictions": predicted, "window_timestamps": starts, "unit_ids": ids}
+    parts = [trials(recording, task, part) for part in ("train", "val", "test")]
+    if None in parts or not len(parts[2].index):
+        return None
+    fit = Trials(*map(np.concatenate, zip(*parts[:2], strict=True)))
+    _require_trials(recording, task, fit)
+    features = [
+        predict_windows(predictor, recording, part.starts, spec.prompt, dtype="float64", **options)
+        for part in (fit, parts[2])
+    ]
+    x, x_test = rotate(*[each.reshape(len(each), -1) for each in features])
+    if spec.classes:
+        found = decode_classes(x, x_test, fit.values[:, 0], spec.classes)
+    elif spec.group == "licks":
+        found = decode_counts(x, x_test, fit.values[..., 0])
+    else:
+        found = decode_traces(x, x_test, fit.values[..., 0], fit.trusted)
+    found = found.reshape(len(x_test), *spec.shape).astype(np.float32)
+    return {"predictions": found, "trial_id": parts[2].index}
+
+
+def _require_trials(recording: Recording, task: str, fit: Trials) -> None:
+    """Raise SessionError where trials do not suffice to fit a decoder with cross-validation."""
+    if len(fit.index) < 2 * FOLDS:
+        recording.fail(task, f"{len(fit.index)} trials to fit to, {2 * FOLDS} are needed; leave "
+                       "the task out")  # fmt: skip
+    present, count = np.unique(fit.values, return_counts=True)
+    if TASKS[task].classes and (len(present) < 2 or count.min() < 2):
+        recording.fail(task, f"classes {present.tolist()} have {count.tolist()} trials to fit to; "
+                       "two or more with 2 each are needed; leave the task out")  # fmt: skip
+
+
+def decode_classes(
+    x: np.ndarray, x_test: np.ndarray, labels: np.ndarray, n_classes: int
+) -> np.ndarray:
+    """Log-probabilities (K', n_classes) of classes, by logistic regression.
+
+    Classes weigh equally, and the penalty is the one with the best balanced accuracy in
+    cross-validation, since that is scored. A class that was never seen gets `LOWEST`.
+
+    Args:
+        x: features (K, F) of the trials to fit to.
+        x_test: (K', F).
+        labels: (K,) from 0 to n_classes - 1, of two or more classes, each twice or more often.
+        n_classes: also of those not in ``labels``.
+    """
+    present, count = np.unique(labels, return_counts=True)
+    solver = "newton-cholesky" if len(present) == 2 else "lbfgs"
+    logistic = LogisticRegression(solver=solver, class_weight="balanced", max_iter=1000)
+    folds = StratifiedKFold(min(FOLDS, count.min()), shuffle=True, random_state=0)
+    grid = {"C": CHOICE_PENALTIES}
+    search = GridSearchCV(logistic, grid, cv=folds, scoring="balanced_accuracy").fit(x, labels)
+    found = np.full((len(x_test), n_classes), LOWEST)
+    found[:, search.classes_] = search.predict_log_proba(x_test).clip(min=LOWEST)
+    return found
+
+
+def decode_traces(
+    x: np.ndarray, x_test: np.ndarray, values: np.ndarray, trusted: np.ndarray
+) -> np.ndarray:
+    """A trace (K', T), all samples at once, by ridge regression.
+
+    Where a sample is not trusted, the mean of the others at its place stands for it; the penalty is
+    the one with the least squared error of trusted samples in cross-validation.
+
+    Args:
+        x: features (K, F) of the trials to fit to.
+        x_test: (K', F).
+        values: (K, T).
+        trusted: (K, T) bool.
+    """
+    known = np.where(trusted, values, 0.0).astype(np.float64)
+    mean = known.sum(axis=0) / np.maximum(trusted.sum(axis=0), 1)
+    filled = np.where(trusted, known, mean)
+    error = np.zeros(len(TRACE_PENALTIES))
+    for fit, held in KFold(FOLDS, shuffle=True, random_state=0).split(x):
+        for i, alpha in enumerate(TRACE_PENALTIES):
+            guess = Ridge(alpha=alpha).fit(x[fit], filled[fit]).predict(x[held])
+            error[i] += ((guess - filled[held]) ** 2)[trusted[held]].sum()
+    best = TRACE_PENALTIES[error.argmin()]
+    return Ridge(alpha=best).fit(x, filled).predict(x_test).reshape(len(x_test), -1)
+
+
+def decode_counts(x: np.ndarray, x_test: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Log of the expected counts (K', T), all bins at once, by Poisson regression.
+
+    The penalty is the one with the best likelihood in cross-validation. Predictions stay between
+    half an event in all trials and one more than the largest count: the exponential of a line would
+    leave these far behind in a trial unlike the others.
+
+    Args:
+        x: features (K, F) of the trials to fit to.
+        x_test: (K', F).
+        counts: (K, T).
+    """
+    counts = counts.astype(np.float64)
+    bounds = np.log(0.5 / counts.size), np.log(counts.max() + 1.0)
+
+    def guess(fit: Any, held: np.ndarray, penalties: np.ndarray) -> Iterator[np.ndarray]:
+        for offset, weights in poisson_regressions(x[fit], counts[fit], penalties):
+            yield (offset + held @ weights).clip(*bounds)
+
+    penalties = TRACE_PENALTIES[::-1]
+    loss = np.zeros(len(penalties))
+    for fit, held in KFold(FOLDS, shuffle=True, random_state=0).split(x):
+        for i, found in enumerate(guess(fit, x[held], penalties)):
+            loss[i] += (np.exp(found) - counts[held] * found).sum()
+    *_, best = guess(slice(None), x_test, penalties[: loss.argmin() + 1])
+    return best
+
+
+def poisson_regressions(
+    x: np.ndarray, counts: np.ndarray, penalties: Iterable[float]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each penalty a, the weights W (F, T) that minimise, for f = offset + x W,
+
+        sum(exp(f) - counts * f) + a / 2 * sum(W ** 2)
+
+    Each fit begins at the one before, so that falling penalties are quick. The offset (T,) is the
+    log of the mean count of each bin, of which one without events has half of one.
+
+    Args:
+        x: (K, F), of mean 0.
+        counts: (K, T).
+        penalties: above 0.
+    """
+    offset = np.log(np.maximum(counts.sum(axis=0), 0.5) / len(counts))
+    weights = np.zeros((x.shape[1], counts.shape[1]))
+
+    def loss(flat: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
+        w = flat.reshape(weights.shape)
+        f = (offset + x @ w).clip(max=20.0)  # a step too far: large, and still a number
+        rate = np.exp(f)
+        value = (rate - counts * f).sum() + penalty / 2 * (w**2).sum()
+        return value, (x.T @ (rate - counts) + penalty * w).ravel()
+
+    for penalty in penalties:
+        found = minimize(loss, weights.ravel(), penalty, "L-BFGS-B", jac=True)
+        weights = found.x.reshape(weights.shape)
+        yield offset, weights
+
+
+# --------------------------------------------------------------------------------- to disk
+
+
+def _save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Path:
+    with replacing(path) as partial:
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata)
+    return path
+
+
+def save(
+    folder: str | Path,
+    label: str,
+    task: str,
+    seed: int,
+    recording: Recording,
+    tensors: dict[str, np.ndarray],
+) -> Path:
+    """Write ``<folder>/<label>/<task>/<session>/seed_<seed>.safetensors``; returns the path.
+
+    Args:
+        folder: of all predictions.
+        label: the model's name at the benchmark.
+        task: one of `TASKS`.
+        seed: of the training run.
+        recording: whose predictions these are.
+        tensors: from `predict_task`.
+
+    Raises:
+        ValueError: for a label or a seed that does not go into a path.
+    """
+    _check_label(label)
+    if seed < 0:
+        raise ValueError(f"a seed is 0 or more, got {seed}")
+    path = Path(folder) / label / task / recording.name / f"seed_{seed}.safetensors"
+    more = {"context_window": str(LENGTH), "bin_size": str(BIN_SIZE)}
+    more["ibl_bwb_eval_version"] = SCORER
+    return _save(path, tensors, _metadata(label, task, seed, recording) | more)
+
+
+def _check_label(label: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", label, re.ASCII):
+        raise ValueError(f"label {label!r}: use letters, digits, and - _ . after the first")
+
+
+def _metadata(label: str, task: str, seed: int, recording: Recording) -> dict[str, str]:
+    """What a prediction file has to say of itself."""
+    return {
+        "label": label,
+        "task": task,
+        "seed": str(seed),
+        "recording_id": recording.name,
+        "unit_filtering": recording.build,
+        "dataset_version": recording.version,
+    }
+
+
+def export(
+    models: Predicts | Sequence[Predicts],
+    files: Iterable[str | Path],
+    folder: str | Path,
+    label: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    **options: Any,
+) -> list[Path]:
+    """Write the prediction files of models, which differ in their seed; returns the paths.
+
+    Each file serves the tasks of its build, and a model the build whose sessions it knows with
+    their number of units: models of both builds may be given at once. A behaviour that a session
+    lacks is left out there.
+
+    Args:
+        models: see `predict_windows`.
+        files: session files of either or both builds.
+        folder, label: see `save`.
+        tasks: some of `TASKS`. Default: all that the files serve.
+        seeds: of the models of a build, in their order. Default: from 43 on, as the benchmark.
+        **options: of `predict_task`.
+
+    Raises:
+        SessionError: for a file that is no session file of the benchmark, or that no model is for.
+        ValueError: for unknown tasks, a bad label, seeds that do not go with the models.
+    """
+    _check_label(label)
+    models = list(models) if isinstance(models, list | tuple) else [models]
+    models = [model.model if type(model) is Fit else model for model in models]
+    tasks = checked_tasks(tasks)
+    recordings = [read(path) for path in files]
+    recordings = [r for r in recordings if any(TASKS[task].build == r.build for task in tasks)]
+    if not recordings:
+        needed = " or ".join(sorted({TASKS[task].build for task in tasks}))
+        raise SessionError(f"none of the files has the units that the tasks are scored on "
+                           f"({needed}); download that build")  # fmt: skip
+    builds = {recording.build: [] for recording in recordings}
+    for recording in recordings:
+        builds[recording.build].append(recording)
+    numbered = {build: models_for(mine, models, seeds) for build, mine in builds.items()}
+    used = [id(model) for chosen in numbered.values() for model in chosen.values()]
+    for place, model in enumerate(models, start=1):
+        if id(model) not in used:
+            problem = next(filter(None, (misfit(model, r) for r in recordings)))
+            raise SessionError(
+                f"model {place} of {len(models)} serves none of the files: {problem}"
+            )
+    paths = []
+    for build, mine in builds.items():
+        asked = [task for task in tasks if TASKS[task].build == build]
+        for path in [recording.path for recording in mine]:
+            recording = read(path)  # anew, so that the spikes of one are in memory at a time
+            for (seed, model), task in itertools.product(numbered[build].items(), asked):
+                made = predict_task(model, recording, task, **options)
+                if made is not None:
+                    paths.append(save(folder, label, task, seed, recording, made))
+    return paths
+
+
+def checked_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
+    """The tasks asked for, all by default; raises ValueError that lists the known ones."""
+    if unknown := [task for task in tasks or () if task not in TASKS]:
+        raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    return tuple(tasks or TASKS)
+
+
+def models_for(
+    recordings: Sequence[Recording], models: Sequence[Predicts], seeds: Sequence[int] | None = None
+) -> dict[int, Predicts]:
+    """Seed -> model, of those that know all recordings of a build.
+
+    Raises:
+        SessionError: when there is none.
+        ValueError: for seeds that are fewer, more, or twice the same.
+    """
+    problems = [next(filter(None, (misfit(m, r) for r in recordings)), None) for m in models]
+    fitting = [model for model, problem in zip(models, problems, strict=True) if problem is None]
+    if not fitting:
+        raise SessionError(problems[0] if problems else "no model is given; name one or more")
+    found = list(range(FIRST_SEED, FIRST_SEED + len(fitting)) if seeds is None else seeds)
+    if len(found) != len(fitting) or len(set(found)) != len(found):
+        raise ValueError(f"{len(fitting)} models need as many different seeds, got {found}")
+    return dict(zip(found, fitting, strict=True))
+
+
+# ------------------------------------------------------------------------- checked and packed
+
+
+def check(
+    folder: str | Path,
+    files: Iterable[str | Path],
+    *,
+    label: str | None = None,
+    deterministic: bool = False,
+) -> list[str]:
+    """What would spoil an upload, each finding naming file and remedy; an empty list = ready.
+
+    The scorer matches what it can and is silent about the rest. This compares every prediction
+    file with what its session file asks for: windows or trials, their order, units, shapes,
+    numbers and metadata; and the files with each other: sessions, tasks and seeds.
+
+    Args:
+        folder: that `export` wrote to.
+        files: the session files, of each build whose tasks are in the folder.
+        label: which to check. Default: the only one, and it is a finding that there are several.
+        deterministic: one seed will do, as is declared with the upload.
+
+    Raises:
+        SessionError: when a session file cannot be read.
+    """
+    try:
+        root = _only(folder, label)
+    except ValueError as error:
+        return [str(error)]
+    recordings = {(recording.build, recording.name): recording for recording in map(read, files)}
+    found, findings = _listed(root)
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for (task, session, seed), path in found.items():
+        recording = recordings.get((TASKS[task].build, session))
+        if recording is None:
+            findings.append(f"{path}: no session file of {TASKS[task].build} with this id was "
+                            "given to check it with; name it, or remove this")  # fmt: skip
+            continue
+        seeds.setdefault((task, session), set()).add(seed)
+        findings += _check_file(path, recording, task, _metadata(root.name, task, seed, recording))
+    return findings + _check_seeds(root, seeds, recordings, deterministic)
+
+
+def _only(folder: str | Path, label: str | None) -> Path:
+    """The folder of a label; without one, the only folder; raises ValueError that names it."""
+    folder = Path(folder)
+    inside = folder.iterdir() if folder.is_dir() else ()
+    labels = sorted(path.name for path in inside if path.is_dir())
+    if not labels or (label is not None and label not in labels):
+        raise ValueError(f"{folder / (label or '')}: holds no predictions; export them first")
+    if label is None and len(labels) > 1:
+        raise ValueError(
+            f"{folder}: holds {', '.join(labels)}, an upload has one label; name it, or move the "
+            "others away"
+        )
+    return folder / (label or labels[0])
+
+
+def _listed(root: Path) -> tuple[dict[tuple[str, str, int], Path], list[str]]:
+    """The prediction files under a label by task, session and seed; a finding for all else."""
+    found, findings = {}, []
+    for path in sorted(path for path in root.rglob("*") if not path.is_dir()) or [root]:
+        match = re.fullmatch(r"([^/]+)/([^/]+)/seed_(0|[1-9]\d*)\.safetensors",
+                             path.relative_to(root).as_posix())  # fmt: skip
+        if match and match[1] in TASKS:
+            found[match[1], match[2], int(match[3])] = path
+        else:
+            findings.append(f"{path}: not <label>/<task>/<session>/seed_<n>.safetensors of a known "
+                            "task; remove it")  # fmt: skip
+    return found, findings
+
+
+def _check_seeds(
+    root: Path,
+    seeds: dict[tuple[str, str], set[int]],
+    recordings: dict[tuple[str, str], Recording],
+    deterministic: bool,
+) -> list[str]:
+    """Findings about sessions without predictions, and seeds."""
+    findings, known = [], sorted(set().union(*seeds.values()))
+    for task in dict.fromkeys(task for task, _ in seeds):
+        for build, session in recordings:
+            place, recording = root / task / session, recordings[build, session]
+            if build != TASKS[task].build:
+                continue
+            here = seeds.get((task, session))
+            if here is None and (not TASKS[task].events or truth(recording, task) is not None):
+                findings.append(f"{place}: no predictions for this session; export them")
+            elif here is not None and sorted(here) != known:
+                findings.append(f"{place}: has seeds {sorted(here)} where others have {known}; "
+                                "export the same of all")  # fmt: skip
+    if known and known[-1] - known[0] + 1 != len(known):
+        findings.append(f"{root}: seeds {known} leave some out; number them one after the other")
+    if known and len(known) < LEAST_SEEDS and not deterministic:
+        findings.append(f"{root}: seeds {known}, {LEAST_SEEDS} are needed; train with others, "
+                        "or declare the model deterministic")  # fmt: skip
+    return findings
+
+
+def _check_file(path: Path, recording: Recording, task: str, metadata: dict[str, str]) -> list[str]:
+    """Findings about one prediction file."""
+    try:
+        tensors, said = _load(path)
+    except ValueError as error:
+        return [str(error)]
+    problems = [
+        f"says {key} {said.get(key)!r}, its place and the session file say {value!r}"
+        for key, value in metadata.items()
+        if said.get(key) != value
+    ]
+    more = ["trial_id"] if TASKS[task].events else ["window_timestamps", "unit_ids"]
+    if lacking := sorted({"predictions", *more} - tensors.keys()):
+        problems.append(f"lacks {', '.join(lacking)}")
+    elif TASKS[task].events:
+        problems += _check_trials(tensors, recording, task)
+    else:
+        problems += _check_windows(tensors, recording, task)
+    return [f"{path}: {problem}; export it again" for problem in problems]
+
+
+def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata of a prediction file; raises ValueError that names it."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); export it again") from error
+
+
+def _check_windows(tensors: dict[str, np.ndarray], recording: Recording, task: str) -> list[str]:
+    """Problems of a TS2 file."""
+    starts, (bins, units) = recording.windows(), recording.scored(task)
+    given, ids, problems = tensors["window_timestamps"], recording.ids(units), []
+    if given.dtype != np.float64 or given.ndim != 1:
+        problems.append(f"window_timestamps are {given.dtype} {given.shape}, not float64 (W,)")
+    else:
+        missing, extra = len(np.setdiff1d(starts, given)), len(np.setdiff1d(given, starts))
+        if missing or extra:
+            near = len(given) == len(starts) and np.allclose(np.sort(given), starts, 0, 1e-6)
+            why = " (only the last bits differ: take them from bwb.ts2_windows)" if near else ""
+            problems.append(f"{missing} windows are missing and {extra} are not of the task{why}")
+        if len(np.unique(given)) != len(given):
+            problems.append("some windows are there twice")
+    found = tensors["unit_ids"]
+    if found.dtype != np.uint8 or found.ndim != 2 or sorted(_rows(found)) != sorted(_rows(ids)):
+        problems.append(f"unit_ids are not those of the {len(ids)} scored units")
+    elif _rows(found) != _rows(ids):
+        problems.append("units are in another order than in the session file")
+    shape = (len(given), bins.stop - bins.start, len(units))
+    events, dtypes = float(recording.rates[units].mean()), ("float16", "float32")
+    return problems + _check_numbers(tensors["predictions"], shape, dtypes, events)
+
+
+def _rows(ids: np.ndarray) -> list[bytes]:
+    return [row.tobytes().rstrip(b"\0") for row in ids]
+
+
+def _check_trials(tensors: dict[str, np.ndarray], recording: Recording, task: str) -> list[str]:
+    """Problems of a TS1 file."""
+    expected, given, problems = truth(recording, task), tensors["trial_id"], []
+    if expected is None:
+        return ["the session file has no such behaviour in its test part"]
+    wanted = expected["trial_id"]
+    if given.dtype != np.int64 or given.ndim != 1:
+        problems.append(f"trial_id is {given.dtype} {given.shape}, not int64 (K,)")
+    elif sorted(given.tolist()) != sorted(wanted.tolist()):
+        n = len(np.setdiff1d(wanted, given)), len(np.setdiff1d(given, wanted))
+        problems.append(f"{n[0]} trials are missing and {n[1]} are not of the task, or some are "
+                        "there twice")  # fmt: skip
+    events = expected["values"].mean() if task == "ts1-licking_rate" else None
+    shape = (len(given), *TASKS[task].shape)
+    return problems + _check_numbers(tensors["predictions"], shape, ("float32",), events)
+
+
+def _check_numbers(
+    predictions: np.ndarray, shape: tuple[int, ...], dtypes: Sequence[str], events: float | None
+) -> list[str]:
+    """Problems of the predictions, which are log-rates where ``events`` are expected in a bin."""
+    if predictions.shape != shape or predictions.dtype.name not in dtypes:
+        return [f"predictions are {predictions.dtype} {predictions.shape}, not "
+                f"{' or '.join(dtypes)} {shape}"]  # fmt: skip
+    total, least = 0.0, np.inf
+    for at in pieces(len(predictions)):
+        piece = predictions[at].astype(np.float64)
+        if not np.isfinite(piece).all():
+            return ["predictions hold NaN or infinite values"]
+        total, least = total + np.exp(piece.clip(max=80.0)).sum(), min(least, piece.min())
+    if not events or not predictions.size:
+        return []
+    mean = total / predictions.size
+    if least >= 0 or not 1 / IMPLAUSIBLE < mean / events < IMPLAUSIBLE:
+        return [f"predictions are log-rates of {mean:.3g} in a bin, where the session has "
+                f"{events:.3g}; write the natural log of the expected count in a bin"]  # fmt: skip
+    return []
+
+
+def pack(
+    folder: str | Path,
+    label: str,
+    out: str | Path,
+    files: Iterable[str | Path],
+    *,
+    deterministic: bool = False,
+) -> Path:
+    """Zip a label's predictions for the upload, if `check` finds nothing; returns the zip's path.
+
+    Args:
+        folder, label: see `save`.
+        out: the zip; its root holds ``<label>/<task>/...``.
+        files, deterministic: see `check`.
+
+    Raises:
+        ValueError: with all findings.
+    """
+    findings = check(folder, files, label=label, deterministic=deterministic)
+    if findings:
+        listed = "".join(f"\n- {finding}" for finding in findings)
+        raise ValueError(f"{Path(folder) / label} is not ready to be uploaded:{listed}")
+    folder, out = Path(folder), Path(out)
+    with replacing(out) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
+        for path in sorted((folder / label).rglob("*.safetensors")):
+            packed.write(path, path.relative_to(folder).as_posix())
+    return out
+
+
+# ---------------------------------------------------------------------------------- scores
+
+
+def write_truth(
+    files: Iterable[str | Path], folder: str | Path, tasks: Sequence[str] = tuple(TASKS)
+) -> list[Path]:
+    """Ground truth for the scorer's ``--gt_dir``, made of the session files; returns the paths.
+
+    The benchmark keeps its own files to itself, but the session files hold all that is in them.
+
+    Args:
+        files: session files; each serves the tasks of its build.
+        folder: becomes ``<folder>/<task>/<session>/ground_truth.safetensors``.
+        tasks: some of `TASKS`.
+    """
+    paths = []
+    for recording in map(read, files):
+        for task in tasks:
+            made = truth(recording, task) if TASKS[task].build == recording.build else None
+            if made is not None:
+                if "targets" in made:
+                    made["targets"] = made["targets"].astype(np.float32)
+                place = Path(folder) / task / recording.name / "ground_truth.safetensors"
+                paths.append(_save(place, made, {"recording_id": recording.name, "task": task}))
+    return paths
+
+
+def score(
+    folder: str | Path, files: Iterable[str | Path], *, label: str | None = None
+) -> dict[tuple[str, str, int], dict[str, float]]:
+    """What the scorer says of predictions, computed from the session files.
+
+    Like the scorer, it goes by what windows or trials a file and its session have in common, and by
+    the order of units in the file. Sums are float64, the scorer's float32.
+
+    Args:
+        folder, files, label: see `check`.
+
+    Returns:
+        (task, session, seed) -> scores: ``poisson_d2`` and ``bps`` (bits per spike, pooled over
+        units) for TS2; ``bacc``, ``r2`` or ``poisson_d2`` for TS1. NaN where there is none.
+
+    Raises:
+        SessionError: when a session file cannot be read.
+        ValueError: for predictions that cannot be read or matched, and when there are none.
+    """
+    recordings = {(recording.build, recording.name): recording for recording in map(read, files)}
+    root, scores, last, expected = _only(folder, label), {}, None, None
+    for (task, session, seed), path in _listed(root)[0].items():
+        if last != (task, session):  # the same for all seeds
+            last, recording = (task, session), recordings.get((TASKS[task].build, session))
+            expected = recording and truth(read(recording.path), task)
+        if expected:
+            scores[task, session, seed] = score_file(path, task, expected)
+    if not scores:
+        raise ValueError(f"{folder}: no predictions of the sessions given; export them first")
+    return scores
+
+
+def score_file(path: Path, task: str, expected: dict[str, np.ndarray]) -> dict[str, float]:
+    """Scores of one prediction file against what `truth` gives; see `score`."""
+    tensors, _ = _load(path)
+    key, target = ("trial_id", "values") if TASKS[task].events else ("window_timestamps", "targets")
+    if not {key, "predictions"} <= tensors.keys():
+        raise ValueError(f"{path}: lacks predictions or {key}; export it again")
+    _, mine, theirs = np.intersect1d(tensors[key], expected[key], return_indices=True)
+    guess, values = tensors["predictions"], expected[target]
+    shape = values.shape[1:] if not TASKS[task].classes else TASKS[task].shape
+    if not len(mine) or guess.shape[1:] != shape:
+        raise ValueError(f"{path}: {len(mine)} windows or trials match and predictions have shape "
+                         f"{guess.shape}, not (..., {shape}); export it again")  # fmt: skip
+    if not TASKS[task].events:
+        return poisson_scores((guess[mine[at]], values[theirs[at]]) for at in pieces(len(mine)))
+    guess, values = guess[mine].astype(np.float64), values[theirs]
+    if TASKS[task].classes:
+        return {"bacc": mean_recall(guess[:, 0].argmax(axis=1), values[:, 0])}
+    if TASKS[task].group == "licks":
+        return {"poisson_d2": poisson_scores([(guess, values)])["poisson_d2"]}
+    trusted = expected["mask"][theirs] if "mask" in expected else np.ones(values.shape[:2], bool)
+    return {"r2": float(r2_score(values[trusted], guess[trusted]))}
