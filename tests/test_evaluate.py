@@ -141,7 +141,7 @@ def test_oracle_above_model_above_null(sessions, trained):
         predictors = {
             "MtM": trained.model, "null": mean_rates(session), "oracle": oracle(session)
         }  # fmt: skip
-        reports = {k: evaluate(p, session) for k, p in predictors.items()}
+        reports = {k: evaluate(p, session, tasks=list(TASKS)) for k, p in predictors.items()}
         for task in TASKS:
             score = {k: r.tasks[task].mean("bits_per_spike_train_null") for k, r in reports.items()}
             assert score["oracle"] > score["MtM"] > score["null"], (task, score)

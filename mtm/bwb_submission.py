@@ -7,7 +7,7 @@ From session files and trained models to the zip to upload::
     score("predictions", files)  # what the scorer says, from the session files themselves
     pack("predictions", "my-model", "my-model.zip", files)
 
-`mtm.benchmark` has the tasks. The scorer matches windows by exact equality of their starts, does
+`mtm.bwb_tasks` has the tasks. The scorer matches windows by exact equality of their starts, does
 not look at the order of units, and leaves out in silence what it cannot match; hence `check`.
 """
 
@@ -31,7 +31,7 @@ from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from tqdm import tqdm
 
 from mtm.atomic import replacing
-from mtm.benchmark import (
+from mtm.bwb_tasks import (
     BIN_SIZE,
     BINS,
     LENGTH,

@@ -21,8 +21,8 @@ import h5py  # noqa: E402
 from bwb_files import NORMALIZE, write_session  # noqa: E402
 
 import mtm  # noqa: E402
-from mtm import benchmark, bwb, metrics, submission  # noqa: E402
-from mtm.benchmark import TASKS, read, trials, truth  # noqa: E402
+from mtm import bwb, bwb_submission, bwb_tasks, metrics  # noqa: E402
+from mtm.bwb_tasks import TASKS, read, trials, truth  # noqa: E402
 from mtm.cli import main  # noqa: E402
 from mtm.session import SessionError  # noqa: E402
 from mtm.simulate import write_bwb  # noqa: E402
@@ -83,7 +83,7 @@ def exported(simulated, tmp_path_factory):
     """All tasks of both files by one predictor, three seeds of each; not to be changed."""
     folder = tmp_path_factory.mktemp("exported")
     predictor = fitted(simulated[0])  # all units are selected ones here
-    paths = submission.export([predictor] * 3, simulated, folder, "toy")
+    paths = bwb_submission.export([predictor] * 3, simulated, folder, "toy")
     return folder, paths
 
 
@@ -139,7 +139,7 @@ def test_predictor_sees_and_is_asked_for_the_right_entries(selected, task):
         t, n = torch.arange(50.0)[:, None], torch.arange(12.0)
         return (counts.sum(dim=(1, 2))[:, None, None] / 64 + t + 64 * n).expand(counts.shape)
 
-    made_of = submission.predict_task(predict, recording, task, dtype="float32")
+    made_of = bwb_submission.predict_task(predict, recording, task, dtype="float32")
     starts = bwb.ts2_windows(path, "test")
     np.testing.assert_array_equal(made_of["window_timestamps"], starts)
     true = torch.from_numpy(recording.counts(starts))
@@ -167,14 +167,14 @@ def test_rates_of_zero_are_floored_and_nonsense_is_refused(selected):
     def constant(value):
         return lambda counts, *_: torch.full(counts.shape, value)
 
-    made = submission.predict_task(constant(-np.inf), recording, TS2[0])
+    made = bwb_submission.predict_task(constant(-np.inf), recording, TS2[0])
     assert made["predictions"].dtype == np.float16
     np.testing.assert_allclose(made["predictions"].astype(float), np.log(1e-9), rtol=1e-3)
     for value in (np.nan, np.inf, 1e5):  # the last is infinite as float16
         with pytest.raises(ValueError, match="NaN or infinite log-rates"):
-            submission.predict_task(constant(value), recording, TS2[1])
+            bwb_submission.predict_task(constant(value), recording, TS2[1])
     with pytest.raises(ValueError, match="returned shape"):
-        submission.predict_task(lambda counts, *_: counts[:, :5], recording, TS2[1])
+        bwb_submission.predict_task(lambda counts, *_: counts[:, :5], recording, TS2[1])
 
 
 # -------------------------------------------------------------------------------- behaviour
@@ -250,7 +250,7 @@ def test_decoder_of_counts_is_a_poisson_regression():
     x = rng.normal(size=(60, 7))
     x -= x.mean(axis=0)
     counts = rng.poisson(np.exp(x[:, :3]))
-    fits = submission.poisson_regressions(x, counts, [10.0, 1.0])
+    fits = bwb_submission.poisson_regressions(x, counts, [10.0, 1.0])
     for alpha, (offset, weights) in zip([10.0, 1.0], fits, strict=True):
         for t in range(3):
             exposure = np.full(60, np.exp(offset[t]))
@@ -259,12 +259,12 @@ def test_decoder_of_counts_is_a_poisson_regression():
             theirs.fit(x, counts[:, t] / exposure, sample_weight=exposure)
             np.testing.assert_allclose(weights[:, t], theirs.coef_, atol=2e-3)
     x_test = np.vstack([rng.normal(size=(20, 7)), np.full((1, 7), 1e4)])
-    found = submission.decode_counts(x, x_test, counts)
+    found = bwb_submission.decode_counts(x, x_test, counts)
     assert found.shape == (21, 3) and np.exp(found.max()) <= counts.max() + 1 + 1e-9
     true = rng.poisson(np.exp(x_test[:20, :3]))
-    guess = benchmark.poisson_scores([(found[:20, :, None], true[:, :, None])])
+    guess = bwb_tasks.poisson_scores([(found[:20, :, None], true[:, :, None])])
     assert guess["poisson_d2"] > 0.1
-    silent = submission.decode_counts(x, x_test, np.zeros((60, 3)))
+    silent = bwb_submission.decode_counts(x, x_test, np.zeros((60, 3)))
     assert np.isfinite(silent).all() and silent.max() < -4
 
 
@@ -273,29 +273,31 @@ def test_decoders_of_traces_and_classes():
     x, x_test = rng.normal(size=(80, 5)), rng.normal(size=(30, 5))
     weights = rng.normal(size=(5, 4))
     y, trusted = x @ weights, rng.random((80, 4)) < 0.7
-    whole = submission.decode_traces(x, x_test, y, np.ones((80, 4), dtype=bool))
-    np.testing.assert_allclose(whole, Ridge(alpha=0.1).fit(x, y).predict(x_test))
+    whole = bwb_submission.decode_traces(x, x_test, y, np.ones((80, 4), dtype=bool))
+    np.testing.assert_allclose(
+        whole, Ridge(alpha=bwb_submission.TRACE_PENALTIES[0]).fit(x, y).predict(x_test)
+    )
     spoiled = np.where(trusted, y, np.nan)  # what is not trusted is not looked at
-    part = submission.decode_traces(x, x_test, spoiled, trusted)
+    part = bwb_submission.decode_traces(x, x_test, spoiled, trusted)
     assert r2_score((x_test @ weights).ravel(), part.ravel()) > 0.7
     labels = (x[:, 0] > 0.8) * 3
-    found = submission.decode_classes(x, x_test, labels, 5)
-    assert found.shape == (30, 5) and (found[:, [1, 2, 4]] == submission.LOWEST).all()
-    assert benchmark.mean_recall(found.argmax(axis=1), (x_test[:, 0] > 0.8) * 3) > 0.8
+    found = bwb_submission.decode_classes(x, x_test, labels, 5)
+    assert found.shape == (30, 5) and (found[:, [1, 2, 4]] == bwb_submission.LOWEST).all()
+    assert bwb_tasks.mean_recall(found.argmax(axis=1), (x_test[:, 0] > 0.8) * 3) > 0.8
 
 
 def test_a_behaviour_that_is_absent_or_too_rare(tmp_path):
     path = tmp_path / "s.h5"
     write_session(path, filtering="all_units", **SMALL, leave_out=("licks", "paws"))
     recording, smooth = read(path), fitted(path)
-    assert submission.predict_task(smooth, recording, "ts1-licking_rate") is None
+    assert bwb_submission.predict_task(smooth, recording, "ts1-licking_rate") is None
     assert truth(recording, "ts1-left_paw_speed") is None
     with pytest.raises(SessionError, match=r"ts1-stimulus_contrast: classes .* leave the task out"):
-        submission.predict_task(smooth, recording, "ts1-stimulus_contrast")
-    paths = submission.export(smooth, [path], tmp_path / "p", "x", tasks=["ts1-wheel_speed",
+        bwb_submission.predict_task(smooth, recording, "ts1-stimulus_contrast")
+    paths = bwb_submission.export(smooth, [path], tmp_path / "p", "x", tasks=["ts1-wheel_speed",
                               "ts1-licking_rate"])  # fmt: skip
     assert [p.parts[-3] for p in paths] == ["ts1-wheel_speed"]
-    assert submission.check(tmp_path / "p", [path], deterministic=True) == []
+    assert bwb_submission.check(tmp_path / "p", [path], deterministic=True) == []
 
 
 # ------------------------------------------------------------------------- the scorer's word
@@ -307,13 +309,13 @@ def scored(exported, simulated, tmp_path_factory):
     ts1 = pytest.importorskip("ibl_bwb_eval.scoring.ts1", reason=NO_SCORER)
     ts2 = pytest.importorskip("ibl_bwb_eval.scoring.ts2", reason=NO_SCORER)
     folder = tmp_path_factory.mktemp("truth")
-    submission.write_truth(simulated, folder)
+    bwb_submission.write_truth(simulated, folder)
     theirs = ts1.score_dir(exported[0], folder) | ts2.score_dir(exported[0], folder)
     return folder, {key[1:]: value for key, value in theirs.items()}
 
 
 def test_scores_are_the_scorers(exported, simulated, scored):
-    ours, (_, theirs) = submission.score(exported[0], simulated), scored
+    ours, (_, theirs) = bwb_submission.score(exported[0], simulated), scored
     assert ours.keys() == theirs.keys() and len(ours) == 3 * len(TASKS)
     for key, scores in ours.items():
         for metric, value in scores.items():
@@ -375,7 +377,7 @@ def test_the_scorers_ids_and_seeds(exported):
     rows = load_file(path)["unit_ids"]
     encoded = ids.encode_entity_ids(ids.decode_entity_ids(torch.from_numpy(rows)))
     np.testing.assert_array_equal(encoded, rows)
-    assert (submission.FIRST_SEED, submission.SCORER) == (EVAL_SEEDS[0], __version__)
+    assert (bwb_submission.FIRST_SEED, bwb_submission.SCORER) == (EVAL_SEEDS[0], __version__)
 
 
 def test_what_the_scorer_lets_pass(exported, scored, tmp_path):
@@ -458,19 +460,19 @@ def spoil(exported, simulated, tmp_path):
     def run(task, tensors=None, metadata=None):
         shutil.copytree(exported[0], folder)
         [path] = (folder / "toy" / task).glob("*/seed_44.safetensors")
-        with submission.safe_open(path, framework="np") as file:
+        with bwb_submission.safe_open(path, framework="np") as file:
             said = file.metadata()
         content = load_file(path)
         if tensors:
             tensors(content)
         save_file(content, path, metadata(said) if metadata else said)
-        return path, submission.check(folder, simulated)
+        return path, bwb_submission.check(folder, simulated)
 
     return run
 
 
 def test_good_predictions_pass(exported, simulated):
-    assert submission.check(exported[0], simulated) == []
+    assert bwb_submission.check(exported[0], simulated) == []
 
 
 def test_windows_of_numpy_are_others(simulated):
@@ -529,7 +531,7 @@ def test_the_check_compares_files(exported, simulated, tmp_path):
     toy, session = folder / "toy", read(simulated[0]).name
 
     def findings(**options):
-        return submission.check(folder, simulated, **options)
+        return bwb_submission.check(folder, simulated, **options)
 
     (toy / "ts1-choice" / "notes.txt").write_text("mine")
     (toy / "ts2-all").mkdir()
@@ -563,15 +565,15 @@ def test_the_check_compares_files(exported, simulated, tmp_path):
     assert any(f"{toy / 'ts1-reward' / 'another'}" in f and "no session file" in f for f in found)
     (toy / "ts1-wheel_speed" / session).rename(toy / "ts1-wheel_speed" / "gone")
     with pytest.raises(ValueError, match=r"is not ready to be uploaded:\n- .*\n- "):
-        submission.pack(folder, "toy", tmp_path / "x.zip", simulated)
+        bwb_submission.pack(folder, "toy", tmp_path / "x.zip", simulated)
     assert not (tmp_path / "x.zip").exists()
-    assert "holds no predictions" in submission.check(tmp_path / "nothing", simulated)[0]
+    assert "holds no predictions" in bwb_submission.check(tmp_path / "nothing", simulated)[0]
 
 
 def test_a_session_without_predictions(exported, simulated, tmp_path):
     write_session(tmp_path / "other.h5", seed=9, filtering="all_units", **SMALL,
                   leave_out=("licks",))  # fmt: skip
-    found = submission.check(exported[0], [*simulated, tmp_path / "other.h5"])
+    found = bwb_submission.check(exported[0], [*simulated, tmp_path / "other.h5"])
     missing = {f.split("/")[-2] for f in found if "no predictions for this session" in f}
     assert missing == set(TS1) - {"ts1-licking_rate"} and len(found) == len(missing)
 
@@ -607,7 +609,7 @@ def test_from_session_files_to_the_zip(tmp_path, simulated, capsys):
         assert packed.testzip() is None
     ids = {task: read(files[task in TS2]).name for task in ["ts1-choice", "ts1-licking_rate", *TS2]}
     assert names == sorted(f"mtm-1/{t}/{i}/seed_43.safetensors" for t, i in ids.items())
-    scores = submission.score(tmp_path / "out" / "predictions", files)
+    scores = bwb_submission.score(tmp_path / "out" / "predictions", files)
     assert len(scores) == 4 and json.dumps([*scores.values()])
 
     def error(*arguments):
@@ -635,9 +637,9 @@ def test_a_model_with_other_bins_is_refused(simulated):
     config = mtm.MtMConfig.from_depth(1, n_bins=100)
     model = mtm.MtM(config, {recording.name: len(recording.units)})
     with pytest.raises(SessionError, match="takes 100 bins of 0.02 s.*--align ts2"):
-        submission.predict_task(model, recording, TS2[0])
+        bwb_submission.predict_task(model, recording, TS2[0])
     with pytest.raises(ValueError, match="label 'a/b': use letters"):
-        submission.export(fitted(simulated[0]), simulated, ".", "a/b")
+        bwb_submission.export(fitted(simulated[0]), simulated, ".", "a/b")
 
 
 DAMAGED = {
