@@ -46,9 +46,10 @@ LAGS = {
 }
 """Which of those windows ridge regressions may look at; one of them is chosen."""
 PAST = ((0, 0), (1, 2), (3, 6), (7, 14), (0, None))  # windows: bins back from the last known one
-COMPONENTS = (0, 4, 16)  # of the population, whose past forward prediction may look at
-RANKS = (8, 24)  # numbers of latents
-STEPS = 25  # of L-BFGS at each penalty of the low-rank GLM
+COMPONENTS = (4, 16, 32)  # of the population, whose past forward prediction may look at
+RANKS = (8, 32)  # numbers of latents
+BURST = 6.0  # largest input
+STEPS = 40  # of L-BFGS at each penalty of the low-rank GLM
 VOTES = 5  # spikes to expect on the validation trials from a neuron whose score counts there
 
 
@@ -127,6 +128,11 @@ def windows(
     return torch.stack(rows).to(dtype)
 
 
+def residuals(counts: Tensor, rates: Tensor, scale: Tensor) -> Tensor:
+    """Counts (K, T, N) as inputs: what is above the rates (T, N), scaled; bursts are cut."""
+    return ((counts - rates) / scale).clamp(max=BURST)
+
+
 def principal(x: Tensor, n: int) -> Tensor:
     """The n directions (N, n) of most covariance between a bin and the bins around it."""
     around = windows(x.shape[1], ((1, 3),)).to(x.dtype)[0] @ x
@@ -141,6 +147,7 @@ class _Data:
     Attributes:
         rates: (T, N) PSTH, counts a bin.
         null: (N,) log of the mean count.
+        most: (N,) largest count of a bin in training.
         scale: (N,) by which residuals are divided.
         codes: (N,) region; a neuron without a label is a region by itself.
         regions: the members of each labelled region.
@@ -155,6 +162,8 @@ class _Data:
         self.rates = torch.from_numpy(np.exp(psth(session, split_seed)[0])).to(dtype)
         self.null = torch.from_numpy(metrics.log_mean(session.counts[split.train])).to(dtype)
         mean = self.null.exp()
+        most = session.counts[split.train].max(axis=(0, 1))
+        self.most = torch.from_numpy(most).to(dtype).clamp(min=1)
         self.scale = (mean + mean.mean()).sqrt()  # the second: a rare spike is no huge input
         codes = torch.from_numpy(session.region_codes)
         self.labelled = codes >= 0
@@ -164,7 +173,9 @@ class _Data:
         self.unsorted = torch.cat(members).argsort()  # from sorted by region to as recorded
         parts = {"train": split.train, "val": split.val}
         self.counts = {p: torch.from_numpy(session.counts[i]).to(dtype) for p, i in parts.items()}
-        self.inputs = {part: (c - self.rates) / self.scale for part, c in self.counts.items()}
+        self.inputs = {
+            part: residuals(c, self.rates, self.scale) for part, c in self.counts.items()
+        }
 
     def seen(self, scheme: str, neurons: Tensor) -> Tensor:
         """Which neurons each of ``neurons`` (B,) is predicted from, (B, N) bool."""
@@ -180,46 +191,50 @@ class _Data:
 
 
 class Link(NamedTuple):
-    """From predicted changes to log-rates.
+    """From predicted changes to log-rates, none above the largest count in training.
 
     With a ``gain``, changes are counts: log of max(rates + gain * delta, floor * rates). Without,
     they are of the log-rate.
     """
 
     rates: Tensor  # (T, N), or as delta
+    most: Tensor  # (N,)
     gain: Tensor | None = None  # (N,)
     floor: float = 0.0
 
     def __call__(self, delta: Tensor, neurons: Tensor | None = None) -> Tensor:
         """Of delta (..., N), or (B, T) for ``neurons`` (B,)."""
-        rates = self.rates if neurons is None else self.rates.T[neurons]
-        if self.gain is None:
-            return rates.log() + delta
-        gain = self.gain if neurons is None else self.gain[neurons, None]
-        return torch.maximum(rates + gain * delta, self.floor * rates).log()
+        rates, most, gain = self.rates, self.most, self.gain
+        if neurons is not None:
+            rates, most = rates.T[neurons], most[neurons, None]
+            gain = None if gain is None else gain[neurons, None]
+        if gain is None:
+            return torch.minimum(rates.log() + delta, most.log())
+        return torch.minimum(torch.maximum(rates + gain * delta, self.floor * rates), most).log()
 
 
-Tuned = tuple[float, Tensor | None, float]  # score, gain, floor
+Tuned = tuple[float, Link]  # score, and what it was reached with
 
 
-def tune_gain(delta: Tensor, rates: Tensor, counts: Tensor, null: Tensor) -> Tuned:
+def tune_gain(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> Tuned:
     """Gain and floor of counts predicted linearly; the gain may be smaller at low rates."""
-    mean, best = null.exp(), (-np.inf, null, 0.2)
+    mean, best = null.exp(), (-np.inf, link._replace(floor=0.2))
 
-    def tried(gain: Tensor, floor: float) -> Tuned:
-        return _bits(Link(rates, gain, floor)(delta), counts, null), gain, floor
+    def tried(**changes: Any) -> Tuned:
+        found = best[1]._replace(**changes)
+        return _bits(found(delta), counts, null), found
 
     for prior in (0.0, 0.03, 0.1, 0.3, 1.0):  # of the population's mean count
         for strength in (0.6, 0.8, 1.0, 1.25, 1.6):
             gain = strength * mean / (mean + prior * mean.mean())
-            best = max(best, tried(gain, best[-1]), key=lambda found: found[0])
-    others = (tried(best[1], floor) for floor in (0.05, 0.1, 0.3, 0.5))
+            best = max(best, tried(gain=gain), key=lambda found: found[0])
+    others = [tried(floor=floor) for floor in (0.05, 0.1, 0.3, 0.5)]
     return max(best, *others, key=lambda found: found[0])
 
 
-def keep_log(delta: Tensor, rates: Tensor, counts: Tensor, null: Tensor) -> Tuned:
+def keep_log(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> Tuned:
     """The score of changes of the log-rate, which need no more."""
-    return _bits(Link(rates)(delta), counts, null), None, 0.0
+    return _bits(link(delta), counts, null), link
 
 
 # ------------------------------------------------------ ridge: neurons from other neurons
@@ -297,7 +312,7 @@ class _Linear:
     link: Link
 
     def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
-        inputs = (counts - self.rates) / self.scale
+        inputs = residuals(counts, self.rates, self.scale)
         if neurons is None:
             parts = torch.stack([inputs @ self.weights[:, i] for i in range(len(self.windows))])
             return self.link((self.windows[:, None] @ parts).sum(0))
@@ -315,10 +330,10 @@ def _fit_linear(data: _Data) -> Iterator[tuple[str, _Linear, str, float]]:
     best: dict[str, tuple] = {}
     for name in LAGS:
         _try_lags(data, name, best)
-    for scheme, (score, gain, floor, weights, ops, name, penalty) in best.items():
+    for scheme, (score, link, weights, ops, name, penalty) in best.items():
         weights = weights.view(data.n_neurons, -1, data.n_neurons)
-        found = _Linear(data.rates, data.scale, ops, weights, Link(data.rates, gain, floor))
-        yield scheme, found, f"{name}; penalty {penalty:.3g}; floor {floor:g}", score
+        found = _Linear(data.rates, data.scale, ops, weights, link._replace(rates=data.rates))
+        yield scheme, found, f"{name}; penalty {penalty:.3g}; floor {link.floor:g}", score
 
 
 def _try_lags(data: _Data, name: str, best: dict[str, tuple]) -> None:
@@ -326,16 +341,17 @@ def _try_lags(data: _Data, name: str, best: dict[str, tuple]) -> None:
     ops, n_lags = windows(data.n_bins, AROUND)[LAGS[name]], len(LAGS[name])
     x, counts = data.inputs["train"], data.counts["val"]
     gram = cross = torch.zeros(())
-    for some in x.split(64):  # all trials' features might not fit into memory
-        phi = features(some, ops)
-        gram, cross = gram + phi.T @ phi, cross + phi.T @ (some * data.scale).flatten(0, 1)
-    phi, rates = features(data.inputs["val"], ops), data.rates.repeat(len(counts), 1)
+    targets = data.counts["train"] - data.rates
+    for some, target in zip(x.split(64), targets.split(64), strict=True):
+        phi = features(some, ops)  # of all trials, they might not fit into memory
+        gram, cross = gram + phi.T @ phi, cross + phi.T @ target.flatten(0, 1)
+    phi, link = features(data.inputs["val"], ops), Link(data.rates, data.most)
 
     @cache
     def scores(penalty: float) -> dict[str, float]:
         found = {}
         for scheme, weights in linear_maps(gram, cross, penalty, n_lags, data).items():
-            tuned = tune_gain(phi @ weights, rates, counts.flatten(0, 1), data.null)
+            tuned = tune_gain((phi @ weights).view_as(counts), link, counts, data.null)
             found[scheme] = tuned[0]
             if scheme not in best or tuned[0] > best[scheme][0]:
                 best[scheme] = (*tuned, weights, ops, name, penalty)
@@ -375,19 +391,23 @@ class _LowRank:
             directions = principal(x[..., members], rank // 2).repeat_interleave(2, 1)
             inputs[members, : directions.shape[1]] = 0.1 * directions
         zeros = torch.zeros(rank, data.n_neurons), torch.zeros(data.n_neurons)
-        learned = (inputs.requires_grad_(), filters, *(x.requires_grad_() for x in zeros))
         ops = windows(data.n_bins, AROUND).float()
-        return cls(data, scheme, data.rates, ops, *learned)
+        return cls(data, scheme, data.rates, ops, inputs, filters, *zeros)
 
-    def loss(self, penalty: float) -> Tensor:
-        """Negative log-likelihood of the training trials, plus the penalty."""
-        log_rates = Link(self.rates)(self.delta(self.data.inputs["train"]))
-        nll = (log_rates.exp() - self.data.counts["train"] * log_rates).sum()
-        return nll + penalty / 2 * (self.inputs.square().sum() + self.outputs.square().sum())
+    def descend(self, penalty: float) -> float:
+        """Loss of the training trials and its gradient, which is added to the learned ones'."""
+        x, counts = self.data.inputs["train"], self.data.counts["train"]
+        log_rates = self.rates.log() + self.delta(x)
+        with torch.no_grad():
+            rates = log_rates.exp()
+            nll = float(rates.sum() - torch.dot(counts.flatten(), log_rates.flatten()))
+        squares = penalty / 2 * (self.inputs.square().sum() + self.outputs.square().sum())
+        torch.autograd.backward([log_rates, squares], [rates - counts, None])
+        return nll + float(squares.detach())
 
     def score(self) -> float:
         """Bits per spike on validation trials."""
-        log_rates = Link(self.rates)(self.delta(self.data.inputs["val"]))
+        log_rates = Link(self.rates, self.data.most)(self.delta(self.data.inputs["val"]))
         return _bits(log_rates, self.data.counts["val"], self.data.null)
 
     def frozen(self) -> _LowRank:
@@ -429,7 +449,7 @@ class _LowRank:
         return full - self.regional(x) - alone
 
     def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
-        x, link = (counts - self.rates) / self.data.scale, Link(self.rates)
+        x, link = residuals(counts, self.rates, self.data.scale), Link(self.rates, self.data.most)
         if neurons is None:
             return link(self.delta(x))
         x = x * self.data.seen(self.scheme, neurons)[:, None]
@@ -447,9 +467,9 @@ def _fit_low_rank(
     """
     filters = torch.zeros(len(AROUND), rank)
     filters[:-1, ::2], filters[-1, 1::2] = 1.0, 1.0  # half of them begin fast, half slow
-    filters = (filters + 0.1).requires_grad_()
-    maps = [_LowRank.start(data, scheme, rank, filters) for data in sessions]
-    learned = [filters, *(p for m in maps for p in (m.inputs, m.outputs, m.bias))]
+    maps = [_LowRank.start(data, scheme, rank, filters + 0.1) for data in sessions]
+    learned = [maps[0].filters, *(x for m in maps for x in (m.inputs, m.outputs, m.bias))]
+    learned = [x.clone().requires_grad_() for x in learned]
     best: tuple = ([-np.inf],)
     while penalty > 0.1:
         _descend(maps, learned, penalty)
@@ -463,19 +483,26 @@ def _fit_low_rank(
 
 
 def _descend(maps: Sequence[_LowRank], learned: Sequence[Tensor], penalty: float) -> None:
-    """Some steps of L-BFGS on the loss of all sessions."""
+    """Some steps of L-BFGS on the loss of all sessions.
+
+    ``learned`` has the filters, and each map's inputs, outputs and bias. Of the last two, neurons
+    of low rate learn with larger steps, as their rates weigh less in the loss.
+    """
     optimizer = torch.optim.LBFGS(
         learned, max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe"
     )
 
-    def closure() -> Tensor:
+    def closure() -> float:
         optimizer.zero_grad()
-        total = torch.zeros((), dtype=torch.float64)
-        for model in maps:
-            loss = model.loss(penalty)
-            loss.backward()
-            total += loss.detach()
-        return total
+        loss = 0.0
+        for i, model in enumerate(maps):
+            inputs, outputs, bias = learned[1 + 3 * i : 4 + 3 * i]
+            mean = model.data.null.exp()
+            even = (mean.mean() / (mean + 0.1 * mean.mean())).sqrt()
+            model.filters, model.inputs = learned[0], inputs
+            model.outputs, model.bias = outputs * even, bias * even
+            loss += model.descend(penalty)
+        return loss
 
     optimizer.step(closure)
 
@@ -497,35 +524,31 @@ class _Forward:
     link: Link
 
     def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
-        x = (counts - self.rates) / self.scale
+        x = residuals(counts, self.rates, self.scale)
         horizons, n_bins = len(self.own), counts.shape[1]
         bins = torch.arange(n_bins, device=x.device)
         known = torch.minimum(bins, first[:, None])  # (B, T): bins before this one are known
         ahead = (bins - known).clamp(max=horizons - 1)  # (B, T)
         trial = torch.arange(len(x), device=x.device)[:, None]
-        pick = slice(None) if neurons is None else neurons
 
         def at_origin(features: Tensor) -> Tensor:
             """(B, T, ...) of the last known bin of each target; zeros where none is known."""
             none = torch.zeros_like(features[:, :1])
             return torch.cat([none, features], 1)[trial, known]
 
-        shown = x if neurons is None else x[trial[:, 0], :, neurons][..., None]
-        population = _population_past(x, self.components, self.windows)
-        population = at_origin(population)
+        population = at_origin(_population_past(x, self.components, self.windows))
         if neurons is None:
             delta = self.bias[ahead]
-            for i, window in enumerate(self.windows):
-                delta = delta + at_origin(window @ shown) * self.own[ahead, i]
-            for h in range(horizons):
-                there = ahead == h
-                delta[there] += population[there] @ self.population[h]
+            for own, window in zip(self.own.unbind(1), self.windows, strict=True):
+                delta = delta + at_origin(window @ x) * own[ahead]
+            for h, weights in enumerate(self.population):
+                delta[ahead == h] += population[ahead == h] @ weights
             return self.link(delta)
-        own = self.own[:, :, pick].permute(2, 0, 1)[trial, ahead]  # (B, T, L)
-        weights = self.population[:, :, pick].permute(2, 0, 1)[trial, ahead]  # (B, T, C L)
-        past = torch.stack([at_origin(window @ shown)[..., 0] for window in self.windows], -1)
-        delta = (past * own).sum(-1) + (population * weights).sum(-1)
-        return self.link(delta + self.bias.T[pick][trial, ahead], neurons)
+        past = torch.einsum("lts,bs->btl", self.windows, x[trial[:, 0], :, neurons])
+        inputs = torch.cat([at_origin(past), population], -1)  # (B, T, L + C L)
+        weights = torch.cat([self.own, self.population], 1)[:, :, neurons]  # (H, L + C L, B)
+        delta = (inputs * weights.permute(2, 0, 1)[trial, ahead]).sum(-1)
+        return self.link(delta + self.bias.T[neurons][trial, ahead], neurons)
 
 
 def _population_past(x: Tensor, components: Tensor, windows: Tensor) -> Tensor:
@@ -569,12 +592,12 @@ def _fit_forward(
     for n in COMPONENTS:
         middle = (horizons + 1) // 2
         best.append(_try_components(data, directions[:, :n], middle, solve, tune))
-    (score, gain, floor), penalty, components = max(best, key=lambda found: found[0][0])
+    (score, link), penalty, components = max(best, key=lambda found: found[0][0])
     solved = [solve(_past(data, "train", components, h + 1), penalty) for h in range(horizons)]
     maps = (torch.stack(parts) for parts in zip(*solved, strict=True))
     ops = windows(data.n_bins, PAST, past=True, dtype=data.rates.dtype)
     text = f"{components.shape[1]} components of the population; penalty {penalty:.3g}"
-    link = Link(data.rates, gain, floor)
+    link = link._replace(rates=data.rates)
     return _Forward(data.rates, data.scale, components, ops, *maps, link), text, score
 
 
@@ -586,7 +609,8 @@ def _try_components(
 
     @cache
     def tuned(penalty: float) -> Tuned:
-        return tune(regress(val, solve(train, penalty)), val.rates, val.counts, data.null)
+        link = Link(val.rates, data.most)
+        return tune(regress(val, solve(train, penalty)), link, val.counts, data.null)
 
     penalty = climb(lambda penalty: tuned(penalty)[0], 300.0)
     return tuned(penalty), penalty, components
@@ -766,7 +790,7 @@ class PSTH(Baseline):
 
     def _fit(self, sessions: list[_Data]) -> None:
         for data in sessions:
-            counts, link = data.counts["val"], Link(data.rates)
+            counts, link = data.counts["val"], Link(data.rates, data.most)
             score = _bits(link(torch.zeros_like(counts)), counts, data.null)
             for scheme in MTM_SCHEMES:
                 self._keep(data.name, scheme, partial(_unmoved, link), "", score)

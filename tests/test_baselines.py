@@ -39,6 +39,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "RANKS", (6,))
         patch.setattr(baselines, "STEPS", 12)
+        patch.setattr(baselines, "COMPONENTS", (4,))
         yield
 
 
