@@ -395,12 +395,18 @@ class _LowRank:
         return cls(data, scheme, data.rates, ops, inputs, filters, *zeros)
 
     def descend(self, penalty: float) -> float:
-        """Loss of the training trials and its gradient, which is added to the learned ones'."""
+        """Loss of the training trials and its gradient, which is added to the learned ones'.
+
+        Above the largest count the rate grows linearly with its logarithm, so that no step of a
+        line search is infinitely bad.
+        """
         x, counts = self.data.inputs["train"], self.data.counts["train"]
         log_rates = self.rates.log() + self.delta(x)
         with torch.no_grad():
-            rates = log_rates.exp()
-            nll = float(rates.sum() - torch.dot(counts.flatten(), log_rates.flatten()))
+            bounded = torch.minimum(log_rates, self.data.most.log())
+            rates = bounded.exp()
+            total = torch.dot(rates.flatten(), (log_rates - bounded + 1).flatten())
+            nll = float(total - torch.dot(counts.flatten(), log_rates.flatten()))
         squares = penalty / 2 * (self.inputs.square().sum() + self.outputs.square().sum())
         torch.autograd.backward([log_rates, squares], [rates - counts, None])
         return nll + float(squares.detach())
@@ -463,22 +469,26 @@ def _fit_low_rank(
 ) -> tuple[list[float], float, list[_LowRank]]:
     """Scores, penalty and a map for each session, trained together.
 
-    From a strong ``penalty`` on, each half as strong starts where the last one ended.
+    From ``penalty`` on, each half as strong starts where the last one ended, until one is worse.
+    Where the first was best, all begins anew with a stronger one.
     """
     filters = torch.zeros(len(AROUND), rank)
     filters[:-1, ::2], filters[-1, 1::2] = 1.0, 1.0  # half of them begin fast, half slow
     maps = [_LowRank.start(data, scheme, rank, filters + 0.1) for data in sessions]
     learned = [maps[0].filters, *(x for m in maps for x in (m.inputs, m.outputs, m.bias))]
     learned = [x.clone().requires_grad_() for x in learned]
-    best: tuple = ([-np.inf],)
+    best, first = ([-np.inf],), penalty
     while penalty > 0.1:
         _descend(maps, learned, penalty)
         with torch.no_grad():
             scores = [model.score() for model in maps]
-        if np.mean(scores) < np.mean(best[0]):
+        if np.mean(scores) < np.mean(best[0]) + 1e-4:
             break
         best = (scores, penalty, [model.frozen() for model in maps])
         penalty /= 2
+    if best[1] == first < 1e6:
+        stronger = _fit_low_rank(sessions, scheme, rank, 4 * first)
+        best = max(best, stronger, key=lambda found: np.mean(found[0]))
     return best
 
 
@@ -831,16 +841,21 @@ class LowRankGLM(Baseline):
     dtype = torch.float32
 
     def _fit(self, sessions: list[_Data]) -> None:
+        spikes = sum(float(data.counts["train"].sum()) for data in sessions)
+        penalty, ranks = 2.0 ** round(np.log2(2 * max(spikes, 1) ** 0.5)), RANKS
         for scheme in ("neuron", "inter-region", "intra-region"):
             some = [data for data in sessions if data.regions or scheme == "neuron"]
-            best, penalty = ([-np.inf],), 1024.0
-            for rank in RANKS if some else ():
+            best: tuple = ([-np.inf],)
+            for rank in ranks if some else ():
                 scores, penalty, maps = _fit_low_rank(some, scheme, rank, penalty)
                 if np.mean(scores) > np.mean(best[0]):
-                    best = (scores, f"rank {rank}; penalty {penalty:g}", maps)
+                    best = (scores, maps, rank, f"rank {rank}; penalty {penalty:g}")
                 penalty *= 2
-            for data, score, found in zip(some, best[0], best[-1], strict=bool(some)):
-                self._keep(data.name, scheme, found, best[1], score)
+            if some:
+                scores, maps, rank, text = best
+                ranks = (rank,)  # what serves the first scheme serves all
+                for data, score, found in zip(some, scores, maps, strict=True):
+                    self._keep(data.name, scheme, found, text, score)
         for data in sessions:
             self._keep(data.name, "causal", *_fit_forward(data, poisson_regression, keep_log))
 
