@@ -12,6 +12,7 @@ Read the package in this order, one idea a file::
     predict     one interface for whatever fills in hidden activity
     evaluate    the four activity tasks, into a Report
     report      scores, neuron by neuron, and what is said of them
+    regression  spike counts from spike counts: ridge, Poisson, low rank
     baselines   what a user would otherwise pick, behind the same interface
     decode      choice and continuous behaviour from predicted activity
     hub         save, load and share models; read the authors' checkpoints
