@@ -121,8 +121,8 @@ class Baseline:
 
         Args:
             counts: (B, T, N); hidden entries count as 0.
-            scheme: one of :attr:`schemes`. "causal" predicts each bin from those before the first
-                that is hidden, and from those before itself; the others, each neuron from those
+            scheme: one of :attr:`schemes`. "causal" predicts each bin from those before it, and
+                before the first that is hidden whole; the others, each neuron from those
                 it may see, the trial over.
             mask: what is hidden.
             session: name of a session it was fitted on.
@@ -152,7 +152,7 @@ class Baseline:
                 f"{type(self).__name__} has no {scheme!r} predictions of session {session!r}; it "
                 f"has: {', '.join(known)}"
             )
-        hidden = mask.hidden.any(-1)
+        hidden = mask.hidden.all(-1)  # (B, T); where some are visible, the hidden pass for silent
         first = torch.where(hidden.any(1), hidden.int().argmax(1), counts.shape[1])
         shown = counts.to(self.dtype).masked_fill(mask.hidden, 0)
         return self.maps[session, scheme](shown, neurons, first).float()

@@ -183,6 +183,13 @@ def test_with_nothing_hidden_no_entry_sees_itself(fitted, small, name, scheme):
             torch.testing.assert_close(after[..., n], before[..., n], rtol=0, atol=2e-5)
 
 
+def test_one_region_is_enough_to_look_ahead(fitted, small):
+    counts, mask = shown(small[0], np.arange(3), small[0].region_codes != 2)
+    for name in ("ridge", "glm"):
+        predicted = fitted[name].predict(counts, "causal", mask, small[0].name)
+        assert (predicted.std(0) > 0)[1:, small[0].region_codes == 2].all()
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ["psth", "ridge", "glm"])
 def test_one_neuron_is_that_column(fitted, small, name, scheme):
