@@ -659,7 +659,7 @@ def ridge_regression(past: Past, penalty: float) -> Coefficients:
     return weights[:n_own], weights[n_own:], own.new_zeros(n)
 
 
-def poisson_regression(past: Past, penalty: float, steps: int = 60) -> Coefficients:
+def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficients:
     """Poisson regressions of all neurons, log-rate = log(rates) + inputs: one convex problem.
 
     Minimises the summed negative log-likelihood plus penalty / 2 times the squared weights; the
@@ -668,7 +668,9 @@ def poisson_regression(past: Past, penalty: float, steps: int = 60) -> Coefficie
     own, shared, counts = past.own, past.population, past.counts
     offset = past.rates.log()
     shape = (own.shape[0] + shared.shape[1] + 1, own.shape[2])
-    root = (past.rates.sum(0) + penalty).sqrt()  # about the curvature: makes neurons alike
+    ones = own.new_ones(1, shape[1])
+    power = torch.cat([own.square().mean(1), shared.square().mean(0)[:, None] * ones, ones])
+    root = (power * past.rates.sum(0) + penalty).sqrt()  # of about the curvature
     scaled = own.new_zeros(shape).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [scaled], max_iter=steps, history_size=20, tolerance_change=1e-10,
