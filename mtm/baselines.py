@@ -9,654 +9,50 @@ temporal NDT1            our model, trained with temporal masking alone
 random-token NDT2        our model of patches, trained with random-token masking alone
 =======================  =======================================================================
 
-All are fitted on the training trials, and every choice (widths, windows, penalties, ranks) is the
-one with most bits per spike on the validation trials. A neuron is predicted from what its task
-leaves visible: one map, with zeros where a neuron may not look, serves all neurons at once.
-
-Inputs are counts minus the PSTH, over about the root of the neuron's mean count; sums over windows
-of bins are divided by the root of the window's size. Noise then weighs the same in every input.
+All learn from training trials alone, and what is to be chosen is chosen on validation trials. The
+regressions themselves are in ``mtm.regression``.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mtm import metrics
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.model import MtMConfig
-from mtm.predict import forward_bins
+from mtm.regression import (
+    Data,
+    Link,
+    bits,
+    fit_forward,
+    fit_linear,
+    fit_low_rank,
+    keep_log,
+    poisson_regression,
+    psth,
+    ridge_regression,
+    tune_gain,
+)
 from mtm.session import Session, SessionError
 from mtm.train import Fit, fit
 
-WIDTHS = (0.0, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # s.d. of the smoothing of PSTHs, bins
-PRIORS = (3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e9)  # spikes that the mean counts as, in a PSTH
-AROUND = ((0, 0), (1, 1), (2, 3), (4, 7), (0, None))  # windows: distances in bins, None: the trial
-LAGS = {
-    "same bin and trial": [0, 4],
-    "up to 1 bin and trial": [0, 1, 4],
-    "up to 7 bins and trial": [0, 1, 2, 3, 4],
-}
-"""Which of those windows ridge regressions may look at; one of them is chosen."""
-PAST = ((0, 0), (1, 2), (3, 6), (7, 14), (0, None))  # windows: bins back from the last known one
-COMPONENTS = (0, 4, 16)  # of the population, whose past forward prediction may look at
-RANKS = (8, 24)  # numbers of latents
-STEPS = 25  # of L-BFGS at each penalty of the low-rank GLM
-VOTES = 5  # spikes to expect on the validation trials from a neuron whose score counts there
-
-
-# ---------------------------------------------------------------------------- what all share
-
-
-def psth(session: Session, split_seed: int = 0) -> np.ndarray:
-    """Log of the mean count of each bin over the training trials, (1, T, N).
-
-    Smoothed over time with a Gaussian, and shrunk to the neuron's mean the more, the fewer spikes
-    it fired; both by as much as predicts the validation trials best.
-    """
-    split = session.split(split_seed)
-    train, val = (torch.from_numpy(session.counts[part]).double() for part in split[:2])
-    null = torch.from_numpy(metrics.log_mean(session.counts[split.train]))
-    mean, spikes = null.exp(), train.sum((0, 1))
-    bins = torch.arange(session.n_bins).double()
-    distance = bins[:, None] - bins
-    best, found = -np.inf, null.expand(session.n_bins, -1)
-    for width in WIDTHS:
-        kernel = torch.exp(-0.5 * (distance / max(width, 1e-3)) ** 2)
-        smooth = kernel / kernel.sum(1, keepdim=True) @ train.mean(0)
-        for prior in PRIORS:
-            own = spikes / (spikes + prior)
-            log_rates = (mean + own * (smooth - mean)).log()
-            if (score := _bits(log_rates.expand_as(val), val, null)) > best:
-                best, found = score, log_rates
-    return found[None].numpy()
-
-
-def _bits(log_rates: Tensor, counts: Tensor, null: Tensor) -> float:
-    """Bits per spike over the null (N,), mean over neurons with enough spikes to expect."""
-    flat = (-1, counts.shape[-1])
-    log_rates, counts = log_rates.reshape(flat), counts.reshape(flat)
-    gain = (counts * (log_rates - null) - log_rates.exp() + null.exp()).sum(0)
-    spikes = counts.sum(0)
-    fired = spikes > 0
-    votes = fired & (null.exp() * len(counts) >= VOTES)
-    votes = votes if votes.any() else fired
-    return float((gain[votes] / spikes[votes]).mean() / metrics.LOG2) if votes.any() else 0.0
-
-
-def climb(score: Callable[[float], float], start: float, factor: float = 3.0) -> float:
-    """Of ``start * factor**k``, the value with the best score; ends where both sides are worse."""
-    scores = {0: score(start)}
-    for step in (1, -1):
-        k = max(scores, key=scores.__getitem__)
-        while abs(k) < 15 and k + step not in scores:
-            scores[k + step] = score(start * factor ** (k + step))
-            if scores[k + step] < scores[k] + 1e-5:
-                break
-            k += step
-    return start * factor ** max(scores, key=scores.__getitem__)
-
-
-def windows(
-    n_bins: int,
-    bounds: Sequence[tuple[int, int | None]],
-    past: bool = False,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """Sums over windows of bins as matrices, (L, T, T), each over the root of its size.
-
-    Args:
-        n_bins: T.
-        bounds: smallest and largest distance in bins; None = the whole trial.
-        past: of bins before and up to the present one only.
-    """
-    lag = torch.arange(n_bins)[:, None] - torch.arange(n_bins)  # row: where, column: from where
-    distance = lag if past else lag.abs()
-    rows = []
-    for low, high in bounds:
-        high = n_bins if high is None else high
-        size = (high - low + 1) * (1 if past else 2) - (not past and low == 0)
-        rows.append(((distance >= low) & (distance <= high)) / min(size, n_bins) ** 0.5)
-    return torch.stack(rows).to(dtype)
-
-
-def principal(x: Tensor, n: int) -> Tensor:
-    """The n directions (N, n) of most covariance between a bin and the bins around it."""
-    around = windows(x.shape[1], ((1, 3),)).to(x.dtype)[0] @ x
-    shared = x.flatten(0, 1).T @ around.flatten(0, 1)
-    _, vectors = torch.linalg.eigh((shared + shared.T).double())
-    return vectors.flip(1)[:, :n].to(x.dtype)
-
-
-class _Data:
-    """A session as the fits take it.
-
-    Attributes:
-        rates: (T, N) PSTH, counts a bin.
-        null: (N,) log of the mean count.
-        scale: (N,) by which residuals are divided.
-        codes: (N,) region; a neuron without a label is a region by itself.
-        regions: the members of each labelled region.
-        counts: part -> (K', T, N).
-        inputs: part -> (K', T, N) scaled residuals.
-    """
-
-    def __init__(self, session: Session, split_seed: int, dtype: torch.dtype) -> None:
-        split = session.split(split_seed)
-        _, self.n_bins, self.n_neurons = session.counts.shape
-        self.name = session.name
-        self.rates = torch.from_numpy(np.exp(psth(session, split_seed)[0])).to(dtype)
-        self.null = torch.from_numpy(metrics.log_mean(session.counts[split.train])).to(dtype)
-        mean = self.null.exp()
-        self.scale = (mean + mean.mean()).sqrt()  # the second: a rare spike is no huge input
-        codes = torch.from_numpy(session.region_codes)
-        self.labelled = codes >= 0
-        self.codes = torch.where(self.labelled, codes, len(codes) + torch.arange(len(codes)))
-        self.regions = [(codes == code).nonzero()[:, 0] for code in codes[self.labelled].unique()]
-        members = [*self.regions, (~self.labelled).nonzero()[:, 0]]
-        self.unsorted = torch.cat(members).argsort()  # from sorted by region to as recorded
-        parts = {"train": split.train, "val": split.val}
-        self.counts = {p: torch.from_numpy(session.counts[i]).to(dtype) for p, i in parts.items()}
-        self.inputs = {part: (c - self.rates) / self.scale for part, c in self.counts.items()}
-
-    def seen(self, scheme: str, neurons: Tensor) -> Tensor:
-        """Which neurons each of ``neurons`` (B,) is predicted from, (B, N) bool."""
-        same = self.codes == self.codes[neurons][:, None]
-        itself = torch.arange(self.n_neurons) == neurons[:, None]
-        return {"neuron": ~itself, "inter-region": ~same, "intra-region": same & ~itself}[scheme]
-
-    def without_trials(self) -> _Data:
-        """What is left when the trials are not needed any more."""
-        left = copy.copy(self)
-        left.counts = left.inputs = {}
-        return left
-
-
-class Link(NamedTuple):
-    """From predicted changes to log-rates.
-
-    With a ``gain``, changes are counts: log of max(rates + gain * delta, floor * rates). Without,
-    they are of the log-rate.
-    """
-
-    rates: Tensor  # (T, N), or as delta
-    gain: Tensor | None = None  # (N,)
-    floor: float = 0.0
-
-    def __call__(self, delta: Tensor, neurons: Tensor | None = None) -> Tensor:
-        """Of delta (..., N), or (B, T) for ``neurons`` (B,)."""
-        rates = self.rates if neurons is None else self.rates.T[neurons]
-        if self.gain is None:
-            return rates.log() + delta
-        gain = self.gain if neurons is None else self.gain[neurons, None]
-        return torch.maximum(rates + gain * delta, self.floor * rates).log()
-
-
-Tuned = tuple[float, Tensor | None, float]  # score, gain, floor
-
-
-def tune_gain(delta: Tensor, rates: Tensor, counts: Tensor, null: Tensor) -> Tuned:
-    """Gain and floor of counts predicted linearly; the gain may be smaller at low rates."""
-    mean, best = null.exp(), (-np.inf, null, 0.2)
-
-    def tried(gain: Tensor, floor: float) -> Tuned:
-        return _bits(Link(rates, gain, floor)(delta), counts, null), gain, floor
-
-    for prior in (0.0, 0.03, 0.1, 0.3, 1.0):  # of the population's mean count
-        for strength in (0.6, 0.8, 1.0, 1.25, 1.6):
-            gain = strength * mean / (mean + prior * mean.mean())
-            best = max(best, tried(gain, best[-1]), key=lambda found: found[0])
-    others = (tried(best[1], floor) for floor in (0.05, 0.1, 0.3, 0.5))
-    return max(best, *others, key=lambda found: found[0])
-
-
-def keep_log(delta: Tensor, rates: Tensor, counts: Tensor, null: Tensor) -> Tuned:
-    """The score of changes of the log-rate, which need no more."""
-    return _bits(Link(rates)(delta), counts, null), None, 0.0
-
-
-# ------------------------------------------------------ ridge: neurons from other neurons
-
-
-def without_own(inverse: Tensor, weights: Tensor, n_lags: int) -> Tensor:
-    """Ridge weights (N L, M) of M neurons, their own L features left out: exact.
-
-    ``inverse`` is A = (Phi'Phi + penalty I)^-1 and ``weights`` A Phi'Y. To hold block n of column
-    n at zero takes w - A[:, n] A[n, n]^-1 w[n].
-    """
-    n = weights.shape[1]
-    each = torch.arange(n)
-    blocks = inverse.view(n, n_lags, n, n_lags)[each, :, each]  # (N, L, L)
-    own = weights.view(n, n_lags, n)[each, :, each]  # (N, L)
-    shift = torch.linalg.solve(blocks, own)
-    left = weights - torch.einsum("fnl,nl->fn", inverse.view(-1, n, n_lags), shift)
-    left.view(n, n_lags, n)[each, :, each] = 0
-    return left
-
-
-def without_regions(
-    inverse: Tensor, weights: Tensor, n_lags: int, regions: Sequence[Tensor]
-) -> Tensor:
-    """As :func:`without_own` for whole regions; other columns stay as they are."""
-    left = weights.clone()
-    for members in regions:
-        block = (members[:, None] * n_lags + torch.arange(n_lags)).ravel()
-        shift = torch.linalg.solve(inverse[block][:, block], weights[block][:, members])
-        left[:, members] -= inverse[:, block] @ shift
-        left[block[:, None], members] = 0
-    return left
-
-
-def within_regions(
-    gram: Tensor, cross: Tensor, penalty: float, n_lags: int, regions: Sequence[Tensor]
-) -> Tensor:
-    """Ridge weights (N L, N) of each neuron from the others of its region."""
-    weights = torch.zeros_like(cross)
-    for members in regions:
-        block = (members[:, None] * n_lags + torch.arange(n_lags)).ravel()
-        inverse = _inverse(gram[block][:, block], penalty)
-        own = without_own(inverse, inverse @ cross[block][:, members], n_lags)
-        weights[block[:, None], members] = own
-    return weights
-
-
-def linear_maps(
-    gram: Tensor, cross: Tensor, penalty: float, n_lags: int, data: _Data
-) -> dict[str, Tensor]:
-    """Each scheme's ridge weights (N L, N) from Phi'Phi and Phi'Y."""
-    inverse = _inverse(gram, penalty)
-    weights = inverse @ cross
-    maps = {"neuron": without_own(inverse, weights, n_lags)}
-    if data.regions:
-        others = without_regions(inverse, weights, n_lags, data.regions)
-        maps["inter-region"] = torch.where(data.labelled, others, maps["neuron"])
-        maps["intra-region"] = within_regions(gram, cross, penalty, n_lags, data.regions)
-    return maps
-
-
-def _inverse(gram: Tensor, penalty: float) -> Tensor:
-    shifted = gram + penalty * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-
-
-@dataclass
-class _Linear:
-    """Ridge weights that turn visible neurons into log-rates."""
-
-    rates: Tensor  # (T, N)
-    scale: Tensor  # (N,)
-    windows: Tensor  # (L, T, T)
-    weights: Tensor  # (N, L, N), zero where a neuron may not look
-    link: Link
-
-    def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
-        inputs = (counts - self.rates) / self.scale
-        if neurons is None:
-            parts = torch.stack([inputs @ self.weights[:, i] for i in range(len(self.windows))])
-            return self.link((self.windows[:, None] @ parts).sum(0))
-        parts = torch.bmm(inputs, self.weights[..., neurons].permute(2, 0, 1))  # (B, T, L)
-        return self.link(torch.einsum("lts,bsl->bt", self.windows, parts), neurons)
-
-
-def features(x: Tensor, ops: Tensor) -> Tensor:
-    """(K, T, N) residuals to (K T, N L) windows of them, those of a neuron side by side."""
-    return torch.einsum("lts,ksn->ktnl", ops, x).flatten(2).flatten(0, 1)
-
-
-def _fit_linear(data: _Data) -> Iterator[tuple[str, _Linear, str, float]]:
-    """Scheme, map, what was chosen and its score, for each scheme that the session allows."""
-    best: dict[str, tuple] = {}
-    for name in LAGS:
-        _try_lags(data, name, best)
-    for scheme, (score, gain, floor, weights, ops, name, penalty) in best.items():
-        weights = weights.view(data.n_neurons, -1, data.n_neurons)
-        found = _Linear(data.rates, data.scale, ops, weights, Link(data.rates, gain, floor))
-        yield scheme, found, f"{name}; penalty {penalty:.3g}; floor {floor:g}", score
-
-
-def _try_lags(data: _Data, name: str, best: dict[str, tuple]) -> None:
-    """Find the penalties for one choice of windows, and keep what is better than ``best``."""
-    ops, n_lags = windows(data.n_bins, AROUND)[LAGS[name]], len(LAGS[name])
-    x, counts = data.inputs["train"], data.counts["val"]
-    gram = cross = torch.zeros(())
-    for some in x.split(64):  # all trials' features might not fit into memory
-        phi = features(some, ops)
-        gram, cross = gram + phi.T @ phi, cross + phi.T @ (some * data.scale).flatten(0, 1)
-    phi, rates = features(data.inputs["val"], ops), data.rates.repeat(len(counts), 1)
-
-    @cache
-    def scores(penalty: float) -> dict[str, float]:
-        found = {}
-        for scheme, weights in linear_maps(gram, cross, penalty, n_lags, data).items():
-            tuned = tune_gain(phi @ weights, rates, counts.flatten(0, 1), data.null)
-            found[scheme] = tuned[0]
-            if scheme not in best or tuned[0] > best[scheme][0]:
-                best[scheme] = (*tuned, weights, ops, name, penalty)
-        return found
-
-    def score(penalty: float, scheme: str) -> float:
-        return scores(penalty)[scheme]
-
-    start = float(len(x) * data.n_bins)
-    for scheme in list(scores(start)):
-        climb(partial(score, scheme=scheme), start)
-
-
-# ------------------------------------------------------ GLM: neurons from other neurons
-
-
-@dataclass
-class _LowRank:
-    """A few latents, filtered sums over the visible neurons, that move every neuron's log-rate."""
-
-    data: _Data
-    scheme: str
-    rates: Tensor  # (T, N)
-    windows: Tensor  # (L, T, T)
-    inputs: Tensor  # (N, R)
-    filters: Tensor  # (L, R), of all sessions
-    outputs: Tensor  # (R, N)
-    bias: Tensor  # (N,)
-
-    @classmethod
-    def start(cls, data: _Data, scheme: str, rank: int, filters: Tensor) -> _LowRank:
-        """A map that changes nothing yet and looks at principal components, twice at each."""
-        x = data.inputs["train"]
-        groups = data.regions if scheme == "intra-region" else [torch.arange(data.n_neurons)]
-        inputs = torch.zeros(data.n_neurons, rank)
-        for members in groups:
-            directions = principal(x[..., members], rank // 2).repeat_interleave(2, 1)
-            inputs[members, : directions.shape[1]] = 0.1 * directions
-        zeros = torch.zeros(rank, data.n_neurons), torch.zeros(data.n_neurons)
-        learned = (inputs.requires_grad_(), filters, *(x.requires_grad_() for x in zeros))
-        ops = windows(data.n_bins, AROUND).float()
-        return cls(data, scheme, data.rates, ops, *learned)
-
-    def loss(self, penalty: float) -> Tensor:
-        """Negative log-likelihood of the training trials, plus the penalty."""
-        log_rates = Link(self.rates)(self.delta(self.data.inputs["train"]))
-        nll = (log_rates.exp() - self.data.counts["train"] * log_rates).sum()
-        return nll + penalty / 2 * (self.inputs.square().sum() + self.outputs.square().sum())
-
-    def score(self) -> float:
-        """Bits per spike on validation trials."""
-        log_rates = Link(self.rates)(self.delta(self.data.inputs["val"]))
-        return _bits(log_rates, self.data.counts["val"], self.data.null)
-
-    def frozen(self) -> _LowRank:
-        """A copy that learns no more."""
-        parts = ("inputs", "filters", "outputs", "bias")
-        parts = {part: getattr(self, part).detach().clone() for part in parts}
-        return replace(self, data=self.data.without_trials(), **parts)
-
-    def latents(self, visible: Tensor, inputs: Tensor) -> Tensor:
-        """(K, T, N') residuals and (N', R) weights to (K, T, R)."""
-        mixed = torch.einsum("lts,lr->rts", self.windows, self.filters / self.filters.norm(dim=0))
-        return torch.einsum("rts,ksr->ktr", mixed, visible @ inputs)
-
-    def itself(self, x: Tensor) -> Tensor:
-        """What each neuron adds to its own prediction, (K, T, N)."""
-        filters = self.filters / self.filters.norm(dim=0)
-        strength = filters @ (self.inputs.T * self.outputs)  # (L, N)
-        mixed = torch.einsum("lts,ln->nts", self.windows, strength)
-        return torch.bmm(mixed, x.permute(2, 1, 0)).permute(2, 1, 0)
-
-    def regional(self, x: Tensor) -> Tensor:
-        """What each neuron's region, itself included, adds to its prediction; 0 without one."""
-        parts = [
-            self.latents(x[..., members], self.inputs[members]) @ self.outputs[:, members]
-            for members in self.data.regions
-        ]
-        parts.append(x.new_zeros(*x.shape[:2], int((~self.data.labelled).sum())))
-        return torch.cat(parts, -1)[..., self.data.unsorted]
-
-    def delta(self, x: Tensor) -> Tensor:
-        """Change of all log-rates, (K, T, N), for scaled residuals of that shape."""
-        labelled = self.data.labelled
-        if self.scheme == "intra-region":
-            return (self.regional(x) - self.itself(x)) * labelled + self.bias
-        full = self.latents(x, self.inputs) @ self.outputs + self.bias
-        if self.scheme == "neuron":
-            return full - self.itself(x)
-        alone = self.itself(x) * ~labelled if not labelled.all() else 0.0
-        return full - self.regional(x) - alone
-
-    def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
-        x, link = (counts - self.rates) / self.data.scale, Link(self.rates)
-        if neurons is None:
-            return link(self.delta(x))
-        x = x * self.data.seen(self.scheme, neurons)[:, None]
-        z = self.latents(x, self.inputs)  # (B, T, R)
-        delta = (z @ self.outputs.T[neurons, :, None])[..., 0] + self.bias[neurons, None]
-        return link(delta, neurons)
-
-
-def _fit_low_rank(
-    sessions: Sequence[_Data], scheme: str, rank: int, penalty: float
-) -> tuple[list[float], float, list[_LowRank]]:
-    """Scores, penalty and a map for each session, trained together.
-
-    From a strong ``penalty`` on, each half as strong starts where the last one ended.
-    """
-    filters = torch.zeros(len(AROUND), rank)
-    filters[:-1, ::2], filters[-1, 1::2] = 1.0, 1.0  # half of them begin fast, half slow
-    filters = (filters + 0.1).requires_grad_()
-    maps = [_LowRank.start(data, scheme, rank, filters) for data in sessions]
-    learned = [filters, *(p for m in maps for p in (m.inputs, m.outputs, m.bias))]
-    best: tuple = ([-np.inf],)
-    while penalty > 0.1:
-        _descend(maps, learned, penalty)
-        with torch.no_grad():
-            scores = [model.score() for model in maps]
-        if np.mean(scores) < np.mean(best[0]):
-            break
-        best = (scores, penalty, [model.frozen() for model in maps])
-        penalty /= 2
-    return best
-
-
-def _descend(maps: Sequence[_LowRank], learned: Sequence[Tensor], penalty: float) -> None:
-    """Some steps of L-BFGS on the loss of all sessions."""
-    optimizer = torch.optim.LBFGS(
-        learned, max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        total = torch.zeros((), dtype=torch.float64)
-        for model in maps:
-            loss = model.loss(penalty)
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    optimizer.step(closure)
-
-
-# ------------------------------------------------------------- forward prediction: both
-
-
-@dataclass
-class _Forward:
-    """Each neuron's future from its own past and a few components of the population's."""
-
-    rates: Tensor  # (T, N)
-    scale: Tensor  # (N,)
-    components: Tensor  # (N, C)
-    windows: Tensor  # (L, T, T), of the past
-    own: Tensor  # (H, L, N), a map for each horizon
-    population: Tensor  # (H, C L, N)
-    bias: Tensor  # (H, N)
-    link: Link
-
-    def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
-        x = (counts - self.rates) / self.scale
-        horizons, n_bins = len(self.own), counts.shape[1]
-        bins = torch.arange(n_bins, device=x.device)
-        known = torch.minimum(bins, first[:, None])  # (B, T): bins before this one are known
-        ahead = (bins - known).clamp(max=horizons - 1)  # (B, T)
-        trial = torch.arange(len(x), device=x.device)[:, None]
-        pick = slice(None) if neurons is None else neurons
-
-        def at_origin(features: Tensor) -> Tensor:
-            """(B, T, ...) of the last known bin of each target; zeros where none is known."""
-            none = torch.zeros_like(features[:, :1])
-            return torch.cat([none, features], 1)[trial, known]
-
-        shown = x if neurons is None else x[trial[:, 0], :, neurons][..., None]
-        population = _population_past(x, self.components, self.windows)
-        population = at_origin(population)
-        if neurons is None:
-            delta = self.bias[ahead]
-            for i, window in enumerate(self.windows):
-                delta = delta + at_origin(window @ shown) * self.own[ahead, i]
-            for h in range(horizons):
-                there = ahead == h
-                delta[there] += population[there] @ self.population[h]
-            return self.link(delta)
-        own = self.own[:, :, pick].permute(2, 0, 1)[trial, ahead]  # (B, T, L)
-        weights = self.population[:, :, pick].permute(2, 0, 1)[trial, ahead]  # (B, T, C L)
-        past = torch.stack([at_origin(window @ shown)[..., 0] for window in self.windows], -1)
-        delta = (past * own).sum(-1) + (population * weights).sum(-1)
-        return self.link(delta + self.bias.T[pick][trial, ahead], neurons)
-
-
-def _population_past(x: Tensor, components: Tensor, windows: Tensor) -> Tensor:
-    """(K, T, N) residuals to (K, T, C L) windows of the past of their components."""
-    return torch.einsum("lts,ksc->ktcl", windows, x @ components).flatten(2)
-
-
-class _Past(NamedTuple):
-    """Regression from a bin's past to the count ``horizon`` bins later; samples S = K (T - h)."""
-
-    own: Tensor  # (L, S, N)
-    population: Tensor  # (S, C L)
-    rates: Tensor  # (S, N)
-    counts: Tensor  # (S, N)
-
-
-def _past(data: _Data, part: str, components: Tensor, horizon: int) -> _Past:
-    x, counts = data.inputs[part], data.counts[part]
-    ops = windows(data.n_bins, PAST, past=True, dtype=data.rates.dtype)
-    origin, target = slice(None, data.n_bins - horizon), slice(horizon, None)
-    own = (ops[:, None] @ x)[:, :, origin].flatten(1, 2)
-    population = _population_past(x, components, ops)[:, origin].flatten(0, 1)
-    rates = data.rates.expand_as(counts)[:, target].flatten(0, 1)
-    return _Past(own, population, rates, counts[:, target].flatten(0, 1))
-
-
-Coefficients = tuple[Tensor, Tensor, Tensor]  # own (L, N), population (C L, N), bias (N,)
-Solver = Callable[[_Past, float], Coefficients]
-
-
-def _fit_forward(
-    data: _Data, solve: Solver, tune: Callable[..., Tuned]
-) -> tuple[_Forward, str, float]:
-    """The map of forward prediction, what was chosen and its score.
-
-    Components and penalty are chosen for the middle one of the horizons, and serve all.
-    """
-    start, stop = forward_bins(data.n_bins)
-    horizons = max(1, min(stop - start, data.n_bins - 1))
-    directions, best = principal(data.inputs["train"], max(COMPONENTS)), []
-    for n in COMPONENTS:
-        middle = (horizons + 1) // 2
-        best.append(_try_components(data, directions[:, :n], middle, solve, tune))
-    (score, gain, floor), penalty, components = max(best, key=lambda found: found[0][0])
-    solved = [solve(_past(data, "train", components, h + 1), penalty) for h in range(horizons)]
-    maps = (torch.stack(parts) for parts in zip(*solved, strict=True))
-    ops = windows(data.n_bins, PAST, past=True, dtype=data.rates.dtype)
-    text = f"{components.shape[1]} components of the population; penalty {penalty:.3g}"
-    link = Link(data.rates, gain, floor)
-    return _Forward(data.rates, data.scale, components, ops, *maps, link), text, score
-
-
-def _try_components(
-    data: _Data, components: Tensor, horizon: int, solve: Solver, tune: Callable[..., Tuned]
-) -> tuple[Tuned, float, Tensor]:
-    """What tuning finds with these components, the penalty, and the components."""
-    train, val = (_past(data, part, components, horizon) for part in ("train", "val"))
-
-    @cache
-    def tuned(penalty: float) -> Tuned:
-        return tune(regress(val, solve(train, penalty)), val.rates, val.counts, data.null)
-
-    penalty = climb(lambda penalty: tuned(penalty)[0], 300.0)
-    return tuned(penalty), penalty, components
-
-
-def regress(past: _Past, coefficients: Coefficients) -> Tensor:
-    """Predictions (S, N)."""
-    own, population, bias = coefficients
-    delta = past.population @ population + bias
-    for features, weights in zip(past.own, own, strict=True):
-        delta = delta.addcmul(features, weights)
-    return delta
-
-
-def ridge_regression(past: _Past, penalty: float) -> Coefficients:
-    """Of counts minus rates, (S, N), on each neuron's own past and the population's."""
-    own, shared = past.own, past.population
-    residual = past.counts - past.rates
-    n_own, _, n = own.shape
-    size = n_own + shared.shape[1]
-    gram, cross = own.new_zeros(n, size, size), own.new_zeros(n, size)
-    for i, features in enumerate(own):
-        gram[:, i, n_own:] = features.T @ shared
-        gram[:, n_own:, i] = gram[:, i, n_own:]
-        gram[:, i, :n_own] = (features * own).sum(1).T
-        cross[:, i] = (features * residual).sum(0)
-    gram[:, n_own:, n_own:] = shared.T @ shared
-    cross[:, n_own:] = (shared.T @ residual).T
-    gram += penalty * torch.eye(size, dtype=gram.dtype)
-    weights = torch.linalg.solve(gram, cross).T
-    return weights[:n_own], weights[n_own:], own.new_zeros(n)
-
-
-def poisson_regression(past: _Past, penalty: float, steps: int = 60) -> Coefficients:
-    """Poisson regressions of all neurons, log-rate = log(rates) + inputs: one convex problem.
-
-    Minimises the summed negative log-likelihood plus penalty / 2 times the squared weights; the
-    bias is free.
-    """
-    own, shared, counts = past.own, past.population, past.counts
-    offset = past.rates.log()
-    shape = (own.shape[0] + shared.shape[1] + 1, own.shape[2])
-    root = (past.rates.sum(0) + penalty).sqrt()  # about the curvature: makes neurons alike
-    scaled = own.new_zeros(shape).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [scaled], max_iter=steps, history_size=20, tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
-    parts = (len(own), shared.shape[1], 1)
-
-    @torch.no_grad()
-    def closure() -> Tensor:
-        weights = scaled / root
-        mine, population, bias = weights.split(parts)
-        log_rates = offset + regress(past, (mine, population, bias[0]))
-        rates = log_rates.exp()
-        error = rates - counts
-        slope = [(features * error).sum(0) for features in own]
-        slope = torch.cat([torch.stack(slope), shared.T @ error, error.sum(0, keepdim=True)])
-        slope[:-1] += penalty * weights[:-1]
-        scaled.grad = slope / root
-        squares = weights[:-1].square().sum()
-        return (rates - counts * log_rates).double().sum() + penalty / 2 * squares
-
-    optimizer.step(closure)
-    mine, population, bias = (scaled.detach() / root).split(parts)
-    return mine, population, bias[0]
-
-
-# ------------------------------------------------------------------- the predictors
+__all__ = [
+    "BASELINES",
+    "PSTH",
+    "Baseline",
+    "LowRankGLM",
+    "ReducedRankRegression",
+    "Ridge",
+    "fit_baseline",
+    "psth",
+    "random_token_ndt2",
+    "temporal_ndt1",
+]
 
 
 @dataclass(frozen=True)
@@ -673,6 +69,7 @@ class Baseline:
     Attributes:
         config: the split it was fitted on, and the width of the bins.
         maps: (session, scheme) -> its map.
+        seen: session -> fingerprints of the trials it was fitted on, which evaluation refuses.
         chosen: (session, scheme) -> what was chosen, and its score: bits per spike over the
             training mean on validation trials.
     """
@@ -685,11 +82,13 @@ class Baseline:
         _check(sessions)
         self.config = Settings(split_seed, sessions[0].bin_size)
         self.shapes = {s.name: s.counts.shape[1:] for s in sessions}
+        self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
         self.maps: dict[tuple[str, str], Any] = {}
         self.chosen: dict[tuple[str, str], tuple[str, float]] = {}
-        self._fit([_Data(session, split_seed, self.dtype) for session in sessions])
+        self._fit([Data(session, split_seed, self.dtype) for session in sessions])
 
-    def _fit(self, sessions: list[_Data]) -> None:
+    def _fit(self, sessions: list[Data]) -> None:
+        """Fill :attr:`maps`; what each baseline does its own way."""
         raise NotImplementedError
 
     def _keep(self, session: str, scheme: str, found: Any, text: str, score: float) -> None:
@@ -724,8 +123,8 @@ class Baseline:
 
         Args:
             counts: (B, T, N); hidden entries count as 0.
-            scheme: one of :attr:`schemes`. "causal" predicts each bin from those before the first
-                that is hidden, and from those before itself; the others, each neuron from those
+            scheme: one of :attr:`schemes`. "causal" predicts each bin from those before it, and
+                before the first that is hidden whole; the others, each neuron from those
                 it may see, the trial over.
             mask: what is hidden.
             session: name of a session it was fitted on.
@@ -755,7 +154,7 @@ class Baseline:
                 f"{type(self).__name__} has no {scheme!r} predictions of session {session!r}; it "
                 f"has: {', '.join(known)}"
             )
-        hidden = mask.hidden.any(-1)
+        hidden = mask.hidden.all(-1)  # (B, T); where some are visible, the hidden pass for silent
         first = torch.where(hidden.any(1), hidden.int().argmax(1), counts.shape[1])
         shown = counts.to(self.dtype).masked_fill(mask.hidden, 0)
         return self.maps[session, scheme](shown, neurons, first).float()
@@ -764,10 +163,10 @@ class Baseline:
 class PSTH(Baseline):
     """:func:`psth` of each session, whatever is visible."""
 
-    def _fit(self, sessions: list[_Data]) -> None:
+    def _fit(self, sessions: list[Data]) -> None:
         for data in sessions:
-            counts, link = data.counts["val"], Link(data.rates)
-            score = _bits(link(torch.zeros_like(counts)), counts, data.null)
+            counts, link = data.counts["val"], Link(data.rates, data.most)
+            score = bits(link(torch.zeros_like(counts)), counts, data.null)
             for scheme in MTM_SCHEMES:
                 self._keep(data.name, scheme, partial(_unmoved, link), "", score)
 
@@ -787,38 +186,43 @@ class Ridge(Baseline):
         >>> print(mtm.evaluate(Ridge(session), session))
     """
 
-    def _fit(self, sessions: list[_Data]) -> None:
+    def _fit(self, sessions: list[Data]) -> None:
         for data in sessions:
-            for found in _fit_linear(data):
+            for found in fit_linear(data):
                 self._keep(data.name, *found)
-            self._keep(data.name, "causal", *_fit_forward(data, ridge_regression, tune_gain))
+            self._keep(data.name, "causal", *fit_forward(data, ridge_regression, tune_gain))
 
 
 class LowRankGLM(Baseline):
-    """Poisson regressions through a few latents, whose temporal filters all sessions share.
+    """Poisson regressions through a few latents, each session by itself.
 
     log-rate_n(t) = log PSTH_n(t) + bias_n + sum_r V_rn sum_l f_lr sum_m x_ml(t) U_mr over the
     neurons m that n may see, with x_ml the windows of neuron m's residuals. The penalty is on the
-    squares of U and V, and so on the sum of the map's singular values. Of one session this is the
-    low-rank GLM; of several, the multi-session reduced-rank regression. Forward prediction is an
-    autoregressive Poisson GLM of each session by itself.
+    squares of U and V, and so on the sum of the map's singular values. Forward prediction is an
+    autoregressive Poisson GLM.
     """
 
     dtype = torch.float32
 
-    def _fit(self, sessions: list[_Data]) -> None:
-        for scheme in ("neuron", "inter-region", "intra-region"):
-            some = [data for data in sessions if data.regions or scheme == "neuron"]
-            best, penalty = ([-np.inf],), 1024.0
-            for rank in RANKS if some else ():
-                scores, penalty, maps = _fit_low_rank(some, scheme, rank, penalty)
-                if np.mean(scores) > np.mean(best[0]):
-                    best = (scores, f"rank {rank}; penalty {penalty:g}", maps)
-                penalty *= 2
-            for data, score, found in zip(some, best[0], best[-1], strict=bool(some)):
-                self._keep(data.name, scheme, found, best[1], score)
+    def _fit(self, sessions: list[Data]) -> None:
         for data in sessions:
-            self._keep(data.name, "causal", *_fit_forward(data, poisson_regression, keep_log))
+            self._fit_together([data])
+
+    def _fit_together(self, sessions: list[Data]) -> None:
+        for found in fit_low_rank(sessions):
+            self._keep(*found)
+        for data in sessions:
+            self._keep(data.name, "causal", *fit_forward(data, poisson_regression, keep_log))
+
+
+class ReducedRankRegression(LowRankGLM):
+    """The low-rank GLM of several sessions trained together, with the same temporal filters f.
+
+    Rank and penalty are the same for all sessions too. Forward prediction shares nothing.
+    """
+
+    def _fit(self, sessions: list[Data]) -> None:
+        self._fit_together(sessions)
 
 
 def _check(sessions: list[Session]) -> None:
@@ -857,7 +261,7 @@ BASELINES: dict[str, Callable[..., Any]] = {
     "PSTH": PSTH,
     "ridge": Ridge,
     "low-rank GLM": LowRankGLM,
-    "reduced-rank regression": LowRankGLM,
+    "reduced-rank regression": ReducedRankRegression,
     "temporal NDT1": temporal_ndt1,
     "random-token NDT2": random_token_ndt2,
 }
