@@ -34,7 +34,7 @@ LAGS = {
 """Which of those windows ridge regressions may look at; one of them is chosen."""
 PAST = ((0, 0), (1, 2), (3, 6), (7, 14), (0, None))  # windows: bins back from the last known one
 COMPONENTS = (4, 16, 32)  # of the population, whose past forward prediction may look at
-RANKS = (8, 32)  # numbers of latents
+RANKS = (8, 32, 64)  # numbers of latents
 BURST = 6.0  # largest input
 STEPS = 40  # of L-BFGS at each penalty of the low-rank GLM
 VOTES = 5  # spikes to expect on the validation trials from a neuron whose score counts there

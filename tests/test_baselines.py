@@ -250,7 +250,7 @@ def test_sessions_share_filters_and_say_what_was_chosen(fitted, small):
 def test_without_regions_the_region_schemes_are_missing(small):
     session = small[0]
     bare = Session(session.counts, name="bare", bin_size=session.bin_size)
-    both = Ridge([bare, session])
+    both = Ridge([bare, small[1]])
     counts, mask = shown(bare, np.arange(2), False)
     assert [scheme for name, scheme in both.maps if name == "bare"] == ["neuron", "causal"]
     with pytest.raises(ValueError, match="inter-region.*has: neuron, causal"):
