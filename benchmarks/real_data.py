@@ -171,10 +171,16 @@ def score(
 def run(
     sessions: list[mtm.Session], chosen: dict[str, Method], seeds: list[int], work: Path
 ) -> dict[str, dict[str, float]]:
-    """Whatever is not done yet; returns the seconds of each."""
+    """Whatever is not done yet; returns the seconds of each.
+
+    Several processes may share the work: give each other methods or seeds.
+    """
     work.mkdir(parents=True, exist_ok=True)
     log = work / "seconds.json"
-    seconds = json.loads(log.read_text()) if log.exists() else {}
+
+    def known() -> dict[str, dict[str, float]]:
+        return json.loads(log.read_text()) if log.exists() else {}
+
     grids = same_bins(sessions)
     for seed in seeds:
         for name, method in chosen.items():
@@ -189,9 +195,9 @@ def run(
                 key = f"{name}, {'+'.join(s.name for s in group)}, seed {seed}"
                 done = [work / s.name / f"{name}-{seed}.json" for s in group]
                 if not all(path.exists() for path in done):
-                    seconds[key] = score(name, method, group, seed, work)
-                    log.write_text(json.dumps(seconds, indent=1))
-    return seconds
+                    spent = score(name, method, group, seed, work)
+                    log.write_text(json.dumps(known() | {key: spent}, indent=1))
+    return known()
 
 
 def table(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtm import regression
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.model import MtMConfig
 from mtm.regression import (
@@ -200,16 +201,31 @@ class LowRankGLM(Baseline):
     neurons m that n may see, with x_ml the windows of neuron m's residuals. The penalty is on the
     squares of U and V, and so on the sum of the map's singular values. Forward prediction is an
     autoregressive Poisson GLM.
+
+    Args:
+        sessions, split_seed: as of the others.
+        ranks: numbers of latents to choose from; fewer are quicker.
     """
 
     dtype = torch.float32
+
+    def __init__(
+        self,
+        sessions: Session | Sequence[Session],
+        split_seed: int = 0,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
+        self.ranks = tuple(regression.RANKS if ranks is None else ranks)
+        if not self.ranks or min(self.ranks) < 2:
+            raise ValueError(f"ranks must be numbers of 2 or more, got {ranks}")
+        super().__init__(sessions, split_seed)
 
     def _fit(self, sessions: list[Data]) -> None:
         for data in sessions:
             self._fit_together([data])
 
     def _fit_together(self, sessions: list[Data]) -> None:
-        for found in fit_low_rank(sessions):
+        for found in fit_low_rank(sessions, self.ranks):
             self._keep(*found)
         for data in sessions:
             self._keep(data.name, "causal", *fit_forward(data, poisson_regression, keep_log))

@@ -451,10 +451,12 @@ class LowRank:
         return link(delta, neurons)
 
 
-def fit_low_rank(sessions: Sequence[Data]) -> Iterator[tuple[str, str, LowRank, str, float]]:
+def fit_low_rank(
+    sessions: Sequence[Data], ranks: Sequence[int]
+) -> Iterator[tuple[str, str, LowRank, str, float]]:
     """Session, scheme, map, what was chosen and its score; the rank is chosen for "neuron"."""
     spikes = sum(float(data.counts["train"].sum()) for data in sessions)
-    penalty, ranks = 2.0 ** round(np.log2(2 * max(spikes, 1) ** 0.5)), RANKS
+    penalty = 2.0 ** round(np.log2(2 * max(spikes, 1) ** 0.5))
     for scheme in ("neuron", "inter-region", "intra-region"):
         some = [data for data in sessions if data.regions or scheme == "neuron"]
         tried = {}
