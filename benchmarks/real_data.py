@@ -40,8 +40,8 @@ ONE_OF_EACH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05", "09_Hench_2017-0
 CONTROLS = {  # rows of the table that the decoders bring along
     "smoothed counts": "smoothed_counts",
     "raw counts": "raw_counts",
-    "time course, majority": ("time_course", "majority"),
-    "stimulus only": "stimulus_only",
+    "no activity: time course or majority": ("time_course", "majority"),
+    "no activity: stimulus": "stimulus_only",
 }
 
 
@@ -251,15 +251,20 @@ def averages(whole: dict[str, dict[str, dict[str, Mean]]]) -> dict[str, dict[str
     return means
 
 
+def best_of(scores: dict[str, Mean]) -> float:
+    """The best score of those that look at activity."""
+    return max(mean.value for name, mean in scores.items() if not name.startswith("no activity"))
+
+
 def winners(whole: dict[str, dict[str, dict[str, Mean]]]) -> list[str]:
     """A sentence for each session and task: the best method, and by how much MtM is behind."""
     lines = []
     for session, tasks in whole.items():
         for task, scores in tasks.items():
-            best = max(scores, key=lambda name: scores[name].value)
+            best = next(n for n, mean in scores.items() if mean.value == best_of(scores))
             ours = max((n for n in scores if n.startswith("MtM")), key=lambda n: scores[n].value)
             behind = scores[best].value - scores[ours].value
-            rest = {n: s.value for n, s in scores.items() if not n.startswith("MtM")}
+            rest = {n: s.value for n, s in scores.items() if not n.startswith(("MtM", "no a"))}
             second = max(rest, key=rest.get)
             lines.append(
                 f"{session}, {task}: {best} {scores[best].value:.3f}; "
@@ -282,7 +287,7 @@ def markdown(title: str, scores: dict[str, dict[str, Mean]]) -> str:
     for name in names:
         cells = []
         for task in tasks:
-            best = max(mean.value for mean in scores[task].values())
+            best = best_of(scores[task])
             mean = scores[task].get(name, Mean(np.nan, np.nan, 0))
             cells.append(f"**{mean}**" if mean.value == best else str(mean))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -297,7 +302,7 @@ def draw(means: dict[str, dict[str, Mean]], title: str) -> plt.Figure:
     figure, axes = plt.subplots(1, len(tasks), sharey=True, figsize=size, layout="constrained")
     for ax, task in zip(axes, tasks, strict=True):
         values = [means[task].get(name, Mean(np.nan, np.nan, 0)) for name in names]
-        best = np.nanmax([value.value for value in values])
+        best = best_of(means[task])
         ax.barh(
             names,
             [value.value for value in values],
@@ -353,7 +358,7 @@ def main() -> None:
         "",
         "Test trials. Activity: bits per spike over each neuron's test mean, mean over neurons "
         "of at least 1 Hz ± standard error over neurons. Behaviour: accuracy of the choice, R2 of "
-        "traces, ± standard error over seeds. Bold: the best. Made by "
+        "traces, ± standard error over seeds. Bold: the best of those that see activity. Made by "
         "`python benchmarks/real_data.py`.",
         "",
         markdown("Mean over recordings (± standard error over recordings)", means),

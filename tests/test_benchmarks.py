@@ -39,8 +39,6 @@ def test_a_study_goes_on_where_it_was_stopped(small, tmp_path):
     means = real_data.averages(whole)
     of_each = [whole[session.name]["co-smoothing"]["MtM"].value for session in small]
     assert means["co-smoothing"]["MtM"].value == pytest.approx(np.mean(of_each))
-    text = real_data.markdown("title", means)
-    assert text.count("**") == 2 * len(means)  # a winner in each task
     figure = studies.draw(means, "title")
     assert [ax.get_title() for ax in figure.axes[:4]] == list(real_data.FOUR)
     plt.close(figure)
@@ -63,3 +61,14 @@ def test_who_wins_is_said_for_ties_and_losses_alike():
     first, second = real_data.winners(scores)
     assert first == "a, choice: ridge 0.500; the best of MtM (MtM) is behind by 0.100"
     assert second == "b, choice: MtM 0.300; ahead of ridge by 0.100"
+
+
+def test_controls_that_see_no_activity_do_not_win():
+    scores = {"ridge": Mean(0.5, 0.1, 3), "MtM": Mean(0.7, np.nan, 1)}
+    scores["no activity: stimulus"] = Mean(0.9, 0.1, 3)
+    text = real_data.markdown("title", {"choice": scores})
+    assert "| ridge | 0.500 ± 0.100 |" in text and "| MtM | **0.700** |" in text
+    assert "| no activity: stimulus | 0.900 ± 0.100 |" in text
+    assert real_data.winners({"a": {"choice": scores}}) == [
+        "a, choice: MtM 0.700; ahead of ridge by 0.200"
+    ]
