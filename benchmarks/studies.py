@@ -123,12 +123,15 @@ def main() -> None:
     work = options.work / options.study
     seconds = run(sessions, chosen, options.seeds, work)
     whole = table(sessions, list(chosen), work)
-    means = averages(whole)
+    alone = len(sessions) == 1  # its errors are over neurons, and over seeds for behaviour
+    means = whole[sessions[0].name] if alone else averages(whole)
     facts = described(sessions, options)
     facts |= {"study": options.study, "seconds": seconds, "scores": whole, "mean": means}
     write_json(options.out / f"study_{options.study}.json", facts)
-    who = f"{len(sessions)} sessions, {len(options.seeds)} seeds"
-    figure = draw(means, f"{options.study}: {who}, mean ± standard error over sessions")
+    who = sessions[0].name if alone else f"{len(sessions)} sessions"
+    who += f", {len(options.seeds)} seeds"
+    over = "neurons (behaviour: seeds)" if alone else "sessions"
+    figure = draw(means, f"{options.study}: {who}, mean ± standard error over {over}")
     figure.savefig(options.pictures / f"study_{options.study}.png", dpi=110)
     print(markdown(f"{options.study}, {who}", means))
 
