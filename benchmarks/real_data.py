@@ -17,6 +17,7 @@ written to results/real_data.json and .md, the picture to book/_assets/real_data
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import time
@@ -31,7 +32,7 @@ import torch
 import mtm
 from mtm.baselines import fit_baseline
 from mtm.plots import BLUE
-from mtm.report import Mean, Report, TaskScores
+from mtm.report import Mean, Report
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "book/_assets"
@@ -98,41 +99,40 @@ def recordings(folder: Path, names: list[str]) -> list[mtm.Session]:
 
 
 class Method(NamedTuple):
-    """How a predictor is made: ``make(sessions, seed)``."""
+    """How a predictor is made: ``make(sessions, seed)``; ``settings`` tell it from others."""
 
     make: Callable[[list[mtm.Session], int], Any]
+    settings: dict[str, Any]
     seeded: bool = False  # another seed gives another predictor
     joint: bool = False  # learns from all sessions with the same bins at once
 
 
 def methods(depth: int, epochs: int) -> dict[str, Method]:
     """Every method, by name."""
-    training = {"epochs": epochs, "progress": False}
+    training = {"depth": depth, "epochs": epochs}
 
-    def baseline(name: str, **settings: Any) -> Callable[[list[mtm.Session], int], Any]:
-        return lambda sessions, seed: fit_baseline(name, sessions, **settings)
+    def baseline(name: str, **kind: bool) -> Method:
+        return Method(lambda sessions, seed: fit_baseline(name, sessions), {}, **kind)
 
-    def trained(name: str | None) -> Callable[[list[mtm.Session], int], Any]:
+    def trained(name: str | None, **kind: bool) -> Method:
         def make(sessions: list[mtm.Session], seed: int) -> Any:
-            options = {"depth": depth, "seed": seed, **training}
-            return (
-                mtm.fit(sessions, **options)
-                if name is None
-                else fit_baseline(name, sessions, **options)
-            )
+            how = {"seed": seed, "progress": False, **training}
+            return fit_baseline(name, sessions, **how) if name else mtm.fit(sessions, **how)
 
-        return make
+        return Method(make, training, seeded=True, **kind)
 
     return {
-        "mean rate": Method(lambda sessions, seed: {s.name: mtm.mean_rates(s) for s in sessions}),
-        "PSTH": Method(baseline("PSTH")),
-        "ridge": Method(baseline("ridge")),
-        "low-rank GLM": Method(baseline("low-rank GLM")),
-        "reduced-rank regression": Method(baseline("reduced-rank regression"), joint=True),
-        "temporal NDT1": Method(trained("temporal NDT1"), seeded=True),
-        "random-token NDT2": Method(trained("random-token NDT2"), seeded=True),
-        "MtM": Method(trained(None), seeded=True),
-        "MtM, sessions together": Method(trained(None), seeded=True, joint=True),
+        "mean rate": Method(
+            lambda sessions, seed: {s.name: mtm.mean_rates(s) for s in sessions}, {}
+        ),
+        "PSTH": baseline("PSTH"),
+        "ridge": baseline("ridge"),
+        "low-rank GLM": baseline("low-rank GLM"),
+        "reduced-rank regression": baseline("reduced-rank regression", joint=True),
+        "temporal NDT1": trained("temporal NDT1"),
+        "random-token NDT2": trained("random-token NDT2"),
+        "MtM": trained(None),
+        "MtM, sessions together": trained(None, joint=True),
     }
 
 
@@ -150,22 +150,19 @@ def same_bins(sessions: list[mtm.Session]) -> list[list[mtm.Session]]:
     return list(groups.values())
 
 
-def score(
-    name: str, method: Method, sessions: list[mtm.Session], seed: int, work: Path
-) -> dict[str, float]:
-    """Make a predictor and keep its report on each session in ``work``; returns seconds."""
-    start = time.perf_counter()
-    predictor = method.make(sessions, seed)
-    seconds = {"fit": round(time.perf_counter() - start, 1)}
-    for session in sessions:
-        start = time.perf_counter()
-        report = mtm.evaluate(predictor, session, neurons=busy(session))
-        seconds[session.name] = round(time.perf_counter() - start, 1)
-        report.to_json(work / session.name / f"{name}-{seed}.json")
-        print(f"{session.name}, {name}, seed {seed}: {seconds['fit']} s to fit, "
-              f"{seconds[session.name]} s to score\n{mtm.score_table({name: report})}",
-              flush=True)  # fmt: skip
-    return seconds
+def groups(method: Method, sessions: list[mtm.Session]) -> list[list[mtm.Session]]:
+    """The sessions that a method learns from at once."""
+    if method.joint:
+        return [group for group in same_bins(sessions) if len(group) > 1]
+    return [[session] for session in sessions]
+
+
+def kept(work: Path, name: str, method: Method, group: list[mtm.Session], seed: int) -> list[Path]:
+    """Where the report on each session is kept: its name tells settings and data from others."""
+    data = [(s.name, s.fingerprints(np.arange(s.n_trials)).tolist()) for s in group]
+    told = json.dumps([method.settings, data], sort_keys=True).encode()
+    digest = hashlib.sha256(told).hexdigest()[:8]
+    return [work / s.name / f"{name}-{seed}-{digest}.json" for s in group]
 
 
 def run(
@@ -173,7 +170,8 @@ def run(
 ) -> dict[str, dict[str, float]]:
     """Whatever is not done yet; returns the seconds of each.
 
-    Several processes may share the work: give each other methods or seeds.
+    Several processes may share the work: give each other methods or seeds. After a change of the
+    package, begin with another ``work``.
     """
     work.mkdir(parents=True, exist_ok=True)
     log = work / "seconds.json"
@@ -181,61 +179,63 @@ def run(
     def known() -> dict[str, dict[str, float]]:
         return json.loads(log.read_text()) if log.exists() else {}
 
-    grids = same_bins(sessions)
     for seed in seeds:
         for name, method in chosen.items():
             if seed != seeds[0] and not method.seeded:
                 continue
-            groups = (
-                [g for g in grids if len(g) > 1]
-                if method.joint
-                else [[session] for session in sessions]
-            )
-            for group in groups:
-                key = f"{name}, {'+'.join(s.name for s in group)}, seed {seed}"
-                done = [work / s.name / f"{name}-{seed}.json" for s in group]
-                if not all(path.exists() for path in done):
-                    spent = score(name, method, group, seed, work)
+            for group in groups(method, sessions):
+                paths = kept(work, name, method, group, seed if method.seeded else 0)
+                if not all(path.exists() for path in paths):
+                    key = f"{name}, {'+'.join(s.name for s in group)}, seed {seed}"
+                    spent = score(name, method, group, seed, paths)
                     log.write_text(json.dumps(known() | {key: spent}, indent=1))
     return known()
 
 
-def table(
-    sessions: list[mtm.Session], names: list[str], work: Path
-) -> dict[str, dict[str, dict[str, Mean]]]:
-    """Session (or "mean") -> task -> method -> mean and error; over neurons, or over sessions.
+def score(
+    name: str, method: Method, group: list[mtm.Session], seed: int, paths: list[Path]
+) -> dict[str, float]:
+    """Make a predictor and keep its report on each session; returns seconds."""
+    start = time.perf_counter()
+    predictor = method.make(group, seed)
+    seconds = {"fit": round(time.perf_counter() - start, 1)}
+    for session, path in zip(group, paths, strict=True):
+        start = time.perf_counter()
+        report = mtm.evaluate(predictor, session, neurons=busy(session))
+        seconds[session.name] = round(time.perf_counter() - start, 1)
+        report.to_json(path)
+        print(f"{session.name}, {name}, seed {seed}: {seconds['fit']} s to fit, "
+              f"{seconds[session.name]} s to score\n{mtm.score_table({name: report})}",
+              flush=True)  # fmt: skip
+    return seconds
 
-    The mean is over the sessions that every method has.
-    """
-    found = {}
-    for name in names:
-        parts = [
-            Report.join(
-                [Report.from_json(p) for p in sorted((work / s.name).glob(f"{name}-*.json"))]
-            )
-            for s in sessions
-            if list((work / s.name).glob(f"{name}-*.json"))
-        ]
-        if parts:
-            found[name] = Report.join(parts)
-    whole: dict[str, dict[str, dict[str, Mean]]] = {}
-    for name, report in found.items():
-        for task, scores in report.tasks.items():
-            for session in scores.sessions:
-                one = _only(scores, session)
-                kind = "neurons" if "spikes" in scores.table else "seeds"
-                whole.setdefault(session, {}).setdefault(task, {})[name] = one.over(kind)
-                if name == "MtM" and kind == "seeds":
-                    for row, columns in CONTROLS.items():
-                        for column in np.atleast_1d(columns):
-                            if column in one.table and one.over("seeds", column).n:
-                                whole[session][task][row] = one.over("seeds", column)
+
+def table(
+    sessions: list[mtm.Session], chosen: dict[str, Method], seeds: list[int], work: Path
+) -> dict[str, dict[str, dict[str, Mean]]]:
+    """Session -> task -> method -> mean and error: over neurons, of behaviours over seeds."""
+    whole: dict[str, dict[str, dict[str, Mean]]] = {session.name: {} for session in sessions}
+    for name, method in chosen.items():
+        for group in groups(method, sessions):
+            runs = [kept(work, name, method, group, s) for s in (seeds if method.seeded else [0])]
+            for i, session in enumerate(group):
+                reports = [Report.from_json(run[i]) for run in runs if run[i].exists()]
+                if reports:
+                    _enter(whole[session.name], name, Report.join(reports))
     return whole
 
 
-def _only(scores: TaskScores, session: str) -> TaskScores:
-    mine = scores.table["session"] == session
-    return TaskScores({k: v[mine] for k, v in scores.table.items()}, scores.score)
+def _enter(tasks: dict[str, dict[str, Mean]], name: str, report: Report) -> None:
+    """A method's scores of a session; with MtM's, the controls that decoders bring along."""
+    for task, scores in report.tasks.items():
+        kind = "neurons" if "spikes" in scores.table else "seeds"
+        row = tasks.setdefault(task, {})
+        row[name] = scores.over(kind)
+        if name == "MtM" and kind == "seeds":
+            for control, columns in CONTROLS.items():
+                for column in np.atleast_1d(columns):
+                    if column in scores.table:
+                        row[control] = scores.over("seeds", column)
 
 
 def averages(whole: dict[str, dict[str, dict[str, Mean]]]) -> dict[str, dict[str, Mean]]:
@@ -252,25 +252,31 @@ def averages(whole: dict[str, dict[str, dict[str, Mean]]]) -> dict[str, dict[str
 
 
 def best_of(scores: dict[str, Mean]) -> float:
-    """The best score of those that look at activity."""
-    return max(mean.value for name, mean in scores.items() if not name.startswith("no activity"))
+    """The best score of those that look at activity; NaN where none has a score."""
+    seeing = [mean.value for name, mean in scores.items() if not name.startswith("no activity")]
+    return float(np.fmax.reduce(seeing, initial=np.nan))
 
 
 def winners(whole: dict[str, dict[str, dict[str, Mean]]]) -> list[str]:
-    """A sentence for each session and task: the best method, and by how much MtM is behind."""
+    """A sentence for each session and task: the best method, and how MtM compares."""
     lines = []
     for session, tasks in whole.items():
         for task, scores in tasks.items():
-            best = next(n for n, mean in scores.items() if mean.value == best_of(scores))
-            ours = max((n for n in scores if n.startswith("MtM")), key=lambda n: scores[n].value)
-            behind = scores[best].value - scores[ours].value
-            rest = {n: s.value for n, s in scores.items() if not n.startswith(("MtM", "no a"))}
-            second = max(rest, key=rest.get)
-            lines.append(
-                f"{session}, {task}: {best} {scores[best].value:.3f}; "
-                + (f"the best of MtM ({ours}) is behind by {behind:.3f}" if behind > 0
-                   else f"ahead of {second} by {scores[best].value - rest[second]:.3f}")
-            )  # fmt: skip
+            values = {n: s.value for n, s in scores.items() if not n.startswith("no activity")}
+            values = {n: value for n, value in values.items() if not np.isnan(value)}
+            ours = {n: value for n, value in values.items() if n.startswith("MtM")}
+            others = {n: value for n, value in values.items() if n not in ours}
+            if not values:
+                continue
+            best = max(values, key=values.get)
+            line = f"{session}, {task}: {best} {values[best]:.3f}"
+            if best in ours and others:
+                second = max(others, key=others.get)
+                line += f"; ahead of {second} by {values[best] - others[second]:.3f}"
+            elif ours:
+                mine = max(ours, key=ours.get)
+                line += f"; the best of MtM ({mine}) is behind by {values[best] - ours[mine]:.3f}"
+            lines.append(line)
     return lines
 
 
@@ -299,8 +305,9 @@ def draw(means: dict[str, dict[str, Mean]], title: str) -> plt.Figure:
     tasks = [*[t for t in FOUR if t in means], *[t for t in means if t not in FOUR]]
     names = list(dict.fromkeys(name for task in tasks for name in means[task]))
     size = (1.2 + 1.75 * len(tasks), 1.1 + 0.26 * len(names))
-    figure, axes = plt.subplots(1, len(tasks), sharey=True, figsize=size, layout="constrained")
-    for ax, task in zip(axes, tasks, strict=True):
+    how = {"sharey": True, "squeeze": False, "figsize": size, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(tasks), **how)
+    for ax, task in zip(axes[0], tasks, strict=True):
         values = [means[task].get(name, Mean(np.nan, np.nan, 0)) for name in names]
         best = best_of(means[task])
         ax.barh(
@@ -311,15 +318,17 @@ def draw(means: dict[str, dict[str, Mean]], title: str) -> plt.Figure:
             height=0.7,
         )
         low = min(0.0, np.nanmin([value.value for value in values]))
-        ax.set_xlim(left=max(low * 1.1, -best))  # what is far below 0 is cut; its number is told
-        for i, value in enumerate(values):
-            if value.value < -best:
-                ax.text(-0.95 * best, i, f"{value.value:.2f}", va="center", fontsize=7, color="w")
+        if low < -best < 0:  # what is far below 0 is cut; its number is told
+            ax.set_xlim(left=-best)
+            for i, value in enumerate(values):
+                if value.value < -best:
+                    text = f"{value.value:.2f}"
+                    ax.text(-0.95 * best, i, text, va="center", fontsize=7, color="w")
         ax.axvline(0, color="black", lw=0.8)
         ax.set_title(task, fontsize=9)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
+    axes[0, 0].invert_yaxis()
     figure.supxlabel("bits per spike; behaviour: accuracy or R2", fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
@@ -346,7 +355,7 @@ def main() -> None:
         print(f"{session!r}\n  scored: {len(busy(session))} neurons of at least 1 Hz", flush=True)
     chosen = {name: known[name] for name in options.methods or known}
     seconds = run(sessions, chosen, options.seeds, options.work)
-    whole = table(sessions, list(known), options.work)
+    whole = table(sessions, known, options.seeds, options.work)
     means = averages(whole)
     together = averages({s.name: whole[s.name] for s in max(same_bins(sessions), key=len)})
     facts = described(sessions, options) | {"seconds": seconds, "scores": whole, "mean": means}
@@ -399,7 +408,7 @@ def described(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[
 def write_json(path: Path, facts: dict[str, Any]) -> None:
     """Write them; a Mean becomes [value, error, n], NaN becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_without_nan(facts), indent=1) + "\n")
+    path.write_text(json.dumps(_without_nan(facts), indent=1, allow_nan=False) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
@@ -409,7 +418,7 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_without_nan(v) for v in value]
     if isinstance(value, float):
-        return None if np.isnan(value) else round(value, 5)
+        return round(value, 5) if np.isfinite(value) else None
     return value
 
 

@@ -61,7 +61,7 @@ def _trained(depth: int, epochs: int, **settings: Any) -> Method:
         options = {"depth": depth, "epochs": epochs, "seed": seed, "progress": False}
         return mtm.fit(sessions, **options, **settings)
 
-    return Method(make, seeded=True)
+    return Method(make, {"depth": depth, "epochs": epochs, **settings}, seeded=True)
 
 
 class Prompted:
@@ -89,7 +89,8 @@ def prompt(depth: int, epochs: int) -> dict[str, Method]:
                 models[key] = _trained(depth, epochs).make(sessions, seed)
             return Prompted(models[key].model, name)
 
-        return Method(make, seeded=True)
+        settings = {"depth": depth, "epochs": epochs, "prompt": name}
+        return Method(make, settings, seeded=True)
 
     return {f"prompt {name}": shown(name) for name in MTM_SCHEMES}
 
@@ -122,7 +123,7 @@ def main() -> None:
     chosen = STUDIES[options.study](options.depth, options.epochs)
     work = options.work / options.study
     seconds = run(sessions, chosen, options.seeds, work)
-    whole = table(sessions, list(chosen), work)
+    whole = table(sessions, chosen, options.seeds, work)
     alone = len(sessions) == 1  # its errors are over neurons, and over seeds for behaviour
     means = whole[sessions[0].name] if alone else averages(whole)
     facts = described(sessions, options)

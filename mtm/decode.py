@@ -21,14 +21,19 @@ from scipy.ndimage import gaussian_filter1d
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, r2_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from tqdm import tqdm
 
 from mtm.masks import Mask, scheme
 from mtm.predict import (
     Predicts,
     call_predictor,
     checked_split_seed,
+    in_batches,
+    known_log_rates,
+    predictor_of,
     require_finite,
     require_unseen,
+    trials_at_once,
 )
 from mtm.session import Session, SessionError
 
@@ -83,6 +88,8 @@ def decode(
     *,
     region: str | None = None,
     split_seed: int | None = None,
+    batch_size: int | None = None,
+    allow_seen: bool = False,
 ) -> dict[str, Decoded]:
     """Decode choice and every behaviour that is recorded bin by bin.
 
@@ -92,14 +99,18 @@ def decode(
         behaviours: names; default ``choice`` where known, and all behaviours of shape (K, T).
         region: let the predictor see this region only, and decode from its neurons.
         split_seed: of ``session.split``; default the one the model was trained with, else 0.
+        batch_size, allow_seen: as in :func:`mtm.evaluate.evaluate`.
 
     Returns:
         behaviour -> :class:`Decoded`.
 
     Raises:
         SessionError: for a behaviour or region that the session does not have, or too few trials.
+        ValueError: for predictions of a wrong shape or with NaN, or test trials that the predictor
+            was trained on.
     """
     options = {"region": region, "split_seed": split_seed}
+    options |= {"batch_size": batch_size, "allow_seen": allow_seen}
     results = {}
     for behaviour in decodable(session) if behaviours is None else behaviours:
         if behaviour == "choice":
@@ -115,12 +126,14 @@ def decode_by_region(
     behaviour: str,
     *,
     split_seed: int | None = None,
+    batch_size: int | None = None,
+    allow_seen: bool = False,
     least: int = 1,
 ) -> dict[str, Decoded]:
     """Decode a behaviour from one region at a time: the predictor sees it alone (paper, Figure 5).
 
     Args:
-        predictor, session, split_seed: see :func:`decode`.
+        predictor, session, split_seed, batch_size, allow_seen: see :func:`decode`.
         behaviour: its name.
         least: neurons that a region must have.
 
@@ -134,10 +147,9 @@ def decode_by_region(
     regions = names[sizes >= least].tolist()
     if not regions:
         raise SessionError(f"session {session.name!r}: no region has {least} neurons")
+    how = {"split_seed": split_seed, "batch_size": batch_size, "allow_seen": allow_seen}
     return {
-        region: decode(predictor, session, [behaviour], region=region, split_seed=split_seed)[
-            behaviour
-        ]
+        region: decode(predictor, session, [behaviour], region=region, **how)[behaviour]
         for region in regions
     }
 
@@ -155,6 +167,8 @@ def decode_choice(
     prompt: str | None = None,
     region: str | None = None,
     split_seed: int | None = None,
+    batch_size: int | None = None,
+    allow_seen: bool = False,
 ) -> Decoded:
     """Decode the animal's choice (-1 or +1; other values are left out) with logistic regression.
 
@@ -168,7 +182,8 @@ def decode_choice(
     by default that of ``neuron`` as in the paper, or of ``intra-region`` for one region.
     """
     prompt = prompt or ("neuron" if region is None else "intra-region")
-    split_seed = checked_split_seed(predictor, session, split_seed)
+    predictor = predictor_of(predictor, session.name)
+    split_seed = checked_split_seed(predictor, session, split_seed, allow_seen)
     choice = _behaviour(session, "choice", (session.n_trials,))
     if set(np.unique(choice[~np.isnan(choice)])) == {0, 1}:
         raise SessionError(
@@ -192,12 +207,11 @@ def decode_choice(
         grid = {"C": CHOICE_PENALTIES}
         return GridSearchCV(logistic, grid, cv=folds, scoring="accuracy").fit(x, labels)
 
-    x, x_test = _both(predictor, session, fit_trials, test_trials, prompt, region)
+    features = _Features(session, fit_trials, test_trials, region, prompt)
+    x, x_test = features.of(predictor, batch_size, allow_seen)
     guess = search(x, y).predict(x_test)
     shuffled = search(x, np.random.default_rng(0).permutation(y)).predict(x_test)
-    of_counts = _from_counts(
-        lambda x: search(x, y), session, fit_trials, test_trials, prompt, region
-    )
+    of_counts = features.from_counts(lambda x: search(x, y))
     majority = -1.0 if (y == -1).mean() > 0.5 else 1.0
     others = {
         "balanced_accuracy": balanced_accuracy_score(truth, guess),
@@ -224,6 +238,8 @@ def decode_trace(
     prompt: str | None = None,
     region: str | None = None,
     split_seed: int | None = None,
+    batch_size: int | None = None,
+    allow_seen: bool = False,
 ) -> Decoded:
     """Decode a behaviour of shape (K, T), all bins at once, with ridge regression.
 
@@ -237,7 +253,8 @@ def decode_trace(
     by default that of ``causal`` as in the paper, or of ``intra-region`` for one region.
     """
     prompt = prompt or ("causal" if region is None else "intra-region")
-    split_seed = checked_split_seed(predictor, session, split_seed)
+    predictor = predictor_of(predictor, session.name)
+    split_seed = checked_split_seed(predictor, session, split_seed, allow_seen)
     traces = _behaviour(session, behaviour, (session.n_trials, session.n_bins))
     fit_trials, test_trials = _trials(session, np.isfinite(traces).all(axis=1), split_seed)
     if len(fit_trials) < 2 * FOLDS:
@@ -261,11 +278,10 @@ def decode_trace(
     def r2(guess: np.ndarray) -> float:
         return r2_score(truth.ravel(), guess.ravel())
 
-    x, x_test = _both(predictor, session, fit_trials, test_trials, prompt, region)
+    features = _Features(session, fit_trials, test_trials, region, prompt)
+    x, x_test = features.of(predictor, batch_size, allow_seen)
     others_traces = y[np.random.default_rng(0).permutation(len(y))]
-    of_counts = _from_counts(
-        lambda x: search(x, y), session, fit_trials, test_trials, prompt, region
-    )
+    of_counts = features.from_counts(lambda x: search(x, y))
     others = {
         "time_course": r2(np.broadcast_to(y.mean(axis=0), truth.shape)),
         "shuffled": r2(search(x, others_traces).predict(x_test)),
@@ -301,72 +317,78 @@ def _trials(session: Session, usable: np.ndarray, seed: int) -> tuple[np.ndarray
     return fit_trials, test_trials
 
 
-def _both(
-    predictor: Predicts,
-    session: Session,
-    fit_trials: np.ndarray,
-    test_trials: np.ndarray,
-    prompt: str,
-    region: str | None,
-) -> tuple[np.ndarray, np.ndarray]:
+class _Features:
     """Features of the trials to fit and to test on; refuses test trials that were learned from."""
-    require_unseen(predictor, session, test_trials)
-    trials, n_fit = np.concatenate([fit_trials, test_trials]), len(fit_trials)
-    features = _features(predictor, session, trials, prompt, region)
-    return rotate(features[:n_fit], features[n_fit:])
 
+    def __init__(
+        self,
+        session: Session,
+        fit_trials: np.ndarray,
+        test_trials: np.ndarray,
+        region: str | None,
+        prompt: str,
+    ) -> None:
+        self.session, self.prompt = session, prompt
+        self.fit, self.test = fit_trials, test_trials
+        self.inside = np.ones(session.n_neurons, dtype=bool)
+        if region is not None:
+            self.inside = session.regions == region
+            if not self.inside.any():
+                known = ", ".join(session.region_names) or "none"
+                raise SessionError(
+                    f"session {session.name!r} has no region {region!r}; known: {known}"
+                )
+        scheme(prompt)  # says what is wrong with it
 
-def _from_counts(
-    search: Callable[[np.ndarray], GridSearchCV],
-    session: Session,
-    fit_trials: np.ndarray,
-    test_trials: np.ndarray,
-    prompt: str,
-    region: str | None,
-) -> dict[str, np.ndarray]:
-    """What the same decoder finds in the counts: as they are, and smoothed as suits it best."""
-    found = []
-    for width in WIDTHS:
-        smoothed = session.counts.astype(np.float64)
-        if width:
-            smoothed = gaussian_filter1d(smoothed, width, axis=1, mode="nearest")
-        x, x_test = _both(smoothed, session, fit_trials, test_trials, prompt, region)
-        fitted = search(x)
-        found.append((fitted.best_score_, fitted.predict(x_test)))
-    best = max(range(len(WIDTHS)), key=lambda i: found[i][0])
-    return {"raw_counts": found[0][1], "smoothed_counts": found[best][1]}
+    def of(
+        self, predictor: Predicts, batch_size: int | None = None, allow_seen: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted log-rates, (K', F) and (K'', F), in as many dimensions as are needed."""
+        if not allow_seen:
+            require_unseen(predictor, self.session, self.test)
+        trials = np.concatenate([self.fit, self.test])
+        if isinstance(predictor, np.ndarray):
+            found = known_log_rates(predictor, self.session, trials)[:, :, self.inside]
+        else:
+            found = self._predicted(predictor, trials, batch_size)
+        found = found.reshape(len(trials), -1).astype(np.float64)
+        return rotate(found[: len(self.fit)], found[len(self.fit) :])
 
-
-def _features(
-    predictor: Predicts,
-    session: Session,
-    trials: np.ndarray,
-    prompt: str,
-    region: str | None,
-) -> np.ndarray:
-    """Predicted log-rates, flattened; (K', T * N)."""
-    causal = scheme(prompt).causal
-    inside = np.ones(session.n_neurons, dtype=bool)
-    if region is not None:
-        inside = session.regions == region
-        if not inside.any():
-            known = ", ".join(session.region_names) or "none"
-            raise SessionError(f"session {session.name!r} has no region {region!r}; known: {known}")
-    if isinstance(predictor, np.ndarray):
-        features = np.broadcast_to(predictor, session.counts.shape)[trials]
-    else:
+    def _predicted(
+        self, predictor: Predicts, trials: np.ndarray, batch_size: int | None
+    ) -> np.ndarray:
+        """(K', T, N') log-rates of the neurons inside, when nothing else can be seen."""
+        session, prompt = self.session, self.prompt
         device = getattr(predictor, "device", torch.device("cpu"))
-        hidden = torch.from_numpy(~inside).to(device)
-        parts = []
-        for part in np.split(trials, range(256, len(trials), 256)):
-            counts = torch.from_numpy(session.counts[part].astype(np.float32)).to(device)
-            mask = Mask(*[hidden.expand(counts.shape)] * 2, causal=causal)
+        hidden = torch.from_numpy(~self.inside).to(device)
+        found = np.empty((len(trials), session.n_bins, int(self.inside.sum())), np.float32)
+
+        def make(start: int, stop: int) -> None:
+            counts = session.counts[trials[start:stop]].astype(np.float32)
+            counts = torch.from_numpy(counts).to(device)
+            mask = Mask(*[hidden.expand(counts.shape)] * 2, causal=scheme(prompt).causal)
             visible = counts.masked_fill(mask.hidden, 0)
             predicted = call_predictor(predictor, visible, prompt, mask, session.name)
-            parts.append(predicted.cpu().numpy())
-        features = np.concatenate(parts)
-        require_finite(features[:, :, inside], prompt, session.name)
-    return features[:, :, inside].reshape(len(trials), -1).astype(np.float64)
+            found[start:stop] = predicted[:, :, ~hidden].detach().float().cpu().numpy()
+
+        size = trials_at_once(predictor, session.name) if batch_size is None else batch_size
+        with tqdm(total=len(trials), disable=True) as bar:
+            in_batches(make, len(trials), size, f"session {session.name!r}, decoding", bar)
+        require_finite(found, prompt, session.name)
+        return found
+
+    def from_counts(self, search: Callable[[np.ndarray], GridSearchCV]) -> dict[str, np.ndarray]:
+        """What a decoder finds in the counts: as they are, and smoothed as suits it best."""
+        found = []
+        for width in WIDTHS:
+            smoothed = self.session.counts.astype(np.float64)
+            if width:
+                smoothed = gaussian_filter1d(smoothed, width, axis=1, mode="nearest")
+            x, x_test = self.of(smoothed)
+            fitted = search(x)
+            found.append((fitted.best_score_, fitted.predict(x_test)))
+        best = max(range(len(WIDTHS)), key=lambda i: found[i][0])
+        return {"raw_counts": found[0][1], "smoothed_counts": found[best][1]}
 
 
 def rotate(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -19,14 +19,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.special import logsumexp
 
 from mtm import metrics
-from mtm.decode import Decoded, decodable, decode
+from mtm.decode import decodable, decode
 from mtm.predict import (
     TASKS,
     Predicts,
     checked_split_seed,
     predict_held_out,
+    predictor_of,
     queries_of,
     require_unseen,
 )
@@ -58,10 +60,11 @@ def evaluate(
         session: the recording, or several, one after the other: :class:`mtm.Sessions` are read
             from disk in turn.
         tasks: some of :data:`TASKS`, and names of behaviours. Default: all that the session and the
-            predictor allow.
+            predictor allow. Of several sessions, those that lack a behaviour are left out there.
         trials: indices of the scored trials. Default: the test trials of ``session.split``.
-            Behaviours are always decoded in the test trials.
-        neurons: indices of the scored neurons. All neurons stay in the input. Default: all.
+            Of one session only; behaviours are always decoded in the test trials.
+        neurons: indices of the scored neurons. All neurons stay in the input. Default: all. Of one
+            session only.
         split_seed: of ``session.split``; its training trials make the honest null model. Default:
             the one that the model was trained with, else 0.
         batch_size: trials predicted at once. Default: what suits the device. Where memory runs out
@@ -81,34 +84,40 @@ def evaluate(
         MemoryError: when memory runs out with a single trial.
         TypeError: when ``session`` is no Session.
     """
-    options = {"tasks": tasks, "trials": trials, "neurons": neurons, "split_seed": split_seed}
-    options |= {"batch_size": batch_size, "allow_seen": allow_seen, "progress": progress}
+    how = {"trials": trials, "neurons": neurons, "split_seed": split_seed}
+    how |= {"batch_size": batch_size, "allow_seen": allow_seen, "progress": progress}
     if isinstance(session, Session):
-        return _evaluate(_predictor_of(predictor, session.name), session, **options)
+        return _evaluate(predictor_of(predictor, session.name), session, tasks, **how)
     if isinstance(session, str) or not isinstance(session, Sequence):
         raise TypeError(
             f"evaluate(predictor, session) needs a Session, got {type(session).__name__}"
         )
-    reports = [evaluate(predictor, one, **options) for one in session]
-    for report in reports:
-        (name,) = report.sessions
-        left_out = {task: f"{name}: {reason}" for task, reason in report.left_out.items()}
-        report.left_out = left_out if len(reports) > 1 else report.left_out
+    names = [one.name for one in session]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"sessions must be one or more, with different names; got {names}")
+    if trials is not None or neurons is not None:
+        raise ValueError(
+            "trials and neurons are of one session; evaluate the sessions one by one, and join "
+            "their reports with Report.join"
+        )
+    known = {task for one in session for task in decodable(one)}
+    reports = []
+    for one in session:
+        able = [t for t in tasks or () if t in TASKS or t in decodable(one) or t not in known]
+        part = _evaluate(
+            predictor_of(predictor, one.name), one, None if tasks is None else able, **how
+        )
+        part.left_out |= {t: "not recorded" for t in tasks or () if t not in able}
+        part.left_out = {task: f"{one.name}: {why}" for task, why in part.left_out.items()}
+        reports.append(part)
     return Report.join(reports)
-
-
-def _predictor_of(predictor: Predicts | Mapping[str, Predicts], name: str) -> Predicts:
-    if not isinstance(predictor, Mapping):
-        return predictor
-    if name not in predictor:
-        raise ValueError(f"no predictor for session {name!r}; there are: {', '.join(predictor)}")
-    return predictor[name]
 
 
 def _evaluate(
     predictor: Predicts,
     session: Session,
     tasks: Sequence[str] | None,
+    *,
     trials: np.ndarray | None,
     neurons: np.ndarray | None,
     split_seed: int | None,
@@ -117,7 +126,7 @@ def _evaluate(
     progress: bool,
 ) -> Report:
     """One session."""
-    split_seed = checked_split_seed(predictor, session, split_seed)
+    split_seed = checked_split_seed(predictor, session, split_seed, allow_seen)
     split = session.split(split_seed)
     trials = np.arange(session.n_trials)[split.test if trials is None else trials]
     wanted = np.zeros(session.n_neurons, dtype=bool)
@@ -137,12 +146,16 @@ def _evaluate(
             scores[task] = _score(log_rates, session, task, trials, train_null, wanted)
     for name in [t for t in (decodable(session) if tasks is None else tasks) if t not in TASKS]:
         try:
-            scores |= _behaviour(decode(predictor, session, [name], split_seed=split_seed))
+            how = {"batch_size": batch_size, "allow_seen": allow_seen}
+            found = decode(predictor, session, [name], split_seed=split_seed, **how)[name]
+            scores[name] = TaskScores(
+                {key: np.array([value]) for key, value in found.to_row().items()}, found.metric
+            )
         except SessionError as error:
             if tasks is not None:
                 raise
             left_out[name] = str(error)
-    sizes = {"trials": len(trials), "neurons": session.n_neurons, "wanted": int(wanted.sum())}
+    sizes = {"trials": len(trials), "neurons": session.n_neurons}
     return Report(scores, {session.name: sizes}, left_out)
 
 
@@ -222,17 +235,9 @@ def _shuffled(log_rates: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray
     nothing = np.full(n_neurons, np.nan)
     trials = metrics.bits_per_spike(log_rates[other(n_trials)], counts)
     scores["shuffled_trials"] = trials if n_trials > 1 else nothing
-    mean = np.log(np.exp(log_rates).mean(axis=(0, 1)))  # of each neuron, as predicted
+    mean = logsumexp(log_rates, axis=(0, 1))  # of each neuron, as predicted, but for a constant
     foreign = other(n_neurons)
     scaled = log_rates[:, :, foreign] - mean[foreign] + mean
     neurons = metrics.bits_per_spike(scaled, counts)
     scores["shuffled_neurons"] = neurons if n_neurons > 1 else nothing
     return scores
-
-
-def _behaviour(decoded: Mapping[str, Decoded]) -> dict[str, TaskScores]:
-    """Decoded behaviours as tables of one row."""
-    return {
-        name: TaskScores({k: np.array([v]) for k, v in result.to_row().items()}, result.metric)
-        for name, result in decoded.items()
-    }

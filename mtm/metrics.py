@@ -105,6 +105,8 @@ def psth_r2(log_rates: np.ndarray, counts: np.ndarray, conditions: np.ndarray) -
     log_rates, counts = _check(log_rates, counts)
     conditions = np.asarray(conditions, dtype=np.float64).reshape(len(counts), -1)
     known = ~np.isnan(conditions).any(axis=1)
+    if not known.any():
+        return np.full(counts.shape[-1], np.nan)
     groups, member = np.unique(conditions[known], axis=0, return_inverse=True)
     average = np.equal.outer(np.arange(len(groups)), member.reshape(-1)).astype(np.float64)
     average /= average.sum(axis=1, keepdims=True)  # (conditions, trials)

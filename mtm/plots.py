@@ -21,7 +21,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from mtm.masks import scheme
 from mtm.report import Mean, Report, TaskScores
-from mtm.session import Session
+from mtm.session import UNLABELLED, Session
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#E69F00",
@@ -261,7 +261,8 @@ def region_bars(
     """Mean over the neurons of each region, with the standard error over them."""
     ax = ax or plt.gca()
     means = {name: r.tasks[task].by_region(column) for name, r in reports.items()}
-    regions = sorted({region for parts in means.values() for region in parts if region})
+    named = {region for parts in means.values() for region in parts}
+    regions = sorted(region for region in named if region.lower() not in UNLABELLED)
     _bars({name: [parts.get(region) for region in regions] for name, parts in means.items()}, ax)
     counts = [max(parts[r].n for parts in means.values() if r in parts) for r in regions]
     labels = [f"{region}\n{n}" for region, n in zip(regions, counts, strict=True)]
@@ -290,18 +291,18 @@ def score_scatter(
         ValueError: when the reports scored other neurons.
     """
     ax = ax or plt.gca()
-    table, parts = across.tasks[task].table, []
-    for session in across.tasks[task].sessions:
-        mine = table["session"] == session
-        neurons, first = np.unique(table["neuron"][mine], return_index=True)
-        other = up.tasks[task].table
-        if not np.array_equal(neurons, np.unique(other["neuron"][other["session"] == session])):
+    both = across.tasks[task], up.tasks[task]
+    for session in both[0].sessions:
+        neurons = [scores.neurons[scores.session_of == session] for scores in both]
+        if not np.array_equal(*neurons):
             raise ValueError(f"session {session!r}: the two reports scored other neurons")
-        scores = [r.tasks[task].by_neuron(session, column) for r in (across, up)]
-        parts.append((*scores, table["region"][mine][first]))
-    x, y, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    x, y = (
+        np.concatenate([scores.by_neuron(name, column) for name in both[0].sessions])
+        for scores in both
+    )
+    labels = np.array([r if r.lower() not in UNLABELLED else "" for r in both[0].regions])
     regions = [name for name in np.unique(labels).tolist() if name]
-    for region, colour in [*zip(regions, _palette(len(regions)), strict=False), ("", "0.5")]:
+    for region, colour in [("", "0.5"), *zip(regions, _palette(len(regions)), strict=False)]:
         mine = labels == region
         ax.scatter(x[mine], y[mine], s=14, color=colour, label=region, lw=0, alpha=0.8)
     ends = [np.nanmin([x, y]), np.nanmax([x, y])]
@@ -310,8 +311,7 @@ def score_scatter(
     ax.set_title(f"{task}: {names[1]} better for {better:.0%} of neurons", fontsize=10)
     ax.set(xlabel=f"{names[0]} ({unit})", ylabel=f"{names[1]} ({unit})")
     if len(regions) <= 10:
-        handles, texts = ax.get_legend_handles_labels()
-        ax.legend(handles[: len(regions)], texts[: len(regions)], frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8)  # labels of nothing are left out
     return _tidy(ax)
 
 

@@ -13,7 +13,7 @@ neuron hidden is what it is shown with all such neurons hidden, and one pass ser
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -52,8 +52,28 @@ class Predictor(Protocol):
 Predicts = Predictor | Callable[..., Any] | np.ndarray
 
 
-def checked_split_seed(predictor: Predicts, session: Session, split_seed: int | None) -> int:
+def predictor_of(predictor: Predicts | Mapping[str, Predicts], name: str) -> Predicts:
+    """The predictor of a session: the same for all, or one by the session's name.
+
+    Raises:
+        ValueError: when there is none of that name.
+    """
+    if isinstance(predictor, Mapping):
+        if name not in predictor:
+            known = ", ".join(predictor)
+            raise ValueError(f"no predictor for session {name!r}; there are: {known}")
+        predictor = predictor[name]
+    if type(predictor) is Fit:
+        return predictor.model
+    return predictor.cpu().numpy() if isinstance(predictor, Tensor) else predictor
+
+
+def checked_split_seed(
+    predictor: Predicts, session: Session, split_seed: int | None, allow_seen: bool = False
+) -> int:
     """The split to use: the one asked for, else the one the model was trained on, else that of 0.
+
+    ``allow_seen`` lets a split be asked for that the model was not trained on.
 
     Raises:
         SessionError: when a model was trained on bins of another width.
@@ -74,7 +94,7 @@ def checked_split_seed(predictor: Predicts, session: Session, split_seed: int | 
         )
     if split_seed is None:
         return trained or 0
-    if trained is not None and trained != split_seed:
+    if trained is not None and trained != split_seed and not allow_seen:
         raise ValueError(
             f"the model was trained on the split of seed {trained}, not {split_seed}; some of the "
             "test trials would be ones it has learned from"
@@ -87,6 +107,8 @@ def require_unseen(predictor: Predicts, session: Session, trials: np.ndarray) ->
 
     Models and baselines keep a fingerprint of every trial they learned from, in whatever session it
     was (``predictor.seen``): a recording under another name, or a split that changed, is found too.
+    A predictor without ``seen``, as a checkpoint of the authors' or a function, cannot be checked;
+    nor can trials of fewer than ten spikes.
 
     Raises:
         ValueError: naming how many there are.
@@ -158,6 +180,7 @@ def predict_held_out(
         ValueError: for predictions of a wrong shape, or with NaN where they are scored.
         MemoryError: when it runs out with a single trial.
     """
+    predictor = predictor_of(predictor, session.name)
     if trials is None:
         trials = session.split(checked_split_seed(predictor, session, None)).test
     if wanted is None:
@@ -165,8 +188,9 @@ def predict_held_out(
     queries, scored, bins = queries_of(task, session, wanted)
     span, scored_neurons = slice(*bins), scored.any(axis=0)
     if isinstance(predictor, np.ndarray):
-        return _known(predictor, session, trials, scored_neurons, span)
-    predictor = predictor.model if type(predictor) is Fit else predictor
+        known = known_log_rates(predictor, session, trials)
+        in_span = np.isin(np.arange(session.n_bins), np.arange(*bins))
+        return np.where(in_span[:, None] & scored_neurons, known, np.nan)
     size = trials_at_once(predictor, session.name) if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size must be at least 1, got {size}")
@@ -198,20 +222,27 @@ def predict_held_out(
     return found.astype(np.float64)
 
 
-def _known(
-    log_rates: np.ndarray, session: Session, trials: np.ndarray, scored: np.ndarray, span: slice
-) -> np.ndarray:
-    """An array of log-rates as :func:`predict_held_out` returns them."""
-    if np.broadcast_shapes(log_rates.shape, session.counts.shape) != session.counts.shape:
+def known_log_rates(log_rates: np.ndarray, session: Session, trials: np.ndarray) -> np.ndarray:
+    """Some trials of an array of log-rates, (K', T, N) float64.
+
+    Raises:
+        ValueError: when it does not fit the session's counts, or holds NaN or infinite values.
+    """
+    try:
+        fits = np.broadcast_shapes(log_rates.shape, session.counts.shape) == session.counts.shape
+    except ValueError:
+        fits = False
+    if not fits:
         raise ValueError(
-            f"log-rates of shape {log_rates.shape} do not fit counts {session.counts.shape}"
+            f"session {session.name!r}: log-rates of shape {log_rates.shape} do not fit counts "
+            f"{session.counts.shape}"
         )
     known = np.broadcast_to(log_rates, session.counts.shape)[trials].astype(np.float64)
     if not np.isfinite(known).all():
-        raise ValueError("the predicted log-rates hold NaN or infinite values")
-    bin_scored = np.zeros(session.n_bins, dtype=bool)
-    bin_scored[span] = True
-    return np.where(bin_scored[:, None] & scored, known, np.nan)
+        raise ValueError(
+            f"session {session.name!r}: the predicted log-rates hold NaN or infinite values"
+        )
+    return known
 
 
 def queries_of(

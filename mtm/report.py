@@ -69,13 +69,33 @@ class TaskScores:
 
     @property
     def neurons(self) -> np.ndarray:
-        """(n,) indices of the scored neurons, in their sessions."""
-        return self.table["neuron"]
+        """(n,) indices of the scored neurons, in their sessions; each once, whatever the seeds."""
+        return self.table["neuron"][self._first()]
+
+    @property
+    def session_of(self) -> np.ndarray:
+        """(n,) the session of each of `neurons`."""
+        return self.table["session"][self._first()]
+
+    @property
+    def regions(self) -> np.ndarray:
+        """(n,) the region of each of `neurons`."""
+        return self.table["region"][self._first()]
 
     @property
     def n_silent(self) -> int:
         """Neurons without a spike among the scored entries; they have no score."""
-        return int((self.table["spikes"] == 0).sum())
+        return int((self.table["spikes"][self._first()] == 0).sum())
+
+    @property
+    def n_blind(self) -> int:
+        """Neurons that were predicted with nothing visible."""
+        return int((self.table["visible"][self._first()] == 0).sum())
+
+    @property
+    def sessions(self) -> list[str]:
+        """Names of the sessions, in the order of the table."""
+        return list(dict.fromkeys(self.table["session"].tolist()))
 
     def mean(self, column: str | None = None, pooled: bool = False) -> float:
         """Mean over neurons, seeds and sessions; NaN where nothing has a score.
@@ -95,35 +115,37 @@ class TaskScores:
         every session has. A single session, or seed, has no error.
 
         Raises:
-            ValueError: for another ``what``.
+            ValueError: for another ``what``, or what cannot be pooled.
         """
-        names = self.sessions
+        if what == "neurons":
+            if pooled:
+                raise ValueError("pooled scores have no error over neurons")
+            parts = [mean_of(self.by_neuron(name, column)) for name in self.sessions]
+            parts = [part for part in parts if part.n]
+            if not parts:
+                return mean_of([])
+            error = np.sqrt(sum(part.error**2 for part in parts)) / len(parts)
+            value = np.mean([part.value for part in parts])
+            return Mean(float(value), float(error), sum(part.n for part in parts))
+        runs = [self._runs(name, column, pooled) for name in self.sessions]
+        runs = [run for run in runs if run]
         if what == "sessions":
-            return mean_of([mean_of(self._runs(name, column, pooled)).value for name in names])
-        if what == "seeds":
-            runs = [self._runs(name, column, pooled) for name in names]
-            n = min(map(len, runs))
-            return mean_of(np.mean([run[:n] for run in runs], axis=0))
-        if what != "neurons":
+            return mean_of([np.mean(list(run.values())) for run in runs])
+        if what != "seeds":
             raise ValueError(f"over must be 'neurons', 'sessions' or 'seeds', got {what!r}")
-        parts = [mean_of(self.by_neuron(name, column)) for name in names]
-        parts = [part for part in parts if part.n]
-        error = np.sqrt(sum(part.error**2 for part in parts)) / max(len(parts), 1)
-        value = np.mean([part.value for part in parts]) if parts else np.nan
-        return Mean(float(value), float(error), sum(part.n for part in parts))
-
-    @property
-    def sessions(self) -> list[str]:
-        """Names of the sessions, in the order of the table."""
-        return list(dict.fromkeys(self.table["session"].tolist()))
+        common = [seed for seed in runs[0] if all(seed in run for run in runs)] if runs else []
+        return mean_of([np.mean([run[seed] for run in runs]) for seed in common])
 
     def by_session(self, column: str | None = None, pooled: bool = False) -> dict[str, float]:
-        """Session -> mean over neurons, then over seeds."""
-        return {s: mean_of(self._runs(s, column, pooled)).value for s in self.sessions}
+        """Session -> mean over neurons, then over seeds; NaN where nothing has a score."""
+        runs = {name: list(self._runs(name, column, pooled).values()) for name in self.sessions}
+        return {name: mean_of(values).value for name, values in runs.items()}
 
     def by_region(self, column: str | None = None) -> dict[str, Mean]:
-        """Region -> mean over its neurons, of all sessions and seeds, that have a score."""
-        regions, values = self.table["region"], self.table[column or self.score]
+        """Region -> mean over its neurons, of all sessions; a neuron's seeds are averaged first."""
+        column = column or self.score
+        values = np.concatenate([self.by_neuron(name, column) for name in self.sessions])
+        regions = self.regions
         return {r: mean_of(values[regions == r]) for r in np.unique(regions).tolist()}
 
     def by_neuron(self, session: str, column: str | None = None) -> np.ndarray:
@@ -136,18 +158,31 @@ class TaskScores:
         total = np.bincount(row[scored], values[scored], minlength=len(neurons))
         return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
-    def _runs(self, session: str, column: str | None, pooled: bool) -> list[float]:
-        """One number for each seed of a session."""
+    def _first(self) -> np.ndarray:
+        """A row of each neuron, session by session, in the order of `by_neuron`."""
+        rows = []
+        for name in self.sessions:
+            mine = np.flatnonzero(self.table["session"] == name)
+            rows.append(mine[np.unique(self.table["neuron"][mine], return_index=True)[1]])
+        return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+
+    def _runs(self, session: str, column: str | None, pooled: bool) -> dict[int, float]:
+        """Seed -> one number, for the seeds of a session that have a score."""
         column = column or self.score
+        if pooled and not column.startswith("bits_per_spike"):
+            raise ValueError(f"only bits per spike can be pooled over spikes, not {column!r}")
         mine = self.table["session"] == session
-        numbers = []
-        for seed in np.unique(self.table["seed"][mine]):
+        numbers = {}
+        for seed in np.unique(self.table["seed"][mine]).tolist():
             rows = mine & (self.table["seed"] == seed)
             if pooled:
+                spikes = self.table["spikes"][rows].sum()
                 gain = self.table[column.replace("bits_per_spike", "gain")][rows].sum()
-                numbers.append(float(gain / max(self.table["spikes"][rows].sum(), 1)))
+                value = gain / spikes if spikes else np.nan
             else:
-                numbers.append(mean_of(self.table[column][rows]).value)
+                value = mean_of(self.table[column][rows]).value
+            if not np.isnan(value):
+                numbers[seed] = float(value)
         return numbers
 
 
@@ -157,8 +192,8 @@ class Report:
 
     Attributes:
         tasks: task or behaviour -> :class:`TaskScores`.
-        sessions: name -> ``trials`` (scored), ``neurons`` (it has), ``wanted`` (to be scored).
-        left_out: task -> why it could not be scored.
+        sessions: name -> ``trials`` (scored) and ``neurons`` (it has).
+        left_out: task -> why it could not be scored, for each session that it could not.
     """
 
     tasks: dict[str, TaskScores]
@@ -172,55 +207,69 @@ class Report:
 
     @classmethod
     def join(cls, reports: Sequence[Report]) -> Report:
-        """One report of several: of other sessions, or of the same with models of other seeds."""
-        tasks = {name: [] for report in reports for name in report.tasks}
-        sessions, left_out = {}, {}
+        """One report of several: of other sessions, or of the same with models of other seeds.
+
+        Raises:
+            ValueError: when reports of one session scored other neurons or other trials.
+        """
+        tasks: dict[str, list[dict[str, np.ndarray]]] = {}
+        main, sessions = {}, {}
+        left_out: dict[str, list[str]] = {}
         for report in reports:
             for name, scores in report.tasks.items():
-                same = (np.isin(part["session"], scores.sessions) for part in tasks[name])
-                runs = [part["seed"][rows].max(initial=-1) + 1
-                        for part, rows in zip(tasks[name], same, strict=True)]  # fmt: skip
-                shift = max(runs, default=0)
-                tasks[name].append(scores.table | {"seed": scores.table["seed"] + shift})
+                parts = tasks.setdefault(name, [])
+                parts.append(_as_next_seed(scores.table, parts))
+                main[name] = scores.score
             sessions |= report.sessions
-            left_out |= report.left_out
-        main = {name: scores.score for report in reports for name, scores in report.tasks.items()}
+            for task, reason in report.left_out.items():
+                left_out.setdefault(task, []).append(reason)
         joined = {name: TaskScores(_stacked(parts), main[name]) for name, parts in tasks.items()}
-        return cls(joined, sessions, left_out)
+        reasons = {task: "; ".join(dict.fromkeys(all_of)) for task, all_of in left_out.items()}
+        return cls(joined, sessions, reasons)
 
     def n_dropped(self, task: str) -> int:
         """Neurons of the scored sessions that were not scored: no label, or not asked for."""
-        table = self.tasks[task].table
-        of = set(table["session"].tolist())
-        pairs = set(zip(table["session"].tolist(), table["neuron"].tolist(), strict=True))
-        return sum(self.sessions[name]["neurons"] for name in of) - len(pairs)
+        scores = self.tasks[task]
+        return sum(self.sessions[s]["neurons"] for s in scores.sessions) - len(scores.neurons)
 
     def share(self, ceiling: Report, column: str = "bits_per_spike_train_null") -> dict[str, float]:
         """Task -> score as a share of another report's, such as the oracle's.
 
         With the honest null, the mean rates have a share of 0 by construction.
         """
-        both = [t for t in self.tasks if column in self.tasks[t].table and t in ceiling.tasks]
-        return {t: self.tasks[t].mean(column) / ceiling.tasks[t].mean(column) for t in both}
+        shares = {}
+        for task in [t for t in self.tasks if column in self.tasks[t].table and t in ceiling.tasks]:
+            best = ceiling.tasks[task].mean(column)
+            shares[task] = self.tasks[task].mean(column) / best if best else float("nan")
+        return shares
 
     def to_dict(self) -> dict[str, Any]:
-        """Task -> means, standard errors and counts, as JSON can hold them (NaN = None)."""
+        """Task -> means, errors and counts, as JSON can hold them (NaN = None).
+
+        Of a task: a mean for each column; ``pooled_...``; ``errors``, over what -> column -> the
+        standard error; counts of neurons; ``regions``, region -> [mean, error, neurons].
+        """
         summary = {}
         for task, scores in self.tasks.items():
             columns = [c for c in scores.table if c not in (*LABELS, *COUNTS) and c[:4] != "gain"]
-            numbers = {column: scores.mean(column) for column in columns}
-            kinds = ["neurons"] * ("spikes" in scores.table) + ["sessions", "seeds"]
-            errors = {kind: scores.over(kind).error for kind in kinds}
-            numbers |= {f"error_over_{kind}": error for kind, error in errors.items()}
-            counts = {}
-            if "spikes" in scores.table:
+            activity = "spikes" in scores.table
+            numbers: dict[str, Any] = {column: _plain(scores.mean(column)) for column in columns}
+            numbers["errors"] = {
+                kind: {column: _plain(scores.over(kind, column).error) for column in columns}
+                for kind in ["neurons"] * activity + ["sessions", "seeds"]
+            }
+            if activity:
                 for column in ("bits_per_spike", "bits_per_spike_train_null"):
-                    numbers[f"pooled_{column}"] = scores.mean(column, pooled=True)
-                counts = {"neurons": len(scores.neurons), "silent_neurons": scores.n_silent}
-                counts["dropped_neurons"] = self.n_dropped(task)
-                blind = int((scores.table["visible"] == 0).sum())
-                counts["neurons_with_nothing_visible"] = blind
-            summary[task] = {k: _plain(v) for k, v in numbers.items()} | counts
+                    numbers[f"pooled_{column}"] = _plain(scores.mean(column, pooled=True))
+                regions = scores.by_region().items()
+                numbers |= {
+                    "neurons": len(scores.neurons),
+                    "silent_neurons": scores.n_silent,
+                    "dropped_neurons": self.n_dropped(task),
+                    "neurons_with_nothing_visible": scores.n_blind,
+                    "regions": {region: [_plain(x) for x in mean] for region, mean in regions},
+                }
+            summary[task] = numbers
         return summary
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -264,7 +313,9 @@ class Report:
             scores = self.tasks[task]
             others = [c for c in scores.table if c not in (*LABELS, *COUNTS, scores.score)]
             beside = ", ".join(f"{c.replace('_', ' ')} {scores.mean(c):.3f}" for c in others)
-            text = f"{task}: {scores.score} {scores.over('sessions')} ({beside})"
+            errors = ((kind, scores.over(kind).error) for kind in ("sessions", "seeds"))
+            sure = "".join(f", ± {e:.3f} over {kind}" for kind, e in errors if not np.isnan(e))
+            text = f"{task}: {scores.score} {scores.mean():.3f}{sure} ({beside})"
             lines.append(textwrap.fill(text, 79, subsequent_indent="    "))
         lines += [f"{task}: left out, {reason}" for task, reason in self.left_out.items()]
         return "\n".join(lines)
@@ -277,24 +328,26 @@ class Report:
         def row(cell: Callable[[TaskScores], float | int]) -> list[str]:
             return [_number(cell(scores)) for scores in activity.values()]
 
-        rows = {"over their test mean": row(lambda s: s.mean())}
-        for kind in ("neurons", "sessions", "seeds"):
-            errors = row(lambda s, kind=kind: s.over(kind).error)
-            if any(cell != "-" for cell in errors):
-                rows[f"  ± over {kind}"] = errors
-        rows |= {
-            "  all spikes pooled": row(lambda s: s.mean("bits_per_spike", pooled=True)),
-            "  trials shuffled": row(lambda s: s.mean("shuffled_trials")),
-            "  neurons shuffled": row(lambda s: s.mean("shuffled_neurons")),
-            "over their training mean": row(lambda s: s.mean("bits_per_spike_train_null")),
-            "  all spikes pooled ": row(lambda s: s.mean("bits_per_spike_train_null", pooled=True)),
-            "neurons": row(lambda s: len(s.neurons)),
-            "of them silent": row(lambda s: s.n_silent),
-        }
+        rows = {}
+        nulls = {"over their test mean": "bits_per_spike"}
+        nulls["over their training mean"] = "bits_per_spike_train_null"
+        for title, column in nulls.items():
+            rows[title] = row(lambda s, c=column: s.mean(c))
+            indent = "  " if column == "bits_per_spike" else "   "  # rows need different names
+            for kind in ("neurons", "sessions", "seeds"):
+                errors = row(lambda s, c=column, kind=kind: s.over(kind, c).error)
+                if any(cell != "-" for cell in errors):
+                    rows[f"{indent}± over {kind}"] = errors
+            rows[f"{indent}all spikes pooled"] = row(lambda s, c=column: s.mean(c, pooled=True))
+            if column == "bits_per_spike":
+                rows["  trials shuffled"] = row(lambda s: s.mean("shuffled_trials"))
+                rows["  neurons shuffled"] = row(lambda s: s.mean("shuffled_neurons"))
+        rows["neurons"] = row(lambda s: len(s.neurons))
+        rows["of them silent"] = row(lambda s: s.n_silent)
         dropped = [self.n_dropped(task) for task in activity]
         if any(dropped):
             rows["not scored"] = [str(n) for n in dropped]
-        blind = row(lambda s: int((s.table["visible"] == 0).sum()))
+        blind = row(lambda s: s.n_blind)
         if any(cell != "0" for cell in blind):  # their score is that of guessing
             rows["with nothing visible"] = blind
         return rows
@@ -318,6 +371,33 @@ def score_table(reports: Mapping[str, Report], column: str | None = None) -> str
         for name, r in reports.items()
     }
     return _table(tasks, rows)
+
+
+def _as_next_seed(
+    table: dict[str, np.ndarray], parts: Sequence[dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """A table whose seeds follow those that its sessions have in other tables."""
+    shift = 0
+    for part in parts:
+        same = np.isin(part["session"], table["session"])
+        if not same.any():
+            continue
+        shift = max(shift, part["seed"][same].max() + 1)
+        for name in np.unique(part["session"][same]).tolist():
+            for column in ("neuron", "spikes"):
+                if column in table and not np.array_equal(
+                    *(_of_one_run(t, name, column) for t in (part, table))
+                ):
+                    raise ValueError(
+                        f"session {name!r}: these reports scored other neurons or other trials, so "
+                        "they do not differ by their seeds alone; join those of the same"
+                    )
+    return table | {"seed": table["seed"] + shift}
+
+
+def _of_one_run(table: dict[str, np.ndarray], session: str, column: str) -> np.ndarray:
+    mine = table["session"] == session
+    return table[column][mine & (table["seed"] == table["seed"][mine][0])]
 
 
 def _stacked(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -30,11 +30,17 @@ def test_a_study_goes_on_where_it_was_stopped(small, tmp_path):
     some = {name: chosen[name] for name in ("temporal", "MtM")}
     seconds = real_data.run(small[:1], {"MtM": some["MtM"]}, [0], tmp_path)
     assert len(seconds) == 1
-    kept = tmp_path / small[0].name / "MtM-0.json"
+    [kept] = real_data.kept(tmp_path, "MtM", some["MtM"], small[:1], 0)
     before = kept.read_text()
     seconds = real_data.run(small, some, [0, 1], tmp_path)
     assert len(seconds) == 8 and kept.read_text() == before
-    whole = real_data.table(small, list(some), tmp_path)
+    longer = studies.ablation(depth=1, epochs=2)  # other settings are other runs
+    assert not real_data.table(small, {"MtM": longer["MtM"]}, [0, 1], tmp_path)[small[0].name]
+    other = small[0].select(trials=np.arange(39))  # and so are other data of the same name
+    assert real_data.kept(tmp_path, "MtM", some["MtM"], [other], 0) != [kept]
+    whole = real_data.table(small, some, [0, 1], tmp_path)
+    assert whole[small[0].name]["choice"]["MtM"].n == 2
+    assert real_data.table(small, some, [0], tmp_path)[small[0].name]["choice"]["MtM"].n == 1
     assert set(whole) == {session.name for session in small}
     means = real_data.averages(whole)
     of_each = [whole[session.name]["co-smoothing"]["MtM"].value for session in small]
@@ -53,6 +59,17 @@ def test_each_prompt_is_shown_to_the_same_model(small):
     assert [prompted.prompt for prompted in made.values()] == list(studies.MTM_SCHEMES)
     ratios = studies.ratio(depth=1, epochs=1)
     assert len(ratios) == 12 and "MtM 0.1" in ratios
+
+
+def test_a_single_task_and_scores_below_zero_can_be_drawn():
+    means = {"causal": {"a": Mean(-0.2, 0.1, 3), "b": Mean(-0.1, np.nan, 1)}}
+    figure = real_data.draw(means, "title")
+    low, high = figure.axes[0].get_xlim()
+    assert low < -0.2 and high >= 0
+    plt.close(figure)
+    assert real_data.winners({"s": {"causal": means["causal"]}}) == ["s, causal: b -0.100"]
+    nothing = {"s": {"causal": {"a": Mean(np.nan, np.nan, 0)}}}
+    assert real_data.winners(nothing) == []
 
 
 def test_who_wins_is_said_for_ties_and_losses_alike():

@@ -66,6 +66,26 @@ def test_one_region_at_a_time(session):
         decode_choice(oracle(session), session, region="LP")
 
 
+def test_predictions_are_made_in_batches_that_fit(session):
+    asked = []
+
+    def narrow(counts, scheme, mask, name):
+        asked.append(len(counts))
+        if len(counts) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (counts * 1.0).requires_grad_().bfloat16()  # as a model of one's own may return
+
+    found = decode_trace(narrow, session, "trace")
+    assert asked == [120, 60, 30, 30, 30, 30]
+    small = decode_trace(narrow, session, "trace", batch_size=25)
+    assert asked[6:] == [25, 25, 25, 25, 20] and small.score == found.score
+    assert decode({"s": session.counts}, session)["trace"].score == pytest.approx(found.score)
+    with pytest.raises(ValueError, match=r"log-rates of shape \(3, 8, 6\) do not fit"):
+        decode(np.zeros((3, 8, 6)), session)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        decode(np.full((120, 8, 6), np.nan), session)
+
+
 def test_every_region_in_turn(session):
     found = decode_by_region(oracle(session), session, "trace")
     assert list(found) == ["CA1", "DG"]

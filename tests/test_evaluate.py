@@ -196,6 +196,19 @@ def test_trials_and_neurons_as_flags(session):
     assert str(a) == str(b) and a.n_trials == 5
 
 
+def test_rates_that_are_next_to_nothing_can_be_shuffled(session):
+    report = evaluate(np.full((1, 1, 7), -800.0), session, tasks=["co-smoothing"])
+    assert (report.tasks["co-smoothing"].table["shuffled_neurons"] < 0).all()
+
+
+def test_log_rates_may_be_a_tensor(session):
+    log_rates = torch.randn(20, 20, 7, dtype=torch.float64)
+    ours, same = (
+        evaluate(x, session, tasks=["co-smoothing"]) for x in (log_rates, log_rates.numpy())
+    )
+    assert str(ours) == str(same)
+
+
 def test_errors(session):
     with pytest.raises(ValueError, match="no trials or no neurons to score"):
         evaluate(mean_rates(session), session, trials=[])

@@ -61,13 +61,53 @@ def test_means_are_over_neurons_then_seeds_then_sessions(joined):
 def test_regions_and_pooling_and_counts(joined):
     scores = joined.tasks["co-smoothing"]
     regions = scores.by_region()
-    assert regions["CA1"] == mean_of([1, 3, 2, 6]) and regions["DG"] == mean_of([0, 1, 0, 3])
+    assert regions["CA1"] == mean_of([1.5, 4.5]) and regions["DG"] == mean_of([0, 2])
+    assert scores.neurons.tolist() == [0, 1, 2, 0, 1]  # each once, whatever the seeds
+    assert scores.regions.tolist() == ["CA1", "CA1", "DG", "DG", "DG"]
+    assert scores.session_of.tolist() == ["a", "a", "a", "b", "b"]
     one = report("a", [1.0, 3.0, np.nan], ["", "", ""], spikes=[3, 1, 0]).tasks["co-smoothing"]
     assert one.mean(pooled=True) == (1 * 3 + 3 * 1) / 4 and one.mean() == 2 and one.n_silent == 1
     assert joined.n_dropped("co-smoothing") == 2  # one of each session
     summary = joined.to_dict()["co-smoothing"]
-    assert summary["silent_neurons"] == 2 and summary["dropped_neurons"] == 2
-    assert summary["error_over_sessions"] == 1.0
+    assert (summary["neurons"], summary["silent_neurons"], summary["dropped_neurons"]) == (5, 1, 2)
+    assert summary["errors"]["sessions"]["bits_per_spike"] == 1.0
+    assert summary["errors"]["seeds"]["bits_per_spike_train_null"] == 0.75
+    assert summary["regions"]["DG"] == [1.0, 1.0, 2]
+    text = str(joined)
+    assert text.count("± over sessions") == 2 and "neurons                              5" in text
+
+
+def test_what_has_no_score_is_nan_and_what_cannot_be_asked_is_refused():
+    nothing = report("a", [np.nan, np.nan], ["DG", "DG"]).tasks["co-smoothing"]
+    for what in ("neurons", "sessions", "seeds"):
+        assert np.isnan(nothing.over(what)[:2]).all() and nothing.over(what).n == 0
+    assert np.isnan(nothing.mean(pooled=True)) and np.isnan(nothing.by_session()["a"])
+    with_silent = Report.join([report("a", [np.nan], ["DG"]), report("b", [1.0, 2.0], ["", ""])])
+    scores = with_silent.tasks["co-smoothing"]
+    assert [scores.over(what).value for what in ("neurons", "sessions", "seeds")] == [1.5] * 3
+    with pytest.raises(ValueError, match="only bits per spike can be pooled"):
+        scores.mean("shuffled_trials", pooled=True)
+    with pytest.raises(ValueError, match="no error over neurons"):
+        scores.over("neurons", pooled=True)
+    zero = report("b", [0.0, 0.0], ["", ""])
+    assert np.isnan(with_silent.share(zero)["co-smoothing"])
+
+
+def test_seeds_are_paired_by_their_number():
+    first, again = report("a", [0.0, 2.0], ["", ""]), report("a", [5.0, 7.0], ["", ""])
+    both = Report.join([report("a", [1.0, 3.0], ["", ""]), report("b", [10.0, 20.0], ["", ""])])
+    joined = Report.join([first, again, both])  # a has seeds 0, 1, 2; b, from the third, 2
+    scores = joined.tasks["co-smoothing"]
+    assert scores.by_session() == {"a": 3.0, "b": 15.0}
+    assert scores.over("seeds") == Mean(8.5, pytest.approx(np.nan, nan_ok=True), 1)
+
+
+def test_only_runs_of_the_same_trials_and_neurons_are_seeds():
+    with pytest.raises(ValueError, match="session 'a': these reports scored other neurons"):
+        Report.join([report("a", [1.0, 2.0], ["", ""]), report("a", [1.0], [""])])
+    other = report("a", [1.0, 2.0], ["", ""], spikes=[4, 5])
+    with pytest.raises(ValueError, match="or other trials"):
+        Report.join([report("a", [1.0, 2.0], ["", ""]), other])
 
 
 def test_pooled_equals_the_metric_silent_neurons_included():
@@ -130,7 +170,19 @@ def test_what_only_some_sessions_have_is_nan_elsewhere():
     psth = both.tasks["co-smoothing"].table["psth_r2"]
     assert np.isnan(psth[3:]).all() and not np.isnan(psth[:3]).any()
     assert both.tasks["choice"].sessions == ["a"]
-    assert both.left_out["inter-region"] == "b: no scored neuron has a region label"
+    reason = "no scored neuron has a region label"
+    assert both.left_out["inter-region"] == f"a: {reason}; b: {reason}"
+    tasks = ["co-smoothing", "choice"]
+    some = {s.name: mean_rates(s) for s in (with_choice, without)}
+    asked = evaluate(some, [with_choice, without], tasks=tasks)
+    assert asked.left_out == {"choice": "b: not recorded"} and list(asked.tasks) == tasks
+    with pytest.raises(ValueError, match="unknown task 'choise'"):
+        evaluate(some, [with_choice, without], tasks=["choise"])
+    for sessions in ([], [with_choice, with_choice]):
+        with pytest.raises(ValueError, match="one or more, with different names"):
+            evaluate(some, sessions)
+    with pytest.raises(ValueError, match="trials and neurons are of one session"):
+        evaluate(some, [with_choice, without], neurons=[2])
 
 
 # --------------------------------------------------------------------------------- controls
@@ -190,6 +242,10 @@ def test_trials_that_were_learned_from_are_refused(sessions, trained, tmp_path):
         evaluate(trained, session, tasks=task, trials=mixed)
     assert evaluate(trained, session, tasks=task, trials=mixed, allow_seen=True).n_trials == 27
     evaluate(trained, session, tasks=task, trials=split.val)  # selected by, not learned from
+    other = evaluate(trained, session, tasks=[*task, "choice"], split_seed=1, allow_seen=True)
+    assert set(other.tasks) == {*task, "choice"}
+    with pytest.raises(ValueError, match="trained on the split of seed 0, not 1"):
+        evaluate(trained, session, split_seed=1)
     loaded = hub.load(hub.save(trained, tmp_path / "model"))
     assert {k: v.tolist() for k, v in loaded.seen.items()} == {
         k: v.tolist() for k, v in trained.model.seen.items()
