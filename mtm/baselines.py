@@ -9,13 +9,15 @@ temporal NDT1            our model, trained with temporal masking alone
 random-token NDT2        our model of patches, trained with random-token masking alone
 =======================  =======================================================================
 
-All learn from training trials alone, and what is to be chosen is chosen on validation trials. The
-regressions themselves are in ``mtm.regression``.
+All learn from training trials alone. What a regression has to choose (widths, windows, penalties,
+ranks) it chooses on validation trials; of the two transformers, trained as ours is by default, it is
+the epoch. The regressions themselves are in ``mtm.regression``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -86,9 +88,17 @@ class Baseline:
         self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
         self.maps: dict[tuple[str, str], Any] = {}
         self.chosen: dict[tuple[str, str], tuple[str, float]] = {}
-        self._fit([Data(session, split_seed, self.dtype) for session in sessions])
+        for session in sessions:
+            in_val = session.counts[session.split(split_seed).val].any()
+            if not in_val:
+                warnings.warn(
+                    f"session {session.name!r}: no spike in the validation trials, so nothing can "
+                    "be chosen by them; another split_seed may have some",
+                    stacklevel=3,
+                )
+        self._fit(Data(session, split_seed, self.dtype) for session in sessions)
 
-    def _fit(self, sessions: list[Data]) -> None:
+    def _fit(self, sessions: Iterable[Data]) -> None:
         """Fill :attr:`maps`; what each baseline does its own way."""
         raise NotImplementedError
 
@@ -164,7 +174,7 @@ class Baseline:
 class PSTH(Baseline):
     """:func:`psth` of each session, whatever is visible."""
 
-    def _fit(self, sessions: list[Data]) -> None:
+    def _fit(self, sessions: Iterable[Data]) -> None:
         for data in sessions:
             counts, link = data.counts["val"], Link(data.rates, data.most)
             score = bits(link(torch.zeros_like(counts)), counts, data.null)
@@ -187,7 +197,7 @@ class Ridge(Baseline):
         >>> print(mtm.evaluate(Ridge(session), session))
     """
 
-    def _fit(self, sessions: list[Data]) -> None:
+    def _fit(self, sessions: Iterable[Data]) -> None:
         for data in sessions:
             for found in fit_linear(data):
                 self._keep(data.name, *found)
@@ -220,7 +230,7 @@ class LowRankGLM(Baseline):
             raise ValueError(f"ranks must be numbers of 2 or more, got {ranks}")
         super().__init__(sessions, split_seed)
 
-    def _fit(self, sessions: list[Data]) -> None:
+    def _fit(self, sessions: Iterable[Data]) -> None:
         for data in sessions:
             self._fit_together([data])
 
@@ -237,8 +247,8 @@ class ReducedRankRegression(LowRankGLM):
     Rank and penalty are the same for all sessions too. Forward prediction shares nothing.
     """
 
-    def _fit(self, sessions: list[Data]) -> None:
-        self._fit_together(sessions)
+    def _fit(self, sessions: Iterable[Data]) -> None:
+        self._fit_together(list(sessions))
 
 
 def _check(sessions: list[Session]) -> None:
@@ -252,6 +262,10 @@ def _check(sessions: list[Session]) -> None:
         raise SessionError(
             f"sessions must have the same bins, got {sorted(grids)} (number, width in s); fit a "
             "baseline for each"
+        )
+    if sessions[0].n_bins < 2:
+        raise SessionError(
+            f"session {names[0]!r} has a single bin; regressions over time need two or more"
         )
 
 
@@ -285,7 +299,21 @@ BASELINES: dict[str, Callable[..., Any]] = {
 
 
 def fit_baseline(name: str, sessions: Session | Sequence[Session], **settings: Any) -> Any:
-    """Fit a baseline by its name, one of :data:`BASELINES`."""
+    """Fit a baseline by its name.
+
+    Args:
+        name: one of :data:`BASELINES`.
+        sessions: one, or several with distinct names and the same bins.
+        **settings: of the baseline: ``split_seed`` of all, ``ranks`` of the low-rank ones, what
+            :func:`mtm.train.fit` takes of the transformers.
+
+    Returns:
+        a fitted predictor, for :func:`mtm.evaluate.evaluate`.
+
+    Raises:
+        ValueError: for an unknown name.
+        SessionError: when the sessions do not go together.
+    """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
     return BASELINES[name](sessions, **settings)

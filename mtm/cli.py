@@ -25,7 +25,7 @@ import torch
 from mtm import alf, bwb_submission, hub, parallel
 from mtm.atlas import LEVELS
 from mtm.baselines import BASELINES, fit_baseline
-from mtm.decode import decode_by_region
+from mtm.decode import decodable, decode_by_region
 from mtm.evaluate import evaluate
 from mtm.masks import SCHEMES
 from mtm.model import CHOICES as MODEL_CHOICES
@@ -209,6 +209,11 @@ def run_evaluate(options: argparse.Namespace) -> None:
                 f"the model was not trained on session {session.name!r}; it knows: "
                 + ", ".join(model.session_names)
             )
+        if options.by_region and options.by_region not in decodable(session):
+            raise SessionError(
+                f"session {session.name!r} has no behaviour {options.by_region!r} to decode by "
+                f"region; it has: {', '.join(decodable(session)) or 'none'}"
+            )
     seed = checked_split_seed(model, sessions[0], None)
     predictors: dict[str, Any] = {
         "MtM": model,
@@ -222,13 +227,14 @@ def run_evaluate(options: argparse.Namespace) -> None:
     how = {"split_seed": seed, "tasks": options.tasks, "progress": True}
     reports = {name: evaluate(p, sessions, **how) for name, p in predictors.items()}
     print(f"\n{reports['MtM']}\n")
-    print("beside others, over each neuron's mean in the scored test entries:")
+    print("beside others (activity: over each neuron's mean in the scored test entries):")
     print(score_table(reports))
-    print("\nthe same over its mean in the training trials:")
-    print(score_table(reports, "bits_per_spike_train_null"))
-    if "oracle" in reports:
-        shares = reports["MtM"].share(reports["oracle"]).items()
-        print("\nof the oracle's: " + ", ".join(f"{t} {share:.0%}" for t, share in shares))
+    if any("spikes" in scores.table for scores in reports["MtM"].tasks.values()):
+        print("\nactivity over each neuron's mean in the training trials:")
+        print(score_table(reports, "bits_per_spike_train_null"))
+        if "oracle" in reports:
+            shares = reports["MtM"].share(reports["oracle"]).items()
+            print("\nof the oracle's: " + ", ".join(f"{t} {share:.0%}" for t, share in shares))
     regions = {}
     if options.by_region:
         regions = _by_region(model, sessions, options.by_region)

@@ -583,6 +583,7 @@ class Past(NamedTuple):
 
 
 def past_of(data: Data, part: str, components: Tensor, horizon: int) -> Past:
+    """The regression's samples: every bin of a part of the trials that has one so far ahead."""
     x, counts = data.inputs[part], data.counts[part]
     ops = windows(data.n_bins, PAST, past=True, dtype=data.rates.dtype)
     origin, target = slice(None, data.n_bins - horizon), slice(horizon, None)

@@ -55,6 +55,12 @@ def test_many_sessions_beside_a_baseline(folder, capsys):
     report = Report.from_json(folder / "r.json")
     assert report.tasks["co-smoothing"].mean() == pytest.approx(scores["co-smoothing"], abs=1e-5)
     assert "of the oracle's: co-smoothing" in printed
+    assert main(["evaluate", str(folder / "m"), files[0], "--tasks", "choice"]) == 0
+    assert "training trials" not in capsys.readouterr().out  # there is no activity to score
+    assert main(["evaluate", str(folder / "m"), *files, "--by-region", "whisker"]) == 1
+    said = capsys.readouterr()
+    assert "no behaviour 'whisker' to decode by region; it has: choice" in said.err
+    assert "beside others" not in said.out  # nothing was computed to be lost
     assert main(["evaluate", str(folder / "m"), *files, "--tasks", "cosmoothing"]) == 1
     assert "unknown task 'cosmoothing'" in capsys.readouterr().err
 
