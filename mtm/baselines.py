@@ -10,8 +10,8 @@ random-token NDT2        our model of patches, trained with random-token masking
 =======================  =======================================================================
 
 All learn from training trials alone. What a regression has to choose (widths, windows, penalties,
-ranks) it chooses on validation trials; of the two transformers, trained as ours is by default, it is
-the epoch. The regressions themselves are in ``mtm.regression``.
+ranks) it chooses on validation trials; of the two transformers, trained as ours is by default, it
+is the epoch. The regressions themselves are in ``mtm.regression``.
 """
 
 from __future__ import annotations
