@@ -51,6 +51,7 @@ TIMEOUT = 60.0  # seconds that the server may be silent
 BUILDS = ("all_units", "selected_units")
 REGIMES = ("pretrain", "eval")
 SPLITS = {"pretrain": Split._fields[:2], "ts1": Split._fields, "ts2": Split._fields}
+SUITES = {"all_units": "ts1", "selected_units": "ts2"}  # build -> tasks, and split, it is for
 
 _UNITS = {  # columns of `units` -> columns of Session.neurons
     **{"id": "uuid", "probe_id": "probe", "cluster_id": "cluster", "depths": "depth"},
@@ -187,7 +188,8 @@ def load_session(
         atlas: level of ``Session.regions``: "Allen", "Beryl" or "Cosmos". ``None``: no regions.
         split: which of the file's splits to keep: "pretrain", "ts1" (one cut after the other),
             "ts2" (chunks of five minutes), or ``None``. "auto": what there is; of ts1 and ts2 the
-            latter for "ts2" windows and in the build of selected units.
+            one whose tasks the build is for, ts1 for all units, ts2 for selected units, whatever
+            ``align``. What is training time for one is test time for the other.
         trial_filter: "valid" keeps what the benchmark calls valid: a choice was made, reaction
             times are 0 to 10 s, and no event is missing.
         stride: seconds from one "ts2" window to the next; its tests use 0.02, 50 times as many.
@@ -339,8 +341,8 @@ def _parts(recording: OpenFile, split: str | None, cut: bool) -> dict[str, np.nd
     """Intervals (n, 2) of each part of the split; none without one."""
     here = [name for name in SPLITS if f"{name}_train_domain" in recording.file]
     if split == "auto":
-        last = "ts2" if cut or recording.facts["unit_filtering"] != "all_units" else "ts1"
-        split = next((name for name in ("pretrain", last, *here) if name in here), None)
+        suite = SUITES.get(recording.facts["unit_filtering"], "ts2")
+        split = next((name for name in ("pretrain", suite, *here) if name in here), None)
     regime = "pretrain" if "pretrain" in here else "eval" if here else None
     recording.facts |= {"split": split, "regime": regime}
     if split is None and not cut:

@@ -7,13 +7,15 @@ From session files and trained models to the zip to upload::
     score("predictions", files)  # what the scorer says, from the session files themselves
     pack("predictions", "my-model", "my-model.zip", files)
 
-`mtm.bwb_tasks` has the tasks. The scorer matches windows by exact equality of their starts, does
-not look at the order of units, and leaves out in silence what it cannot match; hence `check`.
+`mtm.bwb_tasks` has the tasks, those of TS1 and TS2. The scorer matches windows by exact equality of
+their starts, does not look at the order of units, and leaves out in silence what it cannot match;
+hence `check`.
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import hashlib
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +33,7 @@ from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from tqdm import tqdm
 
 from mtm.atomic import replacing
+from mtm.bwb import SUITES
 from mtm.bwb_tasks import (
     BIN_SIZE,
     BINS,
@@ -55,7 +58,9 @@ from mtm.train import Fit
 LOWEST = float(np.log(1e-9))  # of a log-rate: a rate of 0 would have none
 FIRST_SEED, LEAST_SEEDS = 43, 3
 SCORER = "0.1.0"  # version of the scorer whose files these are
-IMPLAUSIBLE = 10.0  # times the recording's own rate: log-rates are off by less, or no log-rates
+IMPLAUSIBLE = (0.1, 10.0)  # times the recording's own rate: log-rates beyond are no log-rates
+IMPLAUSIBLE_LICKS = (0.01, 25.0)  # an animal may well stop licking; in Hz it would be 50
+NOT_CHECKED = re.compile(r"ts3-unit_cosmos/seed_(0|[1-9]\d*)\.safetensors")  # TS3: from elsewhere
 
 
 # ----------------------------------------------------------------------------- predictions
@@ -144,7 +149,13 @@ def misfit(predictor: Predicts, recording: Recording) -> str | None:
 
 
 def predict_task(
-    predictor: Predicts, recording: Recording, task: str, *, dtype: str = "float16", **options: Any
+    predictor: Predicts,
+    recording: Recording,
+    task: str,
+    *,
+    dtype: str = "float16",
+    kept: dict[Any, dict[float, np.ndarray]] | None = None,
+    **options: Any,
 ) -> dict[str, np.ndarray] | None:
     """The tensors of a prediction file.
 
@@ -153,6 +164,8 @@ def predict_task(
         recording: of the task's build.
         task: one of `TASKS`.
         dtype: of TS2 predictions, "float16" or "float32".
+        kept: one predictor's features of one recording, kept from a behaviour task to the next
+            that looks at the same windows; changed in place, {} to begin with.
         **options: ``batch_size`` and ``progress`` of `predict_windows`.
 
     Returns:
@@ -177,11 +190,15 @@ def predict_task(
         return None
     fit = Trials(*map(np.concatenate, zip(*parts[:2], strict=True)))
     _require_trials(recording, task, fit)
-    features = [
-        predict_windows(predictor, recording, part.starts, spec.prompt, dtype="float64", **options)
-        for part in (fit, parts[2])
-    ]
-    x, x_test = rotate(*[each.reshape(len(each), -1) for each in features])
+    key, kept = (spec.prompt, spec.events), {} if kept is None else kept
+    if key not in kept:
+        kept.clear()  # the windows of one event are all that memory should hold
+    known, asked = kept.setdefault(key, {}), [fit.starts.tolist(), parts[2].starts.tolist()]
+    if new := sorted({*asked[0], *asked[1]} - known.keys()):
+        options |= {"dtype": "float32"}
+        found = predict_windows(predictor, recording, np.array(new), spec.prompt, **options)
+        known.update(zip(new, found.reshape(len(new), -1), strict=True))
+    x, x_test = rotate(*[np.array([known[s] for s in each], dtype=np.float64) for each in asked])
     if spec.classes:
         found = decode_classes(x, x_test, fit.values[:, 0], spec.classes)
     elif spec.group == "licks":
@@ -329,6 +346,7 @@ def save(
     seed: int,
     recording: Recording,
     tensors: dict[str, np.ndarray],
+    model: str = "",
 ) -> Path:
     """Write ``<folder>/<label>/<task>/<session>/seed_<seed>.safetensors``; returns the path.
 
@@ -339,6 +357,7 @@ def save(
         seed: of the training run.
         recording: whose predictions these are.
         tensors: from `predict_task`.
+        model: from `fingerprint`, by which `check` tells the files of one model from another's.
 
     Raises:
         ValueError: for a label or a seed that does not go into a path.
@@ -348,8 +367,19 @@ def save(
         raise ValueError(f"a seed is 0 or more, got {seed}")
     path = Path(folder) / label / task / recording.name / f"seed_{seed}.safetensors"
     more = {"context_window": str(LENGTH), "bin_size": str(BIN_SIZE)}
-    more["ibl_bwb_eval_version"] = SCORER
+    more |= {"ibl_bwb_eval_version": SCORER} | ({"model": model} if model else {})
     return _save(path, tensors, _metadata(label, task, seed, recording) | more)
+
+
+def fingerprint(predictor: Predicts) -> str:
+    """SHA-256 of a model's weights; "" for a predictor that is no model."""
+    if not isinstance(predictor, torch.nn.Module):
+        return ""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(predictor.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _check_label(label: str) -> None:
@@ -383,7 +413,7 @@ def export(
 
     Each file serves the tasks of its build, and a model the build whose sessions it knows with
     their number of units: models of both builds may be given at once. A behaviour that a session
-    lacks is left out there.
+    lacks is left out there. Models that have learned from windows of a test part are refused.
 
     Args:
         models: see `predict_windows`.
@@ -394,7 +424,8 @@ def export(
         **options: of `predict_task`.
 
     Raises:
-        SessionError: for a file that is no session file of the benchmark, or that no model is for.
+        SessionError: for a file that is no session file of the benchmark, or that no model is for;
+            for a model that has learned from the test part, before anything is predicted.
         ValueError: for unknown tasks, a bad label, seeds that do not go with the models.
     """
     _check_label(label)
@@ -418,16 +449,46 @@ def export(
             raise SessionError(
                 f"model {place} of {len(models)} serves none of the files: {problem}"
             )
-    paths = []
+    for build, mine in builds.items():
+        for recording in mine:
+            require_untaught(numbered[build], recording)
+    marks, paths = {id(model): fingerprint(model) for model in models}, []
     for build, mine in builds.items():
         asked = [task for task in tasks if TASKS[task].build == build]
-        for path in [recording.path for recording in mine]:
-            recording = read(path)  # anew, so that the spikes of one are in memory at a time
-            for (seed, model), task in itertools.product(numbered[build].items(), asked):
-                made = predict_task(model, recording, task, **options)
-                if made is not None:
-                    paths.append(save(folder, label, task, seed, recording, made))
+        for recording in map(dataclasses.replace, mine):  # copies: spikes of one at a time
+            for seed, model in numbered[build].items():
+                kept: dict[Any, Any] = {}
+                for task in asked:
+                    made = predict_task(model, recording, task, kept=kept, **options)
+                    if made is not None:
+                        mark = marks[id(model)]
+                        paths.append(save(folder, label, task, seed, recording, made, mark))
     return paths
+
+
+def require_untaught(models: dict[int, Predicts], recording: Recording) -> None:
+    """Refuse models (seed -> model) that have learned from windows of the test part.
+
+    The two suites split a recording in different ways: training time of one is test time of the
+    other. Models and baselines keep fingerprints of what they learned from; see
+    `mtm.predict.require_unseen`.
+
+    Raises:
+        SessionError: naming session, number of windows, and remedy.
+    """
+    learned = {seed: getattr(model, "seen", None) or {} for seed, model in models.items()}
+    windows = recording.learnable() if any(learned.values()) else None
+    if windows is None:
+        return
+    mine, suite = windows.fingerprints(np.arange(windows.n_trials)), SUITES[recording.build]
+    for seed, seen in learned.items():
+        known = np.isin(mine, np.concatenate([np.zeros(0, np.int64), *seen.values()])) & (mine != 0)
+        if known.any():
+            recording.fail(f"{suite}_test_domain", f"the model of seed {seed} has learned from "
+                           f"{int(known.sum())} of {len(mine)} windows of the test part of {suite}"
+                           "; train another on the windows of the other parts: python -m mtm "
+                           f"prepare bwb {recording.path.name} --out DIR --align ts2 --split "
+                           f"{suite}")  # fmt: skip
 
 
 def checked_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
@@ -470,7 +531,8 @@ def check(
 
     The scorer matches what it can and is silent about the rest. This compares every prediction
     file with what its session file asks for: windows or trials, their order, units, shapes,
-    numbers and metadata; and the files with each other: sessions, tasks and seeds.
+    numbers and metadata; and the files with each other: sessions, tasks, seeds, and the models
+    that `export` made them with. Files of TS3 (``ts3-unit_cosmos``) are let through unchecked.
 
     Args:
         folder: that `export` wrote to.
@@ -488,6 +550,7 @@ def check(
     recordings = {(recording.build, recording.name): recording for recording in map(read, files)}
     found, findings = _listed(root)
     seeds: dict[tuple[str, str], set[int]] = {}
+    made: dict[tuple[str, int], dict[tuple[str, str], Path]] = {}
     for (task, session, seed), path in found.items():
         recording = recordings.get((TASKS[task].build, session))
         if recording is None:
@@ -495,8 +558,28 @@ def check(
                             "given to check it with; name it, or remove this")  # fmt: skip
             continue
         seeds.setdefault((task, session), set()).add(seed)
-        findings += _check_file(path, recording, task, _metadata(root.name, task, seed, recording))
+        expected = _metadata(root.name, task, seed, recording)
+        problems, model = _check_file(path, recording, task, expected)
+        findings += problems
+        if model:
+            made.setdefault((recording.build, seed), {}).setdefault((session, model), path)
+    for files_of in made.values():
+        findings += _check_models(files_of)
     return findings + _check_seeds(root, seeds, recordings, deterministic)
+
+
+def _check_models(made: dict[tuple[str, str], Path]) -> list[str]:
+    """Findings about the models of a seed and a build: one for all sessions, or each its own.
+
+    Args:
+        made: session and weights -> a file that they made.
+    """
+    models, sessions = ({key[i] for key in made} for i in (1, 0))
+    if len(models) == 1 or len(models) == len(made) == len(sessions):
+        return []
+    one, other = [next(p for key, p in made.items() if key[1] == m) for m in sorted(models)[:2]]
+    return [f"{one}: made by another model than {other}, which is of the same seed and build; "
+            "export all of it with one model, or remove what is not meant"]  # fmt: skip
 
 
 def _only(folder: str | Path, label: str | None) -> Path:
@@ -522,7 +605,7 @@ def _listed(root: Path) -> tuple[dict[tuple[str, str, int], Path], list[str]]:
                              path.relative_to(root).as_posix())  # fmt: skip
         if match and match[1] in TASKS:
             found[match[1], match[2], int(match[3])] = path
-        else:
+        elif not NOT_CHECKED.fullmatch(path.relative_to(root).as_posix()):
             findings.append(f"{path}: not <label>/<task>/<session>/seed_<n>.safetensors of a known "
                             "task; remove it")  # fmt: skip
     return found, findings
@@ -555,12 +638,14 @@ def _check_seeds(
     return findings
 
 
-def _check_file(path: Path, recording: Recording, task: str, metadata: dict[str, str]) -> list[str]:
-    """Findings about one prediction file."""
+def _check_file(
+    path: Path, recording: Recording, task: str, metadata: dict[str, str]
+) -> tuple[list[str], str]:
+    """Findings about one prediction file, and what it says of the model that made it."""
     try:
         tensors, said = _load(path)
     except ValueError as error:
-        return [str(error)]
+        return [str(error)], ""
     problems = [
         f"says {key} {said.get(key)!r}, its place and the session file say {value!r}"
         for key, value in metadata.items()
@@ -573,7 +658,7 @@ def _check_file(path: Path, recording: Recording, task: str, metadata: dict[str,
         problems += _check_trials(tensors, recording, task)
     else:
         problems += _check_windows(tensors, recording, task)
-    return [f"{path}: {problem}; export it again" for problem in problems]
+    return [f"{path}: {problem}; export it again" for problem in problems], said.get("model", "")
 
 
 def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -606,7 +691,7 @@ def _check_windows(tensors: dict[str, np.ndarray], recording: Recording, task: s
         problems.append("units are in another order than in the session file")
     shape = (len(given), bins.stop - bins.start, len(units))
     events, dtypes = float(recording.rates[units].mean()), ("float16", "float32")
-    return problems + _check_numbers(tensors["predictions"], shape, dtypes, events)
+    return problems + _check_numbers(tensors["predictions"], shape, dtypes, events, IMPLAUSIBLE)
 
 
 def _rows(ids: np.ndarray) -> list[bytes]:
@@ -625,15 +710,23 @@ def _check_trials(tensors: dict[str, np.ndarray], recording: Recording, task: st
         n = len(np.setdiff1d(wanted, given)), len(np.setdiff1d(given, wanted))
         problems.append(f"{n[0]} trials are missing and {n[1]} are not of the task, or some are "
                         "there twice")  # fmt: skip
-    events = expected["values"].mean() if task == "ts1-licking_rate" else None
-    shape = (len(given), *TASKS[task].shape)
-    return problems + _check_numbers(tensors["predictions"], shape, ("float32",), events)
+    events = None
+    if TASKS[task].group == "licks":  # in all parts: the test part may be unlike the others
+        parts = [trials(recording, task, part) for part in ("train", "val", "test")]
+        events = float(np.concatenate([part.values for part in parts if part]).mean())
+    shape, numbers = (len(given), *TASKS[task].shape), tensors["predictions"]
+    return problems + _check_numbers(numbers, shape, ("float32",), events, IMPLAUSIBLE_LICKS)
 
 
 def _check_numbers(
-    predictions: np.ndarray, shape: tuple[int, ...], dtypes: Sequence[str], events: float | None
+    predictions: np.ndarray,
+    shape: tuple[int, ...],
+    dtypes: Sequence[str],
+    events: float | None,
+    bounds: tuple[float, float],
 ) -> list[str]:
-    """Problems of the predictions, which are log-rates where ``events`` are expected in a bin."""
+    """Problems of the predictions: where ``events`` are expected in a bin, they are log-rates, and
+    their mean rate divided by that is between the ``bounds``."""
     if predictions.shape != shape or predictions.dtype.name not in dtypes:
         return [f"predictions are {predictions.dtype} {predictions.shape}, not "
                 f"{' or '.join(dtypes)} {shape}"]  # fmt: skip
@@ -646,7 +739,7 @@ def _check_numbers(
     if not events or not predictions.size:
         return []
     mean = total / predictions.size
-    if least >= 0 or not 1 / IMPLAUSIBLE < mean / events < IMPLAUSIBLE:
+    if least >= 0 or not bounds[0] < mean / events < bounds[1]:
         return [f"predictions are log-rates of {mean:.3g} in a bin, where the session has "
                 f"{events:.3g}; write the natural log of the expected count in a bin"]  # fmt: skip
     return []
@@ -732,7 +825,7 @@ def score(
     for (task, session, seed), path in _listed(root)[0].items():
         if last != (task, session):  # the same for all seeds
             last, recording = (task, session), recordings.get((TASKS[task].build, session))
-            expected = recording and truth(read(recording.path), task)
+            expected = recording and truth(dataclasses.replace(recording), task)
         if expected:
             scores[task, session, seed] = score_file(path, task, expected)
     if not scores:

@@ -1,7 +1,8 @@
-"""BrainWideBench (arXiv 2609.22064): what its tasks ask of a session file, and their scores.
+"""BrainWideBench (arXiv 2609.22064): what its tasks TS1 and TS2 ask of a session file, and scores.
 
-A window is 1 s = 50 bins of 20 ms. Tasks on single units (TS2) are scored in every window of the
-test part, one every 20 ms, tasks on behaviour (TS1) in one window of each test trial:
+TS3, the region of a unit, is not among them. A window is 1 s = 50 bins of 20 ms. Tasks on single
+units (TS2) are scored in every window of the test part, one every 20 ms, tasks on behaviour (TS1)
+in one window of each test trial:
 
 ===================================  ===================  ===========================  ===========
 task                                 build of the file    predicted                    score
@@ -26,14 +27,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from scipy.special import xlogy
 
 from mtm import bwb
 from mtm.metrics import LOG2
-from mtm.session import SessionError
+from mtm.session import Session, SessionError
 
 BINS, BIN_SIZE, LENGTH = 50, 0.02, 1.0  # of a window; seconds
 AHEAD = 5  # bins that forecasting predicts
@@ -77,7 +78,7 @@ TASKS = {
     **_traces("movement_window", left_paw_speed="paws", right_paw_speed="paws"),
     **_traces("licking_window", licking_rate="licks"),
 }
-"""Every task by the name that the scorer gives it.
+"""Every task of TS1 and TS2 by the name that the scorer gives it.
 
 :meta hide-value:
 """
@@ -141,6 +142,33 @@ class Recording:
             self.fail("ts2_test_domain", "no second of a valid trial in it; leave the session out")
         return starts
 
+    def learnable(self) -> Session | None:
+        """Windows that a model may have learned from though they lie in the test part, as trials.
+
+        They are those that training with any split of the file cuts, and the behaviour tasks' own,
+        as far as they reach into the test part of the tasks that the build is for. One a second is
+        enough: whatever the stride, the first and the last of each trial are the same.
+
+        Raises:
+            SessionError: for a file without a test part.
+        """
+        suite, starts = bwb.SUITES[self.build], [np.zeros(0)]
+        with bwb.opened(self.path) as file:
+            test = file.intervals(f"{suite}_test_domain")
+            for split, part in ((s, p) for s in ("ts1", "ts2") for p in bwb.SPLITS[s]):
+                if f"{split}_{part}_domain" in file.file:
+                    starts.append(bwb.ts2_windows(file.file, part, 1.0, LENGTH, split))
+            for events in sorted({task.events for task in TASKS.values() if task.events}):
+                place = f"task_aligned_intervals/{events}"
+                starts.append(file.intervals(place)[:, 0] if place in file.file else np.zeros(0))
+        found = np.unique(np.concatenate(starts))
+        begun = found[:, None] + 1e-6 < test[:, 1]
+        found = found[(begun & (found[:, None] + LENGTH - 1e-6 > test[:, 0])).any(axis=1)]
+        if not len(found):
+            return None
+        options = {"window": (0.0, LENGTH), "bin_size": BIN_SIZE, "atlas": None, "split": suite}
+        return bwb.load_session(self.path, align=found, **options)
+
     def scored(self, task: str) -> tuple[slice, np.ndarray]:
         """Bins and units (n,) that a TS2 task hides and scores.
 
@@ -159,7 +187,8 @@ class Recording:
         names = np.array([f"{self.name}/{unit}".encode("ascii") for unit in self.units[units]])
         return names.view(np.uint8).reshape(len(names), -1)
 
-    def fail(self, dataset: str, problem: str) -> None:
+    def fail(self, dataset: str, problem: str) -> NoReturn:
+        """Raise a SessionError that names the session."""
         raise SessionError(f"session {self.name!r}, {dataset}: {problem}")
 
 

@@ -376,7 +376,9 @@ def _prepare_options(commands: Any) -> None:
     steinmetz = _origin(origins, "steinmetz", "Steinmetz et al. 2019, folders", "FOLDER")
     _origin(origins, "huggingface", "rows of the authors' datasets, folders", "FOLDER")
     bwb = _origin(origins, "bwb", "session files of BrainWideBench", "FILE")
-    bwb.add_argument("--split", choices=("ts1", "ts2", "pretrain"), help="of the file's splits")
+    bwb.add_argument("--split", choices=("ts1", "ts2", "pretrain"), help="of the file's splits "
+                     "(default: ts1 for all units, ts2 for selected units, as they are scored; of "
+                     "files to pretrain on, pretrain)")  # fmt: skip
     for each in (ibl, bwb):
         each.add_argument(
             "--atlas", choices=LEVELS, help="how finely regions are named (default Allen)"
@@ -556,8 +558,8 @@ def _export_options(commands: Any) -> None:
         "on them, write FOLDER/predictions/NAME/..., check it against the session files, and zip "
         "it to FOLDER/NAME.zip. Tasks on single units (ts2) need the build of selected units, "
         "tasks on behaviour (ts1) that of all units, and a model for each build; both may be given "
-        "at once. For ts2: prepare bwb FILE --out DIR --align ts2, then train DIR; for ts1 add "
-        "--split ts1 to prepare.",
+        "at once: prepare bwb FILE --out DIR --align ts2, then train DIR. A model that has learned "
+        "from the test part of a file is refused. Regions of units (ts3) are not among the tasks.",
     )
     sub.add_argument(
         "inputs",

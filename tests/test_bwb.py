@@ -239,7 +239,8 @@ def test_which_split_is_kept(tmp_path):
     for regime, filtering, align, expected in [
         ("eval", "selected_units", "stim_on_time", "ts2"),
         ("eval", "all_units", "stim_on_time", "ts1"),
-        ("eval", "all_units", "ts2", "ts2"),
+        ("eval", "all_units", "ts2", "ts1"),
+        ("eval", "selected_units", "ts2", "ts2"),
         ("pretrain", "all_units", "stim_on_time", "pretrain"),
         ("pretrain", "all_units", "ts2", "pretrain"),
     ]:
