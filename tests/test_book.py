@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -108,7 +109,7 @@ def test_readme_command_lines_are_understood():
     """Every `-m mtm ...` of the README and the book parses, whatever files it names."""
     texts = [page.read_text("utf-8") for page in [ROOT / "README.md", *PAGES]]
     commands = [line.split("#")[0] for t in texts for line in t.splitlines() if " -m mtm" in line]
-    lines = [re.search(r" -m mtm ([^`]*)", command)[1].split() for command in commands]
+    lines = [shlex.split(re.search(r" -m mtm ([^`]*)", command)[1]) for command in commands]
     assert len(lines) >= 5
     for words in lines:
         cli.parse(words)
