@@ -235,7 +235,8 @@ def _enter(tasks: dict[str, dict[str, Mean]], name: str, report: Report) -> None
             for control, columns in CONTROLS.items():
                 for column in np.atleast_1d(columns):
                     if column in scores.table:
-                        row[control] = scores.over("seeds", column)
+                        mean = scores.over("seeds", column)  # the same with every seed
+                        row[control] = mean._replace(error=np.nan, n=1)
 
 
 def averages(whole: dict[str, dict[str, dict[str, Mean]]]) -> dict[str, dict[str, Mean]]:
