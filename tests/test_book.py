@@ -123,6 +123,20 @@ def test_the_readme_quotes_what_was_measured():
     assert float(quoted[1]) == round(step["step_over_floor"], 1)
 
 
+def test_what_is_said_of_real_recordings_was_measured():
+    """The sentences of the README and of the scoreboard's chapter, against the results."""
+    results = json.loads((ROOT / "benchmarks/results/real_data.json").read_text("utf-8"))
+    assert len(results["scores"]) == 4  # "on four real recordings"
+    for session, tasks in results["scores"].items():
+        score = {task: {n: mean[0] for n, mean in row.items()} for task, row in tasks.items()}
+        for task in ("co-smoothing", "inter-region", "intra-region"):
+            for other in ("temporal NDT1", "random-token NDT2"):
+                assert score[task]["MtM"] > score[task][other], (session, task)
+        for task in list(score)[:4]:
+            assert score[task]["low-rank GLM"] > score[task]["MtM"], (session, task)
+        assert score["choice"]["MtM"] < score["choice"]["raw counts"], session
+
+
 def test_one_repository_address_everywhere():
     url, branch = CONFIG["repository"]["url"], CONFIG["repository"]["branch"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
