@@ -20,7 +20,10 @@ from mtm.report import Mean  # noqa: E402
 @pytest.fixture(scope="module")
 def small():
     """Two animals, so small that every method takes a moment."""
-    return simulate(2, 40, 12, seed=0, mean_rate=40.0, bin_size=0.1)
+    sessions = simulate(2, 40, 12, seed=0, mean_rate=40.0, bin_size=0.1)
+    for session in sessions:
+        del session.behaviour["wheel-speed"], session.behaviour["whisker-motion-energy"]
+    return sessions
 
 
 def test_a_study_goes_on_where_it_was_stopped(small, tmp_path):

@@ -43,20 +43,22 @@ def test_from_simulation_to_scores(folder, capsys):
 
 def test_many_sessions_beside_a_baseline(folder, capsys):
     files = [str(folder / f"sim-{i}.npz") for i in range(2)]
-    what = ["--tasks", "co-smoothing", "choice", "--baselines", "PSTH", "--by-region", "choice"]
+    what = ["--tasks", "co-smoothing", "--baselines", "PSTH"]
     where = ["--json", str(folder / "s.json"), "--report", str(folder / "r.json")]
     assert main(["evaluate", str(folder / "m"), *files, *what, *where]) == 0
     printed = capsys.readouterr().out
     scores = json.loads((folder / "s.json").read_text())
-    assert set(scores) == {"co-smoothing", "choice", "details"}
+    assert set(scores) == {"co-smoothing", "details"} and "± over sessions" in printed
     details = scores["details"]
     assert set(details["sessions"]) == {"sim-0", "sim-1"} and "PSTH" in details["reports"]
-    assert set(details["by_region"]["sim-1"]) >= {"CA1", "LP"} and "± over sessions" in printed
     report = Report.from_json(folder / "r.json")
     assert report.tasks["co-smoothing"].mean() == pytest.approx(scores["co-smoothing"], abs=1e-5)
     assert "of the oracle's: co-smoothing" in printed
-    assert main(["evaluate", str(folder / "m"), files[0], "--tasks", "choice"]) == 0
+    trace = ["--tasks", "wheel-speed", "--by-region", "wheel-speed"]
+    assert main(["evaluate", str(folder / "m"), files[0], *trace, *where[:2]]) == 0
     assert "training trials" not in capsys.readouterr().out  # there is no activity to score
+    found = json.loads((folder / "s.json").read_text())["details"]["by_region"]["sim-0"]
+    assert set(found) >= {"CA1", "LP"} and "R2" in found["LP"]
     assert main(["evaluate", str(folder / "m"), *files, "--by-region", "whisker"]) == 1
     said = capsys.readouterr()
     assert "no behaviour 'whisker' to decode by region; it has: choice" in said.err

@@ -18,8 +18,8 @@ def ax():
 def test_each_figure_returns_its_axes_with_labels(ax, sessions, trained):
     session = sessions[0]
     reports = {
-        "oracle": evaluate(oracle(session), session),
-        "mean rate": evaluate(mean_rates(session), session),
+        "oracle": evaluate(oracle(session), session, tasks=list(TASKS)),
+        "mean rate": evaluate(mean_rates(session), session, tasks=list(TASKS)),
     }
     log_rates = oracle(session)
     draws = {
