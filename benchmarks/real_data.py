@@ -114,12 +114,12 @@ def methods(depth: int, epochs: int) -> dict[str, Method]:
     def baseline(name: str, **kind: bool) -> Method:
         return Method(lambda sessions, seed: fit_baseline(name, sessions), {}, **kind)
 
-    def trained(name: str | None, **kind: bool) -> Method:
+    def trained(name: str | None, joint: bool = False, **settings: Any) -> Method:
         def make(sessions: list[mtm.Session], seed: int) -> Any:
-            how = {"seed": seed, "progress": False, **training}
+            how = {"seed": seed, "progress": False, **training, **settings}
             return fit_baseline(name, sessions, **how) if name else mtm.fit(sessions, **how)
 
-        return Method(make, training, seeded=True, **kind)
+        return Method(make, training | settings, seeded=True, joint=joint)
 
     return {
         "mean rate": Method(
@@ -129,8 +129,8 @@ def methods(depth: int, epochs: int) -> dict[str, Method]:
         "ridge": baseline("ridge"),
         "low-rank GLM": baseline("low-rank GLM"),
         "reduced-rank regression": baseline("reduced-rank regression", joint=True),
-        "temporal NDT1": trained("temporal NDT1"),
-        "random-token NDT2": trained("random-token NDT2"),
+        "temporal NDT1": trained("temporal NDT1", ratios=(0.1, 0.3)),
+        "random-token NDT2": trained("random-token NDT2", ratios=(0.3,)),  # slow: one share alone
         "MtM": trained(None),
         "MtM, sessions together": trained(None, joint=True),
     }
