@@ -202,12 +202,17 @@ def _sizes(options: argparse.Namespace, n_bins: int) -> MtMConfig:
 def run_evaluate(options: argparse.Namespace) -> None:
     """Print the scores of a model on test trials, beside the null, the oracle and baselines."""
     model = hub.load(options.model).to(options.device or pick_device())
-    sessions = Sessions(options.sessions)
+    sessions = Sessions(options.sessions if len(options.sessions) > 1 else options.sessions[0])
+    for path in filter(None, (options.json, options.report)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail now
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name a file in it")
     for session in sessions:
         if session.name not in model.session_names:
             raise SessionError(
                 f"the model was not trained on session {session.name!r}; it knows: "
                 + ", ".join(model.session_names)
+                + "; python -m mtm train --start MODEL goes on with it on that session"
             )
         if options.by_region and options.by_region not in decodable(session):
             raise SessionError(
@@ -244,7 +249,6 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.json:
         scores = _scores(reports)
         scores["details"] |= {"model": str(options.model), "by_region": regions}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
         print(f"\nscores in {options.json}")
 
@@ -521,14 +525,16 @@ def _evaluate_options(commands: Any) -> None:
     sub = commands.add_parser(
         "evaluate",
         help="score a model on the test trials of sessions",
-        description="Score hidden activity in the four tasks and decode behaviour, beside the "
-        "mean-rate model and, for simulated sessions, the true rates. The JSON has one number for "
+        description="Score hidden activity in the four activity tasks and decode behaviour, beside "
+        "the mean-rate model and, for simulated sessions, the true rates. The JSON has a number for "
         "each of co-smoothing, forward-prediction, inter-region, intra-region (bits per spike), "
         "choice (accuracy) and each continuous behaviour (R2), mean over sessions, and all else "
         "under 'details'.",
     )
     sub.add_argument("model", type=Path, metavar="DIR", help="folder that train wrote")
-    sub.add_argument("sessions", type=Path, nargs="+", metavar="SESSION.npz")
+    sub.add_argument(
+        "sessions", type=Path, nargs="+", metavar="SESSION.npz", help="files, or a folder of them"
+    )
     sub.add_argument("--tasks", nargs="+", help="some tasks and behaviours (default: all)")
     sub.add_argument(
         "--baselines",

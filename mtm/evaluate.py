@@ -84,6 +84,8 @@ def evaluate(
         MemoryError: when memory runs out with a single trial.
         TypeError: when ``session`` is no Session.
     """
+    if isinstance(tasks, str):
+        raise ValueError(f"tasks must be a list of names, got {tasks!r}; pass [{tasks!r}]")
     how = {"trials": trials, "neurons": neurons, "split_seed": split_seed}
     how |= {"batch_size": batch_size, "allow_seen": allow_seen, "progress": progress}
     if isinstance(session, Session):

@@ -247,8 +247,9 @@ def score_bars(
         for name, r in reports.items()
     }
     _bars(rows, ax)
-    ax.set_xticks(np.arange(len(tasks)), tasks)
-    ax.set_ylabel(column.replace("_", " "))
+    ax.set_xticks(np.arange(len(tasks)), [task.replace("-", "-\n", 1) for task in tasks])
+    several = any(len(r.sessions) > 1 for r in reports.values())
+    ax.set_ylabel(f"{column.replace('_', ' ')}\n(± over {'sessions' if several else 'neurons'})")
     return _tidy(ax)
 
 
@@ -267,7 +268,7 @@ def region_bars(
     counts = [max(parts[r].n for parts in means.values() if r in parts) for r in regions]
     labels = [f"{region}\n{n}" for region, n in zip(regions, counts, strict=True)]
     ax.set_xticks(np.arange(len(regions)), labels, rotation=90 if len(regions) > 10 else 0)
-    ax.set(xlabel="region, neurons", ylabel=f"{task}, {column.replace('_', ' ')}")
+    ax.set(xlabel="region and its number of neurons", ylabel=f"{task}, {column.replace('_', ' ')}")
     return _tidy(ax)
 
 

@@ -55,7 +55,8 @@ class TaskScores:
               ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known);
             - controls, as ``bits_per_spike``: ``shuffled_trials`` (each trial has another one's
               prediction, which keeps the mean time course), ``shuffled_neurons`` (each neuron has
-              another one's, scaled to its own mean);
+              another one's, scaled to its own mean; that one's may have been made in sight of the
+              neuron itself, which makes the control a little too good);
             - ``gain`` and ``gain_train_null``, in bits; ``spikes`` scored; ``visible``, neurons
               that could be seen (0: the score is that of guessing).
 
@@ -103,7 +104,8 @@ class TaskScores:
         Args:
             column: default the task's score.
             pooled: for bits per spike, the total gain over the total spikes of a session instead of
-                the mean over its neurons: busy neurons weigh more.
+                the mean over its neurons: busy neurons weigh more, and what was expected of silent
+                ones counts against it, as in the Neural Latents Benchmark.
         """
         return self.over("sessions", column, pooled).value
 
@@ -235,8 +237,16 @@ class Report:
     def share(self, ceiling: Report, column: str = "bits_per_spike_train_null") -> dict[str, float]:
         """Task -> score as a share of another report's, such as the oracle's.
 
-        With the honest null, the mean rates have a share of 0 by construction.
+        With the honest null, the default, the mean rates have a share of 0 by construction.
+
+        Raises:
+            ValueError: when the two reports are of other sessions.
         """
+        if set(self.sessions) != set(ceiling.sessions):
+            raise ValueError(
+                f"a share needs reports of the same sessions, got {', '.join(self.sessions)} and "
+                f"{', '.join(ceiling.sessions)}"
+            )
         shares = {}
         for task in [t for t in self.tasks if column in self.tasks[t].table and t in ceiling.tasks]:
             best = ceiling.tasks[task].mean(column)
@@ -291,9 +301,10 @@ class Report:
         return text
 
     @classmethod
-    def from_json(cls, path: str | Path) -> Report:
-        """Read what :meth:`to_json` wrote."""
-        content = json.loads(Path(path).read_text())
+    def from_json(cls, source: str | Path) -> Report:
+        """Read what :meth:`to_json` gave: a file, or its text."""
+        text = str(source) if str(source).lstrip().startswith("{") else Path(source).read_text()
+        content = json.loads(text)
         tasks = {}
         for task, table in content["tables"].items():
             columns = {
@@ -359,6 +370,9 @@ def score_table(reports: Mapping[str, Report], column: str | None = None) -> str
     Args:
         reports: name -> report.
         column: of the tables; default each task's own score.
+
+    Raises:
+        ValueError: for a column that no task has.
     """
     tasks = [
         task
@@ -366,6 +380,9 @@ def score_table(reports: Mapping[str, Report], column: str | None = None) -> str
         if column is None or any(column in r.tasks[task].table for r in reports.values()
                                  if task in r.tasks)
     ]  # fmt: skip
+    if not tasks:
+        known = {c: None for r in reports.values() for s in r.tasks.values() for c in s.table}
+        raise ValueError(f"no task has a column {column!r}; there are: {', '.join(known)}")
     rows = {
         name: [_number(r.tasks[t].mean(column)) if t in r.tasks else "-" for t in tasks]
         for name, r in reports.items()

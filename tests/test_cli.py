@@ -54,6 +54,8 @@ def test_many_sessions_beside_a_baseline(folder, capsys):
     report = Report.from_json(folder / "r.json")
     assert report.tasks["co-smoothing"].mean() == pytest.approx(scores["co-smoothing"], abs=1e-5)
     assert "of the oracle's: co-smoothing" in printed
+    assert main(["evaluate", str(folder / "m"), files[0], "--json", str(folder)]) == 1
+    assert "is a folder; name a file in it" in capsys.readouterr().err
     trace = ["--tasks", "wheel-speed", "--by-region", "wheel-speed"]
     assert main(["evaluate", str(folder / "m"), files[0], *trace, *where[:2]]) == 0
     assert "training trials" not in capsys.readouterr().out  # there is no activity to score

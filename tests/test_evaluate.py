@@ -212,7 +212,7 @@ def test_log_rates_may_be_a_tensor(session):
 def test_errors(session):
     with pytest.raises(ValueError, match="no trials or no neurons to score"):
         evaluate(mean_rates(session), session, trials=[])
-    with pytest.raises(ValueError, match="unknown task 'c'; pass a list"):
+    with pytest.raises(ValueError, match=r"tasks must be a list.*pass \['co-smoothing'\]"):
         evaluate(mean_rates(session), session, tasks="co-smoothing")
     with pytest.raises(ValueError, match="log-rates hold NaN"):
         evaluate(np.full(session.counts.shape, np.nan), session)

@@ -34,8 +34,8 @@ def test_each_figure_returns_its_axes_with_labels(ax, sessions, trained):
         ax.clear()
         assert draw() is ax, name
         assert ax.has_data() and (ax.get_xlabel() or name == "bars"), name
-    assert ax.get_ylabel() == "bits per spike"
-    assert [t.get_text() for t in ax.get_xticklabels()] == list(TASKS)
+    assert ax.get_ylabel() == "bits per spike\n(± over neurons)"
+    assert [t.get_text().replace("\n", "") for t in ax.get_xticklabels()] == list(TASKS)
 
 
 def test_bars_stand_at_the_means(ax, sessions):

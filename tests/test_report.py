@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from scipy.stats import sem
 
-from mtm import Report, Session, Sessions, evaluate, fit, hub, mean_rates, metrics, oracle
+from mtm import (
+    Report,
+    Session,
+    Sessions,
+    evaluate,
+    fit,
+    hub,
+    mean_rates,
+    metrics,
+    oracle,
+    score_table,
+)
 from mtm.predict import TASKS, predict_held_out
 from mtm.report import Mean, TaskScores, mean_of
 
@@ -90,7 +101,11 @@ def test_what_has_no_score_is_nan_and_what_cannot_be_asked_is_refused():
     with pytest.raises(ValueError, match="no error over neurons"):
         scores.over("neurons", pooled=True)
     zero = report("b", [0.0, 0.0], ["", ""])
-    assert np.isnan(with_silent.share(zero)["co-smoothing"])
+    assert np.isnan(zero.share(zero)["co-smoothing"])
+    with pytest.raises(ValueError, match="same sessions, got a, b and b"):
+        with_silent.share(zero)
+    with pytest.raises(ValueError, match="no task has a column 'r2'; there are: session"):
+        score_table({"x": zero}, "r2")
 
 
 def test_seeds_are_paired_by_their_number():
@@ -128,7 +143,7 @@ def test_json_holds_everything_and_comes_back(joined, tmp_path, sessions):
     text = joined.to_json(tmp_path / "new" / "report.json")
     assert json.loads(text)["summary"] == joined.to_dict()
     again = Report.from_json(tmp_path / "new" / "report.json")
-    assert str(again) == str(joined)
+    assert str(again) == str(joined) == str(Report.from_json(text))
     real = evaluate(oracle(sessions[0]), sessions[0], tasks=["co-smoothing", "wheel-speed"])
     real.to_json(tmp_path / "report.json")
     again = Report.from_json(tmp_path / "report.json")
