@@ -17,6 +17,7 @@ they hide; else they are trained as ours is. The regressions themselves are in `
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +72,7 @@ class Settings:
     bin_size: float
 
 
-class Baseline:
+class Baseline(ABC):
     """What the fitted baselines share: one map for each session and scheme, behind ``predict``.
 
     Attributes:
@@ -103,9 +104,9 @@ class Baseline:
                 )
         self._fit(Data(session, split_seed, self.dtype) for session in sessions)
 
+    @abstractmethod
     def _fit(self, sessions: Iterable[Data]) -> None:
         """Fill :attr:`maps`; what each baseline does its own way."""
-        raise NotImplementedError
 
     def _keep(self, session: str, scheme: str, found: Any, text: str, score: float) -> None:
         self.maps[session, scheme], self.chosen[session, scheme] = found, (text, score)

@@ -17,6 +17,7 @@ Source: arXiv 2407.14668, section 4.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.special import logsumexp
@@ -102,17 +103,26 @@ def evaluate(
             "trials and neurons are of one session; evaluate the sessions one by one, and join "
             "their reports with Report.join"
         )
-    known = {task for one in session for task in decodable(one)}
+    return Report.join(_one_by_one(predictor, session, tasks, how))
+
+
+def _one_by_one(
+    predictor: Predicts | Mapping[str, Predicts],
+    sessions: Sequence[Session],
+    tasks: Sequence[str] | None,
+    how: Mapping[str, Any],
+) -> list[Report]:
+    """Reports of several sessions; what one of them lacks is left out there."""
+    known = {task for one in sessions for task in decodable(one)}
     reports = []
-    for one in session:
+    for one in sessions:
         able = [t for t in tasks or () if t in TASKS or t in decodable(one) or t not in known]
-        part = _evaluate(
-            predictor_of(predictor, one.name), one, None if tasks is None else able, **how
-        )
-        part.left_out |= {t: "not recorded" for t in tasks or () if t not in able}
-        part.left_out = {task: f"{one.name}: {why}" for task, why in part.left_out.items()}
-        reports.append(part)
-    return Report.join(reports)
+        mine = predictor_of(predictor, one.name)
+        report = _evaluate(mine, one, None if tasks is None else able, **how)
+        report.left_out |= {t: "not recorded" for t in tasks or () if t not in able}
+        report.left_out = {task: f"{one.name}: {why}" for task, why in report.left_out.items()}
+        reports.append(report)
+    return reports
 
 
 def _evaluate(
