@@ -528,8 +528,8 @@ def _evaluate_options(commands: Any) -> None:
         description="Score hidden activity in the four activity tasks and decode behaviour, beside "
         "the mean-rate model and, for simulated sessions, the true rates. The JSON has a number "
         "for each of co-smoothing, forward-prediction, inter-region, intra-region (bits per "
-        "spike), choice (accuracy) and each continuous behaviour (R2), mean over sessions, and all else "
-        "under 'details'.",
+        "spike), choice (accuracy) and each continuous behaviour (R2), mean over sessions, and "
+        "all else under 'details'.",
     )
     sub.add_argument("model", type=Path, metavar="DIR", help="folder that train wrote")
     sub.add_argument(
