@@ -134,6 +134,8 @@ def test_what_is_said_of_real_recordings_was_measured():
                 assert score[task]["MtM"] > score[task][other], (session, task)
         for task in list(score)[:4]:
             assert score[task]["low-rank GLM"] > score[task]["MtM"], (session, task)
+        forward = score["forward-prediction"]
+        assert forward["temporal NDT1"] > forward["MtM"], session
         assert score["choice"]["MtM"] < score["choice"]["raw counts"], session
 
 
