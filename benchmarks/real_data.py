@@ -41,7 +41,7 @@ ONE_OF_EACH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05", "09_Hench_2017-0
 CONTROLS = {  # rows of the table that the decoders bring along
     "smoothed counts": "smoothed_counts",
     "raw counts": "raw_counts",
-    "no activity: time course or majority": ("time_course", "majority"),
+    "no activity: average": ("time_course", "majority"),
     "no activity: stimulus": "stimulus_only",
 }
 
@@ -305,7 +305,7 @@ def draw(means: dict[str, dict[str, Mean]], title: str) -> plt.Figure:
     """A panel for each task, a bar for each row; lines are standard errors."""
     tasks = [*[t for t in FOUR if t in means], *[t for t in means if t not in FOUR]]
     names = list(dict.fromkeys(name for task in tasks for name in means[task]))
-    size = (1.2 + 1.75 * len(tasks), 1.1 + 0.26 * len(names))
+    size = (1.5 + 1.35 * len(tasks), 1.0 + 0.27 * len(names))
     how = {"sharey": True, "squeeze": False, "figsize": size, "layout": "constrained"}
     figure, axes = plt.subplots(1, len(tasks), **how)
     for ax, task in zip(axes[0], tasks, strict=True):
