@@ -21,7 +21,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "book/_assets"
 FOUR = ("co-smoothing", "forward-prediction", "inter-region", "intra-region")
 ONE_OF_EACH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05", "09_Hench_2017-06-16")  # animal
+HISTORY = ".history.json"  # of a trained model, beside its report
 CONTROLS = {  # rows of the table that the decoders bring along
     "smoothed counts": "smoothed_counts",
     "raw counts": "raw_counts",
@@ -166,12 +167,18 @@ def kept(work: Path, name: str, method: Method, group: list[mtm.Session], seed: 
 
 
 def run(
-    sessions: list[mtm.Session], chosen: dict[str, Method], seeds: list[int], work: Path
+    sessions: list[mtm.Session],
+    chosen: dict[str, Method],
+    seeds: list[int],
+    work: Path,
+    part: str = "test",
+    tasks: Sequence[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Whatever is not done yet; returns the seconds of each.
 
-    Several processes may share the work: give each other methods or seeds. After a change of the
-    package, begin with another ``work``.
+    Scored are the ``part``'s trials, "test" or "val", in all tasks or some. Several processes may
+    share the work: give each other methods or seeds. After a change of the package, begin with
+    another ``work``.
     """
     work.mkdir(parents=True, exist_ok=True)
     log = work / "seconds.json"
@@ -187,21 +194,35 @@ def run(
                 paths = kept(work, name, method, group, seed if method.seeded else 0)
                 if not all(path.exists() for path in paths):
                     key = f"{name}, {'+'.join(s.name for s in group)}, seed {seed}"
-                    spent = score(name, method, group, seed, paths)
+                    spent = score(name, method, group, seed, paths, part, tasks)
                     log.write_text(json.dumps(known() | {key: spent}, indent=1))
     return known()
 
 
 def score(
-    name: str, method: Method, group: list[mtm.Session], seed: int, paths: list[Path]
+    name: str,
+    method: Method,
+    group: list[mtm.Session],
+    seed: int,
+    paths: list[Path],
+    part: str,
+    tasks: Sequence[str] | None,
 ) -> dict[str, float]:
-    """Make a predictor and keep its report on each session; returns seconds."""
+    """Make a predictor and keep its report on each session; returns seconds.
+
+    Of what was trained, the history is kept with the first session's report.
+    """
     start = time.perf_counter()
     predictor = method.make(group, seed)
     seconds = {"fit": round(time.perf_counter() - start, 1)}
+    if isinstance(predictor, mtm.Fit):
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        write_json(paths[0].with_suffix(HISTORY), predictor.to_dict())
     for session, path in zip(group, paths, strict=True):
         start = time.perf_counter()
-        report = mtm.evaluate(predictor, session, neurons=busy(session))
+        trials = getattr(session.split(), part)
+        how = {"tasks": tasks, "trials": trials, "neurons": busy(session)}
+        report = mtm.evaluate(predictor, session, **how)
         seconds[session.name] = round(time.perf_counter() - start, 1)
         report.to_json(path)
         print(f"{session.name}, {name}, seed {seed}: {seconds['fit']} s to fit, "

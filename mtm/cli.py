@@ -28,8 +28,8 @@ from mtm.baselines import BASELINES, fit_baseline
 from mtm.decode import decodable, decode_by_region
 from mtm.evaluate import evaluate
 from mtm.masks import SCHEMES
+from mtm.model import AS_PUBLISHED, MtM, MtMConfig
 from mtm.model import CHOICES as MODEL_CHOICES
-from mtm.model import MtM, MtMConfig
 from mtm.predict import checked_split_seed, mean_rates, oracle
 from mtm.prepare import Prepared, prepare
 from mtm.recipes import CHOICES as TRAIN_CHOICES
@@ -196,7 +196,8 @@ def _sizes(options: argparse.Namespace, n_bins: int) -> MtMConfig:
     if options.patch_size and options.tokenizer != "ndt2":
         raise ValueError("--patch-size: only --tokenizer ndt2 has patches")
     depth = given.pop("depth", 5 if options.recipe == "paper" else 2)
-    return MtMConfig.from_depth(depth, n_bins=n_bins, **given)
+    theirs = AS_PUBLISHED if options.recipe == "paper" else {}
+    return MtMConfig.from_depth(depth, n_bins=n_bins, **theirs, **given)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -420,7 +421,7 @@ def _train_options(commands: Any) -> None:
         description="Train on the training trials of all sessions, and keep the weights that "
         "predict hidden entries of the validation trials best in DIR. A run that was stopped goes "
         "on when the same command is given again. Several processes train faster: start them with "
-        "torchrun --nproc-per-node N -m mtm train ... --sessions-per-step N",
+        "torchrun --nproc-per-node N -m mtm train ..., of at most --batches-per-step processes",
     )
     sub.add_argument(
         "sessions", type=Path, nargs="+", metavar="SESSION.npz", help="files, or one folder of them"

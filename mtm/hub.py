@@ -28,7 +28,7 @@ from torch import Tensor
 from mtm.atomic import replacing
 from mtm.extras import extra
 from mtm.masks import MTM_SCHEMES
-from mtm.model import MtM, MtMConfig
+from mtm.model import AS_PUBLISHED, MtM, MtMConfig
 from mtm.sources.ibl import PAPER_EIDS
 
 if TYPE_CHECKING:
@@ -347,8 +347,8 @@ def _official_config(tensors: Mapping[str, Tensor], heads: int, causal: bool | N
         causal=PROMPT in tensors if causal is None else causal,
         session_token=TOKENS in tensors,
         split_seed=None,
-        init="paper",
         leak=True,
+        **AS_PUBLISHED,
         **sizes if ndt2 else {"stitch_width": inputs},
     )
 

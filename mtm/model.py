@@ -14,13 +14,17 @@ tokenizer  a token is                            whose maps                     
 In front of them stand a session token, which says whose brain it is, and a prompt token, which says
 what masking scheme is on. Out come log-rates (B, T, N).
 
-- Hidden entries are taken out before anything sees them.
+- Hidden entries are taken out before anything sees them. Of a neuron's count the model is shown how
+  far it is from the neuron's mean, so what stands in a hidden entry's place, 0, is the mean. (In
+  the authors' code it is a silent bin, and a region that is hidden one that fell silent.)
 - Causal mode: a token attends to tokens of the same and of earlier bins, the two in front to no
   bin. No path, however many layers deep, leads from a later bin to an earlier output. (In
   the authors' code it does, by way of the tokens in front; for NDT2 the bins are mixed up, too.)
-- Initialisation: each neuron's readout bias is its log mean count, learned tokens start small, and
-  time embeddings start as slow and fast waves. A new model therefore predicts the mean rates, knows
-  which bins are neighbours, and learns from there; ``init="paper"`` starts as the authors' code.
+- Initialisation: each neuron's readout bias is its log mean count, learned tokens start small, time
+  embeddings start as slow and fast waves, and a session's map starts by looking at the principal
+  components of its training trials. A new model therefore predicts the mean rates, knows which bins
+  are neighbours and which neurons go together, and learns from there; ``init="paper"`` starts as
+  the authors' code.
 """
 
 from __future__ import annotations
@@ -41,24 +45,37 @@ from mtm.masks import MTM_SCHEMES, Mask
 TOKEN_STD = 0.05  # of session and prompt tokens
 POSITION_SCALE = 0.3  # amplitude of time and space embeddings
 QUERIES = 160  # of a trial that attend at once, on CPUs
+SOFTENING = 0.1  # added to a mean count, so that rare spikes are not scaled up without bound
+COMPONENTS_SCALE = 3.0  # of the principal components that a session's map starts with
 READOUT_SCALE = 0.1  # of the readout weights, so that a new model predicts close to the mean rates
 
 CHOICES = {
     "tokenizer": ("ndt1", "ndt2"),
     "positions": ("learned", "rotary"),
     "hidden_input": ("zeros", "token", "indicator"),
-    "input_transform": ("raw", "log1p"),
+    "input_transform": ("scaled", "raw", "log1p"),
     "init": ("mtm", "paper"),
 }
+
+AS_PUBLISHED = {
+    "init": "paper",
+    "positions": "learned",
+    "hidden_input": "zeros",
+    "input_transform": "raw",
+}
+"""The authors' options."""
 
 
 @dataclass(frozen=True)
 class MtMConfig:
-    """Sizes and options of a model. The defaults are the paper's.
+    """Sizes and options of a model. The sizes are the paper's, the options those that did best.
+
+    ``input_transform="scaled"`` shows counts as (count - mean) / sqrt(mean + 0.1), by each neuron's
+    mean count in the training trials; the authors show ``"raw"`` counts.
 
     ``hidden_input`` is what stands where an entry is hidden: ``"zeros"`` (the paper); ``"token"``,
     a number that each neuron learns; ``"indicator"``, zeros, and a second input channel that tells
-    a hidden entry from a silent one. ``positions="rotary"`` turns queries and keys by their bin
+    a hidden entry from a visible one. ``positions="rotary"`` turns queries and keys by their bin
     instead of adding a learned embedding of it.
     """
 
@@ -74,9 +91,9 @@ class MtMConfig:
     n_patches: int = 6  # places of patches that ndt2 knows; grows with larger sessions
     dropout: float = 0.4  # of attention and MLP
     embed_dropout: float = 0.2  # of the tokens
-    positions: str = "learned"  # of time: "learned" or "rotary"
+    positions: str = "rotary"  # of time: "learned" (the authors) or "rotary"
     hidden_input: str = "zeros"  # "zeros", "token" or "indicator"
-    input_transform: str = "raw"  # of the counts: "raw" or "log1p"
+    input_transform: str = "scaled"  # of the counts: "scaled", "raw" (the authors) or "log1p"
     prompts: tuple[str, ...] = MTM_SCHEMES  # schemes with a prompt token; () = no prompt
     causal: bool = True  # trained with causal attention too; if not, `predict` never uses it
     session_token: bool = True
@@ -107,11 +124,10 @@ class MtMConfig:
                 f"rotary positions need an even width for each head, got {self.width} / "
                 f"{self.heads}; choose other heads or positions='learned'"
             )
-
-        theirs = {"init": "paper", "positions": "learned", "hidden_input": "zeros"}
-        theirs |= {"input_transform": "raw"}
-        if self.leak and any(getattr(self, name) != value for name, value in theirs.items()):
-            raise ValueError(f"leak is for the authors' checkpoints only, which have {theirs}")
+        if self.leak and any(getattr(self, name) != value for name, value in AS_PUBLISHED.items()):
+            raise ValueError(
+                f"leak is for the authors' checkpoints only, which have {AS_PUBLISHED}"
+            )
 
     @classmethod
     def from_depth(cls, depth: int, **fields: object) -> MtMConfig:
@@ -177,15 +193,30 @@ class SessionMaps(nn.Module):
         if config.hidden_input == "token":
             self.fill = nn.Parameter(torch.zeros(n_neurons))
         self.token = nn.Parameter(torch.zeros(config.width)) if config.session_token else None
+        if config.input_transform == "scaled":
+            self.register_buffer("mean", torch.zeros(n_neurons))
 
     @torch.no_grad()
     def start_at(self, means: Tensor, config: MtMConfig) -> None:
         """Let a new model predict each neuron's mean count (N,), and fill in what is hidden."""
+        if config.input_transform == "scaled":
+            self.mean.copy_(means)
+        if config.init == "paper":
+            return
         if config.tokenizer == "ndt1":
             self.readout.weight.mul_(READOUT_SCALE)
         (self.readout.bias if config.tokenizer == "ndt1" else self.bias).copy_(means.log())
-        if config.hidden_input == "token":
+        if config.hidden_input == "token" and config.input_transform != "scaled":
             self.fill.copy_(means.log1p() if config.input_transform == "log1p" else means)
+
+    @torch.no_grad()
+    def look_at(self, components: Tensor) -> None:
+        """Let each output of the map start at a direction of the counts, (N, R), or its reverse."""
+        n_outputs, n_neurons = len(self.stitch.weight), len(components)
+        place = torch.arange(n_outputs)
+        sign = 1 - 2 * (place // components.shape[1] % 2)
+        directions = sign[:, None] * components.T[place % components.shape[1]]  # (S, N)
+        self.stitch.weight[:, :n_neurons] += COMPONENTS_SCALE * directions.to(self.stitch.weight)
 
 
 class Bins(nn.Module):
@@ -662,6 +693,8 @@ class MtM(nn.Module):
         x = counts.to(self.norm.weight.dtype)
         if self.config.input_transform == "log1p":
             x = x.log1p()
+        elif self.config.input_transform == "scaled":
+            x = (x - maps.mean) * (maps.mean + SOFTENING).rsqrt()
         hidden = torch.zeros_like(x, dtype=torch.bool) if mask is None else mask.hidden
         if self.config.hidden_input == "token":
             x = torch.where(hidden, maps.fill, x)
@@ -700,7 +733,7 @@ class MtM(nn.Module):
     @property
     def sees_mask(self) -> bool:
         """Whether a hidden entry is shown as anything but an entry without a spike."""
-        return self.config.hidden_input != "zeros"
+        return self.config.hidden_input != "zeros" or self.config.input_transform == "scaled"
 
     # ----------------------------------------------------------------- sessions
 
@@ -710,6 +743,7 @@ class MtM(nn.Module):
         n_neurons: int,
         mean_counts: np.ndarray | Tensor | None = None,
         token: str = "new",
+        components: Tensor | None = None,
     ) -> None:
         """Make maps and a token for a recording the model has not seen.
 
@@ -717,10 +751,12 @@ class MtM(nn.Module):
             name: unique key of the session; two sessions with equally many neurons stay apart.
             n_neurons: N.
             mean_counts: (N,) each neuron's mean count a bin on the training trials, all above 0,
-                where its readout starts. Without it, as with ``init="paper"``, biases start as
-                torch starts them.
+                where its readout starts, and by which counts are scaled. Without it biases start as
+                torch starts them, as with ``init="paper"``, and the means are taken for 0.
             token: where the session token starts: ``"new"``, at random as in the paper, or
                 ``"mean"``, at the mean of the other sessions'.
+            components: (N, R) directions that an ndt1 map in starts to look at, as the principal
+                components of the training trials. Default: none.
 
         Raises:
             ValueError: when the name is taken, a mean count is not above 0, or there is no other
@@ -739,6 +775,11 @@ class MtM(nn.Module):
                 f"session {name!r} has {n_neurons} neurons; the authors' NDT2 takes {size} (one "
                 f"patch) to {size * places} ({places} patches)"
             )
+        if components is not None and len(components) != n_neurons:
+            raise ValueError(
+                f"session {name!r}: components must be ({n_neurons}, any number), got "
+                f"{tuple(components.shape)}"
+            )
         maps = SessionMaps(n_neurons, self.config)
         if maps.token is not None and token == "mean":
             if not self.sessions:
@@ -749,7 +790,7 @@ class MtM(nn.Module):
             maps.token.data.copy_(torch.stack(others).mean(dim=0))
         elif maps.token is not None:
             nn.init.normal_(maps.token, std=1.0 if self.config.init == "paper" else TOKEN_STD)
-        if mean_counts is not None and self.config.init != "paper":
+        if mean_counts is not None:
             means = torch.as_tensor(mean_counts, dtype=torch.float32)
             if means.shape != (n_neurons,) or not bool((means > 0).all()):
                 raise ValueError(
@@ -759,6 +800,8 @@ class MtM(nn.Module):
             maps.start_at(means, self.config)
         if isinstance(self.tokenizer, Patches):
             self.tokenizer.grow(n_neurons)
+        elif components is not None:
+            maps.look_at(components)
         self._keys[name] = self._key(name)
         self.sessions[self._keys[name]] = maps.to(self.norm.weight)
 

@@ -11,7 +11,7 @@ that is some thirty times as much.)
 
 Processes are started by ``torchrun``, which ends all of them when one of them dies::
 
-    torchrun --nproc-per-node 4 -m mtm train sessions --out model --sessions-per-step 4
+    torchrun --nproc-per-node 4 -m mtm train sessions --out model
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training trials.
-        batch_size: trials of a session in a batch.
-        sessions_per_step: batches in a step, of different sessions as far as there are that many,
-            each with its own mask. An epoch then has that many times fewer steps. Several processes
-            (see ``mtm.parallel``) share them out.
+        batch_size: trials of a session in a batch, which share a masking scheme.
+        batches_per_step: batches whose gradients add up to a step, of different sessions as far as
+            there are that many, each with its own mask. Several processes (see ``mtm.parallel``)
+            share them out.
         micro_batch: trials that pass at once, for small memories; the loss of a step, and but for
             dropout's draws its gradient, stay the same.
         tune: what learns: "all", "maps" (those of the sessions at hand, with their tokens) or
@@ -58,9 +58,9 @@ class TrainConfig:
         ValueError: for a value that cannot be; the message names the field.
     """
 
-    epochs: int = 100
-    batch_size: int = 16
-    sessions_per_step: int = 1
+    epochs: int = 200
+    batch_size: int = 4
+    batches_per_step: int = 4
     micro_batch: int | None = None
     tune: str = "all"
     maps_share: float = 0.2
@@ -68,7 +68,7 @@ class TrainConfig:
     lr: float = 1e-3
     warmup: float = 0.15
     div_factor: float = 10.0
-    weight_decay: float = 0.01
+    weight_decay: float = 1.0
     decay_all: bool = False
     loss: str = "mean"
     clip: float | None = 1.0
@@ -89,7 +89,7 @@ class TrainConfig:
         object.__setattr__(self, "schemes", tuple(self.schemes))
         for name in self.schemes:
             scheme(name)
-        for name in ("epochs", "batch_size", "sessions_per_step", "lr", "validations"):
+        for name in ("epochs", "batch_size", "batches_per_step", "lr", "validations"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 < self.maps_share < 1:
@@ -113,7 +113,16 @@ class TrainConfig:
 RECIPES = {
     "mtm": TrainConfig(),
     "paper": TrainConfig(
-        epochs=1000, lr=1e-4, decay_all=True, loss="sum", clip=None, seed=42, init="paper"
+        epochs=1000,
+        batch_size=16,
+        batches_per_step=1,
+        lr=1e-4,
+        weight_decay=0.01,
+        decay_all=True,
+        loss="sum",
+        clip=None,
+        seed=42,
+        init="paper",
     ),
 }
 """Settings by name, ``mtm`` for ours and ``paper`` for those of the authors' code."""

@@ -34,12 +34,14 @@ from mtm import parallel
 from mtm.checkpoint import Run
 from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2, log_mean
-from mtm.model import MtM, MtMConfig
+from mtm.model import AS_PUBLISHED, SOFTENING, MtM, MtMConfig
 from mtm.recipes import RECIPES, TrainConfig, changed
 from mtm.session import Session, SessionError
 from mtm.watch import History, Progress, Watch, peak_memory, without_nan
 
 VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
+COMPONENTS = 32  # that a session's map starts to look at
+COMPONENT_BINS = 20_000  # of training trials from which they are taken
 CPU_TOKENS = 5000  # that pass through a model at once; more take more memory, and no less time
 
 
@@ -322,6 +324,18 @@ class _Data:
         counts = _sent(self.counts[_sent(trials, self.counts.device)], self.device)
         return (counts.int() & 0xFFFF if self.wide else counts).float()
 
+    def components(self) -> Tensor:
+        """Principal components of the scaled counts of training trials, (N, up to COMPONENTS).
+
+        Smoothed over time, as what neurons share is slower than their spikes.
+        """
+        some = self.train[:: math.ceil(len(self.train) * self.n_bins / COMPONENT_BINS)]
+        mean = self.null.exp()
+        x = (self.batch(some) - mean) * (mean + SOFTENING).rsqrt()  # (K', T, N)
+        x = F.avg_pool1d(x.transpose(1, 2), 5, 1, 2, count_include_pad=False)  # over 5 bins
+        x = x.transpose(1, 2).flatten(0, 1)
+        return torch.pca_lowrank(x, min(COMPONENTS, *x.shape), niter=4)[2]
+
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device, without waiting for what the device has to do before."""
@@ -342,9 +356,9 @@ def _home(sessions: list[Session], device: torch.device) -> torch.device:
 def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
     if not sessions:
         raise SessionError("no session to train on")
-    if config.sessions_per_step < parallel.processes():
+    if config.batches_per_step < parallel.processes():
         raise ValueError(
-            f"sessions_per_step={config.sessions_per_step} leaves some of "
+            f"batches_per_step={config.batches_per_step} leaves some of "
             f"{parallel.processes()} processes without a batch; set it to a multiple of "
             f"{parallel.processes()}, or start fewer"
         )
@@ -377,7 +391,8 @@ def _build(
         if config.tune != "all":
             raise ValueError(f"tune={config.tune!r} needs a trained model to start from")
         if model is None:
-            model = MtMConfig.from_depth(depth or 2, n_bins=data[0].n_bins)
+            theirs = AS_PUBLISHED if config.init == "paper" else {}
+            model = MtMConfig.from_depth(depth or 2, n_bins=data[0].n_bins, **theirs)
         if model.n_bins != data[0].n_bins:
             raise SessionError(
                 f"session {data[0].name!r} has {data[0].n_bins} bins, the model's sizes say "
@@ -405,7 +420,10 @@ def _build(
             )
     for session in data:
         if session.name not in model.session_names:
-            model.add_session(session.name, session.n_neurons, session.null.exp(), config.token)
+            looks = model.config.tokenizer == "ndt1" and model.config.init != "paper"
+            components = session.components() if looks else None
+            means = session.null.exp()
+            model.add_session(session.name, session.n_neurons, means, config.token, components)
         known = model.seen.get(session.name, session.prints)
         model.seen[session.name] = np.union1d(known, session.prints)
     return model
@@ -641,7 +659,7 @@ def _sampler(model: MtM, config: TrainConfig) -> MaskSampler:
 
 def _steps_per_epoch(data: Sequence[_Data], config: TrainConfig) -> int:
     n_batches = sum(math.ceil(len(session.train) / config.batch_size) for session in data)
-    return math.ceil(n_batches / config.sessions_per_step)
+    return math.ceil(n_batches / config.batches_per_step)
 
 
 def _steps(
@@ -649,7 +667,7 @@ def _steps(
 ) -> Iterator[list[tuple[_Data, np.ndarray]]]:
     """One epoch: every training trial once, in batches of one session, composed anew each time.
 
-    A step takes ``sessions_per_step`` batches, of different sessions as long as there are any.
+    A step takes ``batches_per_step`` batches, of different sessions as long as there are any.
     """
     batches = []
     for session in data:
@@ -663,7 +681,7 @@ def _steps(
     heapq.heapify(heads)
     while heads:
         chosen, others = [], []
-        while len(chosen) < config.sessions_per_step and (heads or others):
+        while len(chosen) < config.batches_per_step and (heads or others):
             if not heads:  # fewer sessions are left than a step takes: again the first of each
                 heads, others = others, []
                 heapq.heapify(heads)

@@ -17,7 +17,7 @@ from mtm.hub import read_config
 from mtm.masks import MTM_SCHEMES
 
 SHORT = {"epochs": 4, "validations": 3, "batch_size": 8, "progress": False, "device": "cpu"}
-DEEP = {**SHORT, "depth": 2, "sessions_per_step": 2}  # with dropout
+DEEP = {**SHORT, "depth": 2, "batches_per_step": 2}  # with dropout
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,7 @@ def test_a_wrong_command_line_is_status_2(capsys):
 
 def test_every_setting_of_training_can_be_given(folder, tmp_path):
     other = {
-        "epochs": 3, "batch_size": 5, "sessions_per_step": 2, "micro_batch": 4, "tune": "all",
+        "epochs": 3, "batch_size": 5, "batches_per_step": 2, "micro_batch": 4, "tune": "all",
         "maps_share": 0.4, "token": "mean", "lr": 0.002, "warmup": 0.3, "div_factor": 5.0,
         "weight_decay": 0.1, "decay_all": True, "loss": "sum", "clip": None,
         "schemes": ["neuron", "causal"], "ratios": {"neuron": 0.2, "causal": 0.5},

@@ -20,6 +20,7 @@ from mtm import (
     oracle,
     score_table,
 )
+from mtm.model import AS_PUBLISHED
 from mtm.predict import TASKS, forward_bins, predict_held_out
 
 
@@ -256,7 +257,7 @@ MODELS = {
     "ndt2, token": {"tokenizer": "ndt2", "hidden_input": "token"},
     "token": {"hidden_input": "token"},
     "indicator, log1p": {"hidden_input": "indicator", "input_transform": "log1p"},
-    "rotary": {"positions": "rotary"},
+    "rotary, scaled": {"positions": "rotary", "input_transform": "scaled"},
 }
 
 
@@ -274,11 +275,12 @@ def small_model(session, **fields):
     """Its output depends on every input far more than rounding does."""
     torch.manual_seed(0)
     sizes = {"width": 16, "depth": 2, "heads": 2, "mlp_width": 32, "stitch_width": 12}
-    config = MtMConfig(
-        n_bins=session.n_bins, patch_size=4, n_patches=3, init="paper", **sizes, **fields
-    )
+    sizes |= {"n_bins": session.n_bins, "patch_size": 4, "n_patches": 3}
+    config = MtMConfig(**(sizes | AS_PUBLISHED | fields))
     model = MtM(config, {session.name: session.n_neurons})
     for maps in model.sessions.values():
+        if config.input_transform == "scaled":
+            maps.mean += 0.1
         if config.hidden_input == "token":
             torch.nn.init.normal_(maps.fill)
     return model
@@ -330,10 +332,14 @@ def test_equals_one_forward_pass_for_each_neuron_and_trial(fields, task, sparse)
     assert np.nanmax(np.abs(shown.numpy() - expected)) > 1e-2  # it matters what is hidden
 
 
-@pytest.mark.parametrize("hidden_input", ["zeros", "token", "indicator"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"hidden_input": "token"}, {"hidden_input": "indicator"}, {"input_transform": "scaled"}],
+    ids=str,
+)
 @pytest.mark.parametrize("task", ["co-smoothing", "intra-region", "inter-region"])
-def test_passes_are_shared_where_nothing_shown_differs(task, hidden_input, sparse):
-    model, passes = small_model(sparse, hidden_input=hidden_input), []
+def test_passes_are_shared_where_nothing_shown_differs(task, fields, sparse):
+    model, passes = small_model(sparse, **fields), []
     model.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
     predict_held_out(model, sparse, task, np.arange(10), np.ones(9, dtype=bool))
     shown = set()  # (trial, what is visible of it), and a query for each scored neuron or region
@@ -344,7 +350,7 @@ def test_passes_are_shared_where_nothing_shown_differs(task, hidden_input, spars
         hidden = {"co-smoothing": own, "intra-region": ~mine | own, "inter-region": mine}[task]
         queries += 10 * (task != "inter-region" or n == np.flatnonzero(mine)[0])
         shown |= {(k, np.where(hidden, 0, sparse.counts[k]).tobytes()) for k in range(10)}
-    assert sum(passes) == (len(shown) if hidden_input == "zeros" else queries)
+    assert sum(passes) == (queries if fields else len(shown))
     assert len(shown) < queries
 
 

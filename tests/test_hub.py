@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mtm import Mask, MtM, MtMConfig, evaluate, from_pretrained, hub, load, save, simulate
+from mtm.model import AS_PUBLISHED
 from mtm.sources.ibl import PAPER_EIDS
 
 
@@ -51,7 +52,7 @@ def test_precision_comes_back_too(tmp_path):
         {"positions": "rotary", "prompts": (), "session_token": False},
         {"hidden_input": "token", "input_transform": "log1p"},
         {"hidden_input": "indicator"},
-        {"tokenizer": "ndt2", "patch_size": 2, "leak": True, "init": "paper"},
+        {"tokenizer": "ndt2", "patch_size": 2, "leak": True, **AS_PUBLISHED},
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ from torch import nn
 from mtm import model as model_module
 from mtm.masks import SCHEMES, Mask, scheme
 from mtm.model import (
+    AS_PUBLISHED,
     Attention,
     MtM,
     MtMConfig,
@@ -30,6 +31,8 @@ VARIANTS = [
     {"hidden_input": "token"},
     {"hidden_input": "indicator"},
     {"input_transform": "log1p"},
+    {"input_transform": "scaled"},
+    {**NDT2, "input_transform": "scaled", "hidden_input": "token"},
     {**NDT2, "positions": "rotary", "hidden_input": "indicator"},
     {**NDT2, "input_transform": "log1p", "hidden_input": "token"},
 ]
@@ -38,8 +41,11 @@ VARIANTS = [
 def small(depth=2, **fields):
     sizes = {"width": 16, "heads": 2, "mlp_width": 32, "stitch_width": 12}
     torch.manual_seed(0)
-    config = MtMConfig(n_bins=N_BINS, depth=depth, **(sizes | {"init": "paper"} | fields))
-    return MtM(config, {"a": N_NEURONS, "b": N_NEURONS}).eval().double()
+    config = MtMConfig(n_bins=N_BINS, depth=depth, **(sizes | AS_PUBLISHED | fields))
+    model = MtM(config, {"a": N_NEURONS, "b": N_NEURONS}).eval().double()
+    if config.input_transform == "scaled":
+        model._maps("a").mean += torch.linspace(0.1, 2.0, N_NEURONS)
+    return model
 
 
 def counts_of(seed=0, batch=3):
@@ -135,6 +141,24 @@ def test_a_new_model_predicts_the_mean_counts():
     assert model.prompt.std() < 0.1 and small(init="paper").tokenizer.time.std() > 0.5
 
 
+@pytest.mark.parametrize("fields", [{}, {"hidden_input": "indicator"}], ids=str)
+def test_a_map_can_start_with_directions_of_the_counts(fields):
+    """12 outputs look at 5 directions, both ways, on top of what they look at anyway."""
+    directions = torch.linalg.qr(torch.randn(N_NEURONS, 5))[0]
+    weights = []
+    for components in (None, directions):
+        model = small(init="mtm", **fields)
+        model.add_session("new", N_NEURONS, components=components)
+        weights.append(model._maps("new").stitch.weight.detach())
+    gained = (weights[1] - weights[0]).float()
+    sign = [1] * 5 + [-1] * 5 + [1] * 2
+    for i in range(12):
+        torch.testing.assert_close(gained[i, :N_NEURONS], 3.0 * sign[i] * directions[:, i % 5])
+    assert not gained[:, N_NEURONS:].any()
+    with pytest.raises(ValueError, match="'more': components must be .11, any number.*10, 5"):
+        model.add_session("more", 11, components=directions)
+
+
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_every_variant_starts_at_the_mean_counts(fields):
     means = np.linspace(0.01, 2.0, N_NEURONS)
@@ -155,9 +179,9 @@ def test_time_embeddings_start_with_neighbours_alike():
 def test_paper_sizes():
     eids = {f"session {i}": 1 for i in range(37)} | {"a": 548, "b": 601, "c": 652}
     with torch.device("meta"):
-        ndt1 = MtM(MtMConfig(), eids)
+        ndt1 = MtM(MtMConfig(**AS_PUBLISHED), eids)
         whole = {name: max(n, 128) for name, n in eids.items()}  # a patch at least
-        ndt2 = MtM(MtMConfig(tokenizer="ndt2", leak=True, init="paper"), whole)
+        ndt2 = MtM(MtMConfig(tokenizer="ndt2", leak=True, **AS_PUBLISHED), whole)
     assert ndt1.n_parameters()["core"] == 12_167_000
     sizes = ndt1.n_parameters()["sessions"]
     for name in "abc":
@@ -323,7 +347,7 @@ def test_their_attention_against_a_loop(tokenizer, n_front, causal):
     model = MtM(
         MtMConfig(
             n_bins=n_bins, tokenizer=tokenizer, patch_size=size, n_patches=n_patches, leak=True,
-            init="paper", width=8, heads=2, depth=1, mlp_width=8, stitch_width=6, **fields,
+            width=8, heads=2, depth=1, mlp_width=8, stitch_width=6, **AS_PUBLISHED, **fields,
         ),
         {"a": n_neurons},
     ).eval()  # fmt: skip
@@ -363,6 +387,11 @@ def test_what_stands_where_an_entry_is_hidden():
     assert torch.equal(shown[:, :, 0], counts * ~hidden)
     assert torch.equal(shown[:, :, 1], hidden.double())
     assert not indicator._show(counts, None, indicator._maps("a"))[:, :, 1].any()
+    scaled = small(input_transform="scaled")
+    mean = scaled._maps("a").mean
+    shown = scaled._show(counts, mask, scaled._maps("a"))[:, :, 0]
+    expected = torch.where(hidden, 0.0, (counts - mean) / (mean + 0.1) ** 0.5)
+    torch.testing.assert_close(shown, expected)
     log = small(input_transform="log1p")
     assert torch.equal(log._show(counts, mask, log._maps("a"))[:, :, 0], (counts * ~hidden).log1p())
 
@@ -604,7 +633,7 @@ def test_errors_name_the_session_and_the_remedy():
         MtMConfig(prompts="neuron")
     with pytest.raises(ValueError, match="leak is for the authors' checkpoints only"):
         MtMConfig(leak=True)
-    leaking = MtM(MtMConfig(tokenizer="ndt2", leak=True, init="paper"))
+    leaking = MtM(MtMConfig(tokenizer="ndt2", leak=True, **AS_PUBLISHED))
     for n_neurons in (127, 769):
         with pytest.raises(ValueError, match=rf"'a' has {n_neurons} neurons; the authors' NDT2"):
             leaking.add_session("a", n_neurons)

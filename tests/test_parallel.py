@@ -18,7 +18,7 @@ from mtm.recipes import TrainConfig
 from mtm.train import Batch, _learning, accumulate
 
 SETTINGS = ["--depth", "1", "--epochs", "4", "--validations", "4", "--batch-size", "8"]
-SETTINGS += ["--device", "cpu", "--sessions-per-step", "6"]
+SETTINGS += ["--device", "cpu", "--batches-per-step", "6"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def history(folder):
 
 @pytest.mark.parametrize(
     ("processes", "more"),
-    [(2, ["--schemes", "neuron", "temporal"]), (3, ["--sessions-per-step", "5"])],
+    [(2, ["--schemes", "neuron", "temporal"]), (3, ["--batches-per-step", "5"])],
     ids=["2", "3"],
 )
 def test_several_processes_train_what_one_does(folder, tmp_path, processes, more):
@@ -96,7 +96,7 @@ def test_one_that_dies_ends_all_and_the_run_goes_on(folder, tmp_path):
     assert 0 < step < 24
     train(folder, tmp_path / "run", 2, *more)
     whole = fit(
-        Sessions(folder), depth=1, epochs=12, validations=3, batch_size=8, sessions_per_step=6,
+        Sessions(folder), depth=1, epochs=12, validations=3, batch_size=8, batches_per_step=6,
         device="cpu", progress=False,
     )  # fmt: skip
     found = load(tmp_path / "run").state_dict()

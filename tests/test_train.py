@@ -38,7 +38,7 @@ def test_every_training_trial_once_an_epoch_in_new_company(sessions):
     order = np.random.default_rng(0)
     epochs = []
     for per_step in (1, 4):
-        steps = list(_steps(data, TrainConfig(sessions_per_step=per_step), order))
+        steps = list(_steps(data, TrainConfig(batches_per_step=per_step), order))
         assert {len(step) for step in steps[:-1]} == {per_step}
         epochs.append([batch for step in steps for batch in step])
     for epoch in epochs:
@@ -50,11 +50,29 @@ def test_every_training_trial_once_an_epoch_in_new_company(sessions):
     assert not together[0] & together[1]
 
 
+def test_components_are_what_the_neurons_share():
+    """Two slow signals, seen by all neurons; the directions are those of numpy's SVD."""
+    rng = np.random.default_rng(0)
+    weights, signals = rng.normal(size=(2, 30)), rng.normal(size=(40, 4, 2))
+    shared = np.repeat(signals, 10, axis=1) @ weights  # (40, 40, 30)
+    session = Session(rng.poisson(np.exp(0.5 + 0.3 * shared)), name="a")
+    data = _Data(session, TrainConfig(), torch.device("cpu"))
+    found = data.components().numpy()
+    assert found.shape == (30, 30)
+    np.testing.assert_allclose(found.T @ found, np.eye(30), atol=1e-4)
+    counts = session.counts[session.split().train].astype(float)
+    mean = counts.mean(axis=(0, 1))
+    scaled = (counts - mean) / np.sqrt(mean + 0.1)
+    smooth = np.stack([scaled[:, max(0, t - 2) : t + 3].mean(axis=1) for t in range(40)], axis=1)
+    expected = np.linalg.svd(smooth.reshape(-1, 30), full_matrices=False)[2][:2]
+    np.testing.assert_allclose(np.linalg.svd(expected @ found[:, :2])[1], 1, atol=1e-3)
+
+
 def test_a_step_mixes_sessions_as_long_as_there_are_several(sessions):
     data = [_Data(s, TrainConfig(), torch.device("cpu")) for s in sessions]
     data.append(_Data(sessions[0].select(trials=np.arange(40)), TrainConfig(), torch.device("cpu")))
     data[-1].name = "small"
-    order, config = np.random.default_rng(0), TrainConfig(batch_size=4, sessions_per_step=2)
+    order, config = np.random.default_rng(0), TrainConfig(batch_size=4, batches_per_step=2)
     steps = [[session.name for session, _ in step] for step in _steps(data, config, order)]
     left = {s.name: -(-len(s.train) // 4) for s in data}
     for step in steps:
@@ -364,11 +382,11 @@ def test_a_step_of_one_session_is_the_masked_loss(sessions):
 
 
 def test_many_sessions_a_step_and_small_pieces_train(sessions):
-    for settings in ({"sessions_per_step": 2}, {"micro_batch": 5}):
+    for settings in ({"batches_per_step": 2}, {"micro_batch": 5}):
         result = fit(sessions, **{**QUICK, "epochs": 10}, **settings)
         assert result.best["mean"] > 0
     n_batches = sum(-(-len(s.split().train) // 16) for s in sessions)
-    assert fit(sessions, **QUICK, sessions_per_step=4).history[-1]["step"] == 2 * -(-n_batches // 4)
+    assert fit(sessions, **QUICK, batches_per_step=4).history[-1]["step"] == 2 * -(-n_batches // 4)
 
 
 def test_what_learns_when_fine_tuning(sessions):

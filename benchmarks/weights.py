@@ -1,0 +1,146 @@
+"""Train a model to start from, score it on test trials, and write its card.
+
+    python benchmarks/weights.py simulated  three animals; into mtm/weights/simulated, for the book
+    python benchmarks/weights.py FOLDER     the eleven recordings of real_data.py's folder
+
+A run that was stopped goes on when the same command is given again. --out has another folder for
+the model: `config.json`, `weights.safetensors`, and `README.md`, the card, whose every number was
+measured by this script. `mtm.load` reads it, `mtm.fit(session, mtm.load(folder))` goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from real_data import FOUR, busy, recordings
+
+import mtm
+from mtm import hub
+from mtm.recipes import RECIPES
+from mtm.report import Report
+
+CARD = """# {title}
+
+A multi-task-masking (MtM) model of neural population activity: it fills in hidden neurons, regions
+and future bins of the sessions that it knows, and is a start for new ones.
+
+```python
+import mtm
+
+model = mtm.load("{folder}")
+result = mtm.fit(session, model)  # yours: goes on with a session that it has not seen
+```
+
+## Data
+
+{data}
+
+{sessions}
+
+Trials were split at random into 70 % for training, 10 % for choosing the weights and 20 % for the
+scores below (`session.split({split_seed})`); the model carries fingerprints of its training trials,
+and evaluation refuses them.
+
+## Recipe
+
+`mtm.fit(sessions, depth={depth})` with the recipe `mtm`: {settings}. The weights are those of epoch
+{epoch}, the best on validation trials. {parameters:,} parameters.
+
+## Scores
+
+Bits per spike on test trials over each neuron's mean in them; mean over neurons of at least 1 Hz ±
+standard error over sessions. "Mean rate" knows each neuron's mean in the training trials{oracle}.
+
+{scores}
+
+## Limits
+
+{limits}
+"""
+
+SIMULATED = {
+    "title": "Small model of three simulated animals",
+    "data": "Three animals of `mtm.simulate(3, 200, 96, seed=0)`; no recording, so no licence to "
+    "heed but this project's.",
+    "limits": "Made for the book. Simulated animals share one circuit, and their spikes are "
+    "Poisson; it is not meant as a start for real recordings.",
+}
+STEINMETZ = {
+    "title": "Model of eleven Neuropixels recordings of three mice",
+    "data": "Steinmetz, Zatka-Haas, Carandini and Harris, Nature 2019 (figshare "
+    "10.6084/m9.figshare.9598406, CC-BY 4.0; the weights are derived from it and need the same "
+    "attribution): 20 ms bins, 0 to 0.4 s after stimulus onset, units not filtered by quality.",
+    "limits": "Bins of 20 ms and trials of 0.4 s after a visual stimulus, in one task, of three "
+    "mice; other bins are refused. A new session needs training trials of its own for its maps. "
+    "Behaviour was not trained for.",
+}
+
+
+def main() -> None:
+    """Read the command line, train, score, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="'simulated', or where the recordings are")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--depth", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=RECIPES["mtm"].epochs)
+    parser.add_argument("--work", type=Path, default=Path("_build/weights"))
+    options = parser.parse_args()
+    simulated = options.folder == "simulated"
+    if simulated:
+        sessions = mtm.simulate(3, 200, 96, seed=0)
+    else:
+        names = sorted(path.stem for path in Path(options.folder).glob("steinmetz2019/*.npz"))
+        sessions = recordings(Path(options.folder), names)
+    name = "simulated" if simulated else "steinmetz"
+    out = options.out or (hub.SHIPPED / name if simulated else options.work / f"{name}-model")
+    how = {"depth": options.depth, "epochs": options.epochs, "folder": options.work / name}
+    fit = mtm.fit(sessions, **how)
+    mtm.save(fit, out)
+    text = card(fit, sessions, SIMULATED if simulated else STEINMETZ, out, options.depth)
+    (out / "README.md").write_text(text)
+    print(text)
+
+
+def card(
+    fit: mtm.Fit, sessions: list[mtm.Session], told: dict[str, str], out: Path, depth: int
+) -> str:
+    """Data, licence, recipe, scores and limits, as markdown."""
+    lines = ["| session | trials | neurons | scored | regions |", "| --- | --- | --- | --- | --- |"]
+    for s in sessions:
+        numbers = (s.n_trials, s.n_neurons, len(busy(s)), len(s.region_names))
+        lines.append(f"| {s.name} | " + " | ".join(map(str, numbers)) + " |")
+    changed = {k: v for k, v in asdict(fit.config).items() if k in ("epochs", "lr", "weight_decay")}
+    return CARD.format(
+        folder=out.name,
+        sessions="\n".join(lines),
+        split_seed=fit.config.split_seed,
+        depth=depth,
+        settings=", ".join(f"{key} {value:g}" for key, value in changed.items()),
+        epoch=fit.best["epoch"],
+        parameters=sum(p.numel() for p in fit.model.parameters()),
+        scores=scores(fit, sessions),
+        oracle='; the oracle, the true rates' if sessions[0].rates is not None else "",
+        **told,
+    )  # fmt: skip
+
+
+def scores(fit: mtm.Fit, sessions: list[mtm.Session]) -> str:
+    """A row for the model, for what knows less and, where it is known, for the truth."""
+    rows = {"this model": [fit] * len(sessions), "mean rate": list(map(mtm.mean_rates, sessions))}
+    if sessions[0].rates is not None:
+        rows["oracle"] = list(map(mtm.oracle, sessions))
+    lines = ["| | " + " | ".join(FOUR) + " |", "| --- " * 5 + "|"]
+    for name, predictors in rows.items():
+        report = Report.join([
+            mtm.evaluate(predictor, session, tasks=FOUR, neurons=busy(session))
+            for predictor, session in zip(predictors, sessions, strict=True)
+        ])  # fmt: skip
+        cells = [str(report.tasks[task].over("sessions")) for task in FOUR]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
