@@ -8,10 +8,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from mtm import simulate
+from mtm import Session, simulate, train
+from mtm.masks import SCHEMES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import claims  # noqa: E402
 import real_data  # noqa: E402
+import recipe  # noqa: E402
 import studies  # noqa: E402
 
 from mtm.report import Mean  # noqa: E402
@@ -92,3 +95,97 @@ def test_controls_that_see_no_activity_do_not_win():
     assert real_data.winners({"a": {"choice": scores}}) == [
         "a, choice: MtM 0.700; ahead of ridge by 0.200"
     ]
+
+
+def test_every_variant_of_the_recipe_changes_something(small):
+    told = {n: recipe.trained(*v).settings for n, v in recipe.variants().items()}
+    assert len({json.dumps(settings, sort_keys=True) for settings in told.values()}) == len(told)
+    SCHEMES.pop(recipe.AGAIN)  # of this process alone
+    paper = list(recipe.contest().values())[-1].settings
+    assert paper["train"]["epochs"] == 1000 and paper["model"]["input_transform"] == "raw"
+
+
+def test_a_trick_changes_training_and_ends_with_it(small):
+    quick = {"epochs": 2, "validations": 2}
+    found = {}
+    for name in (recipe.OURS, "maps start at random", "neurons weigh alike", "weights averaged"):
+        changes, trick = {recipe.OURS: ({}, None), **recipe.variants()}[name]
+        fit = recipe.trained(changes | quick, trick).make(small[:1], 0)
+        found[name] = fit.best["mean"]
+        scores = train.validate(
+            fit.model, [train._Data(small[0], fit.config, fit.device)], fit.config
+        )
+        assert np.mean(list(scores.values())) == pytest.approx(fit.best["mean"], abs=1e-6), name
+    SCHEMES.pop(recipe.AGAIN)
+    assert len(set(found.values())) == len(found)
+    again = recipe.trained(quick).make(small[:1], 0).best["mean"]
+    assert again == found[recipe.OURS]
+
+
+def test_differences_are_taken_session_by_session():
+    def of(*values):
+        return {recipe.OURS: Mean(values[0], 0.1, 9), "b": Mean(values[1], 0.1, 9)}
+
+    whole = {
+        "s": dict.fromkeys(real_data.FOUR, of(0.2, 0.3)),
+        "t": dict.fromkeys(real_data.FOUR, of(0.5, 0.4)) | {"co-smoothing": of(0.5, 0.9)},
+    }
+    found = recipe.differences(whole, [recipe.OURS, "b", "not run"])
+    assert list(found) == ["b", recipe.OURS]
+    assert found["b"]["co-smoothing"].value == pytest.approx(0.25)
+    assert found["b"]["mean"].value == pytest.approx((0.1 + (0.4 - 0.3) / 4) / 2)
+    assert "| b | +0.062 ± " in recipe.search_table(found)
+    plt.close(recipe.draw(found, 2))
+
+
+def test_an_animal_is_left_out_entirely():
+    sessions = [mtm_session(name, animal) for name, animal in
+                [("a1", "a"), ("a2", "a"), ("b1", "b"), ("b2", "b"), ("c1", "c")]]  # fmt: skip
+    found = {name: [s.name for s in others] for name, others in claims.held_out(sessions).items()}
+    assert found == {
+        "a1": ["b1", "c1", "b2"],  # one of each animal first
+        "b1": ["a1", "c1", "a2"],
+        "c1": ["a1", "b1", "a2", "b2"],
+    }
+
+
+def mtm_session(name, animal):
+    return Session(np.zeros((5, 4, 3)), name=name, subject=animal)
+
+
+def test_claims_come_out_either_way():
+    claim = claims.Claim("schemes", "MtM", "temporal", "co-smoothing")
+    scores = {
+        "s": {"MtM": {"co-smoothing": [0.3, 0.5]}, "temporal": {"co-smoothing": [0.2]}},
+        "t": {"MtM": {"co-smoothing": [0.5]}, "temporal": {"co-smoothing": [0.5, 0.5]}},
+        "u": {"MtM": {"co-smoothing": [0.5]}},
+    }
+    mean = claims.difference(claim, scores)
+    assert mean.value == pytest.approx(0.1) and mean.n == 2 and claims.verdict(mean) == "open"
+    assert claims.difference(claim._replace(task="choice"), scores) is None
+    verdicts = [claims.verdict(Mean(v, 0.1, 3)) for v in (0.3, 0.1, -0.1, -0.3)]
+    assert verdicts == ["holds", "open", "open", "fails"]
+    assert claims.verdict(Mean(0.3, np.nan, 1)) == "one session"
+
+
+def test_the_paper_is_put_to_the_test(small, tmp_path):
+    """Both parts on two animals, one epoch each."""
+    done = {"schemes": {}, "animals": {}}
+    rivals = claims.schemes(depth=1, epochs=1)
+    real_data.run(small[:1], rivals, [0], tmp_path / "s", tasks=["co-smoothing"])
+    done["schemes"]["x"] = claims.collected(small[0], rivals, [0], tmp_path / "s")
+    others = claims.held_out(small)[small[0].name]
+    assert others == small[1:]
+    rows = claims.animals(others, 1, 1, tmp_path / "pretrained")
+    real_data.run(small[:1], rows, [0], tmp_path / "a", tasks=["co-smoothing"])
+    done["animals"]["x"] = claims.collected(small[0], rows, [0], tmp_path / "a")
+    assert [len(methods) for methods in (done["schemes"]["x"], done["animals"]["x"])] == [7, 4]
+    assert len(list((tmp_path / "pretrained").iterdir())) == 1  # made once, for all three rows
+    judged = {}
+    for text, comparisons in claims.claims().items():
+        for claim in comparisons:
+            if (mean := claims.difference(claim, done[claim.part])) is not None:
+                judged.setdefault(text, []).append((claim, mean))
+    assert len(judged) == len(claims.claims()) - 1  # but for the behaviours
+    assert "| MtM minus temporal | co-smoothing |" in claims.table(judged)
+    plt.close(claims.draw(judged))

@@ -1,0 +1,304 @@
+"""What the paper claims, tested on recordings: does MtM win, what for, and do other animals help?
+
+    python benchmarks/claims.py FOLDER [--part schemes|animals] [--sessions NAME ...]
+
+FOLDER is that of real_data.py, or the word "simulated". Two parts:
+
+- schemes: on every session alone, MtM, temporal masking (whose share validation trials choose),
+  each of MtM's schemes by itself, and MtM without its prompt. Six tasks.
+- animals: one animal after the other is left out entirely. A model learns from 1, 3 and all
+  sessions of the other animals, goes on with a session of the one left out, and is compared with a
+  model that knows that session alone. Four tasks.
+
+All with the recipe `mtm` at depth 1 and three seeds, on test trials, neurons of at least 1 Hz. What
+differs is compared session by session: a claim holds if the mean difference is above two of its
+standard errors over sessions, and fails if it is below minus two; else it is open. What is done is
+kept in --work, so that the command goes on where it was stopped. Out come results/claims.json and
+.md, and the picture book/_assets/claims.png. On 2 cores: 4 hours. On a GPU, --depth 5 has the
+paper's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from real_data import (
+    FOUR,
+    PICTURES,
+    RESULTS,
+    Method,
+    described,
+    kept,
+    recordings,
+    run,
+    write_json,
+)
+
+import mtm
+from mtm.baselines import temporal_ndt1
+from mtm.masks import MTM_SCHEMES
+from mtm.plots import BLUE, RED
+from mtm.predict import TASKS
+from mtm.recipes import RECIPES
+from mtm.report import Mean, Report, mean_of
+
+ALONE = "this session alone"
+AFTER = {"after 1 of others": 1, "after 3 of others": 3, "after all of others": 99}  # sessions
+DECODING = ("choice", "wheel-speed", "whisker-motion-energy")
+
+
+class Claim(NamedTuple):
+    """Something that can be measured: ``better`` minus ``than``, in a task."""
+
+    part: str
+    better: str
+    than: str
+    task: str
+
+
+# ---------------------------------------------------------------------- schemes, session by session
+
+
+def schemes(depth: int, epochs: int) -> dict[str, Method]:
+    """Models that differ in what was hidden while they learned."""
+    rows: dict[str, dict[str, Any]] = {"MtM": {}, "MtM, no prompt": {"prompt": False}}
+    rows |= {f"{name} alone": {"schemes": (name,), "prompt": False} for name in MTM_SCHEMES}
+    how = {"depth": depth, "epochs": epochs, "progress": False}
+
+    def trained(settings: dict[str, Any]) -> Method:
+        def make(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
+            return mtm.fit(sessions, seed=seed, **how, **settings)
+
+        return Method(make, {**how, **settings}, seeded=True)
+
+    def temporal(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
+        return temporal_ndt1(sessions, seed=seed, **how)
+
+    found = {name: trained(settings) for name, settings in rows.items()}
+    return found | {"temporal": Method(temporal, {**how, "baseline": "temporal"}, seeded=True)}
+
+
+# ----------------------------------------------------------------------------------- other animals
+
+
+def held_out(sessions: list[mtm.Session]) -> dict[str, list[mtm.Session]]:
+    """The first session of each animal -> all sessions of the others, animals in turn."""
+    found = {}
+    for animal in dict.fromkeys(session.subject for session in sessions):
+        [first, *_] = [session for session in sessions if session.subject == animal]
+        others: dict[str, list[mtm.Session]] = {}
+        for session in sessions:
+            if session.subject != animal:
+                others.setdefault(session.subject, []).append(session)
+        longest = max(map(len, others.values()))
+        turns = [own[i] for i in range(longest) for own in others.values() if i < len(own)]
+        found[first.name] = turns
+    return found
+
+
+def animals(others: list[mtm.Session], depth: int, epochs: int, work: Path) -> dict[str, Method]:
+    """For a session of an animal left out: alone, and after some and all sessions of others."""
+    how = {"epochs": epochs, "progress": False}
+
+    def alone(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
+        return mtm.fit(sessions, depth=depth, seed=seed, **how)
+
+    def after(n: int) -> Method:
+        def make(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
+            start = pretrained(others[:n], seed, depth, epochs, work)
+            return mtm.fit(sessions, start, seed=seed, **how)
+
+        names = [session.name for session in others[:n]]
+        return Method(make, {**how, "depth": depth, "others": names}, seeded=True)
+
+    found = {ALONE: Method(alone, {**how, "depth": depth}, seeded=True)}
+    return found | {name: after(n) for name, n in AFTER.items()}
+
+
+def pretrained(
+    others: list[mtm.Session], seed: int, depth: int, epochs: int, work: Path
+) -> mtm.MtM:
+    """A model of other animals' sessions; made once, and gone on with where it was stopped."""
+    told = json.dumps([[s.name for s in others], seed, depth, epochs])
+    folder = work / f"{len(others)}-{seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    mtm.fit(others, depth=depth, epochs=epochs, seed=seed, folder=folder, progress=False)
+    return mtm.load(folder)
+
+
+# ------------------------------------------------------------------------------------- what is said
+
+
+def claims() -> dict[str, list[Claim]]:
+    """The paper's claims, each as comparisons that can come out either way."""
+    own = {scheme: task for task, scheme in TASKS.items()}
+    alone = [f"{scheme} alone" for scheme in MTM_SCHEMES]
+    found = {
+        "MtM predicts activity better than temporal masking": [
+            Claim("schemes", "MtM", "temporal", task) for task in FOUR
+        ],
+        "MtM decodes behaviour better than temporal masking": [
+            Claim("schemes", "MtM", "temporal", task) for task in DECODING
+        ],
+        "a scheme alone is best at its own task": [
+            Claim("schemes", f"{scheme} alone", other, own[scheme])
+            for scheme in MTM_SCHEMES
+            for other in alone
+            if other != f"{scheme} alone"
+        ],
+        "all schemes together are better than one, where it was not trained": [
+            Claim("schemes", "MtM", f"{scheme} alone", task)
+            for scheme in MTM_SCHEMES
+            for task in FOUR
+            if task != own[scheme]
+        ],
+        "all schemes together are as good as one at its own task": [
+            Claim("schemes", "MtM", f"{scheme} alone", own[scheme]) for scheme in MTM_SCHEMES
+        ],
+        "the prompt helps": [
+            Claim("schemes", "MtM", "MtM, no prompt", task) for task in (*FOUR, *DECODING)
+        ],
+        "other animals help": [
+            Claim("animals", after, ALONE, task) for after in AFTER for task in FOUR
+        ],
+        "more of them help more": [
+            Claim("animals", more, fewer, task) for fewer, more in pairwise(AFTER) for task in FOUR
+        ],
+    }
+    return found
+
+
+Scores = dict[str, dict[str, dict[str, list[float]]]]  # session -> method -> task -> seeds' means
+
+
+def difference(claim: Claim, scores: Scores) -> Mean | None:
+    """Mean over sessions, each the mean over seeds; None where nothing can be compared."""
+    gains = []
+    for methods in scores.values():
+        pair = [methods.get(name, {}).get(claim.task, []) for name in (claim.better, claim.than)]
+        if all(pair):
+            gains.append(float(np.mean(pair[0]) - np.mean(pair[1])))
+    return mean_of(gains) if gains else None
+
+
+def verdict(mean: Mean) -> str:
+    """Whether the difference is more than chance."""
+    if mean.n < 2:
+        return "one session"
+    if abs(mean.value) < 2 * mean.error:
+        return "open"
+    return "holds" if mean.value > 0 else "fails"
+
+
+def collected(
+    session: mtm.Session, methods: dict[str, Method], seeds: list[int], work: Path
+) -> dict[str, dict[str, list[float]]]:
+    """Method -> task -> the score of each seed that is done."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, method in methods.items():
+        for seed in seeds:
+            [path] = kept(work, name, method, [session], seed)
+            if path.exists():
+                for task, scores in Report.from_json(path).tasks.items():
+                    value = scores.mean(scores.score)
+                    found.setdefault(name, {}).setdefault(task, []).append(value)
+    return found
+
+
+def table(judged: dict[str, list[tuple[Claim, Mean]]]) -> str:
+    """Markdown: each claim, each comparison, and what came out."""
+    lines = []
+    for text, comparisons in judged.items():
+        lines += [f"### {text[0].upper()}{text[1:]}", ""]
+        lines += ["| | task | difference | sessions | |", "| --- " * 5 + "|"]
+        for claim, mean in comparisons:
+            pair = f"{claim.better} minus {claim.than}"
+            lines.append(f"| {pair} | {claim.task} | {mean} | {mean.n} | {verdict(mean)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(judged: dict[str, list[tuple[Claim, Mean]]]) -> plt.Figure:
+    """A panel for each claim: differences with two standard errors, grey where they are open."""
+    colours = {"holds": BLUE, "fails": RED}
+    sizes = [len(comparisons) for comparisons in judged.values()]
+    figure, axes = plt.subplots(
+        len(judged), 1, sharex=True, squeeze=False, layout="constrained",
+        figsize=(7.5, 0.8 * len(judged) + 0.2 * sum(sizes)), height_ratios=[n + 2 for n in sizes],
+    )  # fmt: skip
+    for ax, (text, comparisons) in zip(axes[:, 0], judged.items(), strict=True):
+        for i, (claim, mean) in enumerate(comparisons):
+            colour = colours.get(verdict(mean), "0.5")
+            error = 2 * np.nan_to_num(mean.error)
+            ax.errorbar(mean.value, i, xerr=error, fmt="o", color=colour, ms=4)
+            shown = f"{claim.better} - {claim.than}, {claim.task}"
+            ax.text(1.01, i, shown, transform=ax.get_yaxis_transform(), fontsize=6.5, va="center")
+        ax.axvline(0, color="0.7", lw=0.8)
+        ax.set(yticks=[], ylim=(len(comparisons) - 0.3, -0.7))
+        ax.set_title(text, fontsize=9, loc="left")
+        ax.spines[["top", "right", "left"]].set_visible(False)
+    axes[-1, 0].set_xlabel("difference ± 2 standard errors: bits per spike, accuracy or R2")
+    return figure
+
+
+def main() -> None:
+    """Read the command line, run, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--part", choices=("schemes", "animals"), help="default: both")
+    parser.add_argument("--sessions", nargs="*", help="of the part 'schemes'; default all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--depth", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=RECIPES["mtm"].epochs)
+    parser.add_argument("--work", type=Path, default=Path("_build/claims"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
+    options = parser.parse_args()
+    if options.folder == Path("simulated"):
+        sessions = mtm.simulate(6, 120, 48, seed=1)
+    else:
+        names = sorted(path.stem for path in options.folder.glob("steinmetz2019/*.npz"))
+        sessions = recordings(options.folder, names)
+    chosen = [s for s in sessions if s.name in (options.sessions or [s.name])]
+    sizes = {"depth": options.depth, "epochs": options.epochs}
+    scores: dict[str, Scores] = {"schemes": {}, "animals": {}}
+    rivals, work = schemes(**sizes), options.work / "schemes"
+    for session in chosen:
+        if options.part != "animals":
+            run([session], rivals, options.seeds, work)
+        scores["schemes"][session.name] = collected(session, rivals, options.seeds, work)
+    by_name, work = {session.name: session for session in sessions}, options.work / "animals"
+    for name, others in held_out(sessions).items():
+        rows = animals(others, **sizes, work=options.work / "pretrained")
+        if options.part != "schemes":
+            run([by_name[name]], rows, options.seeds, work, tasks=FOUR)
+        scores["animals"][name] = collected(by_name[name], rows, options.seeds, work)
+
+    judged: dict[str, list[tuple[Claim, Mean]]] = {}
+    for text, comparisons in claims().items():
+        for claim in comparisons:
+            mean = difference(claim, scores[claim.part])
+            if mean is not None:
+                judged.setdefault(text, []).append((claim, mean))
+    facts = described(sessions, options) | {"scores": scores}
+    facts["claims"] = {
+        text: [[*claim, *mean, verdict(mean)] for claim, mean in comparisons]
+        for text, comparisons in judged.items()
+    }
+    write_json(options.out / "claims.json", facts)
+    draw(judged).savefig(options.pictures / "claims.png", dpi=110)
+    (options.out / "claims.md").write_text(
+        "# The paper's claims\n\nTest trials; differences session by session, ± standard error "
+        "over sessions. Made by `python benchmarks/claims.py`.\n\n" + table(judged)
+    )
+    print(table(judged))
+
+
+if __name__ == "__main__":
+    main()
