@@ -32,6 +32,7 @@ from real_data import (
 
 import mtm
 from mtm.masks import MTM_SCHEMES
+from mtm.recipes import RECIPES
 
 RATIOS = (0.1, 0.3, 0.6)  # of the paper's Table 7
 SHARED = ("neuron", "intra-region")  # the schemes of MtM that hide a share, by the paper's Table 7
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("where", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--depth", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=RECIPES["mtm"].epochs)
     parser.add_argument("--work", type=Path, default=Path("_build/studies"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--pictures", type=Path, default=PICTURES)

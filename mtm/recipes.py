@@ -42,7 +42,7 @@ class TrainConfig:
         loss: "mean" or "sum" over the targets of a batch.
         clip: largest norm of the gradient, or None.
         schemes: alternated at random.
-        ratios: scheme -> share hidden, if not the scheme's own.
+        ratios: scheme -> share hidden, if not the scheme's own; may name schemes not drawn.
         prompt: tell the model which scheme is on, where there are several.
         validations: how often to validate, spread evenly over the epochs.
         patience: validations without a better one after which training stops, or None.
@@ -73,7 +73,7 @@ class TrainConfig:
     loss: str = "mean"
     clip: float | None = 1.0
     schemes: tuple[str, ...] = MTM_SCHEMES
-    ratios: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=lambda: {"neuron": 0.6, "intra-region": 0.6})
     prompt: bool = True
     validations: int = 20
     patience: int | None = None
@@ -87,7 +87,7 @@ class TrainConfig:
         if isinstance(self.schemes, str):
             raise ValueError(f"schemes must be a list of names, got {self.schemes!r}")
         object.__setattr__(self, "schemes", tuple(self.schemes))
-        for name in self.schemes:
+        for name in (*self.schemes, *self.ratios):
             scheme(name)
         for name in ("epochs", "batch_size", "batches_per_step", "lr", "validations"):
             if not getattr(self, name) > 0:
@@ -98,8 +98,6 @@ class TrainConfig:
             raise ValueError(f"warmup must be between 0 and 1, got {self.warmup}")
         if not self.div_factor > 0:
             raise ValueError(f"div_factor must be above 0, got {self.div_factor}")
-        if strangers := sorted(set(self.ratios) - set(self.schemes)):
-            raise ValueError(f"ratios for schemes that are not drawn: {', '.join(strangers)}")
         for name in ("micro_batch", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
@@ -122,6 +120,7 @@ RECIPES = {
         loss="sum",
         clip=None,
         seed=42,
+        ratios={},
         init="paper",
     ),
 }

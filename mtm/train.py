@@ -654,7 +654,8 @@ def _patience_is_over(history: History, config: TrainConfig) -> bool:
 
 def _sampler(model: MtM, config: TrainConfig) -> MaskSampler:
     patch = {"patch_size": model.config.patch_size}
-    return MaskSampler(config.schemes, config.ratios, config.seed, model.device, **patch)
+    ratios = {name: share for name, share in config.ratios.items() if name in config.schemes}
+    return MaskSampler(config.schemes, ratios, config.seed, model.device, **patch)
 
 
 def _steps_per_epoch(data: Sequence[_Data], config: TrainConfig) -> int:

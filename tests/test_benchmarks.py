@@ -67,6 +67,18 @@ def test_each_prompt_is_shown_to_the_same_model(small):
     assert len(ratios) == 12 and "MtM 0.1" in ratios
 
 
+def test_rows_that_no_seed_changes_stay_as_they_were():
+    known = real_data.methods(1, 1)
+    whole = {"s": {"choice": {"MtM": Mean(0.5, 0.1, 3)}}}
+    row = {"MtM": [0.1, 0.1, 3], "ridge": [0.2, None, 1], "temporal NDT1": [0.3, 0.1, 3]}
+    earlier = {"s": {"choice": row, "forward-prediction": {"ridge": [0.4, 0.1, 9]}}, "t": {}}
+    real_data.carry_over(whole, known, earlier)
+    assert whole["s"]["forward-prediction"] == {"ridge": Mean(0.4, 0.1, 9)}
+    ridge, ours = whole["s"]["choice"].items()  # in the order of the methods
+    assert ridge[0] == "ridge" and ridge[1].value == 0.2 and np.isnan(ridge[1].error)
+    assert ours == ("MtM", Mean(0.5, 0.1, 3))
+
+
 def test_a_single_task_and_scores_below_zero_can_be_drawn():
     means = {"causal": {"a": Mean(-0.2, 0.1, 3), "b": Mean(-0.1, np.nan, 1)}}
     figure = real_data.draw(means, "title")
@@ -108,8 +120,8 @@ def test_every_variant_of_the_recipe_changes_something(small):
 def test_a_trick_changes_training_and_ends_with_it(small):
     quick = {"epochs": 2, "validations": 2}
     found = {}
-    for name in (recipe.OURS, "maps start at random", "neurons weigh alike", "weights averaged"):
-        changes, trick = {recipe.OURS: ({}, None), **recipe.variants()}[name]
+    for name in (recipe.BASE, "maps start at random", "neurons weigh alike", "weights averaged"):
+        changes, trick = recipe.variants()[name]
         fit = recipe.trained(changes | quick, trick).make(small[:1], 0)
         found[name] = fit.best["mean"]
         scores = train.validate(
@@ -118,20 +130,20 @@ def test_a_trick_changes_training_and_ends_with_it(small):
         assert np.mean(list(scores.values())) == pytest.approx(fit.best["mean"], abs=1e-6), name
     SCHEMES.pop(recipe.AGAIN)
     assert len(set(found.values())) == len(found)
-    again = recipe.trained(quick).make(small[:1], 0).best["mean"]
-    assert again == found[recipe.OURS]
+    again = recipe.trained({"ratios": {}} | quick).make(small[:1], 0).best["mean"]
+    assert again == found[recipe.BASE]
 
 
 def test_differences_are_taken_session_by_session():
     def of(*values):
-        return {recipe.OURS: Mean(values[0], 0.1, 9), "b": Mean(values[1], 0.1, 9)}
+        return {recipe.BASE: Mean(values[0], 0.1, 9), "b": Mean(values[1], 0.1, 9)}
 
     whole = {
         "s": dict.fromkeys(real_data.FOUR, of(0.2, 0.3)),
         "t": dict.fromkeys(real_data.FOUR, of(0.5, 0.4)) | {"co-smoothing": of(0.5, 0.9)},
     }
-    found = recipe.differences(whole, [recipe.OURS, "b", "not run"])
-    assert list(found) == ["b", recipe.OURS]
+    found = recipe.differences(whole, [recipe.BASE, "b", "not run"])
+    assert list(found) == ["b", recipe.BASE]
     assert found["b"]["co-smoothing"].value == pytest.approx(0.25)
     assert found["b"]["mean"].value == pytest.approx((0.1 + (0.4 - 0.3) / 4) / 2)
     assert "| b | +0.062 ± " in recipe.search_table(found)
