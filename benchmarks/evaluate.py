@@ -34,7 +34,7 @@ import torch
 
 from mtm import evaluate
 from mtm.masks import Mask
-from mtm.model import MtM, MtMConfig
+from mtm.model import AS_PUBLISHED, MtM, MtMConfig
 from mtm.predict import TASKS, _plan, predict_held_out, queries_of
 from mtm.session import Session
 
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         few = session.n_neurons if device.type == "cuda" else FEW[options.model]
     scored = np.random.default_rng(1).permutation(session.n_neurons)[:few]
     wanted = np.isin(np.arange(session.n_neurons), scored)
-    config = MtMConfig.from_depth(DEPTHS[options.model], init="paper")
+    config = MtMConfig.from_depth(DEPTHS[options.model], **AS_PUBLISHED)
     model = MtM(config, {session.name: session.n_neurons}).to(device).eval()
     whole = device.type == "cuda" or options.small or options.model == "small"
     ours = {task: activity(model, session, task) if whole else {} for task in TASKS}
@@ -209,7 +209,7 @@ def whole_report(options: argparse.Namespace) -> dict[str, object]:
     """Seconds of `evaluate(model, session)`, task by task: what a user waits for."""
     torch.manual_seed(0)
     session = recording(options.small, fold=5)
-    config = MtMConfig.from_depth(DEPTHS["small"], init="paper")
+    config = MtMConfig.from_depth(DEPTHS["small"], **AS_PUBLISHED)
     model = MtM(config, {session.name: session.n_neurons}).to(options.device).eval()
     seconds: dict[str, float] = {}
     for task in [*TASKS, "choice", "trace"]:

@@ -54,7 +54,8 @@ from mtm.train import (
 
 NEURONS = (548, 601, 652)
 N_BINS, N_REGIONS = 100, 8
-MODELS = {"ndt1": {}, "ndt2": {"tokenizer": "ndt2"}}
+AS_PUBLISHED = {"positions": "learned", "input_transform": "raw"}
+MODELS = {"ndt1": AS_PUBLISHED, "ndt2": {"tokenizer": "ndt2", **AS_PUBLISHED}}
 SMALL = {"depth": 1, "width": 32, "heads": 2, "mlp_width": 64, "stitch_width": 40}
 RECIPE = RECIPES["mtm"]
 

@@ -16,7 +16,8 @@ from mtm.checkpoint import StateError, states
 from mtm.hub import read_config
 from mtm.masks import MTM_SCHEMES
 
-SHORT = {"epochs": 4, "validations": 3, "batch_size": 8, "progress": False, "device": "cpu"}
+ALONE = {"batch_size": 8, "batches_per_step": 1}
+SHORT = {"epochs": 4, "validations": 3, "progress": False, "device": "cpu", **ALONE}
 DEEP = {**SHORT, "depth": 2, "batches_per_step": 2}  # with dropout
 
 

@@ -112,7 +112,7 @@ def test_more_processes_than_batches_are_refused(folder, tmp_path, monkeypatch):
     session = Session.load(folder / "sim-3-0.npz")
     monkeypatch.setattr(parallel, "processes", lambda: 2)
     with pytest.raises(ValueError, match="=1 leaves some of 2 processes without a batch"):
-        fit(session, depth=1, folder=tmp_path / "out")
+        fit(session, depth=1, batches_per_step=1, folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

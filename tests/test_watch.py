@@ -11,7 +11,7 @@ import torch
 from mtm import MtMConfig, evaluate, fit, plots, simulate
 from mtm.watch import flat, write_history
 
-SHORT = {"epochs": 4, "validations": 4, "batch_size": 8, "device": "cpu"}
+SHORT = {"epochs": 4, "validations": 4, "device": "cpu", "batch_size": 8, "batches_per_step": 1}
 
 
 @pytest.fixture(scope="module")
