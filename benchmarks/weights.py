@@ -29,7 +29,7 @@ and future bins of the sessions that it knows, and is a start for new ones.
 ```python
 import mtm
 
-model = mtm.load("{folder}")
+model = mtm.load({folder})
 result = mtm.fit(session, model)  # yours: goes on with a session that it has not seen
 ```
 
@@ -61,6 +61,7 @@ standard error over sessions. "Mean rate" knows each neuron's mean in the traini
 """
 
 SIMULATED = {
+    "folder": 'mtm.hub.SHIPPED / "simulated"',
     "title": "Small model of three simulated animals",
     "data": "Three animals of `mtm.simulate(3, 200, 96, seed=0)`; no recording, so no licence to "
     "heed but this project's.",
@@ -68,6 +69,7 @@ SIMULATED = {
     "Poisson; it is not meant as a start for real recordings.",
 }
 STEINMETZ = {
+    "folder": '"steinmetz-model"',
     "title": "Model of eleven Neuropixels recordings of three mice",
     "data": "Steinmetz, Zatka-Haas, Carandini and Harris, Nature 2019 (figshare "
     "10.6084/m9.figshare.9598406, CC-BY 4.0; the weights are derived from it and need the same "
@@ -98,14 +100,12 @@ def main() -> None:
     how = {"depth": options.depth, "epochs": options.epochs, "folder": options.work / name}
     fit = mtm.fit(sessions, **how)
     mtm.save(fit, out)
-    text = card(fit, sessions, SIMULATED if simulated else STEINMETZ, out, options.depth)
+    text = card(fit, sessions, SIMULATED if simulated else STEINMETZ, options.depth)
     (out / "README.md").write_text(text)
     print(text)
 
 
-def card(
-    fit: mtm.Fit, sessions: list[mtm.Session], told: dict[str, str], out: Path, depth: int
-) -> str:
+def card(fit: mtm.Fit, sessions: list[mtm.Session], told: dict[str, str], depth: int) -> str:
     """Data, licence, recipe, scores and limits, as markdown."""
     lines = ["| session | trials | neurons | scored | regions |", "| --- | --- | --- | --- | --- |"]
     for s in sessions:
@@ -113,7 +113,6 @@ def card(
         lines.append(f"| {s.name} | " + " | ".join(map(str, numbers)) + " |")
     changed = {k: v for k, v in asdict(fit.config).items() if k in ("epochs", "lr", "weight_decay")}
     return CARD.format(
-        folder=out.name,
         sessions="\n".join(lines),
         split_seed=fit.config.split_seed,
         depth=depth,
