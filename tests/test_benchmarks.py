@@ -134,6 +134,18 @@ def test_a_trick_changes_training_and_ends_with_it(small):
     assert again == found[recipe.BASE]
 
 
+def test_a_race_ends_where_ours_is_as_good(small, tmp_path):
+    curves = {"paper": [0.1, 0.3, 0.2], "soon": [0.2, 0.4], "never": [0.1, 0.2]}
+    for name, curve in curves.items():
+        history = [{"step": 10 * (i + 1), "mean": mean} for i, mean in enumerate(curve)]
+        text = json.dumps({"history": history})
+        (tmp_path / name).with_suffix(real_data.HISTORY).write_text(text)
+    ours, theirs = [tmp_path / "soon", tmp_path / "never"], tmp_path / "paper"
+    found = recipe.race(small[0], ours, theirs)
+    assert found["goal"] == 0.3 and found["steps"] == [20, None]
+    assert found["shares"] == [pytest.approx(2 / 3), None]
+
+
 def test_differences_are_taken_session_by_session():
     def of(*values):
         return {recipe.BASE: Mean(values[0], 0.1, 9), "b": Mean(values[1], 0.1, 9)}

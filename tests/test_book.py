@@ -139,6 +139,32 @@ def test_what_is_said_of_real_recordings_was_measured():
         assert score["choice"]["MtM"] < score["choice"]["raw counts"], session
 
 
+def test_what_is_said_of_the_recipe_was_measured():
+    """The sentences of the README and of the training chapter, against the results."""
+    results = json.loads((ROOT / "benchmarks/results/recipe.json").read_text("utf-8"))
+    assert len(results["tested"]) == 3 and not set(results["tested"]) & set(results["searched"])
+    for session, tasks in results["tested"].items():
+        assert len(tasks) == 4
+        for task, row in tasks.items():
+            ours, *theirs = (row[name][0] for name in row)
+            assert next(iter(row)) == "ours" and len(theirs) == 2
+            assert ours > max(theirs), (session, task)
+        assert max(results["races"][session]["shares"]) < 1 / 3
+    changes = {name: gains["mean"][0] for name, gains in results["differences"].items()}
+    theirs = {name: changes.pop(name) for name in list(changes) if "authors" in name}
+    leak, same = (theirs[f"the authors' options, two layers{x}"] for x in (" and leak", ""))
+    assert len(theirs) == 3 and max(theirs.values()) < -0.1 and abs(leak - same) < 0.02
+    costly = ["learned time embedding", "hide 0.1", "half the epochs", "hidden: an indicator",
+              "maps start at random", "log(1 + count)", "counts as they are",
+              "loss summed"]  # fmt: skip
+    by_loss = sorted(changes, key=changes.get)
+    assert set(by_loss[:8]) == set(costly) and by_loss[7] == "loss summed"
+    for name in ("hidden: a learned number", "weights averaged", "neurons weigh alike",
+                 "half as wide", "twice as wide", "no session token", "no prompt"):  # fmt: skip
+        assert abs(changes[name]) < 0.006, name
+    assert all(gain[0] > 0 for gain in results["differences"]["hide 0.6"].values())
+
+
 def test_one_repository_address_everywhere():
     url, branch = CONFIG["repository"]["url"], CONFIG["repository"]["branch"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
