@@ -79,7 +79,7 @@ def schemes(depth: int, epochs: int) -> dict[str, Method]:
         return Method(make, {**how, **settings}, seeded=True)
 
     def temporal(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
-        return temporal_ndt1(sessions, seed=seed, **how)
+        return temporal_ndt1(sessions, seed=seed, depth=depth, progress=False)
 
     found = {name: trained(settings) for name, settings in rows.items()}
     return found | {"temporal": Method(temporal, {**how, "baseline": "temporal"}, seeded=True)}

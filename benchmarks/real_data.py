@@ -111,17 +111,17 @@ class Method(NamedTuple):
 
 def methods(depth: int, epochs: int) -> dict[str, Method]:
     """Every method, by name."""
-    training = {"depth": depth, "epochs": epochs}
 
     def baseline(name: str, **kind: bool) -> Method:
         return Method(lambda sessions, seed: fit_baseline(name, sessions), {}, **kind)
 
     def trained(name: str | None, joint: bool = False, **settings: Any) -> Method:
         def make(sessions: list[mtm.Session], seed: int) -> Any:
-            how = {"seed": seed, "progress": False, **training, **settings}
+            how = {"seed": seed, "progress": False, **told}
             return fit_baseline(name, sessions, **how) if name else mtm.fit(sessions, **how)
 
-        return Method(make, training | settings, seeded=True, joint=joint)
+        told = {"depth": depth, **settings} if name else {"depth": depth, "epochs": epochs}
+        return Method(make, told, seeded=True, joint=joint)
 
     return {
         "mean rate": Method(
@@ -263,19 +263,24 @@ def _enter(tasks: dict[str, dict[str, Mean]], name: str, report: Report) -> None
 
 def carry_over(
     whole: dict[str, dict[str, dict[str, Mean]]],
-    known: dict[str, Method],
+    rest: dict[str, Method],
     earlier: dict[str, Any],
 ) -> None:
-    """Fill in rows of methods that no seed changes, where they are missing, as they were before."""
+    """Fill in rows of methods that were not run, as they were before."""
     for session, tasks in whole.items():
         for task, rows in earlier.get(session, {}).items():
             mine = tasks.setdefault(task, {})
             for name, (value, error, n) in rows.items():
-                if name in known and not known[name].seeded and name not in mine:
+                if name in rest and name not in mine:
                     numbers = (np.nan if x is None else x for x in (value, error))
                     mine[name] = Mean(*numbers, n)
-            order = [*[n for n in known if n in mine], *[n for n in mine if n not in known]]
+            order = [*[n for n in rest if n in mine], *[n for n in mine if n not in rest]]
             tasks[task] = {name: mine[name] for name in order}
+
+
+def rows(whole: dict[str, dict[str, dict[str, Mean]]]) -> list[dict[str, Mean]]:
+    """The rows of every session and task."""
+    return [row for tasks in whole.values() for row in tasks.values()]
 
 
 def averages(whole: dict[str, dict[str, dict[str, Mean]]]) -> dict[str, dict[str, Mean]]:
@@ -381,7 +386,7 @@ def main() -> None:
     parser.add_argument("--recordings", nargs="*", default=[])
     parser.add_argument(
         "--methods", nargs="*", default=[],
-        help="some, by name; default all. Others that no seed changes stay as they are",
+        help="some, by name; default all. The others' rows stay as they are",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--depth", type=int, default=1)
@@ -399,13 +404,15 @@ def main() -> None:
     chosen = {name: known[name] for name in options.methods or known}
     seconds = run(sessions, chosen, options.seeds, options.work)
     whole = table(sessions, known, options.seeds, options.work)
-    path = options.out / "real_data.json"
+    path, rest = options.out / "real_data.json", {}
     if options.methods and path.exists():
-        carry_over(whole, known, json.loads(path.read_text())["scores"])
+        rest = {name: known[name] for name in known if name not in options.methods}
+        carry_over(whole, rest, json.loads(path.read_text())["scores"])
+        rest = {name: rest[name] for name in rest if any(name in row for row in rows(whole))}
     means = averages(whole)
     together = averages({s.name: whole[s.name] for s in max(same_bins(sessions), key=len)})
     facts = described(sessions, options) | {"seconds": seconds, "scores": whole, "mean": means}
-    facts["mean_with_the_same_bins"] = together
+    facts |= {"mean_with_the_same_bins": together, "measured_before": list(rest)}
     write_json(path, facts)
     n = len(max(same_bins(sessions), key=len))
     text = [
@@ -414,7 +421,9 @@ def main() -> None:
         "Test trials. Activity: bits per spike over each neuron's test mean, mean over neurons "
         "of at least 1 Hz ± standard error over neurons. Behaviour: accuracy of the choice, R2 of "
         "traces, ± standard error over seeds. Bold: the best of those that see activity. Made by "
-        "`python benchmarks/real_data.py`.",
+        "`python benchmarks/real_data.py`."
+        + f" Seeds: {options.seeds}."
+        + (f" Measured before, with seeds of their own: {', '.join(rest)}." if rest else ""),
         "",
         markdown("Mean over recordings (± standard error over recordings)", means),
         markdown(f"Mean over the {n} recordings with the same bins, all methods", together),

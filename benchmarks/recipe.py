@@ -67,13 +67,6 @@ Trick = Callable[[list[mtm.Session]], Any]
 
 
 @contextmanager
-def no_components(sessions: list[mtm.Session]) -> Iterator[None]:
-    """Maps start at random."""
-    with mock.patch.object(train._Data, "components", lambda data: None):
-        yield
-
-
-@contextmanager
 def neurons_alike(sessions: list[mtm.Session]) -> Iterator[None]:
     """The loss of a neuron is divided by the square root of its mean count."""
     [session] = sessions
@@ -158,6 +151,7 @@ def variants() -> dict[str, tuple[dict[str, Any], Trick | None]]:
         "learned time embedding": {"positions": "learned"},
         "hidden: a learned number": {"hidden_input": "token"},
         "hidden: an indicator": {"hidden_input": "indicator"},
+        "maps start at random": {"components": 0},
         "one mask a step": {"batch_size": 16, "batches_per_step": 1},
         "8 masks a step": {"batch_size": 2, "batches_per_step": 8},
         "half the learning rate": {"lr": ours.lr / 2},
@@ -184,7 +178,6 @@ def variants() -> dict[str, tuple[dict[str, Any], Trick | None]]:
         "the authors' options, two layers and leak": {**AS_PUBLISHED, "depth": 2, "leak": True},
     }
     tricks: dict[str, tuple[dict[str, Any], Trick]] = {
-        "maps start at random": ({}, no_components),
         "neurons weigh alike": ({}, neurons_alike),
         "weights averaged": ({}, weights_averaged),
     }  # fmt: skip

@@ -49,6 +49,8 @@ class TrainConfig:
         seed: of weights, masks, dropout and the order of batches.
         split_seed: of ``Session.split``.
         init: how a new model starts, see ``MtMConfig``.
+        components: principal components of a session's training trials that its new map in starts
+            to look at (ndt1 only); 0 = none.
         precision: "float32", "bf16" (matrix products in bfloat16, weights in float32), or "auto":
             bf16 on GPUs that compute in it.
         compile: mode of ``torch.compile`` for the encoder, which all sessions share; or "none".
@@ -80,6 +82,7 @@ class TrainConfig:
     seed: int = 0
     split_seed: int = 0
     init: str = "mtm"
+    components: int = 32
     precision: str = "auto"
     compile: str = "none"
 
@@ -98,6 +101,8 @@ class TrainConfig:
             raise ValueError(f"warmup must be between 0 and 1, got {self.warmup}")
         if not self.div_factor > 0:
             raise ValueError(f"div_factor must be above 0, got {self.div_factor}")
+        if self.components < 0:
+            raise ValueError(f"components must be 0 or more, got {self.components}")
         for name in ("micro_batch", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
@@ -122,6 +127,7 @@ RECIPES = {
         seed=42,
         ratios={},
         init="paper",
+        components=0,
     ),
 }
 """Settings by name, ``mtm`` for ours and ``paper`` for those of the authors' code."""

@@ -40,7 +40,6 @@ from mtm.session import Session, SessionError
 from mtm.watch import History, Progress, Watch, peak_memory, without_nan
 
 VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
-COMPONENTS = 32  # that a session's map starts to look at
 COMPONENT_BINS = 20_000  # of training trials from which they are taken
 CPU_TOKENS = 5000  # that pass through a model at once; more take more memory, and no less time
 
@@ -324,8 +323,8 @@ class _Data:
         counts = _sent(self.counts[_sent(trials, self.counts.device)], self.device)
         return (counts.int() & 0xFFFF if self.wide else counts).float()
 
-    def components(self) -> Tensor:
-        """Principal components of the scaled counts of training trials, (N, up to COMPONENTS).
+    def components(self, n: int) -> Tensor:
+        """Principal components of the scaled counts of training trials, (N, n), or as there are.
 
         Smoothed over time, as what neurons share is slower than their spikes.
         """
@@ -334,7 +333,7 @@ class _Data:
         x = (self.batch(some) - mean) * (mean + SOFTENING).rsqrt()  # (K', T, N)
         x = F.avg_pool1d(x.transpose(1, 2), 5, 1, 2, count_include_pad=False)  # over 5 bins
         x = x.transpose(1, 2).flatten(0, 1)
-        return torch.pca_lowrank(x, min(COMPONENTS, *x.shape), niter=4)[2]
+        return torch.pca_lowrank(x, min(n, *x.shape), niter=4)[2]
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
@@ -421,7 +420,8 @@ def _build(
     for session in data:
         if session.name not in model.session_names:
             looks = model.config.tokenizer == "ndt1" and model.config.init != "paper"
-            components = session.components() if looks else None
+            looks = looks and config.components > 0
+            components = session.components(config.components) if looks else None
             means = session.null.exp()
             model.add_session(session.name, session.n_neurons, means, config.token, components)
         known = model.seen.get(session.name, session.prints)

@@ -57,7 +57,8 @@ def test_components_are_what_the_neurons_share():
     shared = np.repeat(signals, 10, axis=1) @ weights  # (40, 40, 30)
     session = Session(rng.poisson(np.exp(0.5 + 0.3 * shared)), name="a")
     data = _Data(session, TrainConfig(), torch.device("cpu"))
-    found = data.components().numpy()
+    assert data.components(4).shape == (30, 4)
+    found = data.components(99).numpy()
     assert found.shape == (30, 30)
     np.testing.assert_allclose(found.T @ found, np.eye(30), atol=1e-4)
     counts = session.counts[session.split().train].astype(float)
@@ -139,10 +140,10 @@ def test_each_step_shows_the_prompt_of_its_scheme_and_trains(sessions, monkeypat
     assert {prompt for prompt, *_ in steps} == set(MTM_SCHEMES)
     assert all(causal == (prompt == "causal") for prompt, causal, _ in steps)
     shares = {p: np.mean([s for q, _, s in steps if q == p]) for p in MTM_SCHEMES}
-    assert shares["neuron"] == pytest.approx(0.3, abs=0.05)
+    assert shares["neuron"] == pytest.approx(0.6, abs=0.05)
     assert shares["causal"] == pytest.approx(0.6, abs=0.05)
     assert shares["inter-region"] == pytest.approx(1 / 6, abs=0.01)
-    assert shares["intra-region"] == pytest.approx(5 / 6 + 0.3 / 6, abs=0.03)
+    assert shares["intra-region"] == pytest.approx(5 / 6 + 0.6 / 6, abs=0.03)
     assert len(calls) > len(steps) > 0  # and validation runs without dropout
 
 
@@ -160,7 +161,7 @@ def test_weight_decay_is_for_matrices_unless_the_recipe_says_all(sessions):
     n_linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     decayed, rest = _parameter_groups(model, RECIPES["mtm"])
     assert sum(p.numel() for p in decayed["params"]) == n_linear
-    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.01, 0.0)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (1.0, 0.0)
     (everything,) = _parameter_groups(model, RECIPES["paper"])
     assert len(everything["params"]) == len(list(model.parameters()))
 
@@ -382,10 +383,10 @@ def test_a_step_of_one_session_is_the_masked_loss(sessions):
 
 
 def test_many_sessions_a_step_and_small_pieces_train(sessions):
-    for settings in ({"batches_per_step": 2}, {"micro_batch": 5}):
+    for settings in ({"batches_per_step": 2}, {"micro_batch": 3}):
         result = fit(sessions, **{**QUICK, "epochs": 10}, **settings)
         assert result.best["mean"] > 0
-    n_batches = sum(-(-len(s.split().train) // 16) for s in sessions)
+    n_batches = sum(-(-len(s.split().train) // 4) for s in sessions)
     assert fit(sessions, **QUICK, batches_per_step=4).history[-1]["step"] == 2 * -(-n_batches // 4)
 
 
