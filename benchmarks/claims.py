@@ -10,9 +10,10 @@ FOLDER is that of real_data.py, or the word "simulated". Two parts:
   sessions of the other animals, goes on with a session of the one left out, and is compared with a
   model that knows that session alone. Four tasks.
 
-All with the recipe `mtm` at depth 1 and three seeds, on test trials, neurons of at least 1 Hz. What
-differs is compared session by session: a claim holds if the mean difference is above two of its
-standard errors over sessions, and fails if it is below minus two; else it is open. What is done is
+All with the recipe `mtm` (temporal masking with settings that suit it, see `mtm.baselines`), at
+depth 1 and with three seeds, on test trials, neurons of at least 1 Hz. What differs is compared
+session by session: a claim holds if the mean difference is above two of its standard errors over
+sessions, and fails if it is below minus two; else it is open. What is done is
 kept in --work, so that the command goes on where it was stopped. Out come results/claims.json and
 .md, and the picture book/_assets/claims.png. On 2 cores: 4 hours. On a GPU, --depth 5 has the
 paper's size.
@@ -42,7 +43,7 @@ from real_data import (
 )
 
 import mtm
-from mtm.baselines import temporal_ndt1
+from mtm.baselines import OPTIONS, SETTINGS, temporal_ndt1
 from mtm.masks import MTM_SCHEMES
 from mtm.plots import BLUE, RED
 from mtm.predict import TASKS
@@ -81,8 +82,9 @@ def schemes(depth: int, epochs: int) -> dict[str, Method]:
     def temporal(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
         return temporal_ndt1(sessions, seed=seed, depth=depth, progress=False)
 
+    told = {"depth": depth, "baseline": "temporal", **OPTIONS, **SETTINGS}
     found = {name: trained(settings) for name, settings in rows.items()}
-    return found | {"temporal": Method(temporal, {**how, "baseline": "temporal"}, seeded=True)}
+    return found | {"temporal": Method(temporal, told, seeded=True)}
 
 
 # ----------------------------------------------------------------------------------- other animals

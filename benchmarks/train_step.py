@@ -54,8 +54,8 @@ from mtm.train import (
 
 NEURONS = (548, 601, 652)
 N_BINS, N_REGIONS = 100, 8
-AS_PUBLISHED = {"positions": "learned", "input_transform": "raw"}
-MODELS = {"ndt1": AS_PUBLISHED, "ndt2": {"tokenizer": "ndt2", **AS_PUBLISHED}}
+THEIR_INPUT = {"positions": "learned", "input_transform": "raw"}
+MODELS = {"ndt1": THEIR_INPUT, "ndt2": {"tokenizer": "ndt2", **THEIR_INPUT}}
 SMALL = {"depth": 1, "width": 32, "heads": 2, "mlp_width": 64, "stitch_width": 40}
 RECIPE = RECIPES["mtm"]
 

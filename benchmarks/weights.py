@@ -21,6 +21,8 @@ from mtm import hub
 from mtm.recipes import RECIPES
 from mtm.report import Report
 
+TOLD = ("epochs", "batch_size", "batches_per_step", "lr", "weight_decay", "ratios")
+
 CARD = """# {title}
 
 A multi-task-masking (MtM) model of neural population activity: it fills in hidden neurons, regions
@@ -111,12 +113,12 @@ def card(fit: mtm.Fit, sessions: list[mtm.Session], told: dict[str, str], depth:
     for s in sessions:
         numbers = (s.n_trials, s.n_neurons, len(busy(s)), len(s.region_names))
         lines.append(f"| {s.name} | " + " | ".join(map(str, numbers)) + " |")
-    changed = {k: v for k, v in asdict(fit.config).items() if k in ("epochs", "lr", "weight_decay")}
+    changed = {k: v for k, v in asdict(fit.config).items() if k in TOLD}
     return CARD.format(
         sessions="\n".join(lines),
         split_seed=fit.config.split_seed,
         depth=depth,
-        settings=", ".join(f"{key} {value:g}" for key, value in changed.items()),
+        settings=", ".join(f"{key} {value}" for key, value in changed.items()),
         epoch=fit.best["epoch"],
         parameters=sum(p.numel() for p in fit.model.parameters()),
         scores=scores(fit, sessions),

@@ -155,7 +155,7 @@ def _train(options: argparse.Namespace, device: torch.device) -> None:
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)}
     changes = {key: value for key, value in given.items() if value is not KEEP}
     config = recipe(options.recipe, **changes)
-    start = sizes = _sizes(options, sessions[0].n_bins)
+    start = sizes = _sizes(options, sessions[0].n_bins, config.init)
     if options.start:
         start = hub.load(options.start)
         sizes = start.config
@@ -183,7 +183,7 @@ def _train(options: argparse.Namespace, device: torch.device) -> None:
     print(f"model of {n_parameters:,} parameters in {options.out}")
 
 
-def _sizes(options: argparse.Namespace, n_bins: int) -> MtMConfig:
+def _sizes(options: argparse.Namespace, n_bins: int, init: str) -> MtMConfig:
     """Of a new model."""
     fields = ("depth", "tokenizer", "patch_size")
     given = {key: getattr(options, key) for key in fields if getattr(options, key) is not None}
@@ -196,7 +196,7 @@ def _sizes(options: argparse.Namespace, n_bins: int) -> MtMConfig:
     if options.patch_size and options.tokenizer != "ndt2":
         raise ValueError("--patch-size: only --tokenizer ndt2 has patches")
     depth = given.pop("depth", 5 if options.recipe == "paper" else 2)
-    theirs = AS_PUBLISHED if options.recipe == "paper" else {}
+    theirs = AS_PUBLISHED if init == "paper" else {}
     return MtMConfig.from_depth(depth, n_bins=n_bins, **theirs, **given)
 
 

@@ -20,11 +20,11 @@ what masking scheme is on. Out come log-rates (B, T, N).
 - Causal mode: a token attends to tokens of the same and of earlier bins, the two in front to no
   bin. No path, however many layers deep, leads from a later bin to an earlier output. (In
   the authors' code it does, by way of the tokens in front; for NDT2 the bins are mixed up, too.)
-- Initialisation: each neuron's readout bias is its log mean count, learned tokens start small, time
-  embeddings start as slow and fast waves, and a session's map starts by looking at the principal
-  components of its training trials. A new model therefore predicts the mean rates, knows which bins
-  are neighbours and which neurons go together, and learns from there; ``init="paper"`` starts as
-  the authors' code.
+- Initialisation: each neuron's readout bias is its log mean count, learned tokens start small, and
+  a session's map starts by looking at the principal components of its training trials. (A learned
+  time embedding starts as slow and fast waves.) A new model therefore predicts the mean rates,
+  knows which neurons go together, and learns from there; ``init="paper"`` starts as the authors'
+  code.
 """
 
 from __future__ import annotations
@@ -212,11 +212,11 @@ class SessionMaps(nn.Module):
     @torch.no_grad()
     def look_at(self, components: Tensor) -> None:
         """Let each output of the map start at a direction of the counts, (N, R), or its reverse."""
-        n_outputs, n_neurons = len(self.stitch.weight), len(components)
-        place = torch.arange(n_outputs)
+        components = components.to(self.stitch.weight)  # they come from where the counts are
+        place = torch.arange(len(self.stitch.weight), device=components.device)
         sign = 1 - 2 * (place // components.shape[1] % 2)
         directions = sign[:, None] * components.T[place % components.shape[1]]  # (S, N)
-        self.stitch.weight[:, :n_neurons] += COMPONENTS_SCALE * directions.to(self.stitch.weight)
+        self.stitch.weight[:, : len(components)] += COMPONENTS_SCALE * directions
 
 
 class Bins(nn.Module):
@@ -576,7 +576,8 @@ class MtM(nn.Module):
 
     Args:
         config: sizes and options.
-        sessions: name -> number of neurons; more can follow with :meth:`add_session`.
+        sessions: name -> number of neurons, whose mean counts are not known and count as 0;
+            :meth:`add_session` takes them, and :func:`mtm.fit` does so.
 
     Attributes:
         seen: session -> fingerprints (n,) int64 of the trials it was trained on
@@ -752,7 +753,7 @@ class MtM(nn.Module):
             n_neurons: N.
             mean_counts: (N,) each neuron's mean count a bin on the training trials, all above 0,
                 where its readout starts, and by which counts are scaled. Without it biases start as
-                torch starts them, as with ``init="paper"``, and the means are taken for 0.
+                torch starts them, as with ``init="paper"``, and the means count as 0.
             token: where the session token starts: ``"new"``, at random as in the paper, or
                 ``"mean"``, at the mean of the other sessions'.
             components: (N, R) directions that an ndt1 map in starts to look at, as the principal

@@ -42,7 +42,8 @@ class TrainConfig:
         loss: "mean" or "sum" over the targets of a batch.
         clip: largest norm of the gradient, or None.
         schemes: alternated at random.
-        ratios: scheme -> share hidden, if not the scheme's own; may name schemes not drawn.
+        ratios: scheme -> share hidden; those that are not named hide the scheme's own share, and
+            those that are not drawn may be named.
         prompt: tell the model which scheme is on, where there are several.
         validations: how often to validate, spread evenly over the epochs.
         patience: validations without a better one after which training stops, or None.

@@ -216,7 +216,7 @@ def test_every_setting_of_training_can_be_given(folder, tmp_path):
         "weight_decay": 0.1, "decay_all": True, "loss": "sum", "clip": None,
         "schemes": ["neuron", "causal"], "ratios": {"neuron": 0.2, "causal": 0.5},
         "prompt": False, "validations": 2, "patience": 1, "seed": 3, "split_seed": 4,
-        "init": "paper", "precision": "bf16", "compile": "none",
+        "init": "paper", "components": 3, "precision": "bf16", "compile": "none",
     }  # fmt: skip
     assert set(other) == {field.name for field in fields(TrainConfig)}
     flags = []

@@ -13,6 +13,7 @@ from mtm.model import (
     MtM,
     MtMConfig,
     Pattern,
+    SessionMaps,
     attend,
     dropout,
     keep_,
@@ -155,6 +156,8 @@ def test_a_map_can_start_with_directions_of_the_counts(fields):
     for i in range(12):
         torch.testing.assert_close(gained[i, :N_NEURONS], 3.0 * sign[i] * directions[:, i % 5])
     assert not gained[:, N_NEURONS:].any()
+    elsewhere = SessionMaps(N_NEURONS, MtMConfig.from_depth(1)).to("meta")
+    elsewhere.look_at(directions)  # directions come from the device of the counts
     with pytest.raises(ValueError, match="'more': components must be .11, any number.*10, 5"):
         model.add_session("more", 11, components=directions)
 
