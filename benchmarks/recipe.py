@@ -248,7 +248,8 @@ def draw(found: dict[str, dict[str, Mean]], n_sessions: int) -> plt.Figure:
     ax.set_xlabel(f"bits per spike more than '{BASE}', validation trials", fontsize=9)
     ax.set_title(f"One thing changed; bars: mean of four tasks, {n_sessions} sessions", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=7, frameon=False, loc="lower left")
+    ax.legend(fontsize=8, frameon=False, loc="upper left")
+    ax.margins(y=0.01)
     return figure
 
 
