@@ -39,6 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "book/_assets"
 FOUR = ("co-smoothing", "forward-prediction", "inter-region", "intra-region")
 ONE_OF_EACH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05", "09_Hench_2017-06-16")  # animal
+NEAR = 0.15  # bits per spike below 0 that a picture always shows
 HISTORY = ".history.json"  # of a trained model, beside its report
 CONTROLS = {  # rows of the table that the decoders bring along
     "smoothed counts": "smoothed_counts",
@@ -363,12 +364,13 @@ def draw(means: dict[str, dict[str, Mean]], title: str) -> plt.Figure:
             height=0.7,
         )
         low = min(0.0, np.nanmin([value.value for value in values]))
-        if low < -best < 0:  # what is far below 0 is cut; its number is told
-            ax.set_xlim(left=-best)
+        end = max(best, NEAR)
+        if low < -end and best > 0:  # what is far below 0 is cut; its number is told
+            ax.set_xlim(left=-end)
             for i, value in enumerate(values):
-                if value.value < -best:
+                if value.value < -end:
                     text = f"{value.value:.2f}"
-                    ax.text(-0.95 * best, i, text, va="center", fontsize=7, color="w")
+                    ax.text(-0.95 * end, i, text, va="center", fontsize=7, color="w")
         ax.axvline(0, color="black", lw=0.8)
         ax.set_title(task, fontsize=9)
         ax.tick_params(labelsize=8)
