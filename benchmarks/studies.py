@@ -1,6 +1,5 @@
-"""What each choice of MtM is worth: the paper's Tables 1, 6 and 7, on recordings of your own.
+"""How much to hide, and which prompt to show: the paper's Tables 7 and 6, on your recordings.
 
-    python benchmarks/studies.py ablation WHERE    each scheme alone; all, without and with prompt
     python benchmarks/studies.py ratio WHERE       a share of 0.1, 0.3 or 0.6 hidden
     python benchmarks/studies.py prompt WHERE      the same model, shown each prompt in turn
 
@@ -31,6 +30,7 @@ from real_data import (
 )
 
 import mtm
+from mtm.baselines import OPTIONS, SETTINGS, temporal_ndt1
 from mtm.masks import MTM_SCHEMES
 from mtm.recipes import RECIPES
 
@@ -38,23 +38,24 @@ RATIOS = (0.1, 0.3, 0.6)  # of the paper's Table 7
 SHARED = ("neuron", "intra-region")  # the schemes of MtM that hide a share, by the paper's Table 7
 
 
-def ablation(depth: int, epochs: int) -> dict[str, Method]:
-    """Each scheme alone, without a prompt as there is but one; all four without and with it."""
-    rows = {name: {"schemes": (name,), "prompt": False} for name in ("temporal", *MTM_SCHEMES)}
-    rows |= {"MtM, no prompt": {"prompt": False}, "MtM": {}}
-    return {name: _trained(depth, epochs, **settings) for name, settings in rows.items()}
-
-
 def ratio(depth: int, epochs: int) -> dict[str, Method]:
-    """How much is hidden: of temporal masking, of each scheme alone, of all four."""
-    rows: dict[str, dict[str, Any]] = {}
-    for share in RATIOS:
-        for name in ("temporal", *SHARED):
+    """How much is hidden: of temporal masking (with its own settings), of schemes, of all four."""
+
+    def temporal(share: float) -> Method:
+        def make(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
+            how = {"ratios": (share,), "depth": depth, "progress": False}
+            return temporal_ndt1(sessions, seed=seed, **how)
+
+        told = {"depth": depth, "baseline": "temporal", "ratio": share, **OPTIONS, **SETTINGS}
+        return Method(make, told, seeded=True)
+
+    rows = {f"temporal {share}": temporal(share) for share in RATIOS}
+    for name in SHARED:
+        for share in RATIOS:
             settings = {"schemes": (name,), "prompt": False, "ratios": {name: share}}
-            rows[f"{name} {share}"] = settings
-        rows[f"MtM {share}"] = {"ratios": dict.fromkeys(SHARED, share)}
-    rows = {name: rows[name] for name in sorted(rows)}
-    return {name: _trained(depth, epochs, **settings) for name, settings in rows.items()}
+            rows[f"{name} {share}"] = _trained(depth, epochs, **settings)
+    shares = {f"MtM {share}": dict.fromkeys(SHARED, share) for share in RATIOS}
+    return rows | {name: _trained(depth, epochs, ratios=ratios) for name, ratios in shares.items()}
 
 
 def _trained(depth: int, epochs: int, **settings: Any) -> Method:
@@ -96,7 +97,7 @@ def prompt(depth: int, epochs: int) -> dict[str, Method]:
     return {f"prompt {name}": shown(name) for name in MTM_SCHEMES}
 
 
-STUDIES = {"ablation": ablation, "ratio": ratio, "prompt": prompt}
+STUDIES = {"ratio": ratio, "prompt": prompt}
 
 
 def sessions_of(where: list[str]) -> list[mtm.Session]:

@@ -5,8 +5,8 @@
 
 A page is a notebook when its front matter says so to the book (jupytext's text representation, or
 `file_format: mystnb`). The twin has no outputs, opens with a Colab badge and a cell that installs
-the package where it is missing, and is the same, byte for byte, however often it is written.
-Edit the page, never the twin.
+the package where it is missing (from a clone, whose files a page may read), and is the same, byte
+for byte, however often it is written. Edit the page, never the twin.
 """
 
 import sys
@@ -21,7 +21,9 @@ SETUP = f"""\
 import importlib.util
 
 if importlib.util.find_spec("mtm") is None:
-    %pip install -q "mtm-neural[data,nwb,bwb] @ git+{URL}@{BRANCH}\""""
+    !git clone -q --depth 1 --branch {BRANCH} {URL} mtm-book
+    %pip install -q "./mtm-book[data,nwb,bwb]"
+    %cd -q mtm-book/book"""
 METADATA = {
     "accelerator": "GPU",
     "colab": {"gpuType": "T4"},

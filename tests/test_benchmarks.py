@@ -1,5 +1,7 @@
 """The benchmarks that compare methods: what they keep, how they go on, what they say of it."""
 
+import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from mtm import Session, simulate, train
+from mtm import Session, fit, simulate, train
 from mtm.masks import SCHEMES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -30,17 +32,15 @@ def small():
 
 
 def test_a_study_goes_on_where_it_was_stopped(small, tmp_path):
-    chosen = studies.ablation(depth=1, epochs=1)
-    assert list(chosen) == ["temporal", "neuron", "causal", "inter-region", "intra-region",
-                            "MtM, no prompt", "MtM"]  # fmt: skip
-    some = {name: chosen[name] for name in ("temporal", "MtM")}
+    chosen = claims.schemes(depth=1, epochs=1)
+    some = {name: chosen[name] for name in ("MtM, no prompt", "MtM")}
     seconds = real_data.run(small[:1], {"MtM": some["MtM"]}, [0], tmp_path)
     assert len(seconds) == 1
     [kept] = real_data.kept(tmp_path, "MtM", some["MtM"], small[:1], 0)
     before = kept.read_text()
     seconds = real_data.run(small, some, [0, 1], tmp_path)
     assert len(seconds) == 8 and kept.read_text() == before
-    longer = studies.ablation(depth=1, epochs=2)  # other settings are other runs
+    longer = claims.schemes(depth=1, epochs=2)  # other settings are other runs
     assert not real_data.table(small, {"MtM": longer["MtM"]}, [0, 1], tmp_path)[small[0].name]
     other = small[0].select(trials=np.arange(39))  # and so are other data of the same name
     assert real_data.kept(tmp_path, "MtM", some["MtM"], [other], 0) != [kept]
@@ -193,24 +193,22 @@ def test_claims_come_out_either_way():
     assert claims.verdict(Mean(0.3, np.nan, 1)) == "one session"
 
 
-def test_the_paper_is_put_to_the_test(small, tmp_path):
-    """Both parts on two animals, one epoch each."""
-    done = {"schemes": {}, "animals": {}}
-    rivals = claims.schemes(depth=1, epochs=1)
-    real_data.run(small[:1], rivals, [0], tmp_path / "s", tasks=["co-smoothing"])
-    done["schemes"]["x"] = claims.collected(small[0], rivals, [0], tmp_path / "s")
-    others = claims.held_out(small)[small[0].name]
-    assert others == small[1:]
-    rows = claims.animals(others, 1, 1, tmp_path / "pretrained")
-    real_data.run(small[:1], rows, [0], tmp_path / "a", tasks=["co-smoothing"])
-    done["animals"]["x"] = claims.collected(small[0], rows, [0], tmp_path / "a")
-    assert [len(methods) for methods in (done["schemes"]["x"], done["animals"]["x"])] == [7, 4]
+def test_the_paper_is_put_to_the_test(small, tmp_path, monkeypatch):
+    """Both parts on two animals, one epoch each: one of them alone, one left out."""
+    quick = lambda sessions, seed, **how: fit(sessions, depth=1, epochs=1, seed=seed)  # noqa: E731
+    monkeypatch.setattr(claims, "temporal_ndt1", quick)
+    options = argparse.Namespace(
+        depth=1, epochs=1, seeds=[0], work=tmp_path, part=None, alone=["sim-0"], left_out=["sim-1"]
+    )
+    assert [s.name for s in claims.held_out(small)["sim-1"]] == ["sim-0"]
+    scores = claims.measured([dataclasses.replace(s, behaviour={}) for s in small], options)
+    assert {part: list(found) for part, found in scores.items()} == {
+        "schemes": ["sim-0"], "animals": ["sim-1"],
+    }  # fmt: skip
+    assert len(scores["schemes"]["sim-0"]) == 9 and len(scores["animals"]["sim-1"]) == 5
+    assert all("oracle" in methods for found in scores.values() for methods in found.values())
     assert len(list((tmp_path / "pretrained").iterdir())) == 1  # made once, for all three rows
-    judged = {}
-    for text, comparisons in claims.claims().items():
-        for claim in comparisons:
-            if (mean := claims.difference(claim, done[claim.part])) is not None:
-                judged.setdefault(text, []).append((claim, mean))
+    judged = claims.judge(scores)
     assert len(judged) == len(claims.claims()) - 1  # but for the behaviours
     assert "| MtM minus temporal | co-smoothing |" in claims.table(judged)
     plt.close(claims.draw(judged))

@@ -185,7 +185,7 @@ def test_one_repository_address_everywhere():
     colab = f"https://colab.research.google.com/github/{owner}/{name}"
     for page in NOTEBOOKS:
         source = twin_source(page)
-        assert f"git+{url}@{branch}" in source
+        assert f"git clone -q --depth 1 --branch {branch} {url} mtm-book" in source
         assert f"({colab}/blob/{branch}/book/{page.stem}.ipynb)" in source
     texts = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     for path in texts:
