@@ -9,7 +9,8 @@ FOLDER is that of real_data.py, or the word "simulated". Two parts:
   schemes by itself, and MtM without its prompt. Six tasks.
 - animals: one animal after the other is left out entirely. A model learns from 1, 3 and all
   sessions of the other animals, goes on with a session of the one left out, and is compared with a
-  model that knows that session alone. Four tasks.
+  model that knows that session alone. The same with a quarter of that session's training trials,
+  where the model of the others learns more slowly. Four tasks.
 
 All with the recipe `mtm`, at depth 1 and with three seeds, on test trials, neurons of at least
 1 Hz. What differs is compared session by session: a claim holds if the mean difference is above
@@ -53,6 +54,8 @@ from mtm.report import Mean, Report, mean_of
 
 ALONE = "this session alone"
 AFTER = {"after 1 of others": 1, "after 3 of others": 3, "after all of others": 99}  # sessions
+FEW, FEW_AFTER = "a quarter of this session", "a quarter, after all of others"
+FEW_LR = 3e-4  # after others; what is best for few trials of a model that is trained already
 DECODING = ("choice", "wheel-speed", "whisker-motion-energy")
 
 
@@ -118,19 +121,28 @@ def animals(others: list[mtm.Session], depth: int, epochs: int, work: Path) -> d
     """For a session of an animal left out: alone, and after some and all sessions of others."""
     how = {"epochs": epochs, "progress": False}
 
-    def alone(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
-        return mtm.fit(sessions, depth=depth, seed=seed, **how)
-
-    def after(n: int) -> Method:
+    def learner(n: int = 0, every: int = 1, **settings: Any) -> Method:
         def make(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
-            start = pretrained(others[:n], seed, depth, epochs, work)
-            return mtm.fit(sessions, start, seed=seed, **how)
+            start = pretrained(others[:n], seed, depth, epochs, work) if n else None
+            size = {} if n else {"depth": depth}
+            some = [fewer(session, every) for session in sessions]
+            return mtm.fit(some, start, seed=seed, **how, **size, **settings)
 
-        names = [session.name for session in others[:n]]
-        return Method(make, {**how, "depth": depth, "others": names}, seeded=True)
+        told = {**how, "depth": depth, **settings} | ({"every": every} if every > 1 else {})
+        if n:
+            told["others"] = [session.name for session in others[:n]]
+        return Method(make, told, seeded=True)
 
-    found = {ALONE: Method(alone, {**how, "depth": depth}, seeded=True)}
-    return found | {name: after(n) for name, n in AFTER.items()}
+    found = {ALONE: learner()} | {name: learner(n) for name, n in AFTER.items()}
+    slowly = learner(max(AFTER.values()), every=4, lr=FEW_LR)
+    return found | {FEW: learner(every=4), FEW_AFTER: slowly}
+
+
+def fewer(session: mtm.Session, every: int) -> mtm.Session:
+    """One of ``every`` training trials; validation and test trials stay."""
+    split = session.split()
+    kept_trials = np.concatenate([split.train[::every], split.val, split.test])
+    return session if every == 1 else session.select(trials=np.sort(kept_trials))
 
 
 def pretrained(
@@ -179,6 +191,9 @@ def claims() -> dict[str, list[Claim]]:
         ],
         "other animals help": [
             Claim("animals", after, ALONE, task) for after in AFTER for task in FOUR
+        ],
+        "other animals help where trials are few": [
+            Claim("animals", FEW_AFTER, FEW, task) for task in FOUR
         ],
         "more of them help more": [
             Claim("animals", more, fewer, task) for fewer, more in pairwise(AFTER) for task in FOUR

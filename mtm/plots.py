@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_hex
+from matplotlib.colors import ListedColormap, PowerNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
-from mtm.masks import scheme
+from mtm.masks import Mask, scheme
 from mtm.report import Mean, Report, TaskScores
 from mtm.session import UNLABELLED, Session
 
@@ -116,25 +117,8 @@ def mask(
         **options: of the scheme, such as ``patch_size``.
     """
     ax = ax or plt.gca()
-    order = np.argsort(session.regions, kind="stable")
-    counts = torch.from_numpy(session.counts[list(trials)].astype(np.int64))
-    kind = scheme(name)
-    drawn = kind.draw(
-        counts,
-        torch.from_numpy(session.region_codes),
-        kind.ratio if ratio is None else ratio,
-        torch.Generator().manual_seed(seed),
-        **options,
-    )
-    state = (drawn.hidden.long() + drawn.target.long()).numpy()  # 0 visible, 1 hidden, 2 scored
-    spikes = counts.numpy() > 0
-    codes = np.concatenate(list((2 * state + spikes)[:, :, order]), axis=0).T  # (N, trials * T)
-    palette = ListedColormap(["white", "0.35", "#FBE3B5", ORANGE, "#BFDDF0", BLUE])
-    edges = (0, len(trials), session.n_neurons, 0)
-    ax.imshow(
-        codes, aspect="auto", cmap=palette, vmin=-0.5, vmax=5.5, interpolation="nearest",
-        extent=edges,
-    )  # fmt: skip
+    drawn = _draw(session, name, trials, seed, ratio, **options)
+    order = _show_mask(session, trials, drawn, ax, (0, len(trials), session.n_neurons, 0))
     for i in range(1, len(trials)):
         ax.axvline(i, color="black", lw=1)
     ax.set_xticks(np.arange(len(trials)) + 0.5, [f"trial {t}" for t in trials])
@@ -142,6 +126,58 @@ def mask(
     _region_labels(session, order, ax)
     ax.set_title(name + (" (attends to the past)" if drawn.causal else ""))
     return ax
+
+
+def filled_in(
+    session: Session,
+    name: str,
+    trial: int,
+    predictor: Any,
+    figure: Figure | None = None,
+    seed: int = 0,
+    ratio: float | None = None,
+) -> Figure:
+    """One trial as it was, as a network is shown it, as it fills it in, and the true rates.
+
+    The third and the fourth panel (where the truth is known) show the scored entries alone, in the
+    same colours. Neurons are sorted by region.
+
+    Args:
+        session: the recording.
+        name: of the masking scheme.
+        trial: index of the trial.
+        predictor: has ``predict(counts, scheme, mask, session)``, as a model.
+        figure: where to draw.
+        seed, ratio: of the mask, as in :func:`mask`.
+    """
+    mask = _draw(session, name, [trial], seed, ratio)
+    device = getattr(predictor, "device", "cpu")
+    counts = torch.from_numpy(session.counts[[trial]].astype(np.float32)).to(device)
+    with torch.no_grad():
+        there = Mask(mask.hidden.to(device), mask.target.to(device), mask.causal)
+        log_rates = predictor.predict(counts, name, there, session.name)[0]
+    images = {"predicted": torch.exp(log_rates).cpu().numpy() / session.bin_size}  # (T, N), Hz
+    if session.rates is not None:
+        images["true rate"] = session.rates[trial] / session.bin_size
+    target = mask.target[0].numpy()
+    highest = max(np.quantile(image[target], 0.99) for image in images.values())
+    figure = figure or plt.figure(figsize=(11, 3.4), layout="constrained")
+    recorded, shown, *rest = figure.subplots(1, 2 + len(images), sharey=True)
+    raster(session, trial, recorded).set_title("recorded")
+    edges = (session.window[0], session.window[1], session.n_neurons, 0)
+    order = _show_mask(session, [trial], mask, shown, edges)
+    shown.set_title("shown, but for the colours")
+    for ax, (title, image) in zip(rest, images.items(), strict=True):
+        image = np.where(target, image, np.nan)[:, order].T
+        picture = ax.imshow(
+            image, aspect="auto", extent=edges, interpolation="nearest", cmap="viridis",
+            norm=PowerNorm(0.5, 0, highest),
+        )  # fmt: skip
+        ax.set_title(title)
+    figure.colorbar(picture, ax=rest, label="Hz")
+    for ax in (shown, *rest):
+        ax.set_xlabel("time from the event (s)")
+    return figure
 
 
 def mask_legend(figure: Figure) -> None:
@@ -427,6 +463,40 @@ def _palette(n: int) -> list[str]:
     if n <= len(REGION_COLOURS):
         return list(REGION_COLOURS)
     return [to_hex(c) for c in plt.get_cmap("turbo")(np.linspace(0.05, 0.95, n))]
+
+
+def _draw(
+    session: Session,
+    name: str,
+    trials: Sequence[int],
+    seed: int,
+    ratio: float | None,
+    **options: int,
+) -> Mask:
+    """A mask for some trials, as for a batch of them."""
+    kind = scheme(name)
+    return kind.draw(
+        torch.from_numpy(session.counts[list(trials)].astype(np.int64)),
+        torch.from_numpy(session.region_codes),
+        kind.ratio if ratio is None else ratio,
+        torch.Generator().manual_seed(seed),
+        **options,
+    )
+
+
+def _show_mask(
+    session: Session, trials: Sequence[int], drawn: Mask, ax: Axes, edges: tuple[float, ...]
+) -> np.ndarray:
+    """Spikes and mask of trials side by side, neurons sorted by region; returns their order."""
+    order = np.argsort(session.regions, kind="stable")
+    state = (drawn.hidden.long() + drawn.target.long()).numpy()  # 0 visible, 1 hidden, 2 scored
+    codes = (2 * state + (session.counts[list(trials)] > 0))[:, :, order]
+    palette = ListedColormap(["white", "0.35", "#FBE3B5", ORANGE, "#BFDDF0", BLUE])
+    ax.imshow(
+        np.concatenate(list(codes), axis=0).T, aspect="auto", cmap=palette, vmin=-0.5, vmax=5.5,
+        interpolation="nearest", extent=edges,
+    )  # fmt: skip
+    return order
 
 
 def _region_labels(session: Session, order: np.ndarray, ax: Axes) -> None:

@@ -174,6 +174,16 @@ def test_an_animal_is_left_out_entirely():
     }
 
 
+def test_a_quarter_of_the_training_trials_leaves_the_others_alone(small):
+    split, some = small[0].split(), claims.fewer(small[0], 4)
+    assert claims.fewer(small[0], 1) is small[0]
+    kept = some.split()
+    assert len(kept.train) == len(split.train[::4])
+    for part in ("val", "test"):
+        now, then = getattr(kept, part), getattr(split, part)
+        np.testing.assert_array_equal(some.counts[now], small[0].counts[then])
+
+
 def mtm_session(name, animal):
     return Session(np.zeros((5, 4, 3)), name=name, subject=animal)
 
@@ -205,9 +215,9 @@ def test_the_paper_is_put_to_the_test(small, tmp_path, monkeypatch):
     assert {part: list(found) for part, found in scores.items()} == {
         "schemes": ["sim-0"], "animals": ["sim-1"],
     }  # fmt: skip
-    assert len(scores["schemes"]["sim-0"]) == 9 and len(scores["animals"]["sim-1"]) == 5
+    assert len(scores["schemes"]["sim-0"]) == 9 and len(scores["animals"]["sim-1"]) == 7
     assert all("oracle" in methods for found in scores.values() for methods in found.values())
-    assert len(list((tmp_path / "pretrained").iterdir())) == 1  # made once, for all three rows
+    assert len(list((tmp_path / "pretrained").iterdir())) == 1  # made once, for all rows
     judged = claims.judge(scores)
     assert len(judged) == len(claims.claims()) - 1  # but for the behaviours
     assert "| MtM minus temporal | co-smoothing |" in claims.table(judged)
