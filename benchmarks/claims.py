@@ -13,9 +13,9 @@ FOLDER is that of real_data.py, or the word "simulated". Two parts:
   where the model of the others learns more slowly. Four tasks.
 
 All with the recipe `mtm`, at depth 1 and with three seeds, on test trials, neurons of at least
-1 Hz. What differs is compared session by session: a claim holds if the mean difference is above
-two of its standard errors over sessions, and fails if it is below minus two; else it is open. What
-is done is kept in --work, so that the command goes on where it was stopped. Out come
+1 Hz. What differs is compared session by session: a claim holds if the 95 % interval of the mean
+difference over sessions (Student's t) lies above 0, and fails if it lies below; else it is open.
+What is done is kept in --work, so that the command goes on where it was stopped. Out come
 results/claims.json and .md, and the picture book/_assets/claims.png (of simulated animals, where
 the oracle is scored too, claims_simulated). On 2 cores: 8 minutes for each session and seed of
 the first part, 2 hours for the second. On a GPU, --depth 5 has the paper's size.
@@ -43,6 +43,7 @@ from real_data import (
     run,
     write_json,
 )
+from scipy import stats
 
 import mtm
 from mtm.baselines import OPTIONS, SETTINGS, temporal_ndt1
@@ -219,9 +220,14 @@ def verdict(mean: Mean) -> str:
     """Whether the difference is more than chance."""
     if mean.n < 2:
         return "one session"
-    if abs(mean.value) < 2 * mean.error:
+    if abs(mean.value) <= half_width(mean):
         return "open"
     return "holds" if mean.value > 0 else "fails"
+
+
+def half_width(mean: Mean) -> float:
+    """Half of the 95 % interval of Student's t, which is wide where sessions are few."""
+    return float(stats.t.ppf(0.975, mean.n - 1) * mean.error) if mean.n > 1 else 0.0
 
 
 def collected(
@@ -253,7 +259,7 @@ def table(judged: dict[str, list[tuple[Claim, Mean]]]) -> str:
 
 
 def draw(judged: dict[str, list[tuple[Claim, Mean]]]) -> plt.Figure:
-    """A panel for each claim: differences with two standard errors, grey where they are open."""
+    """A panel for each claim: differences with 95 % intervals, grey where they are open."""
     colours = {"holds": BLUE, "fails": RED}
     sizes = [len(comparisons) for comparisons in judged.values()]
     figure, axes = plt.subplots(
@@ -263,15 +269,14 @@ def draw(judged: dict[str, list[tuple[Claim, Mean]]]) -> plt.Figure:
     for ax, (text, comparisons) in zip(axes[:, 0], judged.items(), strict=True):
         for i, (claim, mean) in enumerate(comparisons):
             colour = colours.get(verdict(mean), "0.5")
-            error = 2 * np.nan_to_num(mean.error)
-            ax.errorbar(mean.value, i, xerr=error, fmt="o", color=colour, ms=4)
+            ax.errorbar(mean.value, i, xerr=half_width(mean), fmt="o", color=colour, ms=4)
             shown = f"{claim.better} - {claim.than}, {claim.task}"
             ax.text(1.01, i, shown, transform=ax.get_yaxis_transform(), fontsize=6.5, va="center")
         ax.axvline(0, color="0.7", lw=0.8)
         ax.set(yticks=[], ylim=(len(comparisons) - 0.3, -0.7))
         ax.set_title(text, fontsize=9, loc="left")
         ax.spines[["top", "right", "left"]].set_visible(False)
-    axes[-1, 0].set_xlabel("difference ± 2 standard errors: bits per spike, accuracy or R2")
+    axes[-1, 0].set_xlabel("difference and its 95 % interval: bits per spike, accuracy or R2")
     return figure
 
 

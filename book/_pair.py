@@ -4,9 +4,9 @@
     python book/_pair.py --check    write nothing; name the twins that are stale, missing or alone
 
 A page is a notebook when its front matter says so to the book (jupytext's text representation, or
-`file_format: mystnb`). The twin has no outputs, opens with a Colab badge and a cell that installs
-the package where it is missing (from a clone, whose files a page may read), and is the same, byte
-for byte, however often it is written. Edit the page, never the twin.
+`file_format: mystnb`). The twin has no outputs, opens with a Colab badge and a cell that on
+Colab installs the package from a clone, whose files a page may read, and is the same, byte for
+byte, however often it is written. Edit the page, never the twin.
 """
 
 import sys
@@ -18,10 +18,11 @@ from myst_nb.core.read import is_myst_markdown_notebook
 
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 SETUP = f"""\
-import importlib.util
+import sys
+from pathlib import Path
 
-if importlib.util.find_spec("mtm") is None:
-    !git clone -q --depth 1 --branch {BRANCH} {URL} mtm-book
+if "google.colab" in sys.modules and not Path("../benchmarks").exists():
+    !test -d mtm-book || git clone -q --depth 1 --branch {BRANCH} {URL} mtm-book
     %pip install -q "./mtm-book[data,nwb,bwb]"
     %cd -q mtm-book/book"""
 METADATA = {

@@ -119,8 +119,8 @@ def _prepare_ibl(options: argparse.Namespace, how: dict[str, Any]) -> Prepared:
         if not eids:
             raise SessionError(
                 f"{options.recordings} holds no such session with spikes that ONE knows; a cache "
-                "has a sessions.pqt, which ONE writes when it downloads, and mtm.alf.index_alf "
-                "for a tree of your own"
+                "has a sessions.pqt, which one.save_cache() writes of what was downloaded, and "
+                "mtm.alf.index_alf for a tree of your own"
             )
     else:
         eids = lists.get(options.eids) or Path(options.eids).read_text().split()

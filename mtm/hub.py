@@ -14,6 +14,7 @@ import warnings
 from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,9 @@ def load(folder: str | Path) -> MtM:
     folder = Path(folder)
     description = read_config(folder)
     try:
+        sizes = {field.name for field in fields(MtMConfig)}
+        if differ := sorted(sizes ^ set(description["model"])):  # a default is not what was saved
+            raise ValueError(f"{CONFIG} lacks, or has besides, of a model: {', '.join(differ)}")
         with torch.device("meta"):  # no memory is taken before the sizes are known to fit
             model = MtM(MtMConfig(**description["model"]), description["sessions"])
         for name, prints in description.get("seen", {}).items():
@@ -134,7 +138,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if description.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {description.get('version')}, this package reads "
-            f"{FORMAT_VERSION}"
+            f"{FORMAT_VERSION}; take the version of the package that wrote it, or train again"
         )
     return description
 

@@ -91,6 +91,7 @@ class TrainConfig:
         if isinstance(self.schemes, str):
             raise ValueError(f"schemes must be a list of names, got {self.schemes!r}")
         object.__setattr__(self, "schemes", tuple(self.schemes))
+        object.__setattr__(self, "ratios", dict(self.ratios))  # its own, not another recipe's
         for name in (*self.schemes, *self.ratios):
             scheme(name)
         for name in ("epochs", "batch_size", "batches_per_step", "lr", "validations"):

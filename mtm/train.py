@@ -813,4 +813,6 @@ def _description(model: MtM, data: Sequence[_Data], config: TrainConfig) -> dict
     """What a run is; one that was killed goes on only as the same."""
     sessions = {s.name: [len(s.train), s.n_bins, s.n_neurons, s.digest] for s in data}
     described = {"train": asdict(config), "model": model.config.to_dict(), "sessions": sessions}
-    return described | {"order of sessions": list(sessions)}
+    # Of a model that was trained before, what tells it from others and stays so while it trains.
+    known = sorted(model.session_names)
+    return described | {"order of sessions": list(sessions), "known sessions": known}

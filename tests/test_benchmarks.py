@@ -198,8 +198,9 @@ def test_claims_come_out_either_way():
     mean = claims.difference(claim, scores)
     assert mean.value == pytest.approx(0.1) and mean.n == 2 and claims.verdict(mean) == "open"
     assert claims.difference(claim._replace(task="choice"), scores) is None
-    verdicts = [claims.verdict(Mean(v, 0.1, 3)) for v in (0.3, 0.1, -0.1, -0.3)]
-    assert verdicts == ["holds", "open", "open", "fails"]
+    verdicts = [claims.verdict(Mean(v, 0.1, 3)) for v in (0.44, 0.42, 0.0, -0.42, -0.44)]
+    assert verdicts == ["holds", "open", "open", "open", "fails"]  # t of two degrees: 4.30
+    assert claims.verdict(Mean(0.0, 0.0, 3)) == "open"
     assert claims.verdict(Mean(0.3, np.nan, 1)) == "one session"
 
 

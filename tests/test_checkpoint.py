@@ -1,5 +1,6 @@
 """Runs that were killed end as if they had not been; states are whole, and two are kept."""
 
+import copy
 import json
 import os
 import re
@@ -208,6 +209,10 @@ def test_a_folder_of_another_run_is_refused(sessions, tmp_path):
     fit(sessions, **SHORT, depth=1, folder=tmp_path / "both")
     with pytest.raises(StateError, match="another run: .*order of sessions"):
         fit(sessions[::-1], **SHORT, depth=1, folder=tmp_path / "both")
+    one, other = (fit(s, **SHORT, depth=1).model for s in sessions[:2])
+    fit(sessions[0], copy.deepcopy(one), **SHORT, folder=tmp_path / "start")
+    with pytest.raises(StateError, match="another run: .*known sessions"):
+        fit(sessions[0], other, **SHORT, folder=tmp_path / "start")  # that knows another session
     save(fit(sessions[0], **SHORT, depth=1), tmp_path / "model")
     with pytest.raises(StateError, match="holds a model, but no run to go on with"):
         fit(sessions[0], **SHORT, depth=1, folder=tmp_path / "model")

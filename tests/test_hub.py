@@ -90,7 +90,9 @@ def test_damaged_and_foreign_files_are_refused(folder, tmp_path):
         (text.replace('"depth": 1', '"depth": "1"'), "config.json|depth|str"),
         (text.replace('"mlp_width": 256', '"mlp_width": 999999999'), "another shape"),
         (text.replace('"a": 3', '"a": "x"'), "model"),
-        (text.replace('"width"', '"widht"'), "widht"),
+        (text.replace('"width"', '"widht"'), "widht, width"),
+        (text.replace('"heads": 2,', ""), "lacks.*: heads"),
+        (text.replace('"split_seed": 0,', ""), "lacks.*: split_seed"),
         (text.replace('"a": 3', '"a": 4'), "another shape: .*readout"),
     ]:
         config.write_text(broken)
