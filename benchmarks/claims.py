@@ -298,7 +298,7 @@ def main() -> None:
     options = parser.parse_args()
     simulated = options.folder == Path("simulated")
     if simulated:
-        sessions = mtm.simulate(6, 120, 48, seed=1)
+        sessions = mtm.simulate(5, 120, 48, seed=1, bin_size=0.1)  # as many bins as recordings
     else:
         names = sorted(path.stem for path in options.folder.glob("steinmetz2019/*.npz"))
         sessions = recordings(options.folder, names)
