@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import yaml
 from markdown_it import MarkdownIt
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from mtm import cli
 
@@ -193,6 +195,28 @@ def test_one_repository_address_everywhere():
     for path in texts:
         for other in re.findall(r"github\.com/([\w.-]+)/mtm\b", path.read_text("utf-8")):
             assert other == owner, f"{path.name} names github.com/{other}/mtm"
+
+
+def test_colab_keeps_its_packages():
+    """What Colab ships is within our bounds, so that the first cell of a twin changes none."""
+    lines = (BOOK / "colab.txt").read_text("utf-8").splitlines()[1:]
+    ships = {canonicalize_name(name): v for name, v in (line.split("==") for line in lines)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = (project["optional-dependencies"][extra] for extra in ("data", "nwb", "bwb"))
+    needs = [Requirement(text) for text in sum(extras, project["dependencies"])]
+    met = [r for r in needs if canonicalize_name(r.name) in ships]
+    assert len(met) >= 6
+    for need in met:
+        assert need.specifier.contains(ships[canonicalize_name(need.name)]), need
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text("utf-8"), flags=re.S)
+    links = [t for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t]
+    for target in links:
+        path = page.parent / target.split("#")[0]
+        assert path.exists() or path.with_suffix(".md").exists(), target
 
 
 def test_one_version_everywhere():
