@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -161,6 +162,20 @@ def test_differences_are_taken_session_by_session():
     assert found["b"]["mean"].value == pytest.approx((0.1 + (0.4 - 0.3) / 4) / 2)
     assert "| b | +0.062 ± " in recipe.search_table(found)
     plt.close(recipe.draw(found, 2))
+
+
+def test_the_papers_tables_were_copied_without_a_slip():
+    facts = Path(__file__).parents[2] / "shared/reference/paper.md"
+    if not facts.exists():
+        pytest.skip(f"the paper's numbers, to compare with, are not at {facts}")
+    text = facts.read_text("utf-8").replace("*", "")
+    tables = json.loads((Path(claims.__file__).parent / "paper.json").read_text())["tables"]
+    for number in ("1", "2", "4", "5"):
+        for name, row in tables[number]["scores"].items():
+            assert "| " + " | ".join(f"{v:.2f}" for v in row.values()) + " |" in text, name
+    for name, row in tables["7"]["scores"].items():
+        short = "/".join(re.sub(r"^(-?)0\.", r"\1.", f"{v:.2f}") for v in row.values())
+        assert short in text, name
 
 
 def test_an_animal_is_left_out_entirely():

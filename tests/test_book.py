@@ -142,6 +142,11 @@ def test_what_is_said_of_real_recordings_was_measured():
         assert max(mean[task], key=mean[task].get) == "MtM", task
         together = results["mean_with_the_same_bins"][task]  # reduced-rank regression, too
         assert max(together, key=lambda name: together[name][0]) == "MtM", task
+    readme = (ROOT / "README.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| ([\w -]+) \| (-?\d.*) \|$", readme, re.M))
+    assert len(rows) == 6
+    for name, cells in rows.items():
+        assert cells.split(" | ") == [f"{mean[task][name]:.3f}" for task in activity], name
     transformers = ("MtM", "temporal NDT1", "random-token NDT2")
     searched = json.loads((ROOT / "benchmarks/results/recipe.json").read_text("utf-8"))["searched"]
     assert len(set(searched) & set(results["scores"])) == 2
