@@ -199,7 +199,7 @@ MODEL_PAGE = """---
 library_name: mtm-neural
 tags: [neuroscience, spikes, masked-modelling]
 ---
-A multi-task-masking (MtM) model of neural population activity.
+A multi-task masking (MtM) model of neural population activity.
 
 ```python
 import mtm

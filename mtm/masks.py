@@ -220,7 +220,7 @@ SCHEMES: dict[str, Scheme] = {
 """All schemes by name; add yours with :func:`register`."""
 
 MTM_SCHEMES = ("neuron", "causal", "inter-region", "intra-region")
-"""The four that multi-task-masking alternates; each has a prompt token of its name."""
+"""The four that multi-task masking alternates; each has a prompt token of its name."""
 
 
 def register(name: str, draw: DrawFunction, ratio: float = 0.3, **kind: bool) -> None:
@@ -245,7 +245,7 @@ def scheme(name: str) -> Scheme:
 
 
 class MaskSampler:
-    """Draws a scheme, uniformly, and a mask of it for each batch: multi-task-masking.
+    """Draws a scheme, uniformly, and a mask of it for each batch: multi-task masking.
 
     Args:
         schemes: names to alternate.

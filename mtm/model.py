@@ -572,7 +572,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class MtM(nn.Module):
-    """Multi-task-masking model of many sessions.
+    """Multi-task masking model of many sessions.
 
     Args:
         config: sizes and options.
