@@ -11,7 +11,7 @@ random-token NDT2        our model of patches, trained with random-token masking
 
 All learn from training trials alone. What a regression has to choose (widths, windows, penalties,
 ranks) it chooses on validation trials. So do the two transformers choose the epoch, and how much
-they hide; else they are trained as ours is. The regressions themselves are in ``mtm.regression``.
+they hide; the rest of their settings suits them. The regressions are in ``mtm.regression``.
 """
 
 from __future__ import annotations

@@ -90,8 +90,11 @@ def load(folder: str | Path) -> MtM:
     description = read_config(folder)
     try:
         sizes = {field.name for field in fields(MtMConfig)}
-        if differ := sorted(sizes ^ set(description["model"])):  # a default is not what was saved
-            raise ValueError(f"{CONFIG} lacks, or has besides, of a model: {', '.join(differ)}")
+        known = set(description["model"])
+        if missing := sorted(sizes - known):  # a default need not be what was saved
+            raise ValueError(f"{CONFIG} lacks of a model's fields: {', '.join(missing)}")
+        if strange := sorted(known - sizes):
+            raise ValueError(f"{CONFIG} has fields that no model has: {', '.join(strange)}")
         with torch.device("meta"):  # no memory is taken before the sizes are known to fit
             model = MtM(MtMConfig(**description["model"]), description["sessions"])
         for name, prints in description.get("seen", {}).items():

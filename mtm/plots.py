@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
 from mtm.masks import Mask, scheme
+from mtm.predict import call_predictor
 from mtm.report import Mean, Report, TaskScores
 from mtm.session import UNLABELLED, Session
 
@@ -146,16 +147,17 @@ def filled_in(
         session: the recording.
         name: of the masking scheme.
         trial: index of the trial.
-        predictor: has ``predict(counts, scheme, mask, session)``, as a model.
+        predictor: as in :func:`mtm.evaluate`, but for arrays.
         figure: where to draw.
         seed, ratio: of the mask, as in :func:`mask`.
     """
     mask = _draw(session, name, [trial], seed, ratio)
     device = getattr(predictor, "device", "cpu")
+    there = Mask(mask.hidden.to(device), mask.target.to(device), mask.causal)
     counts = torch.from_numpy(session.counts[[trial]].astype(np.float32)).to(device)
+    counts = counts.masked_fill(there.hidden, 0.0)  # nobody is shown the answer
     with torch.no_grad():
-        there = Mask(mask.hidden.to(device), mask.target.to(device), mask.causal)
-        log_rates = predictor.predict(counts, name, there, session.name)[0]
+        log_rates = call_predictor(predictor, counts, name, there, session.name)[0]
     images = {"predicted": torch.exp(log_rates).cpu().numpy() / session.bin_size}  # (T, N), Hz
     if session.rates is not None:
         images["true rate"] = session.rates[trial] / session.bin_size

@@ -50,7 +50,7 @@ class Region:
         decay: time constant of its latents, seconds.
         upstream: region -> (delay in seconds, strength).
         inputs: task signal (see ``INPUTS``) -> strength.
-        own: standard deviation of the fluctuations that it shares with no other region.
+        own: standard deviation of the fluctuations that begin in it.
     """
 
     name: str

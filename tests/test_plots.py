@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 
 from mtm import Report, evaluate, mean_rates, oracle, plots
 from mtm.predict import TASKS
@@ -105,4 +106,27 @@ def test_psths_and_single_trials_are_those_of_the_trials(sessions):
     images = [ax.images[0].get_array() for ax in figure.axes[:2]]
     np.testing.assert_allclose(images[0], session.counts[trials][order][:, :, 5] / session.bin_size)
     np.testing.assert_allclose(images[1], rates[order][:, :, 5] / session.bin_size)
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("name", ["neuron", "causal", "inter-region", "intra-region"])
+def test_a_filled_in_trial_shows_what_is_scored_and_hides_the_answer(sessions, name):
+    session, shown = sessions[0], []
+
+    def silent(counts, scheme, mask, session_name):
+        shown.append((counts, scheme, mask))
+        return torch.zeros(counts.shape)
+
+    figure = plots.filled_in(session, name, 2, silent, seed=1)
+    [(counts, scheme, mask)] = shown
+    assert scheme == name and counts.shape[0] == 1
+    assert not counts[mask.hidden].any() and counts.sum() > 0
+    titles = [ax.get_title() for ax in figure.axes[:4]]
+    assert titles == ["recorded", "shown, but for the colours", "predicted", "true rate"]
+    order = np.argsort(session.regions, kind="stable")
+    target = mask.target[0].numpy()[:, order].T
+    for ax in figure.axes[2:4]:
+        np.testing.assert_array_equal(~np.ma.getmaskarray(ax.images[0].get_array()), target)
+    predicted = figure.axes[2].images[0].get_array()
+    np.testing.assert_allclose(predicted[target], 1 / session.bin_size)
     plt.close(figure)
