@@ -230,7 +230,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
     for name in options.baselines:
         print(f"fitting {name} to the training trials", flush=True)
         predictors[name] = fit_baseline(name, list(sessions), split_seed=seed)
-    how = {"split_seed": seed, "tasks": options.tasks, "progress": True}
+    how = {"split_seed": seed, "tasks": options.tasks, "batch_size": options.batch_size}
+    how["progress"] = True
     reports = {name: evaluate(p, sessions, **how) for name, p in predictors.items()}
     print(f"\n{reports['MtM']}\n")
     print("beside others (activity: over each neuron's mean in the scored test entries):")
@@ -243,7 +244,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
             print("\nof the oracle's: " + ", ".join(f"{t} {share:.0%}" for t, share in shares))
     regions = {}
     if options.by_region:
-        regions = _by_region(model, sessions, options.by_region)
+        regions = _by_region(model, sessions, options.by_region, options.batch_size)
     if options.report:
         reports["MtM"].to_json(options.report)
         print(f"\nneuron by neuron in {options.report}")
@@ -254,12 +255,14 @@ def run_evaluate(options: argparse.Namespace) -> None:
         print(f"\nscores in {options.json}")
 
 
-def _by_region(model: MtM, sessions: Sessions, behaviour: str) -> dict[str, dict[str, Any]]:
+def _by_region(
+    model: MtM, sessions: Sessions, behaviour: str, batch_size: int | None
+) -> dict[str, dict[str, Any]]:
     """A behaviour from one region at a time; printed and returned."""
     found = {}
     for session in sessions:
         print(f"\n{behaviour} in {session.name!r} from one region at a time:")
-        decoded = decode_by_region(model, session, behaviour)
+        decoded = decode_by_region(model, session, behaviour, batch_size=batch_size)
         for region, result in decoded.items():
             print(f"  {region:<12} {result}")
         found[session.name] = {region: result.to_dict() for region, result in decoded.items()}
@@ -547,6 +550,9 @@ def _evaluate_options(commands: Any) -> None:
     )
     sub.add_argument(
         "--by-region", metavar="BEHAVIOUR", help="decode it from one region at a time as well"
+    )
+    sub.add_argument(
+        "--batch-size", type=_positive, help="trials predicted at once (default: by the device)"
     )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the scores here as well")
     sub.add_argument("--report", type=Path, metavar="FILE", help="and the tables, by neuron, here")

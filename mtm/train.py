@@ -378,7 +378,7 @@ def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
             rest = [name for name in config.schemes if name not in regional]
             raise SessionError(
                 f"session {session.name!r}, regions: no neuron has a label, but "
-                f"{' and '.join(regional)} masking needs regions; pass regions, or train with "
+                f"masking by {' and '.join(regional)} needs regions; pass regions, or train with "
                 f"schemes={tuple(rest)}"
             )
 

@@ -43,7 +43,7 @@ def test_from_simulation_to_scores(folder, capsys):
 
 def test_many_sessions_beside_a_baseline(folder, capsys):
     files = [str(folder / f"sim-{i}.npz") for i in range(2)]
-    what = ["--tasks", "co-smoothing", "--baselines", "PSTH"]
+    what = ["--tasks", "co-smoothing", "--baselines", "PSTH", "--batch-size", "5"]
     where = ["--json", str(folder / "s.json"), "--report", str(folder / "r.json")]
     assert main(["evaluate", str(folder / "m"), *files, *what, *where]) == 0
     printed = capsys.readouterr().out
