@@ -184,6 +184,30 @@ def test_what_is_said_of_the_recipe_was_measured():
     assert all(gain[0] > 0 for gain in results["differences"]["hide 0.6"].values())
 
 
+def test_what_is_said_of_the_claims_was_measured():
+    """The sentences of the chapters on the results and on the scoreboard, against the results."""
+    results = json.loads((ROOT / "benchmarks/results/claims.json").read_text("utf-8"))
+    scores, judged = results["scores"], results["claims"]
+    gains = {(better, than, task): (mean, verdict) for rows in judged.values()
+             for _, better, than, task, mean, _, _, verdict in rows}  # fmt: skip
+    activity = ("co-smoothing", "forward-prediction", "inter-region", "intra-region")
+    own = dict(zip(activity, ("neuron", "causal", "inter-region", "intra-region"), strict=True))
+    for task in activity:  # temporal masking is behind everywhere, less so at the future
+        assert gains["MtM", "temporal", task][0] > 0
+        assert gains["MtM", "temporal, as MtM", task][0] > gains["MtM", "temporal", task][0]
+        assert gains["MtM", f"{own[task]} alone", task][0] > -0.005  # as good or better
+        for name in ("after 1", "after 3", "after all"):
+            found = gains[f"{name} of others", "this session alone", task]
+            assert found[1] != "holds" or found[0] < 0.02
+        verdict = gains["a quarter, after all of others", "a quarter of this session", task][1]
+        assert (verdict == "holds") == (task in ("forward-prediction", "intra-region"))
+    future = gains["MtM", "temporal", "forward-prediction"][0]
+    assert future == min(gains["MtM", "temporal", task][0] for task in activity)
+    for methods in scores["schemes"].values():  # it does not fall below the mean rate
+        lonely = np.mean(methods["intra-region alone"]["co-smoothing"])
+        assert 0 < lonely < np.mean(methods["MtM"]["co-smoothing"])
+
+
 def test_one_repository_address_everywhere():
     url, branch = CONFIG["repository"]["url"], CONFIG["repository"]["branch"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
