@@ -276,7 +276,7 @@ def draw(judged: dict[str, list[tuple[Claim, Mean]]]) -> plt.Figure:
         ax.set(yticks=[], ylim=(len(comparisons) - 0.3, -0.7))
         ax.set_title(text, fontsize=9, loc="left")
         ax.spines[["top", "right", "left"]].set_visible(False)
-    axes[-1, 0].set_xlabel("difference and its 95 % interval: bits per spike, accuracy or R2")
+    axes[-1, 0].set_xlabel("difference, with its 95 % interval")
     return figure
 
 
