@@ -52,8 +52,8 @@ RATIOS = (0.1, 0.3)  # shares that the transformers may hide
 OPTIONS = {"positions": "learned", "input_transform": "raw"}
 SETTINGS = {"epochs": 100, "batch_size": 16, "batches_per_step": 1, "weight_decay": 0.01}
 SETTINGS |= {"components": 0}
-"""Of the transformers. With our recipe, on the one recording where that was tried, temporal masking
-hardly filled in a single neuron or a region, which it is not trained for."""
+"""Of the transformers. With our recipe temporal masking, which is not trained for it, hardly fills
+in a single neuron or a region (`benchmarks/results/claims.md`)."""
 
 __all__ = [
     "BASELINES",

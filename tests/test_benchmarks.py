@@ -217,6 +217,9 @@ def test_claims_come_out_either_way():
     assert verdicts == ["holds", "open", "open", "open", "fails"]  # t of two degrees: 4.30
     assert claims.verdict(Mean(0.0, 0.0, 3)) == "open"
     assert claims.verdict(Mean(0.3, np.nan, 1)) == "one session"
+    claims.check(["a"], ["a", "b"])
+    with pytest.raises(SystemExit, match="'c' is none of: a, b"):
+        claims.check(["c"], ["a", "b"])
 
 
 def test_the_paper_is_put_to_the_test(small, tmp_path, monkeypatch):
