@@ -38,18 +38,23 @@ def twin(name: str, text: str) -> str:
     new = nbformat.v4
     badge = f"[![Open in Colab]({BADGE})]({COLAB}/blob/{BRANCH}/book/{name}.ipynb)"
     cells = [new.new_markdown_cell(badge), new.new_code_cell(SETUP)]
+    solution = False  # whether the cell belongs to one: folded, as it is in the book
     for cell in jupytext.reads(text, fmt="md:myst").cells:
         if cell.cell_type == "code":
             tags = cell.metadata.get("tags", [])
             kept = {key: cell.metadata[key] for key in ("tags", "nbmake") if key in cell.metadata}
-            folded = {"cellView": "form"} if {"hide-input", "hide-cell"} & set(tags) else {}
+            fold = solution or {"hide-input", "hide-cell"} & set(tags)
+            folded = {"cellView": "form"} if fold else {}
             cells.append(new.new_code_cell(cell.source, metadata=kept | folded))
             figure = cell.metadata.get("mystnb", {}).get("figure", {})
             if "caption" in figure:
                 label = figure.get("name", "").removeprefix("fig-")
                 caption = plain(figure["caption"]).strip()
                 cells.append(new.new_markdown_cell(f"**Figure ({label}).** {caption}"))
-        elif source := plain(cell.source):
+            continue
+        if "{solution-" in cell.source:
+            solution = cell.source.rfind("{solution-start}") > cell.source.rfind("{solution-end}")
+        if source := plain(cell.source):
             cells.append(new.new_markdown_cell(source))
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number:03d}"

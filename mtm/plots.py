@@ -35,7 +35,19 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#CC79A7",
 )
 REGION_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW)
-METHOD_COLOURS = {"MtM": BLUE, "oracle": GREEN, "mean rate": "0.6", "true rate": GREEN}
+METHOD_COLOURS = {
+    "MtM": BLUE,
+    "oracle": GREEN,
+    "true rate": GREEN,
+    "mean rate": "0.6",
+    "PSTH": ORANGE,
+    "ridge": PINK,
+    "low-rank GLM": SKY,
+    "reduced-rank regression": YELLOW,
+    "temporal NDT1": RED,
+    "random-token NDT2": "0.3",
+}
+"""One a method, in every figure."""
 
 
 def region_colours(session: Session) -> dict[str, str]:
@@ -192,7 +204,7 @@ def mask_legend(figure: Figure) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
 
 
-def history(entries: Sequence[Mapping], ax: Axes | None = None) -> Axes:
+def history(entries: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Axes:
     """Validation scores of each scheme over the epochs of :class:`mtm.Fit`'s ``history``."""
     ax = ax or plt.gca()
     epochs = [entry["epoch"] for entry in entries]
@@ -205,7 +217,7 @@ def history(entries: Sequence[Mapping], ax: Axes | None = None) -> Axes:
     return _tidy(ax)
 
 
-def live() -> Callable[[Sequence[Mapping]], None]:
+def live() -> Callable[[Sequence[Mapping[str, Any]]], None]:
     """A drawing of :func:`history` in a notebook, which follows training: pass it to ``fit``.
 
     Example:
@@ -217,7 +229,7 @@ def live() -> Callable[[Sequence[Mapping]], None]:
     plt.close(figure)  # or the notebook would show it once more when the cell ends
     shown = display(figure, display_id=True)
 
-    def draw(entries: Sequence[Mapping]) -> None:
+    def draw(entries: Sequence[Mapping[str, Any]]) -> None:
         ax.clear()
         history(entries, ax)
         if shown is not None:  # None outside notebooks
@@ -252,7 +264,9 @@ def predicted(
     return _tidy(ax)
 
 
-def rate_scatter(true: np.ndarray, log_rates: np.ndarray, bin_size: float, ax: Axes | None = None):
+def rate_scatter(
+    true: np.ndarray, log_rates: np.ndarray, bin_size: float, ax: Axes | None = None
+) -> Axes:
     """Predicted against true firing rates of many entries, on logarithmic axes.
 
     Args:
@@ -444,15 +458,16 @@ def _mean(scores: TaskScores, column: str) -> Mean:
 
 def _bars(rows: Mapping[str, Sequence[Mean | None]], ax: Axes) -> None:
     """Bars side by side, a colour for each row, lines for the standard errors."""
-    spare = cycle(c for c in REGION_COLOURS if c not in METHOD_COLOURS.values())
+    taken = {METHOD_COLOURS.get(name) for name in rows}
+    spare = cycle(c for c in REGION_COLOURS if c not in taken)
     width = 0.8 / len(rows)
     for i, (name, means) in enumerate(rows.items()):
-        means = [Mean(np.nan, np.nan, 0) if mean is None else mean for mean in means]
+        drawn = [Mean(np.nan, np.nan, 0) if mean is None else mean for mean in means]
         ax.bar(
-            np.arange(len(means)) + (i - (len(rows) - 1) / 2) * width,
-            [mean.value for mean in means],
+            np.arange(len(drawn)) + (i - (len(rows) - 1) / 2) * width,
+            [mean.value for mean in drawn],
             width,
-            yerr=np.nan_to_num([mean.error for mean in means]),
+            yerr=np.nan_to_num([mean.error for mean in drawn]),
             color=METHOD_COLOURS.get(name) or next(spare),
             label=name,
         )
@@ -487,7 +502,11 @@ def _draw(
 
 
 def _show_mask(
-    session: Session, trials: Sequence[int], drawn: Mask, ax: Axes, edges: tuple[float, ...]
+    session: Session,
+    trials: Sequence[int],
+    drawn: Mask,
+    ax: Axes,
+    edges: tuple[float, float, float, float],
 ) -> np.ndarray:
     """Spikes and mask of trials side by side, neurons sorted by region; returns their order."""
     order = np.argsort(session.regions, kind="stable")
