@@ -1,7 +1,8 @@
 """MyST Markdown as plain Markdown, for readers that know no MyST (Colab): see _pair.py."""
 
+import ast
 import re
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import yaml
@@ -79,7 +80,8 @@ def plain_link(match: re.Match) -> str:
         return f"![{text}]({RAW}/{target})"
     if local:
         return f"*{text or title(target)}*"
-    return page_link(target, text) if target.endswith(".md") else match[0]
+    page = BOOK / f"{target.removesuffix('.md')}.md"
+    return page_link(target, text) if page.is_file() else match[0]
 
 
 def plain_text(text: str) -> str:
@@ -91,6 +93,16 @@ def plain_text(text: str) -> str:
     return LINK.sub(plain_link, "".join(paragraphs))
 
 
+def included(file: str, pyobject: str, start: str, dedent: str) -> str:
+    """The lines of a class or function of a file, from the first one with ``start`` in it."""
+    source = (BOOK / file).read_text("utf-8")
+    found = ast.parse(source)
+    for part in pyobject.split("."):
+        found = next(node for node in found.body if getattr(node, "name", None) == part)
+    lines = source.split("\n")[found.lineno - 1 : found.end_lineno]
+    return "\n".join(line[int(dedent) :] for line in dropwhile(lambda x: start not in x, lines))
+
+
 def plain_directive(name: str, argument: str, body: str) -> str:
     """One directive: exercises and admonitions get a bold heading, solutions are folded."""
     lines = body.split("\n")
@@ -100,6 +112,10 @@ def plain_directive(name: str, argument: str, body: str) -> str:
         return ""
     if name in ("math", "code", "code-block"):
         return f"$$\n{body}\n$$" if name == "math" else f"```{argument}\n{body}\n```"
+    if name == "literalinclude":
+        how = dict(re.match(r":([\w-]+): *(.*)", option).groups() for option in options)
+        code = included(argument, how["pyobject"], how["start-at"], how["dedent"])
+        return f"```{how['language']}\n{code}\n```"
     if name in ("figure", "image"):
         return f"![]({RAW}/{argument})\n\n{plain(body)}".strip("\n")
     if name in UNTITLED and argument:

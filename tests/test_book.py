@@ -1,5 +1,6 @@
 """The book's pages, their twins, and what the project says about itself agree with each other."""
 
+import inspect
 import json
 import re
 import shlex
@@ -16,7 +17,7 @@ from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from mtm import cli
+from mtm import MtM, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -339,7 +340,16 @@ def test_twins_show_no_raw_myst_and_no_outputs(page):
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
         else:
-            assert raw_myst("".join(cell["source"])) == []
+            source = "".join(cell["source"])
+            assert raw_myst(source) == []
+            assert all("://" in target for target in links(source))  # Colab has no pages beside
+
+
+def test_twins_show_the_code_that_pages_include():
+    cells = json.loads((BOOK / "10_model.ipynb").read_text("utf-8"))["cells"]
+    shown = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    lines = inspect.getsource(MtM.forward).split("\n")
+    assert "\n".join(line[8:] for line in lines[-4:]).strip() in shown and "../mtm" not in shown
 
 
 def test_formulas_need_no_network():
