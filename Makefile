@@ -36,13 +36,18 @@ test: .venv/installed lint ## check style and twins, run the tests, run every no
 pair: .venv/installed ## write the .ipynb twins of the book's pages
 	$(BIN)/python book/_pair.py
 
-lint: .venv/installed ## check style, and that the twins are in step with the pages
+lint: .venv/installed ## check style, types, spelling, and that the twins are in step with the pages
 	$(BIN)/python book/_pair.py --check
+	@# errors, docstrings, import order; in the pages' cells, too
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	@# the types of the package, strictly
+	$(BIN)/mypy
+	@# words that are known to be misspelt
+	$(BIN)/codespell *.md book/*.md mtm
 
 clean: ## remove what was built; the environment stays
-	rm -rf _build build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf _build build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path "./.venv/*" -prune -exec rm -rf {} +
 
 .venv/installed: requirements.txt pyproject.toml

@@ -30,6 +30,7 @@ Read the package in this order, one idea a file::
     atlas           regions at three levels: Allen, Beryl, Cosmos
     alf             sessions written as files that ONE reads
     atomic          files that are complete or not there
+    checks          settings and arrays are what they should be, or are refused by name
     extras          packages that only some of this needs
     plots           rasters, PSTHs, masks, scores
     cli             python -m mtm simulate | prepare | train | evaluate | export
@@ -61,7 +62,7 @@ from mtm.sessions import Sessions
 from mtm.simulate import simulate
 from mtm.train import Fit, fit
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "Fit",

@@ -13,7 +13,7 @@ import re
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -155,7 +155,7 @@ def index_alf(root: str | Path) -> dict[str, Path]:
 # ------------------------------------------------------------------------------- parts
 
 
-def _fail(session: Session, what: str, problem: str) -> None:
+def _fail(session: Session, what: str, problem: str) -> NoReturn:
     raise SessionError(f"session {session.name!r}, {what}: {problem}")
 
 

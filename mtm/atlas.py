@@ -81,12 +81,12 @@ def at_level(session: Session, level: str) -> Session:
             "acronym of the Allen atlas; rename the regions with dataclasses.replace(session, "
             "regions=...)"
         )
-    labels = allen.astype(object)
-    labels[known] = acronyms([ids[name] for name in allen[known].tolist()], level)
-    labels = labels.astype(np.str_)
+    renamed = allen.astype(object)
+    renamed[known] = acronyms(np.array([ids[name] for name in allen[known].tolist()]), level)
+    renamed = renamed.astype(np.str_)
     others = {name: values for name, values in session.neurons.items() if name not in COLUMNS}
-    columns |= {"allen": allen, column: labels}
-    return replace(session, regions=labels, neurons=others | columns)
+    columns |= {"allen": allen, column: renamed}
+    return replace(session, regions=renamed, neurons=others | columns)
 
 
 def allen_ids() -> dict[str, int]:

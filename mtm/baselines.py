@@ -49,9 +49,9 @@ from mtm.session import Session, SessionError
 from mtm.train import Fit, fit
 
 RATIOS = (0.1, 0.3)  # shares that the transformers may hide
-OPTIONS = {"positions": "learned", "input_transform": "raw"}
-SETTINGS = {"epochs": 100, "batch_size": 16, "batches_per_step": 1, "weight_decay": 0.01}
-SETTINGS |= {"components": 0}
+OPTIONS: dict[str, Any] = {"positions": "learned", "input_transform": "raw"}
+SETTINGS: dict[str, Any] = {"epochs": 100, "batch_size": 16, "batches_per_step": 1}
+SETTINGS |= {"weight_decay": 0.01, "components": 0}
 """Of the transformers. With our recipe temporal masking, which is not trained for it, hardly fills
 in a single neuron or a region (`benchmarks/results/claims.md`)."""
 

@@ -5,12 +5,16 @@ align_times[k] + window[0] + b * bin_size and ends where bin b + 1 starts. All t
 """
 
 from collections.abc import Iterator
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import signal
 
+from mtm.checks import is_number, numbers
+
 WHEEL_RATE, WHEEL_CUTOFF = 1000.0, 20.0  # Hz
+MOST_BINS = 10_000_000  # of a trial
 LONGEST = 1e5  # s, of a recording (a day has 86,400); a wrong time stamp would fill the memory
 
 # A spike at a bin's start can come out a few float64 roundings before it (0.1 + 0.2 is not 0.3) and
@@ -29,14 +33,21 @@ def n_bins(window: tuple[float, float], bin_size: float) -> int:
     """Number of bins T (at least 1) of bin_size seconds in window = (start, stop) seconds.
 
     Raises:
-        ValueError: stop <= start, bin_size <= 0, or a window that is not a whole number of bins (to
-            1e-6 of a bin).
+        ValueError: stop <= start, bin_size <= 0, more bins than any trial has, or a window that is
+            not a whole number of bins (to 1e-6 of a bin).
     """
-    if np.shape(window) != (2,) or not np.all(np.isfinite(window)) or not window[1] > window[0]:
-        raise ValueError(f"window must be (start, stop) in seconds with start < stop, got {window}")
-    if not (np.isfinite(bin_size) and bin_size > 0):
-        raise ValueError(f"bin_size must be a positive number of seconds, got {bin_size}")
-    exact = (window[1] - window[0]) / bin_size
+    edges = np.array(window, dtype=object)  # whatever it is
+    if edges.shape != (2,) or not all(map(is_number, edges)) or not edges[1] > edges[0]:
+        raise ValueError(
+            f"window must be (start, stop) in seconds with start < stop, got {window!r}"
+        )
+    if not (is_number(bin_size) and bin_size > 0):
+        raise ValueError(f"bin_size must be a positive number of seconds, got {bin_size!r}")
+    exact = (float(window[1]) - float(window[0])) / float(bin_size)
+    if exact > MOST_BINS:
+        raise ValueError(
+            f"window {window} holds {exact:.3g} bins of bin_size {bin_size} s; both are in seconds"
+        )
     whole = max(1, round(exact))
     if abs(exact - whole) > _SNAP:
         raise ValueError(
@@ -137,8 +148,8 @@ def bin_trace(
     bins = n_bins(window, bin_size)
     t, v = _samples(times, values)
     align = _vector("align_times", align_times, "drop those trials before binning")
-    if not max_gap > 0:
-        raise ValueError(f"max_gap must be a positive number of seconds, got {max_gap}")
+    if not (isinstance(max_gap, Real) and max_gap > 0):
+        raise ValueError(f"max_gap must be a positive number of seconds, got {max_gap!r}")
     edges, snap = _bin_edges(align, bins, window[0], bin_size)
     if len(t) < 2:
         return np.full((len(align), bins), np.nan, np.float32)
@@ -164,8 +175,13 @@ def ordered_samples(
 
     Returns:
         times and values, (S',) each.
+
+    Raises:
+        ValueError: no numbers, or not equally many of both.
     """
-    times, values = np.asarray(times, np.float64), np.asarray(values, np.float64)
+    times, values = (_row("times", times), _row("values", values))
+    if len(times) != len(values):
+        raise ValueError(f"values has {len(values)} samples but times has {len(times)}")
     finite = np.isfinite(times) & np.isfinite(values)
     times, first = np.unique(times[finite], return_index=True)
     return times, values[finite][first]
@@ -189,6 +205,7 @@ def wheel_speed(
     Raises:
         ValueError: less than a second, or more than any recording lasts.
     """
+    times, position = np.asarray(times), np.asarray(position)
     if len(times) < 2 or not 1 <= times[-1] - times[0] <= LONGEST:
         raise ValueError(f"wheel times must span 1 to {LONGEST:g} s, and be seconds")
     grid = np.arange(times[0], times[-1], 1 / WHEEL_RATE)
@@ -256,12 +273,7 @@ def _vector(
     name: str, values: ArrayLike, remedy: str, allow_nan: bool = False
 ) -> NDArray[np.float64]:
     """The argument as finite (or NaN) float64 (n,), or a ValueError that names it."""
-    try:
-        vector = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be an array of numbers ({error})") from error
-    if vector.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {vector.shape}; ravel it")
+    vector = _row(name, values)
     bad = np.isinf(vector) if allow_nan else ~np.isfinite(vector)
     if bad.any():
         raise ValueError(
@@ -271,9 +283,17 @@ def _vector(
     return vector
 
 
+def _row(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """The argument as float64 (n,), or a ValueError that names it."""
+    row = np.asarray(numbers(name, values), dtype=np.float64)
+    if row.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, got shape {row.shape}; ravel it")
+    return row
+
+
 def _neuron_ids(spike_neurons: ArrayLike, n_spikes: int, n_neurons: int) -> NDArray[np.integer]:
     """The neuron of each spike as integers (S,), or a ValueError that says what is wrong."""
-    if not isinstance(n_neurons, (int, np.integer)) or n_neurons < 0:
+    if type(n_neurons) is bool or not isinstance(n_neurons, Integral) or n_neurons < 0:
         raise ValueError(f"n_neurons must be an integer of at least 0, got {n_neurons!r}")
     neurons = np.asarray(spike_neurons)
     if neurons.shape != (n_spikes,):

@@ -89,7 +89,11 @@ class Entry(NamedTuple):
 
 
 def list_sessions(
-    build: str = "selected_units", regime: str = "eval", *, base_url: str = BUCKET
+    build: str = "selected_units",
+    regime: str = "eval",
+    *,
+    base_url: str = BUCKET,
+    timeout: float = TIMEOUT,
 ) -> list[Entry]:
     """The session files that the public bucket has, sorted by uuid; no account is needed.
 
@@ -97,31 +101,40 @@ def list_sessions(
         build: "selected_units" (tasks on single units) or "all_units" (decoding of behaviour).
         regime: "eval" (29 sessions) or "pretrain" (423).
         base_url: where the bucket is.
+        timeout: seconds that the server may be silent.
 
     Raises:
         ConnectionError: server out of reach, or an answer that lists no session files.
     """
     base, prefix = base_url.rstrip("/"), f"brainsets/{build}/{DATASET}/{regime}/"
-    entries, query, token = [], {"list-type": "2", "prefix": prefix}, ""
+    entries, query = [], {"list-type": "2", "prefix": prefix}
+    token: str | None = ""
     while token is not None:  # S3's ListObjectsV2, page after page
         url = f"{base}/?{urllib.parse.urlencode(query)}"
         try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            with urllib.request.urlopen(url, timeout=timeout) as answer:
                 page = ElementTree.fromstring(answer.read())
             for item in page.iterfind("{*}Contents"):
-                key, etag, size = (item.findtext("{*}" + tag) for tag in ("Key", "ETag", "Size"))
+                key, etag, size = (_text(item, tag) for tag in ("Key", "ETag", "Size"))
                 if match := re.fullmatch(rf"{prefix}([-0-9a-fA-F]{{36}})\.h5", key):
                     entries.append(Entry(match[1], f"{base}/{key}", int(size), etag.strip('"')))
-        except (OSError, http.client.HTTPException, ElementTree.ParseError, AttributeError,
-                TypeError, ValueError) as error:  # fmt: skip
+        except (OSError, http.client.HTTPException, ElementTree.ParseError,
+                ValueError) as error:  # fmt: skip
             raise ConnectionError(f"cannot list {url} ({error}); check base_url and the network "
                                   "(a log-in page?), or try again later") from error  # fmt: skip
         token = page.findtext("{*}NextContinuationToken")
-        query["continuation-token"] = token
+        query["continuation-token"] = token or ""
     if not entries:
         raise ConnectionError(f"{base_url} lists no session file {prefix!r}; check base_url, build "
                               f"(one of {BUILDS}) and regime (one of {REGIMES})")  # fmt: skip
     return sorted(entries)
+
+
+def _text(item: ElementTree.Element, tag: str) -> str:
+    found = item.findtext("{*}" + tag)
+    if found is None:
+        raise ValueError(f"no {tag}")
+    return found
 
 
 def download(
@@ -131,6 +144,7 @@ def download(
     build: str = "selected_units",
     regime: str = "eval",
     base_url: str = BUCKET,
+    timeout: float = TIMEOUT,
     progress: bool = True,
 ) -> Path:
     """Download a session file, or go on with a download that was cut; returns its path.
@@ -144,16 +158,19 @@ def download(
         session: from `list_sessions`; or a uuid, which is looked up in ``build`` and ``regime``.
         folder: where the tree of files begins; made if need be.
         build, regime, base_url: see `list_sessions`; unused for an `Entry`.
+        timeout: seconds that the server may be silent.
         progress: show a bar on a terminal.
     """
     if isinstance(session, str):
-        found = {entry.uuid: entry for entry in list_sessions(build, regime, base_url=base_url)}
+        listed = list_sessions(build, regime, base_url=base_url, timeout=timeout)
+        found = {entry.uuid: entry for entry in listed}
         if session not in found:
             raise FileNotFoundError(f"{build}, {regime}: no session {session!r}; see list_sessions")
         session = found[session]
     path = Path(folder) / session.url.rpartition("/brainsets/")[2]
-    options = {"size": session.bytes, "etag": session.etag, "timeout": TIMEOUT}
-    return fetch(session.url, path, **options, progress=progress)
+    return fetch(
+        session.url, path, size=session.bytes, etag=session.etag, timeout=timeout, progress=progress
+    )
 
 
 # ------------------------------------------------------------------------------ session
@@ -259,6 +276,7 @@ class OpenFile:
         self.facts: dict[str, Any] = {"origin": "BrainWideBench"}  # Session.provenance
 
     def fail(self, dataset: str, problem: str) -> NoReturn:
+        """Raise a SessionError that names the session, the dataset and the problem."""
         raise SessionError(f"session {self.name!r}, {dataset}: {problem}")
 
     def text(self, group: str, key: str) -> str:
@@ -364,13 +382,13 @@ def _windows(
     trials = recording.intervals("task_aligned_intervals/domain")
     first = np.maximum(trials[:, None, 0], part[None, :, 0]).ravel()
     last = np.minimum(trials[:, None, 1], part[None, :, 1]).ravel()
-    starts = [np.zeros(0)]
+    starts: list[np.ndarray] = [np.zeros(0)]
     for begin, end in zip(first.tolist(), last.tolist(), strict=True):
         if end - begin >= length:
             fit = torch.arange(begin, end, stride, dtype=torch.float64).numpy()
             fit = fit[fit + length <= end]
             short = not len(fit) or fit[-1] + length < end
-            starts += [fit, [end - length]] if short else [fit]
+            starts += [fit, np.array([end - length])] if short else [fit]
     return np.sort(np.concatenate(starts))
 
 

@@ -51,7 +51,7 @@ from mtm.bwb_tasks import (
 from mtm.decode import CHOICE_PENALTIES, FOLDS, TRACE_PENALTIES, rotate
 from mtm.masks import Mask, scheme
 from mtm.model import MtM
-from mtm.predict import Predicts, call_predictor, in_batches, require_finite, trials_at_once
+from mtm.predict import Model, call_predictor, in_batches, require_finite, trials_at_once
 from mtm.session import SessionError
 from mtm.train import Fit
 
@@ -67,7 +67,7 @@ NOT_CHECKED = re.compile(r"ts3-unit_cosmos/seed_(0|[1-9]\d*)\.safetensors")  # T
 
 
 def predict_windows(
-    predictor: Predicts,
+    predictor: Model,
     recording: Recording,
     starts: np.ndarray,
     prompt: str,
@@ -113,7 +113,8 @@ def predict_windows(
     def make(start: int, stop: int) -> None:
         counts = recording.counts(starts[start:stop]).astype(np.float32)
         visible = torch.from_numpy(counts).to(device).masked_fill_(hide, 0)
-        mask = Mask(*[hide.expand(visible.shape)] * 2, causal=scheme(prompt).causal)
+        everywhere = hide.expand(visible.shape)
+        mask = Mask(everywhere, everywhere, scheme(prompt).causal)
         predicted = call_predictor(predictor, visible, prompt, mask, recording.name)
         predicted = predicted[:, bins][:, :, kept].detach().float().clamp(min=LOWEST)
         with np.errstate(over="ignore"):  # too large for float16 is infinite
@@ -128,7 +129,7 @@ def predict_windows(
     return found
 
 
-def misfit(predictor: Predicts, recording: Recording) -> str | None:
+def misfit(predictor: Model, recording: Recording) -> str | None:
     """Why a predictor cannot predict the windows of a recording; ``None`` if it can."""
     if not isinstance(predictor, MtM):
         return None
@@ -149,7 +150,7 @@ def misfit(predictor: Predicts, recording: Recording) -> str | None:
 
 
 def predict_task(
-    predictor: Predicts,
+    predictor: Model,
     recording: Recording,
     task: str,
     *,
@@ -185,15 +186,15 @@ def predict_task(
         )
         ids = recording.ids(hidden[1])
         return {"predictions": predicted, "window_timestamps": starts, "unit_ids": ids}
-    parts = [trials(recording, task, part) for part in ("train", "val", "test")]
-    if None in parts or not len(parts[2].index):
+    train, val, test = (trials(recording, task, part) for part in ("train", "val", "test"))
+    if train is None or val is None or test is None or not len(test.rows):
         return None
-    fit = Trials(*map(np.concatenate, zip(*parts[:2], strict=True)))
+    fit = Trials(*map(np.concatenate, zip(train, val, strict=True)))
     _require_trials(recording, task, fit)
     key, kept = (spec.prompt, spec.events), {} if kept is None else kept
     if key not in kept:
         kept.clear()  # the windows of one event are all that memory should hold
-    known, asked = kept.setdefault(key, {}), [fit.starts.tolist(), parts[2].starts.tolist()]
+    known, asked = kept.setdefault(key, {}), [fit.starts.tolist(), test.starts.tolist()]
     if new := sorted({*asked[0], *asked[1]} - known.keys()):
         options |= {"dtype": "float32"}
         found = predict_windows(predictor, recording, np.array(new), spec.prompt, **options)
@@ -206,13 +207,13 @@ def predict_task(
     else:
         found = decode_traces(x, x_test, fit.values[..., 0], fit.trusted)
     found = found.reshape(len(x_test), *spec.shape).astype(np.float32)
-    return {"predictions": found, "trial_id": parts[2].index}
+    return {"predictions": found, "trial_id": test.rows}
 
 
 def _require_trials(recording: Recording, task: str, fit: Trials) -> None:
     """Raise SessionError where trials do not suffice to fit a decoder with cross-validation."""
-    if len(fit.index) < 2 * FOLDS:
-        recording.fail(task, f"{len(fit.index)} trials to fit to, {2 * FOLDS} are needed; leave "
+    if len(fit.rows) < 2 * FOLDS:
+        recording.fail(task, f"{len(fit.rows)} trials to fit to, {2 * FOLDS} are needed; leave "
                        "the task out")  # fmt: skip
     present, count = np.unique(fit.values, return_counts=True)
     if TASKS[task].classes and (len(present) < 2 or count.min() < 2):
@@ -302,7 +303,9 @@ def decode_counts(x: np.ndarray, x_test: np.ndarray, counts: np.ndarray) -> np.n
 def poisson_regressions(
     x: np.ndarray, counts: np.ndarray, penalties: Iterable[float]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each penalty a, the weights W (F, T) that minimise, for f = offset + x W,
+    """For each penalty a, the weights W (F, T) of a Poisson regression.
+
+    They minimise, for f = offset + x W::
 
         sum(exp(f) - counts * f) + a / 2 * sum(W ** 2)
 
@@ -371,7 +374,7 @@ def save(
     return _save(path, tensors, _metadata(label, task, seed, recording) | more)
 
 
-def fingerprint(predictor: Predicts) -> str:
+def fingerprint(predictor: Model) -> str:
     """SHA-256 of a model's weights; "" for a predictor that is no model."""
     if not isinstance(predictor, torch.nn.Module):
         return ""
@@ -400,7 +403,7 @@ def _metadata(label: str, task: str, seed: int, recording: Recording) -> dict[st
 
 
 def export(
-    models: Predicts | Sequence[Predicts],
+    models: Model | Sequence[Model],
     files: Iterable[str | Path],
     folder: str | Path,
     label: str,
@@ -429,7 +432,7 @@ def export(
         ValueError: for unknown tasks, a bad label, seeds that do not go with the models.
     """
     _check_label(label)
-    models = list(models) if isinstance(models, list | tuple) else [models]
+    models = list(models) if isinstance(models, Sequence) else [models]
     models = [model.model if type(model) is Fit else model for model in models]
     tasks = checked_tasks(tasks)
     recordings = [read(path) for path in files]
@@ -438,7 +441,7 @@ def export(
         needed = " or ".join(sorted({TASKS[task].build for task in tasks}))
         raise SessionError(f"none of the files has the units that the tasks are scored on "
                            f"({needed}); download that build")  # fmt: skip
-    builds = {recording.build: [] for recording in recordings}
+    builds: dict[str, list[Recording]] = {recording.build: [] for recording in recordings}
     for recording in recordings:
         builds[recording.build].append(recording)
     numbered = {build: models_for(mine, models, seeds) for build, mine in builds.items()}
@@ -466,7 +469,7 @@ def export(
     return paths
 
 
-def require_untaught(models: dict[int, Predicts], recording: Recording) -> None:
+def require_untaught(models: dict[int, Model], recording: Recording) -> None:
     """Refuse models (seed -> model) that have learned from windows of the test part.
 
     The two suites split a recording in different ways: training time of one is test time of the
@@ -499,8 +502,8 @@ def checked_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def models_for(
-    recordings: Sequence[Recording], models: Sequence[Predicts], seeds: Sequence[int] | None = None
-) -> dict[int, Predicts]:
+    recordings: Sequence[Recording], models: Sequence[Model], seeds: Sequence[int] | None = None
+) -> dict[int, Model]:
     """Seed -> model, of those that know all recordings of a build.
 
     Raises:
@@ -725,8 +728,11 @@ def _check_numbers(
     events: float | None,
     bounds: tuple[float, float],
 ) -> list[str]:
-    """Problems of the predictions: where ``events`` are expected in a bin, they are log-rates, and
-    their mean rate divided by that is between the ``bounds``."""
+    """Problems of the predictions.
+
+    Where ``events`` are expected in a bin, they are log-rates, and their mean rate divided by that
+    is between the ``bounds``.
+    """
     if predictions.shape != shape or predictions.dtype.name not in dtypes:
         return [f"predictions are {predictions.dtype} {predictions.shape}, not "
                 f"{' or '.join(dtypes)} {shape}"]  # fmt: skip

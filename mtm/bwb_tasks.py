@@ -166,8 +166,10 @@ class Recording:
         found = found[(begun & (found[:, None] + LENGTH - 1e-6 > test[:, 0])).any(axis=1)]
         if not len(found):
             return None
-        options = {"window": (0.0, LENGTH), "bin_size": BIN_SIZE, "atlas": None, "split": suite}
-        return bwb.load_session(self.path, align=found, **options)
+        window = (0.0, LENGTH)
+        return bwb.load_session(
+            self.path, align=found, window=window, bin_size=BIN_SIZE, atlas=None, split=suite
+        )
 
     def scored(self, task: str) -> tuple[slice, np.ndarray]:
         """Bins and units (n,) that a TS2 task hides and scores.
@@ -227,13 +229,13 @@ class Trials(NamedTuple):
     """The trials of a behaviour task in a part of the split, in the order of the file.
 
     Attributes:
-        index: (K,) int64, rows of the file's ``trials``.
+        rows: (K,) int64, of the file's ``trials``.
         starts: (K,) of the windows, seconds.
         values: (K, 1) int64 classes, or (K, 50, 1) float32 samples in the task's unit.
         trusted: (K, 50) bool, samples that are scored.
     """
 
-    index: np.ndarray
+    rows: np.ndarray
     starts: np.ndarray
     values: np.ndarray
     trusted: np.ndarray
@@ -259,7 +261,7 @@ def trials(recording: Recording, task: str, part: str) -> Trials | None:
     with bwb.opened(recording.path) as file:
         if place not in file.file or (spec.group and f"{spec.group}/{name}" not in file.file):
             return None
-        index = file.column(f"{place}/trial_index").astype(np.int64)
+        rows = file.column(f"{place}/trial_index").astype(np.int64)
         bounds = file.intervals(place)
         keep = _inside(bounds, file.intervals(f"ts1_{part}_domain"))
         if spec.classes:
@@ -267,25 +269,28 @@ def trials(recording: Recording, task: str, part: str) -> Trials | None:
             if not ((values >= 0) & (values < spec.classes)).all():
                 file.fail(f"{place}/{name}", f"not classes from 0 to {spec.classes - 1}; "
                           "download the file again")  # fmt: skip
-            trusted = np.ones((len(index), BINS), dtype=bool)
+            trusted = np.ones((len(rows), BINS), dtype=bool)
         else:
             keep &= _inside(bounds, file.intervals(f"{spec.group}/domain"))
             values, trusted, whole = _samples(file, spec.group, name, bounds[:, 0])
             keep &= whole & trusted.any(axis=1)
-        return Trials(index[keep], bounds[keep, 0], values[keep], trusted[keep])
+        return Trials(rows[keep], bounds[keep, 0], values[keep], trusted[keep])
 
 
 def _inside(bounds: np.ndarray, domain: np.ndarray) -> np.ndarray:
     """Which intervals (K, 2) lie in one of the domain's (n, 2); (K,) bool."""
     begun = bounds[:, None, 0] >= domain[None, :, 0] - 1e-9
-    return (begun & (bounds[:, None, 1] <= domain[None, :, 1] + 1e-9)).any(axis=1)
+    within = begun & (bounds[:, None, 1] <= domain[None, :, 1] + 1e-9)
+    return np.any(within, axis=1)
 
 
 def _samples(
     file: bwb.OpenFile, group: str, name: str, starts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The 50 samples from each start: values (K, 50, 1), which to trust (K, 50), and (K,) bool,
-    whether there are so many."""
+    """The 50 samples from each start.
+
+    Values (K, 50, 1), which to trust (K, 50), and (K,) bool, whether there are so many.
+    """
     values = file.column(f"{group}/{name}").astype(np.float64)
     if group in ("whisker", "paws"):
         scale = file.file[f"ts1_normalize/{group}/{name}"].attrs
@@ -324,10 +329,10 @@ def truth(recording: Recording, task: str) -> dict[str, np.ndarray] | None:
     """
     if TASKS[task].events:
         test = trials(recording, task, "test")
-        if test is None or not len(test.index):
+        if test is None or not len(test.rows):
             return None
         mask = {"mask": test.trusted} if TASKS[task].group == "paws" else {}
-        return {"trial_id": test.index, "values": test.values} | mask
+        return {"trial_id": test.rows, "values": test.values} | mask
     starts, (bins, units) = recording.windows(), recording.scored(task)
     targets = np.empty((len(starts), bins.stop - bins.start, len(units)), dtype=np.uint16)
     for at in pieces(len(starts)):

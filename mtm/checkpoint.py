@@ -1,9 +1,9 @@
 """The state of a training run, in memory and on disk, so that one that was killed goes on.
 
 On disk a state is one file, ``state-00001234.safetensors``, named by the steps that were taken:
-weights, the best weights, the optimizer's moments, and all else as JSON in its header. It appears
-complete or not at all, and the last two are kept. Seeds follow from the step (see `mtm.train`), so
-that no generator has to be stored.
+weights, the best weights, the optimizer's moments, and all else as JSON in its header, with a
+checksum of it all. It appears complete or not at all, and the last two are kept. Seeds follow from
+the step (see `mtm.train`), so that no generator has to be stored.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ class Run:
         save_every: float = 300.0,
         restart: bool = False,
     ) -> None:
+        if not save_every >= 0:
+            raise ValueError(f"save_every must be 0 or more seconds, got {save_every}")
         self.folder = None if folder is None else Path(folder)
         self.description = json.loads(json.dumps(description))
         self.save_every, self.saved = save_every, -math.inf  # the first state is that of the start
@@ -96,7 +98,7 @@ class Run:
         for what, there in self.state.facts["description"].items():
             if there != self.description.get(what):
                 raise StateError(
-                    f"{folder} holds another run: {_difference(there, self.description[what])} "
+                    f"{folder} holds another run: {_difference(there, self.description.get(what))} "
                     f"({what}); take another folder, or {anew}"
                 )
         for key in FACTS:
@@ -167,10 +169,11 @@ class Run:
 
     def due(self) -> bool:
         """Whether it is time to save."""
-        return self._writes() and time.monotonic() - self.saved >= self.save_every
+        return self._place() is not None and time.monotonic() - self.saved >= self.save_every
 
-    def _writes(self) -> bool:
-        return self.folder is not None and parallel.rank() == 0
+    def _place(self) -> Path | None:
+        """The folder, if this process writes."""
+        return self.folder if parallel.rank() == 0 else None
 
     def save(
         self,
@@ -184,7 +187,7 @@ class Run:
             FloatingPointError: losses or weights are not finite; the states before stay.
             OSError: no space, or no permission to write; likewise.
         """
-        if not self._writes():
+        if (folder := self._place()) is None:
             return
         self._look()
         tensors = {f"model/{key}": value for key, value in model.state_dict().items()}
@@ -196,7 +199,7 @@ class Run:
             tensors |= {f"optimizer/{number}/{key}": value for key, value in entry.items()}
         facts = {key: getattr(self, key) for key in FACTS}
         facts |= {"groups": moments["param_groups"], "schedule": schedule.state_dict()}
-        write_state(self.folder, self.step, tensors, facts)
+        write_state(folder, self.step, tensors, facts)
         self.saved = time.monotonic()
 
     def restore(self, model: MtM, optimizer: torch.optim.Optimizer) -> None:
@@ -230,9 +233,9 @@ class Run:
 
     def save_model(self, model: MtM) -> None:
         """Write the model as the best, with settings and history, if this process writes."""
-        if self._writes():
+        if (folder := self._place()) is not None:
             info = {"train": self.description["train"], "history": without_nan(self.history)}
-            hub.save(model, self.folder, info)
+            hub.save(model, folder, info)
 
 
 FACTS = ("step", "seconds", "history", "sums", "description")
@@ -270,8 +273,10 @@ def write_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict
     """
     path = folder / f"state-{step:08d}.safetensors"
     with replacing(path) as partial:
-        whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        partial.write_bytes(serialise(whole, metadata={HEADER: json.dumps(facts)}))
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        said = json.dumps(facts)
+        metadata = {HEADER: said, hub.CHECKSUM: hub.checksum(whole, said)}
+        partial.write_bytes(serialise(whole, metadata=metadata))
     older = [there for there in states(folder) if there <= path]
     for old in {*states(folder)} - {*older[-KEPT:]}:
         old.unlink()
@@ -304,6 +309,10 @@ def read_state(folder: Path) -> State | None:
 
 def _read(path: Path) -> State:
     with safe_open(path, "pt") as file:
-        facts = json.loads((file.metadata() or {})[HEADER])
+        metadata = file.metadata() or {}
         # Copies: the file's own memory is mapped, and would end with the file.
-        return State({name: file.get_tensor(name).clone() for name in file.keys()}, facts)
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    said = metadata[HEADER]
+    if metadata.get(hub.CHECKSUM) != hub.checksum(tensors, said):
+        raise ValueError("its checksum is that of other content")
+    return State(tensors, json.loads(said))

@@ -26,6 +26,7 @@ from mtm import alf, bwb_submission, hub, parallel
 from mtm.atlas import LEVELS
 from mtm.baselines import BASELINES, fit_baseline
 from mtm.decode import decodable, decode_by_region
+from mtm.download import public
 from mtm.evaluate import evaluate
 from mtm.masks import SCHEMES
 from mtm.model import AS_PUBLISHED, MtM, MtMConfig
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = parse(arguments)
 
-    def warn(message: Warning | str, *_: Any) -> None:
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"mtm {options.command}: warning: {message}", file=sys.stderr)
 
     try:
@@ -123,7 +124,7 @@ def _prepare_ibl(options: argparse.Namespace, how: dict[str, Any]) -> Prepared:
                 "mtm.alf.index_alf for a tree of your own"
             )
     else:
-        eids = lists.get(options.eids) or Path(options.eids).read_text().split()
+        eids = [*lists.get(options.eids, ())] or Path(options.eids).read_text().split()
     return ibl.prepare(one, eids, options.out, **how)
 
 
@@ -134,8 +135,8 @@ def _prepare_files(options: argparse.Namespace, how: dict[str, Any]) -> Prepared
     for recording in map(str, options.recordings):
         url = "://" in recording
         # Of a URL without what may be secret in it, and not too long for a file's name.
-        public = re.sub(r"(?<=://)[^/]*@|[?#].*", "", recording)
-        name = re.sub(r"\W+", "-", public)[-100:].strip("-") if url else Path(recording).stem
+        words = re.sub(r"\W+", "-", public(recording))
+        name = words[-100:].strip("-") if url else Path(recording).stem
         if name in named:
             raise ValueError(f"two recordings are named {name!r}; prepare them into two folders")
         named[name] = recording if url else Path(recording)
@@ -155,7 +156,8 @@ def _train(options: argparse.Namespace, device: torch.device) -> None:
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)}
     changes = {key: value for key, value in given.items() if value is not KEEP}
     config = recipe(options.recipe, **changes)
-    start = sizes = _sizes(options, sessions[0].n_bins, config.init)
+    sizes = _sizes(options, sessions[0].n_bins, config.init)
+    start: MtM | MtMConfig = sizes
     if options.start:
         start = hub.load(options.start)
         sizes = start.config
@@ -481,14 +483,15 @@ def _setting_options(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group(
         "settings of training", "Defaults are the recipe's. 'none' stands for no value."
     )
-    said = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", inspect.getdoc(TrainConfig), re.M))
+    text = inspect.getdoc(TrainConfig) or ""
+    said = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", text, re.M))
     for setting in dataclasses.fields(TrainConfig):
         name, kind = setting.name, str(setting.type)
         text = " ".join(said[name].split()).replace("``", "").replace("%", "%%").rstrip(".")
         ours, theirs = (str(getattr(RECIPES[key], name)).lower() for key in ("mtm", "paper"))
         if kind not in ("bool", "dict[str, float]", "tuple[str, ...]"):
             text += f" (default {ours}{'' if ours == theirs else f', paper {theirs}'})"
-        flag = {"default": KEEP, "help": text}
+        flag: dict[str, Any] = {"default": KEEP, "help": text}
         if kind == "bool":
             flag["action"] = argparse.BooleanOptionalAction
         elif kind == "tuple[str, ...]":

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from mtm.masks import Mask, scheme
 from mtm.predict import (
+    Model,
     Predicts,
     call_predictor,
     checked_split_seed,
@@ -109,7 +110,7 @@ def decode(
         ValueError: for predictions of a wrong shape or with NaN, or test trials that the predictor
             was trained on.
     """
-    options = {"region": region, "split_seed": split_seed}
+    options: dict[str, Any] = {"region": region, "split_seed": split_seed}
     options |= {"batch_size": batch_size, "allow_seen": allow_seen}
     results = {}
     for behaviour in decodable(session) if behaviours is None else behaviours:
@@ -147,7 +148,8 @@ def decode_by_region(
     regions = names[sizes >= least].tolist()
     if not regions:
         raise SessionError(f"session {session.name!r}: no region has {least} neurons")
-    how = {"split_seed": split_seed, "batch_size": batch_size, "allow_seen": allow_seen}
+    how: dict[str, Any] = {"split_seed": split_seed, "batch_size": batch_size}
+    how |= {"allow_seen": allow_seen}
     return {
         region: decode(predictor, session, [behaviour], region=region, **how)[behaviour]
         for region in regions
@@ -330,7 +332,7 @@ class _Features:
     ) -> None:
         self.session, self.prompt = session, prompt
         self.fit, self.test = fit_trials, test_trials
-        self.inside = np.ones(session.n_neurons, dtype=bool)
+        self.inside: np.ndarray = np.ones(session.n_neurons, dtype=bool)
         if region is not None:
             self.inside = session.regions == region
             if not self.inside.any():
@@ -355,7 +357,7 @@ class _Features:
         return rotate(found[: len(self.fit)], found[len(self.fit) :])
 
     def _predicted(
-        self, predictor: Predicts, trials: np.ndarray, batch_size: int | None
+        self, predictor: Model, trials: np.ndarray, batch_size: int | None
     ) -> np.ndarray:
         """(K', T, N') log-rates of the neurons inside, when nothing else can be seen."""
         session, prompt = self.session, self.prompt
@@ -366,7 +368,8 @@ class _Features:
         def make(start: int, stop: int) -> None:
             counts = session.counts[trials[start:stop]].astype(np.float32)
             counts = torch.from_numpy(counts).to(device)
-            mask = Mask(*[hidden.expand(counts.shape)] * 2, causal=scheme(prompt).causal)
+            everywhere = hidden.expand(counts.shape)
+            mask = Mask(everywhere, everywhere, scheme(prompt).causal)
             visible = counts.masked_fill(mask.hidden, 0)
             predicted = call_predictor(predictor, visible, prompt, mask, session.name)
             found[start:stop] = predicted[:, :, ~hidden].detach().float().cpu().numpy()

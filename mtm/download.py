@@ -1,4 +1,7 @@
-"""Large files over HTTP: resumed where they were cut, and in their place complete or not at all."""
+"""Large files over HTTP: resumed where they were cut, and in their place complete or not at all.
+
+Also a time limit for packages that download without one.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import glob
 import http.client
 import os
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from mtm.atomic import room_for
 
 ATTEMPTS, WAIT = 4, 1.0  # tries without a new byte; seconds before the second, then doubled
 CHUNK = 1 << 20  # bytes
@@ -66,17 +73,23 @@ def download(
     return path
 
 
+def public(text: str) -> str:
+    """An address without its password, signature or token, which belong into no file or log."""
+    return re.sub(r"(?<=://)[^/]*@|[?#\n].*", "", text)
+
+
 class _Refused(ConnectionError):
     """An answer that another try would not change."""
 
 
 def _fetch(url: str, part: Path, size: int, etag: str, timeout: float, bar: tqdm) -> None:
     """Bring the part file to its full size, taking up again what was cut."""
-    shown = url.partition("?")[0]  # what follows may be a signature, which belongs into no log
+    shown = public(url)
     part.touch()
     if part.stat().st_size > size:
         os.truncate(part, 0)
-    tries, problem = 0, None
+    tries = 0
+    problem: str | Exception = ""
     while (have := part.stat().st_size) < size:
         if tries == ATTEMPTS:
             raise ConnectionError(
@@ -124,7 +137,7 @@ def _append(
             start, total = (-1, place) if match is None else (int(match[1]), match[2])
         if total != str(size) or start not in (0, have):
             raise _Refused(f"{total} bytes from {start} on, not {size} from {have} on")
-        with open(part, "r+b") as file:
+        with room_for(part), open(part, "r+b") as file:
             file.truncate(start)
             bar.n = file.seek(start)
             for chunk in _chunks(answer):
@@ -133,9 +146,43 @@ def _append(
 
 
 def _chunks(answer: Any) -> Iterator[bytes]:
-    """What arrives, piece by piece. A failing network is told from a full disk, also an OSError."""
+    """What arrives, as it arrives: of a connection that breaks off, nothing is lost.
+
+    A failing network is told from a full disk, also an OSError.
+    """
     try:
-        while chunk := answer.read(CHUNK):
+        while chunk := answer.read1(CHUNK):
             yield chunk
     except OSError as error:
         raise urllib.error.URLError(error) from error
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Within, a server that is silent for so long is an error also to what would wait for ever.
+
+    ONE and remfile set no limit, and take none: this one holds for every connection that urllib and
+    requests open meanwhile, in all threads, unless it has one of its own.
+
+    Raises:
+        OSError: of urllib (``TimeoutError``) or requests (``Timeout``).
+        ImportError: without requests, which ONE and remfile bring.
+    """
+    from requests.adapters import HTTPAdapter
+
+    adapter: Any = HTTPAdapter  # one whose method can be another
+    send, default = adapter.send, socket.getdefaulttimeout()
+
+    def in_time(
+        self: HTTPAdapter, request: Any, stream: bool = False, timeout: Any = None, *rest: Any,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        return send(self, request, stream, timeout or seconds, *rest, **options)
+
+    adapter.send = in_time  # requests passes by the default of the sockets
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        adapter.send = send
+        socket.setdefaulttimeout(default)

@@ -87,7 +87,7 @@ def evaluate(
     """
     if isinstance(tasks, str):
         raise ValueError(f"tasks must be a list of names, got {tasks!r}; pass [{tasks!r}]")
-    how = {"trials": trials, "neurons": neurons, "split_seed": split_seed}
+    how: dict[str, Any] = {"trials": trials, "neurons": neurons, "split_seed": split_seed}
     how |= {"batch_size": batch_size, "allow_seen": allow_seen, "progress": progress}
     if isinstance(session, Session):
         return _evaluate(predictor_of(predictor, session.name), session, tasks, **how)
@@ -158,8 +158,14 @@ def _evaluate(
             scores[task] = _score(log_rates, session, task, trials, train_null, wanted)
     for name in [t for t in (decodable(session) if tasks is None else tasks) if t not in TASKS]:
         try:
-            how = {"batch_size": batch_size, "allow_seen": allow_seen}
-            found = decode(predictor, session, [name], split_seed=split_seed, **how)[name]
+            found = decode(
+                predictor,
+                session,
+                [name],
+                split_seed=split_seed,
+                batch_size=batch_size,
+                allow_seen=allow_seen,
+            )[name]
             scores[name] = TaskScores(
                 {key: np.array([value]) for key, value in found.to_row().items()}, found.metric
             )

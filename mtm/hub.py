@@ -1,5 +1,8 @@
 """Save, load and share models: ``config.json`` and ``weights.safetensors``, never a pickle.
 
+The weights carry a copy of the description, and a checksum of both. So a bit that changed is
+noticed, and a save that was killed between the two files leaves a whole model: the old or the new.
+
 ``from_official`` reads the checkpoints of the authors' code. Those are pickles, which can run any
 code when they are opened the usual way. Here all classes and functions that they name are replaced
 by inert stand-ins, but for those that put tensors, dictionaries and sets together.
@@ -11,6 +14,7 @@ import json
 import pickle
 import tempfile
 import warnings
+import zlib
 from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from mtm.atomic import replacing
+from mtm.atomic import replacing_all
 from mtm.extras import extra
 from mtm.masks import MTM_SCHEMES
 from mtm.model import AS_PUBLISHED, MtM, MtMConfig
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 FORMAT = "mtm-model"
 FORMAT_VERSION = 2
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+CHECKSUM = "crc32"
 
 SHIPPED = Path(__file__).parent / "weights"
 """Folder of the small models that come with the package, as in ``load(SHIPPED / "simulated")``.
@@ -57,9 +61,13 @@ def save(model: MtM | Fit, folder: str | Path, info: dict[str, Any] | None = Non
         model: on any device; or the result of ``fit``, whose settings and history become the info.
         folder: made when missing.
         info: anything JSON can hold that should travel along: recipe, history, data.
+
+    Raises:
+        OSError: no space, or no permission to write; a model that was there stays.
     """
     if not isinstance(model, MtM):
-        model, info = model.model, info or model.to_dict()
+        info = info or model.to_dict()
+        model = model.model
     folder = Path(folder)
     description = {
         "format": FORMAT,
@@ -73,11 +81,22 @@ def save(model: MtM | Fit, folder: str | Path, info: dict[str, Any] | None = Non
         "info": info or {},
     }
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with replacing(folder / WEIGHTS) as partial:
-        partial.write_bytes(serialise(tensors))
-    with replacing(folder / CONFIG) as partial:
-        partial.write_text(json.dumps(description, indent=1) + "\n")
+    said = json.dumps(description)
+    metadata = {FORMAT: said, CHECKSUM: checksum(tensors, said)}
+    with replacing_all([folder / WEIGHTS, folder / CONFIG]) as (weights, config):
+        weights.write_bytes(serialise(tensors, metadata=metadata))
+        config.write_text(json.dumps(description, indent=1) + "\n")
     return folder
+
+
+def checksum(tensors: Mapping[str, Tensor], said: str) -> str:
+    """Of tensors on the CPU and a text; safetensors themselves notice no byte that changed."""
+    check = zlib.crc32(said.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        check = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), check)
+        check = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, check)
+    return f"{check:08x}"
 
 
 def load(folder: str | Path) -> MtM:
@@ -85,25 +104,40 @@ def load(folder: str | Path) -> MtM:
 
     Raises:
         CheckpointError: when the folder is missing, damaged, or not a model of this package.
+
+    Warns:
+        UserWarning: ``config.json`` is of another model, or was edited; the weights know better.
     """
     folder = Path(folder)
     description = read_config(folder)
     try:
+        tensors, said = _read_weights(folder / WEIGHTS)
+        if said and said != json.dumps(description):
+            warnings.warn(
+                f"{folder / CONFIG} is not that of the {WEIGHTS} beside it, as where saving was "
+                "killed between the two; what the weights say of themselves is taken",
+                stacklevel=2,
+            )
+            description = _checked(json.loads(said), folder / WEIGHTS)
         sizes = {field.name for field in fields(MtMConfig)}
         known = set(description["model"])
         if missing := sorted(sizes - known):  # a default need not be what was saved
             raise ValueError(f"{CONFIG} lacks of a model's fields: {', '.join(missing)}")
         if strange := sorted(known - sizes):
             raise ValueError(f"{CONFIG} has fields that no model has: {', '.join(strange)}")
+        layers = {key.split(".")[1] for key in tensors if key.startswith("layers.")}
+        if description["model"]["depth"] != len(layers):  # before so many are made
+            raise ValueError(f"{WEIGHTS} has {len(layers)} layers, but {CONFIG} says otherwise")
         with torch.device("meta"):  # no memory is taken before the sizes are known to fit
             model = MtM(MtMConfig(**description["model"]), description["sessions"])
         for name, prints in description.get("seen", {}).items():
             model.seen[name] = np.frombuffer(b64decode(prints), dtype=np.int64)
-        tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise CheckpointError(
             f"{folder / WEIGHTS} is damaged or cut short ({error}); copy or save the model again"
         ) from error
+    except CheckpointError:
+        raise
     except (TypeError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     except (AttributeError, RuntimeError) as error:
@@ -119,6 +153,12 @@ def load(folder: str | Path) -> MtM:
             + ", ".join(wrong[:5])
             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         )
+    for key, value in tensors.items():
+        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{folder / WEIGHTS} is damaged ({key} is not all finite numbers); copy or save "
+                "the model again"
+            )
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -134,8 +174,27 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         description = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no model ({CONFIG} is missing)") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable: {error}") from error
+    return _checked(description, path)
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors by name, and what the file says of itself; "" where it says nothing."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    said = metadata.get(FORMAT, "")
+    if {FORMAT, CHECKSUM} & set(metadata) and metadata.get(CHECKSUM) != checksum(tensors, said):
+        raise CheckpointError(
+            f"{path} is damaged (its checksum is that of other content); copy or save the model "
+            "again"
+        )
+    return tensors, said
+
+
+def _checked(description: Any, path: Path) -> dict[str, Any]:
+    """A description of a model, if it is one of this version of the package."""
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise CheckpointError(f"{path} does not describe a model of this package")
     if description.get("version") != FORMAT_VERSION:
@@ -280,8 +339,27 @@ def from_official(
     attributes: dict[str, Any] = {}
     if isinstance(checkpoint, torch.nn.Module):
         checkpoint = checkpoint.state_dict()
+    path = None
     if not isinstance(checkpoint, Mapping):
-        checkpoint, attributes = _read_official(Path(checkpoint))
+        path = Path(checkpoint)
+        checkpoint, attributes = _read_official(path)
+    try:
+        return _imported(checkpoint, attributes, sessions, heads, causal, eids)
+    except CheckpointError as error:
+        if path is None:
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _imported(
+    checkpoint: Mapping[str, Tensor],
+    attributes: Mapping[str, Any],
+    sessions: Mapping[str, int],
+    heads: int | None,
+    causal: bool | None,
+    eids: Sequence[str],
+) -> MtM:
+    """The model of a state dict, and of what else is known of theirs."""
     if attributes.get("use_rope"):
         raise CheckpointError("the checkpoint has rotary positions, which this cannot import")
     try:
@@ -319,7 +397,7 @@ def from_official(
     if wrong:
         raise CheckpointError("the checkpoint does not fit: " + "; ".join(wrong))
     if unused:
-        warnings.warn("not used of the checkpoint: " + ", ".join(unused), stacklevel=2)
+        warnings.warn("not used of the checkpoint: " + ", ".join(unused), stacklevel=3)
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -334,6 +412,7 @@ def _official_config(tensors: Mapping[str, Tensor], heads: int, causal: bool | N
         "encoder.layers.0.mlp.up_proj.weight",
     )
     needed = {time: 2, spikes: 2, norm: 1, up: 2}  # and how many dimensions
+    needed |= {key: 2 for key in (SPACE, TOKENS) if key in tensors}
     if wrong := [key for key, n in needed.items() if key not in tensors or tensors[key].ndim != n]:
         raise CheckpointError(
             f"this is no NDT1 or NDT2 of the authors' code: {', '.join(wrong)} missing or misshapen"
@@ -342,7 +421,9 @@ def _official_config(tensors: Mapping[str, Tensor], heads: int, causal: bool | N
         raise CheckpointError("their NDT1 without stitching cannot be imported: it has no stitcher")
     numbers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}
     inputs = tensors[spikes].shape[1]
-    sizes = {"patch_size": inputs, "n_patches": len(tensors[SPACE])} if ndt2 else {}
+    sizes: dict[str, Any] = {"stitch_width": inputs}
+    if ndt2:
+        sizes = {"patch_size": inputs, "n_patches": len(tensors[SPACE])}
     return MtMConfig(
         tokenizer="ndt2" if ndt2 else "ndt1",
         n_bins=len(tensors[time]),
@@ -356,7 +437,7 @@ def _official_config(tensors: Mapping[str, Tensor], heads: int, causal: bool | N
         split_seed=None,
         leak=True,
         **AS_PUBLISHED,
-        **sizes if ndt2 else {"stitch_width": inputs},
+        **sizes,
     )
 
 
@@ -394,7 +475,8 @@ def _read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         path.open("rb").close()  # says best what is wrong with a path
         # A file of TorchScript would be handed on to its own loader, which runs what is in it.
-        if torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl"):
+        reader: Any = torch._C.PyTorchFileReader(str(path))
+        if reader.has_record("constants.pkl"):
             raise CheckpointError(f"{path} holds a TorchScript program, not a checkpoint")
         inert = SimpleNamespace(Unpickler=_InertUnpickler, __name__="inert")
         found = torch.load(path, "cpu", pickle_module=inert, weights_only=False)

@@ -24,9 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from mtm.checks import checked
 
 NO_REGION = -1
 """Region code of a neuron without a region, hidden and scored like any other."""
@@ -65,7 +68,7 @@ def neuron(
         ratio: share hidden, 0 < ratio <= 1.
         generator: on the counts' device.
     """
-    n_trials, _, n_neurons = counts.shape
+    n_trials, _, n_neurons = _sizes(counts, regions)
     chosen = _choose((n_trials, 1, n_neurons), regions > PADDING, ratio, generator, counts)
     return _spread(chosen, chosen, counts)
 
@@ -78,7 +81,7 @@ def temporal(
     The scheme of the Neural Data Transformer, and the baseline of the paper. Arguments: see
     :func:`neuron`.
     """
-    n_trials, n_bins, _ = counts.shape
+    n_trials, n_bins, _ = _sizes(counts, regions)
     anywhere = torch.ones(1, dtype=torch.bool, device=counts.device)
     chosen = _choose((n_trials, n_bins, 1), anywhere, ratio, generator, counts)
     chosen = chosen & (regions > PADDING)
@@ -105,6 +108,7 @@ def inter_region(
     """
     if ratio != 1.0:
         raise ValueError(f"inter-region masking hides a region whole; ratio must be 1, got {ratio}")
+    _sizes(counts, regions)
     inside = (regions == _choose_region(regions, generator))[None, None, :]
     return _spread(inside, inside, counts)
 
@@ -116,7 +120,7 @@ def intra_region(
 
     Scored are only the hidden neurons inside. Teaches: predict a neuron from its own region.
     """
-    n_trials, _, n_neurons = counts.shape
+    n_trials, _, n_neurons = _sizes(counts, regions)
     inside = regions == _choose_region(regions, generator)
     chosen = _choose((n_trials, 1, n_neurons), inside, ratio, generator, counts)
     outside = ~inside & (regions > PADDING)
@@ -135,7 +139,10 @@ def random_token(
     The scheme of NDT2, and the paper's baseline for that tokenizer. The last patch of a bin holds
     what neurons are left. Other arguments: see :func:`neuron`.
     """
-    n_trials, n_bins, n_neurons = counts.shape
+    n_trials, n_bins, n_neurons = _sizes(counts, regions)
+    if not isinstance(patch_size, Integral) or patch_size < 1:
+        raise ValueError(f"patch_size must be a whole number from 1, got {patch_size!r}")
+    patch_size = min(patch_size, n_neurons)
     n_patches = -(-n_neurons // patch_size)
     patch = torch.arange(n_neurons, device=counts.device) // patch_size  # (N,)
     real = torch.zeros(n_patches, device=counts.device)
@@ -143,6 +150,21 @@ def random_token(
     chosen = _choose((n_trials, n_bins, n_patches), real, ratio, generator, counts)
     chosen = chosen[:, :, patch] & (regions > PADDING)
     return _spread(chosen, chosen, counts)
+
+
+def _sizes(counts: Tensor, regions: Tensor) -> tuple[int, int, int]:
+    """Trials, bins and neurons of a batch whose counts and regions go together."""
+    if counts.ndim != 3 or 0 in counts.shape:
+        raise ValueError(f"counts must be trials x bins x neurons, got {tuple(counts.shape)}")
+    if regions.shape != counts.shape[2:] or regions.is_floating_point():
+        raise ValueError(
+            f"regions must be a whole number for each of the {counts.shape[2]} neurons, got "
+            f"{regions.dtype} of {tuple(regions.shape)}"
+        )
+    # On a GPU the look at the data would stop the queue; there, the caller has checked the session.
+    if regions.device.type == "cpu" and not regions.max() > PADDING:
+        raise ValueError(f"no neuron to hide: all regions are {PADDING}, which means padding")
+    return counts.shape[0], counts.shape[1], counts.shape[2]
 
 
 def _choose(
@@ -158,7 +180,7 @@ def _choose(
     of drawing again until something is hidden, and needs no look at the result from the host, which
     would make a GPU wait.
     """
-    if not 0 < ratio <= 1:
+    if not (isinstance(ratio, Real) and 0 < ratio <= 1):
         raise ValueError(f"mask ratio must be above 0 and at most 1, got {ratio}")
     draws = torch.rand(shape, generator=generator, device=counts.device)
     draws = draws.masked_fill(~allowed, 2.0)
@@ -167,18 +189,16 @@ def _choose(
 
 def _choose_region(regions: Tensor, generator: torch.Generator | None) -> Tensor:
     """One of the labelled regions, each equally likely whatever its size; a scalar code."""
-    present = torch.zeros(len(regions) + 1, device=regions.device)
-    present.index_fill_(0, regions.clamp(min=-1) + 1, 1.0)  # slot 0 takes all that is no region
-    present = present[1:]
-    # On a GPU the look at the data would stop the queue; there, the caller has checked the session.
-    if regions.device.type == "cpu" and not present.any():
+    codes = regions.sort().values
+    first = torch.cat([codes[:1] >= 0, (codes[1:] != codes[:-1]) & (codes[1:] >= 0)])  # of a region
+    if regions.device.type == "cpu" and not first.any():
         raise ValueError(
             "no neuron has a region label, and this scheme masks regions; label the neurons "
             "(Session.regions) or leave the region schemes and tasks out"
         )
     # The largest of independent draws; torch.multinomial would make a GPU's queue wait for a check.
-    draws = torch.rand(len(present), generator=generator, device=regions.device)
-    return torch.where(present > 0, draws, -1.0).argmax()
+    draws = torch.rand(len(codes), generator=generator, device=regions.device)
+    return codes[torch.where(first, draws[first.cumsum(0) - 1], -1.0).argmax()]
 
 
 def _spread(hidden: Tensor, target: Tensor, counts: Tensor) -> Mask:
@@ -274,7 +294,7 @@ class MaskSampler:
         ratios = dict(ratios or {})
         if strangers := set(ratios) - set(schemes):
             raise ValueError(f"ratios for schemes that are not drawn: {', '.join(strangers)}")
-        self.patch_size = patch_size
+        self.patch_size, seed = patch_size, checked("seed", seed, "int")
         self.ratios = {name: ratios.get(name, scheme(name).ratio) for name in schemes}
         # The scheme is chosen on the host, so that no step waits for the device with the masks.
         self.host_generator = torch.Generator().manual_seed(seed)

@@ -10,8 +10,12 @@ Sources: Pei et al. 2021 (bits per spike); arXiv 2407.14668, section 4 and Figur
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from mtm.checks import numbers
 
 LOG2 = np.log(2.0)
+LARGEST = 700.0  # log-rate; little more is beyond float64 as a rate
 
 
 def poisson_nll(log_rates: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -28,7 +32,7 @@ def log_mean(counts: np.ndarray) -> np.ndarray:
 
     The null model. A silent neuron counts as half a spike, which keeps the logarithm finite.
     """
-    counts = np.asarray(counts)
+    counts = _check_counts(counts)
     n_entries = counts.shape[0] * counts.shape[1]
     return np.log(np.maximum(counts.sum(axis=(0, 1), dtype=np.float64), 0.5) / n_entries)
 
@@ -103,7 +107,13 @@ def psth_r2(log_rates: np.ndarray, counts: np.ndarray, conditions: np.ndarray) -
         conditions: (K,) or (K, C); trials with equal rows are averaged. Rows with NaN are left out.
     """
     log_rates, counts = _check(log_rates, counts)
-    conditions = np.asarray(conditions, dtype=np.float64).reshape(len(counts), -1)
+    conditions = numbers("conditions", conditions).astype(np.float64)
+    if conditions.ndim not in (1, 2) or len(conditions) != len(counts):
+        raise ValueError(
+            f"conditions must be ({len(counts)},) or ({len(counts)}, C), one row a trial; got "
+            f"{conditions.shape}"
+        )
+    conditions = conditions.reshape(len(counts), -1)
     known = ~np.isnan(conditions).any(axis=1)
     if not known.any():
         return np.full(counts.shape[-1], np.nan)
@@ -119,8 +129,12 @@ def psth_r2(log_rates: np.ndarray, counts: np.ndarray, conditions: np.ndarray) -
 
 def _null(counts: np.ndarray, null_log_rates: np.ndarray | None) -> np.ndarray:
     if null_log_rates is None:
-        null_log_rates = np.log(np.maximum(counts.mean(axis=(0, 1)), 1e-9))
-    return np.broadcast_to(np.asarray(null_log_rates, np.float64), counts.shape)
+        return np.broadcast_to(np.log(np.maximum(counts.mean(axis=(0, 1)), 1e-9)), counts.shape)
+    null = _check_rates("null log-rates", null_log_rates)
+    try:
+        return np.broadcast_to(null, counts.shape)
+    except ValueError as error:
+        raise ValueError(f"null log-rates do not fit the counts: {error}") from error
 
 
 def _r2(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
@@ -130,7 +144,7 @@ def _r2(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     return 1.0 - _ratio(residual, np.where(constant, 0.0, total))
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
     """numerator / denominator, NaN where the denominator is 0."""
     numerator, denominator = np.asarray(numerator), np.asarray(denominator)
     return np.where(
@@ -139,13 +153,34 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def _check(log_rates: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    log_rates = np.asarray(log_rates, dtype=np.float64)
-    counts = np.asarray(counts, dtype=np.float64)
-    if counts.ndim != 3 or log_rates.shape != counts.shape:
+    log_rates = _check_rates("log-rates", log_rates)
+    counts = np.asarray(_check_counts(counts), dtype=np.float64)
+    if log_rates.shape != counts.shape:
         raise ValueError(
             f"log-rates {log_rates.shape} and counts {counts.shape} must have the same shape "
             "(trials, bins, neurons)"
         )
-    if not np.isfinite(log_rates).all():
-        raise ValueError("log-rates must be finite; a rate of 0 makes any spike impossible")
     return log_rates, counts
+
+
+def _check_rates(what: str, log_rates: np.ndarray) -> np.ndarray:
+    log_rates = np.asarray(numbers(what, log_rates), dtype=np.float64)
+    if not np.isfinite(log_rates).all():
+        raise ValueError(f"{what} must be finite; a rate of 0 makes any spike impossible")
+    if log_rates.max(initial=0) > LARGEST:
+        raise ValueError(
+            f"{what} reach {log_rates.max():.3g}; above {LARGEST:g} rates are infinite, and a "
+            "model that predicts them has diverged"
+        )
+    return log_rates
+
+
+def _check_counts(counts: np.ndarray) -> np.ndarray:
+    counts = numbers("counts", counts)
+    if counts.ndim != 3 or 0 in counts.shape:
+        raise ValueError(f"counts must be trials x bins x neurons, none 0; got {counts.shape}")
+    if counts.dtype.kind not in "bu":  # which are always valid
+        least, most = counts.min(), counts.max()  # NaN where there is one
+        if not (least >= 0 and np.isfinite(most)):
+            raise ValueError(f"counts must be finite and not negative, got {least} to {most}")
+    return counts

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtm.checks import check_types, checked
 from mtm.masks import MTM_SCHEMES, Mask
 
 TOKEN_STD = 0.05  # of session and prompt tokens
@@ -57,7 +58,7 @@ CHOICES = {
     "init": ("mtm", "paper"),
 }
 
-AS_PUBLISHED = {
+AS_PUBLISHED: dict[str, Any] = {
     "init": "paper",
     "positions": "learned",
     "hidden_input": "zeros",
@@ -102,9 +103,11 @@ class MtMConfig:
     leak: bool = False  # the authors' attention and patches, for checkpoints of theirs only
 
     def __post_init__(self) -> None:
-        if isinstance(self.prompts, str) or len(set(self.prompts)) < len(self.prompts):
+        check_types(self)
+        if len(set(self.prompts)) < len(self.prompts):
             raise ValueError(f"prompts must be a list of different names, got {self.prompts!r}")
-        object.__setattr__(self, "prompts", tuple(self.prompts))
+        if not self.bin_size > 0:
+            raise ValueError(f"bin_size must be above 0, in seconds, got {self.bin_size}")
         sizes = ("n_bins", "width", "depth", "heads", "mlp_width", "stitch_width")
         for name in (*sizes, "patch_size", "n_patches"):
             if getattr(self, name) < 1:
@@ -130,16 +133,16 @@ class MtMConfig:
             )
 
     @classmethod
-    def from_depth(cls, depth: int, **fields: object) -> MtMConfig:
+    def from_depth(cls, depth: int, **fields: Any) -> MtMConfig:
         """Sizes that go with a number of layers; ``from_depth(5)`` is the paper's model.
 
         Width, heads and dropout grow with depth. ``fields`` sets any field by hand.
         """
-        if depth < 1:
+        if checked("depth", depth, "int") < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         heads = max(1, round(1.6 * depth))
         width = 64 * heads
-        sizes: dict[str, object] = {
+        sizes: dict[str, Any] = {
             "depth": depth,
             "heads": heads,
             "width": width,
@@ -148,7 +151,7 @@ class MtMConfig:
             "dropout": min(0.4, round(0.1 * (depth - 1), 2)),
             "embed_dropout": min(0.2, round(0.05 * (depth - 1), 2)),
         }
-        return cls(**{**sizes, **fields})  # type: ignore[arg-type]
+        return cls(**{**sizes, **fields})
 
     @property
     def channels(self) -> int:
@@ -181,6 +184,8 @@ class Tokens(NamedTuple):
 
 class SessionMaps(nn.Module):
     """What belongs to one session alone: the maps of its neurons in and out, and its token."""
+
+    mean: Tensor
 
     def __init__(self, n_neurons: int, config: MtMConfig) -> None:
         super().__init__()
@@ -341,11 +346,13 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        """Any shape, to the same: a share ``p`` of the entries is 0, the others are scaled up."""
         ctx.p, ctx.seed = p, int(torch.randint(2**62, ()))
         return _factors(x, ctx).mul_(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Gradient of ``x``, in its shape; none of ``p``."""
         return _factors(gradient, ctx).mul_(gradient), None
 
 
@@ -394,6 +401,7 @@ class DroppedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, p: float) -> Tensor:
+        """As :func:`attend`, with queries that are scaled, and what is added to the scores."""
         ctx.save_for_backward(q, k, v, bias)
         ctx.p, ctx.seed = p, int(torch.randint(2**62, ()))
         out = torch.empty_like(q)
@@ -403,6 +411,7 @@ class DroppedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of queries, keys and values (B, heads, L, d)."""
         q, k, v, bias = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for queries, keys, scratch, weights, factors in _blocks(q, k, bias, ctx.p, ctx.seed):
@@ -496,14 +505,15 @@ def pattern_of(tokens: Tokens, causal: bool, config: MtMConfig) -> Pattern:
     turns = None
     if config.positions == "rotary":
         turns = rotation(tokens.bins, config.width // config.heads)
-    if config.leak:
-        return Pattern(allowed=leak(tokens, config.n_bins, causal), rotation=turns)
+    if tokens.absent is not None:
+        allowed = leak(tokens, tokens.absent, config.n_bins, causal)
+        return Pattern(allowed=allowed, rotation=turns)
     if causal and config.tokenizer == "ndt2":  # tokens of one bin see each other
         return Pattern(allowed=tokens.bins[:, None] >= tokens.bins, rotation=turns)
     return Pattern(causal=causal, rotation=turns)
 
 
-def leak(tokens: Tokens, n_bins: int, causal: bool) -> Tensor:
+def leak(tokens: Tokens, absent: Tensor, n_bins: int, causal: bool) -> Tensor:
     """What the authors' code allows, (B, 1, L, L), for checkpoints that were trained with it.
 
     In causal mode the tokens in front look at every bin and every bin at them, which leads from the
@@ -516,7 +526,7 @@ def leak(tokens: Tokens, n_bins: int, causal: bool) -> Tensor:
         number = torch.arange(length - tokens.n_front, device=device) % n_bins
         allowed[tokens.n_front :, tokens.n_front :] = number[:, None] >= number
     own = torch.eye(length, dtype=torch.bool, device=device)
-    return ((allowed & ~tokens.absent[:, None]) | own)[:, None]
+    return ((allowed & ~absent[:, None]) | own)[:, None]
 
 
 def padding(counts: Tensor, bins: Tensor, n_patches: int, config: MtMConfig) -> Tensor:
@@ -589,12 +599,13 @@ class MtM(nn.Module):
         self.config = config
         self.tokenizer = Bins(config) if config.tokenizer == "ndt1" else Patches(config)
         self.prompt = nn.Parameter(torch.empty(len(config.prompts), config.width))
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
+        layers = [Layer(config) for _ in range(config.depth)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.width)
         self.sessions = nn.ModuleDict()
         self._keys: dict[str, str] = {}  # session name -> key in self.sessions
         self.seen: dict[str, np.ndarray] = {}
-        self._initialise()
+        self._initialise(layers)
         for name, n_neurons in (sessions or {}).items():
             self.add_session(name, n_neurons)
 
@@ -638,7 +649,7 @@ class MtM(nn.Module):
         x = x.to(self.norm.weight.dtype)  # with autocast too, residuals stay exact
         bins = torch.arange(self.config.n_bins, device=x.device)
         bins = bins.repeat_interleave(n_patches)  # (L,)
-        front = [] if maps.token is None else [maps.token]
+        front: list[Tensor] = [] if maps.token is None else [maps.token]
         if prompt in self.config.prompts:
             front.append(self.prompt[self.config.prompts.index(prompt)])
         if front:
@@ -682,8 +693,8 @@ class MtM(nn.Module):
         for (_, _, causal), members in alike.items():
             parts = [embedded[i] for i in members]
             joined = parts[0]._replace(x=torch.cat([part.x for part in parts]))
-            if self.config.leak:
-                joined = joined._replace(absent=torch.cat([part.absent for part in parts]))
+            if absent := [part.absent for part in parts if part.absent is not None]:
+                joined = joined._replace(absent=torch.cat(absent))
             x = self.encode(joined, causal).split([len(part.x) for part in parts])
             for i, part in zip(members, x, strict=True):
                 log_rates[i] = self.read_out(part, batches[i][1])
@@ -765,7 +776,7 @@ class MtM(nn.Module):
         """
         if name in self._keys:
             raise ValueError(f"session {name!r} is in the model already")
-        if n_neurons < 1:
+        if checked(f"session {name!r}: n_neurons", n_neurons, "int") < 1:
             raise ValueError(f"session {name!r} needs at least 1 neuron, got {n_neurons}")
         if token not in ("new", "mean"):
             raise ValueError(f"session {name!r}: token must be 'new' or 'mean', got {token!r}")
@@ -787,7 +798,7 @@ class MtM(nn.Module):
                 raise ValueError(
                     f"session {name!r}: no other session to take the mean token of; use token='new'"
                 )
-            others = [other.token.detach() for other in self.sessions.values()]
+            others = [token.detach() for token in self._tokens()]
             maps.token.data.copy_(torch.stack(others).mean(dim=0))
         elif maps.token is not None:
             nn.init.normal_(maps.token, std=1.0 if self.config.init == "paper" else TOKEN_STD)
@@ -834,10 +845,15 @@ class MtM(nn.Module):
         return "session:" + quote(name, safe=" ").replace(".", "%2E")
 
     def _maps(self, session: str) -> SessionMaps:
-        if session not in self._keys:
+        maps = self.sessions[self._keys[session]] if session in self._keys else None
+        if not isinstance(maps, SessionMaps):
             known = ", ".join(self.session_names) or "none"
             raise KeyError(f"the model knows no session {session!r}; it knows: {known}")
-        return self.sessions[self._keys[session]]
+        return maps
+
+    def _tokens(self) -> list[nn.Parameter]:
+        tokens = (self._maps(name).token for name in self.session_names)
+        return [token for token in tokens if token is not None]
 
     def _check(self, counts: Tensor, session: str, maps: SessionMaps) -> None:
         expected = (self.config.n_bins, maps.n_neurons)
@@ -851,12 +867,11 @@ class MtM(nn.Module):
 
     def summary(self) -> str:
         """Number of parameters of each part and of each session, as a table."""
-        tokens = [maps.token for maps in self.sessions.values() if maps.token is not None]
         config, sizes = self.config, self.n_parameters()
-        parts = {
+        parts: dict[str, Iterable[Tensor]] = {
             "tokenizer": self.tokenizer.parameters(),
             "prompt tokens": [self.prompt],
-            "session tokens": tokens,
+            "session tokens": self._tokens(),
             f"layers ({config.depth})": self.layers.parameters(),
             "final norm": self.norm.parameters(),
         }
@@ -878,12 +893,12 @@ class MtM(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         return {"core": total - sum(sizes.values()), "sessions": sizes}
 
-    def _initialise(self) -> None:
+    def _initialise(self, layers: Sequence[Layer]) -> None:
         """Residual branches shrink with depth (as T-Fixup); prompt tokens start small."""
         nn.init.normal_(self.prompt, std=1.0 if self.config.init == "paper" else TOKEN_STD)
         scale = 0.67 * self.config.depth**-0.25
         with torch.no_grad():
-            for layer in self.layers:
+            for layer in layers:
                 for linear in (layer.attention.out, layer.up, layer.down):
                     linear.weight.mul_(scale)
                 layer.attention.value.weight.mul_(scale * math.sqrt(2))

@@ -76,10 +76,11 @@ def add_up(gradients: Sequence[nn.Parameter], losses: Tensor) -> None:
     """
     if processes() == 1:
         return
-    missing = [p for p in gradients if p.grad is None]
-    for parameter in missing:
-        parameter.grad = torch.zeros_like(parameter)
-    together = [p.grad for p in gradients] + [losses]
+    together = [losses]
+    for parameter in gradients:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        together.append(parameter.grad)
     message = torch.cat([x.reshape(-1) for x in together])
     dist.all_reduce(message)
     for part, sent in zip(together, message.split([x.numel() for x in together]), strict=True):

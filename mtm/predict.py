@@ -49,7 +49,8 @@ class Predictor(Protocol):
         """Log-rates (B, T, N) for counts (B, T, N) in which ``mask.hidden`` entries are 0."""
 
 
-Predicts = Predictor | Callable[..., Any] | np.ndarray
+Model = Predictor | Callable[..., Any]
+Predicts = Model | np.ndarray
 
 
 def predictor_of(predictor: Predicts | Mapping[str, Predicts], name: str) -> Predicts:
@@ -301,21 +302,29 @@ def _plan(
         device: where the passes are made.
     """
     pair = np.arange(n_trials * len(hidden)).reshape(n_trials, len(hidden))
-    for trial in range(0 if fired is None else n_trials):
-        taken_out = np.packbits(hidden & fired[trial], axis=1)  # (Q, N / 8)
+    for trial, spiking in enumerate(() if fired is None else fired):
+        taken_out = np.packbits(hidden & spiking, axis=1)  # (Q, N / 8)
         taken_out = taken_out.view(f"V{taken_out.shape[1]}")[:, 0]  # a row is one thing to compare
         _, first, alike = np.unique(taken_out, return_index=True, return_inverse=True)
         pair[trial] = pair[trial, first[alike]]
     neurons = np.flatnonzero(scored.any(axis=0))
-    pair = pair[:, scored[:, neurons].argmax(axis=0)].ravel()  # the pass of each prediction
-    made, owner, sizes = np.unique(pair, return_inverse=True, return_counts=True)
+    taken = pair[:, scored[:, neurons].argmax(axis=0)].ravel()  # the pass of each prediction
+    made, owner, sizes = np.unique(taken, return_inverse=True, return_counts=True)
     order = np.argsort(sizes, kind="stable")
     owner = np.argsort(order)[owner]
     by_owner = np.argsort(owner, kind="stable")
-    trial, query = np.divmod(made[order], len(hidden))
-    arrays = (query, trial, owner[by_owner], np.tile(neurons, n_trials)[by_owner])
-    ends = [0, *np.cumsum(sizes[order]).tolist()]
-    return Passes(*(torch.from_numpy(x).to(device) for x in arrays), ends)
+    trials, queries = np.divmod(made[order], len(hidden))
+
+    def on_device(numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(device)
+
+    return Passes(
+        query=on_device(queries),
+        trial=on_device(trials),
+        owner=on_device(owner[by_owner]),
+        neuron=on_device(np.tile(neurons, n_trials)[by_owner]),
+        ends=[0, *np.cumsum(sizes[order]).tolist()],
+    )
 
 
 def _mask(hidden: Tensor, row: Tensor, neuron: Tensor, n_bins: int, task: str, span: slice) -> Mask:
@@ -329,7 +338,7 @@ def _mask(hidden: Tensor, row: Tensor, neuron: Tensor, n_bins: int, task: str, s
     return Mask(hidden[:, None] & in_bins, target[:, None] & in_bins, causal)
 
 
-def trials_at_once(predictor: Predictor | Callable[..., Any], session: str) -> int:
+def trials_at_once(predictor: Model, session: str) -> int:
     """Trials of a session (its name) to predict at once, unless another size is asked for."""
     if not isinstance(predictor, MtM):
         return TRIALS_AT_ONCE
@@ -365,17 +374,18 @@ def in_batches(
         start = stop
 
 
-def takes_neurons(predictor: Predictor | Callable[..., Any]) -> bool:
+def takes_neurons(predictor: Model) -> bool:
     """Whether a predictor can be asked for one neuron of each trial, with ``neurons`` (B,)."""
     try:
-        signature = inspect.signature(getattr(predictor, "predict", predictor))
+        predict: Any = getattr(predictor, "predict", predictor)
+        signature = inspect.signature(predict)
     except (TypeError, ValueError):  # some built-in functions have none
         return False
     return "neurons" in signature.parameters
 
 
 def call_predictor(
-    predictor: Predictor | Callable[..., Any],
+    predictor: Model,
     counts: Tensor,
     scheme: str,
     mask: Mask,
@@ -387,7 +397,7 @@ def call_predictor(
     Raises:
         ValueError: when their shape is another.
     """
-    predict = getattr(predictor, "predict", predictor)
+    predict: Any = getattr(predictor, "predict", predictor)
     one_each = {} if neurons is None else {"neurons": neurons}
     predicted = predict(counts, scheme, mask, name, **one_each)
     predicted = torch.as_tensor(predicted, device=counts.device)

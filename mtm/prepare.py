@@ -15,6 +15,7 @@ import os
 import textwrap
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,11 @@ import joblib
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
+from mtm.download import public
 from mtm.session import Session, SessionError, VersionError
 from mtm.sessions import Entry, stamp
 
+SECRETS = ("password", "token")  # options of which no file says what they were
 STALE = 24 * 3600.0  # seconds after which a half-written file belongs to nobody any more
 
 
@@ -111,7 +114,8 @@ def prepare(
             core, but at most 4. With 1, all is done in this process.
         overwrite: make again what is there.
         progress: show a bar, in a terminal.
-        **options: of ``load``.
+        **options: of ``load``. A file says of what and how it was made, but keeps no ``password``
+            and no ``token``, and of addresses only what is public.
 
     Returns:
         what became of each recording, and the files there are.
@@ -181,7 +185,8 @@ def _names(recordings: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
         raise ValueError(f"two recordings are named {twice!r}; pass a mapping from distinct names")
     for name in named:
         if not name or name.startswith(".") or {"/", "\\", "\0"} & set(name):
-            raise ValueError(f"{name!r} cannot be the name of a file; pass a mapping from names")
+            shown = public(name) if "://" in name else name
+            raise ValueError(f"{shown!r} cannot be the name of a file; pass a mapping from names")
     return named
 
 
@@ -206,8 +211,8 @@ def _prepare_one(
     if entry is not None and not overwrite:
         before = entry.provenance.get("prepared", {})
         if all(before.get(key) == value for key, value in made.items() if key != "mtm"):
-            notes = "\n".join(before["notes"])
-            return Outcome(name, "there already", notes, path, session=entry.name)
+            text = "\n".join(before["notes"])
+            return Outcome(name, "there already", text, path, session=entry.name)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         try:
@@ -239,8 +244,11 @@ def _identity(
     what = recording
     if isinstance(recording, (str, Path)) and os.path.exists(recording):
         what = [Path(recording).name, *stamp(Path(recording))]  # wherever it lies by now
+    elif isinstance(recording, str) and "://" in recording:
+        what = [public(recording), zlib.crc32(recording.encode())]
     name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
-    made = {"load": name, "recording": what, "options": options}
+    kept = {key: value for key, value in options.items() if key not in SECRETS}
+    made = {"load": name, "recording": what, "options": kept}
     return json.loads(json.dumps(made, default=_plain))
 
 

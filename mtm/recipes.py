@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from mtm.checks import check_types
 from mtm.masks import MTM_SCHEMES, scheme
 
 CHOICES = {
@@ -88,12 +89,14 @@ class TrainConfig:
     compile: str = "none"
 
     def __post_init__(self) -> None:
-        if isinstance(self.schemes, str):
-            raise ValueError(f"schemes must be a list of names, got {self.schemes!r}")
-        object.__setattr__(self, "schemes", tuple(self.schemes))
-        object.__setattr__(self, "ratios", dict(self.ratios))  # its own, not another recipe's
+        check_types(self)  # and ratios become its own, not another recipe's
+        if not self.schemes or len(set(self.schemes)) < len(self.schemes):
+            raise ValueError(f"schemes must be different names, one or more; got {self.schemes}")
         for name in (*self.schemes, *self.ratios):
             scheme(name)
+        for name, ratio in self.ratios.items():
+            if not 0 < ratio <= 1:
+                raise ValueError(f"ratios must be above 0 and at most 1, got {ratio} for {name}")
         for name in ("epochs", "batch_size", "batches_per_step", "lr", "validations"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -103,8 +106,11 @@ class TrainConfig:
             raise ValueError(f"warmup must be between 0 and 1, got {self.warmup}")
         if not self.div_factor > 0:
             raise ValueError(f"div_factor must be above 0, got {self.div_factor}")
-        if self.components < 0:
-            raise ValueError(f"components must be 0 or more, got {self.components}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be above 0 or None, got {self.clip}")
+        for name in ("components", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("micro_batch", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")

@@ -104,6 +104,7 @@ def windows(
         n_bins: T.
         bounds: smallest and largest distance in bins; None = the whole trial.
         past: of bins before and up to the present one only.
+        dtype: of the matrices.
     """
     lag = torch.arange(n_bins)[:, None] - torch.arange(n_bins)  # row: where, column: from where
     distance = lag if past else lag.abs()
@@ -299,6 +300,7 @@ class Linear:
     link: Link
 
     def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
+        """Log-rates (B, T, N) of counts that are 0 where hidden; of ``neurons`` (B,), (B, T)."""
         inputs = residuals(counts, self.rates, self.scale)
         if neurons is None:
             parts = torch.stack([inputs @ self.weights[:, i] for i in range(len(self.windows))])
@@ -312,9 +314,12 @@ def features(x: Tensor, ops: Tensor) -> Tensor:
     return torch.einsum("lts,ksn->ktnl", ops, x).flatten(2).flatten(0, 1)
 
 
+_Found = tuple[float, Link, Tensor, Tensor, str, float]  # score, link, weights, ops, lags, penalty
+
+
 def fit_linear(data: Data) -> Iterator[tuple[str, Linear, str, float]]:
     """Scheme, map, what was chosen and its score, for each scheme that the session allows."""
-    best: dict[str, tuple] = {}
+    best: dict[str, _Found] = {}
     for name in LAGS:
         _try_lags(data, name, best)
     for scheme, (score, link, weights, ops, name, penalty) in best.items():
@@ -323,7 +328,7 @@ def fit_linear(data: Data) -> Iterator[tuple[str, Linear, str, float]]:
         yield scheme, found, f"{name}; penalty {penalty:.3g}; floor {link.floor:g}", score
 
 
-def _try_lags(data: Data, name: str, best: dict[str, tuple]) -> None:
+def _try_lags(data: Data, name: str, best: dict[str, _Found]) -> None:
     """Find the penalties for one choice of windows, and keep what is better than ``best``."""
     ops, n_lags = windows(data.n_bins, AROUND)[LAGS[name]], len(LAGS[name])
     x, counts = data.inputs["train"], data.counts["val"]
@@ -405,8 +410,8 @@ class LowRank:
 
     def frozen(self) -> LowRank:
         """A copy that learns no more."""
-        parts = ("inputs", "filters", "outputs", "bias")
-        parts = {part: getattr(self, part).detach().clone() for part in parts}
+        names = ("inputs", "filters", "outputs", "bias")
+        parts = {name: getattr(self, name).detach().clone() for name in names}
         return replace(self, data=self.data.without_trials(), **parts)
 
     def latents(self, visible: Tensor, inputs: Tensor) -> Tensor:
@@ -442,6 +447,7 @@ class LowRank:
         return full - self.regional(x) - alone
 
     def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
+        """Log-rates (B, T, N) of counts that are 0 where hidden; of ``neurons`` (B,), (B, T)."""
         x, link = residuals(counts, self.rates, self.data.scale), Link(self.rates, self.data.most)
         if neurons is None:
             return link(self.delta(x))
@@ -484,7 +490,8 @@ def _fit_rank(
     maps = [LowRank.start(data, scheme, rank, filters + 0.1) for data in sessions]
     learned = [maps[0].filters, *(x for m in maps for x in (m.inputs, m.outputs, m.bias))]
     learned = [x.clone().requires_grad_() for x in learned]
-    best, first = ([-np.inf],), penalty
+    best: tuple[list[float], float, list[LowRank]] = ([-np.inf], penalty, [])
+    first = penalty
     while penalty > 0.1:
         _descend(maps, learned, penalty)
         with torch.no_grad():
@@ -541,6 +548,10 @@ class Forward:
     link: Link
 
     def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
+        """Log-rates (B, T, N) of each bin from those before it, and before bin ``first`` (B,).
+
+        With ``neurons`` (B,), theirs alone, (B, T).
+        """
         x = residuals(counts, self.rates, self.scale)
         horizons, n_bins = len(self.own), counts.shape[1]
         bins = torch.arange(n_bins, device=x.device)
@@ -612,11 +623,12 @@ def fit_forward(
         best.append(_try_components(data, directions[:, :n], middle, solve, tune))
     (score, link), penalty, components = max(best, key=lambda found: found[0][0])
     solved = [solve(past_of(data, "train", components, h + 1), penalty) for h in range(horizons)]
-    maps = (torch.stack(parts) for parts in zip(*solved, strict=True))
+    own, population, bias = (torch.stack(parts) for parts in zip(*solved, strict=True))
     ops = windows(data.n_bins, PAST, past=True, dtype=data.rates.dtype)
     text = f"{components.shape[1]} components of the population; penalty {penalty:.3g}"
     link = link._replace(rates=data.rates)
-    return Forward(data.rates, data.scale, components, ops, *maps, link), text, score
+    found = Forward(data.rates, data.scale, components, ops, own, population, bias, link)
+    return found, text, score
 
 
 def _try_components(
@@ -688,8 +700,8 @@ def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficie
         log_rates = offset + regress(past, (mine, population, bias[0]))
         rates = log_rates.exp()
         error = rates - counts
-        slope = [(features * error).sum(0) for features in own]
-        slope = torch.cat([torch.stack(slope), shared.T @ error, error.sum(0, keepdim=True)])
+        mine = torch.stack([(features * error).sum(0) for features in own])
+        slope = torch.cat([mine, shared.T @ error, error.sum(0, keepdim=True)])
         slope[:-1] += penalty * weights[:-1]
         scaled.grad = slope / root
         squares = weights[:-1].square().sum()

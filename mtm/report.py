@@ -215,7 +215,8 @@ class Report:
             ValueError: when reports of one session scored other neurons or other trials.
         """
         tasks: dict[str, list[dict[str, np.ndarray]]] = {}
-        main, sessions = {}, {}
+        main: dict[str, str] = {}
+        sessions: dict[str, dict[str, int]] = {}
         left_out: dict[str, list[str]] = {}
         for report in reports:
             for name, scores in report.tasks.items():
@@ -336,7 +337,7 @@ class Report:
     def _rows(self, activity: Mapping[str, TaskScores]) -> dict[str, list[str]]:
         """The rows of the printed table."""
 
-        def row(cell: Callable[[TaskScores], float | int]) -> list[str]:
+        def row(cell: Callable[..., float]) -> list[str]:
             return [_number(cell(scores)) for scores in activity.values()]
 
         rows = {}
@@ -402,9 +403,10 @@ def _as_next_seed(
         shift = max(shift, part["seed"][same].max() + 1)
         for name in np.unique(part["session"][same]).tolist():
             for column in ("neuron", "spikes"):
-                if column in table and not np.array_equal(
-                    *(_of_one_run(t, name, column) for t in (part, table))
-                ):
+                if column not in table:
+                    continue
+                ours, theirs = (_of_one_run(t, name, column) for t in (part, table))
+                if not np.array_equal(ours, theirs):
                     raise ValueError(
                         f"session {name!r}: these reports scored other neurons or other trials, so "
                         "they do not differ by their seeds alone; join those of the same"

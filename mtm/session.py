@@ -11,21 +11,23 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 import textwrap
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from mtm.atomic import replacing
 from mtm.binning import bin_spikes, bin_trace
+from mtm.checks import is_number
 
 FORMAT = "mtm-session"
 FORMAT_VERSION = 2
@@ -33,7 +35,14 @@ UNLABELLED = ("", "root", "void", "nan", "none", "unknown")
 """Labels (any case) that say "no region": such neurons are kept, but never form a region."""
 
 
+LONE = re.compile("[\ud800-\udfff]")  # halves of characters, which no file can hold
+UNFIT = re.compile("[\ud800-\udfff\0]|[.]npy$")  # for the name of an array in a file
+
+
 LARGEST_TABLE = 10_000_000  # entries, for cluster ids
+
+
+MOST_TRIALS = 10_000_000  # of a recording; splits are drawn among all
 
 
 MOST_SHARED = 0.1  # of the windows' time, before a random split is called into question
@@ -55,7 +64,7 @@ class Split(NamedTuple):
     test: np.ndarray
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, init=False)
 class Session:
     """One recording, binned.
 
@@ -83,44 +92,62 @@ class Session:
     """
 
     counts: np.ndarray
-    regions: Sequence[str] | np.ndarray | None = None
-    name: str = "session"
-    subject: str = ""
-    bin_size: float = 0.02
-    window: tuple[float, float] | None = None
-    behaviour: dict[str, np.ndarray] = field(default_factory=dict)
-    neurons: dict[str, np.ndarray] = field(default_factory=dict)
-    rates: np.ndarray | None = None
-    given_split: Split | None = None
-    trial_ids: np.ndarray | None = None
-    n_recorded: int | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
+    regions: np.ndarray
+    name: str
+    subject: str
+    bin_size: float
+    window: tuple[float, float]
+    behaviour: dict[str, np.ndarray]
+    neurons: dict[str, np.ndarray]
+    rates: np.ndarray | None
+    given_split: Split | None
+    trial_ids: np.ndarray
+    n_recorded: int
+    provenance: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise SessionError(f"session name must be a non-empty string, got {self.name!r}")
-        self.counts = self._check_counts(self.counts)
-        self.regions = self._check_regions(self.regions)
-        self.window = self._check_window(self.window)
-        self.behaviour = {
-            key: self._check_behaviour(key, value) for key, value in self.behaviour.items()
-        }
-        self.neurons = {key: self._check_column(key, value) for key, value in self.neurons.items()}
-        self.rates = self._check_rates(self.rates)
-        self.given_split = self._check_split(self.given_split)
-        self.trial_ids, self.n_recorded = self._check_trial_ids(self.trial_ids, self.n_recorded)
+    # Written out, since more can be given than what there is afterwards: a list, or nothing.
+    def __init__(
+        self,
+        counts: np.ndarray,
+        regions: Sequence[str | None] | np.ndarray | None = None,
+        name: str = "session",
+        subject: str = "",
+        bin_size: float = 0.02,
+        window: tuple[float, float] | None = None,
+        behaviour: Mapping[str, np.ndarray] | None = None,
+        neurons: Mapping[str, np.ndarray] | None = None,
+        rates: np.ndarray | None = None,
+        given_split: Split | None = None,
+        trial_ids: np.ndarray | None = None,
+        n_recorded: int | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(name, str) or not name or LONE.search(name):
+            raise SessionError(f"session name must be a non-empty string, got {name!r}")
+        if not isinstance(subject, str):
+            raise SessionError(f"session {name!r}, subject: need a string, got {subject!r}")
+        self.name, self.subject, self.bin_size = name, subject, bin_size
+        self.counts = self._check_counts(counts)
+        self.regions = self._check_regions(regions)
+        self.window = self._check_window(window)
+        self.behaviour = {k: self._check_behaviour(k, v) for k, v in (behaviour or {}).items()}
+        self.neurons = {k: self._check_column(k, v) for k, v in (neurons or {}).items()}
+        self.rates = self._check_rates(rates)
+        self.given_split = self._check_split(given_split)
+        self.trial_ids, self.n_recorded = self._check_trial_ids(trial_ids, n_recorded)
+        self.provenance = {} if provenance is None else provenance
         try:
-            json.dumps(self.provenance)
-        except TypeError as error:
+            json.dumps({**self.provenance})
+        except (TypeError, ValueError, RecursionError) as error:
             self._fail("provenance", f"{error}; keep numbers, strings, lists and dicts only")
 
     # ------------------------------------------------------------------ checks
 
-    def _fail(self, what: str, problem: str) -> None:
+    def _fail(self, what: str, problem: str) -> NoReturn:
         raise SessionError(f"session {self.name!r}, {what}: {problem}")
 
     def _check_counts(self, counts: Any) -> np.ndarray:
-        counts = np.asarray(counts)
+        counts = self._array("counts", counts)
         if counts.ndim != 3:
             self._fail("counts", f"need (trials, bins, neurons), got shape {counts.shape}")
         if 0 in counts.shape:
@@ -134,7 +161,7 @@ class Session:
             self._fail("counts", "NaN or infinite entries; remove or mend those trials first")
         if counts.min() < 0:
             self._fail("counts", f"negative counts (smallest {counts.min()})")
-        if counts.max() > np.iinfo(np.uint16).max:
+        if counts.max().item() > np.iinfo(np.uint16).max:  # float16 does not hold it
             self._fail("counts", f"largest count {counts.max()} is above 65535")
         whole = counts.astype(np.uint8 if counts.max() < 256 else np.uint16)
         if counts.dtype.kind == "f" and not np.array_equal(whole, counts):
@@ -144,30 +171,33 @@ class Session:
     def _check_regions(self, regions: Any) -> np.ndarray:
         if regions is None:
             return np.full(self.n_neurons, "", dtype="<U1")
-        regions = np.asarray(regions)
+        regions = self._array("regions", regions)
         if regions.shape != (self.n_neurons,):
             self._fail(
                 "regions",
                 f"need one label for each of the {self.n_neurons} neurons, got shape "
                 f"{regions.shape}; use '' for neurons without a label",
             )
-        labels = [r.decode() if isinstance(r, bytes) else r for r in regions.tolist()]
+        labels = [r.decode(errors="replace") if isinstance(r, bytes) else r for r in regions]
         return np.array(["" if r is None else str(r) for r in labels], dtype=np.str_)
 
     def _check_window(self, window: Any) -> tuple[float, float]:
-        if not np.isfinite(self.bin_size) or self.bin_size <= 0:
+        if not (is_number(self.bin_size) and 0 < self.bin_size < 1e9):
             self._fail("bin_size", f"need seconds above 0, got {self.bin_size!r}")
         if self.bin_size > 1:
             warnings.warn(
                 f"session {self.name!r}: bins of {self.bin_size} s; bin_size is in seconds, not "
                 "milliseconds",
-                stacklevel=4,
+                stacklevel=3,
             )
         self.bin_size = float(self.bin_size)
         length = self.n_bins * self.bin_size
         if window is None:
             return (0.0, length)
-        start, stop = (float(edge) for edge in window)
+        edges = np.array(window, dtype=object)  # whatever it is
+        if edges.shape != (2,) or not all(map(is_number, edges)):
+            self._fail("window", f"need (start, stop) in seconds, got {window!r}")
+        start, stop = map(float, edges)
         if not abs(stop - start - length) < 1e-6 * max(1.0, length):
             self._fail(
                 "window",
@@ -177,9 +207,12 @@ class Session:
         return (start, stop)
 
     def _check_behaviour(self, key: str, values: Any) -> np.ndarray:
-        values = np.asarray(values)
+        self._check_key("behaviour", key)
+        values = self._array(f"behaviour {key!r}", values)
         if values.dtype.kind not in "uibf":
             self._fail(f"behaviour {key!r}", f"need numbers, got dtype {values.dtype}")
+        if values.dtype.kind == "f" and np.isinf(values).any():
+            self._fail(f"behaviour {key!r}", "infinite values; what is missing is NaN")
         if values.shape not in ((self.n_trials,), (self.n_trials, self.n_bins)):
             self._fail(
                 f"behaviour {key!r}",
@@ -189,7 +222,8 @@ class Session:
         return values
 
     def _check_column(self, key: str, values: Any) -> np.ndarray:
-        values = np.asarray(values)
+        self._check_key("neurons", key)
+        values = self._array(f"neurons {key!r}", values)
         if values.dtype.kind == "O":
             values = values.astype(np.str_)
         if values.shape[:1] != (self.n_neurons,):
@@ -199,7 +233,11 @@ class Session:
     def _check_rates(self, rates: Any) -> np.ndarray | None:
         if rates is None:
             return None
-        rates = np.asarray(rates, dtype=np.float32)
+        rates = self._array("rates", rates)
+        if rates.dtype.kind not in "uif":
+            self._fail("rates", f"need numbers, got dtype {rates.dtype}")
+        with np.errstate(over="ignore"):  # to infinity, which is refused below
+            rates = rates.astype(np.float32, copy=False)
         if rates.shape != self.counts.shape:
             self._fail("rates", f"need the counts' shape {self.counts.shape}, got {rates.shape}")
         if not (np.isfinite(rates).all() and (rates > 0).all()):
@@ -209,10 +247,13 @@ class Session:
     def _check_split(self, split: Any) -> Split | None:
         if split is None:
             return None
+        if not isinstance(split, Sequence) or len(split) != len(Split._fields):
+            self._fail("given_split", f"need trials of (train, val, test), got {split!r}")
         parts = []
         for label, part in zip(Split._fields, split, strict=True):
-            part = np.asarray(part)
-            part = np.unique(np.flatnonzero(part) if part.dtype == bool else part).astype(np.int64)
+            part = self._array("given_split", part)
+            part = np.flatnonzero(part) if part.dtype == bool else part
+            part = np.unique(self._whole("given_split", part))
             if part.size and (part[0] < 0 or part[-1] >= self.n_trials):
                 self._fail("given_split", f"{label} names trials outside 0..{self.n_trials - 1}")
             parts.append(part)
@@ -221,14 +262,37 @@ class Session:
         return Split(*parts)
 
     def _check_trial_ids(self, ids: Any, n_recorded: int | None) -> tuple[np.ndarray, int]:
-        ids = np.arange(self.n_trials) if ids is None else np.asarray(ids, dtype=np.int64)
-        n_recorded = self.n_trials if n_recorded is None else int(n_recorded)
+        ids = np.arange(self.n_trials) if ids is None else self._whole("trial_ids", ids)
+        n_recorded = self.n_trials if n_recorded is None else n_recorded
+        if not (is_number(n_recorded) and isinstance(n_recorded, Integral)):
+            self._fail("n_recorded", f"need a whole number, got {n_recorded!r}")
         if ids.shape != (self.n_trials,) or len(np.unique(ids)) < self.n_trials:
             self._fail("trial_ids", f"need {self.n_trials} different numbers, one a trial")
+        if n_recorded > MOST_TRIALS:
+            self._fail("n_recorded", f"{n_recorded} trials; no recording has above {MOST_TRIALS}")
         if ids.min() < 0 or ids.max() >= n_recorded:
             self._fail("trial_ids", f"must lie in 0..{n_recorded - 1}; pass n_recorded, the number "
                        "of trials of the whole recording")  # fmt: skip
-        return ids, n_recorded
+        return ids, int(n_recorded)
+
+    def _array(self, what: str, values: Any) -> np.ndarray:
+        try:
+            return np.asarray(values)
+        except (TypeError, ValueError, OverflowError) as error:
+            self._fail(what, f"no array ({error})")
+
+    def _whole(self, what: str, values: Any) -> np.ndarray:
+        """Whole numbers (n,), int64; floats may hold them."""
+        values = self._array(what, values)
+        with np.errstate(invalid="ignore"):
+            whole = values.astype(np.int64) if values.dtype.kind in "uif" else None
+        if whole is None or values.ndim != 1 or not np.array_equal(whole, values):
+            self._fail(what, f"need a row of whole numbers, got {values.dtype} {values.shape}")
+        return whole
+
+    def _check_key(self, what: str, key: Any) -> None:
+        if not isinstance(key, str) or not key or UNFIT.search(key):
+            self._fail(what, f"{key!r} is no name that a file can hold; rename it")
 
     # ------------------------------------------------------------- what is in it
 
@@ -409,15 +473,17 @@ class Session:
         Raises:
             SessionError: naming the session, the field and the remedy.
         """
-        spike_clusters = np.asarray(spike_clusters)
+        spike_clusters = _ids("spike_clusters", spike_clusters, name)
         if clusters is None:
-            listed = regions is not None and not isinstance(regions, Mapping)
-            clusters = np.arange(len(regions)) if listed else np.unique(spike_clusters)
-        clusters = np.asarray(clusters)
+            if regions is None or isinstance(regions, Mapping):
+                clusters = np.unique(spike_clusters)
+            else:
+                clusters = np.arange(len(regions))
+        clusters = _ids("clusters", clusters, name)
         spike_neurons = _positions(spike_clusters, clusters, name)
         if isinstance(regions, Mapping):
             regions = _labels(regions, clusters, name)
-        grid = {"window": window, "bin_size": bin_size}
+        grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
         what = "binning"
         try:
             counts = bin_spikes(
@@ -463,8 +529,8 @@ class Session:
             "provenance": self.provenance,
         }
         listed = {"shape": list(self.counts.shape), "firing_rates": self.firing_rates.tolist()}
-        arrays = {"meta": np.array(json.dumps(meta)), "listed": np.array(json.dumps(listed))}
-        arrays |= {"regions": self.regions, "trial_ids": self.trial_ids}
+        arrays: dict[str, Any] = {"regions": self.regions, "trial_ids": self.trial_ids}
+        arrays |= {"meta": np.array(json.dumps(meta)), "listed": np.array(json.dumps(listed))}
         arrays |= {f"behaviour/{key}": value for key, value in self.behaviour.items()}
         arrays |= {f"neurons/{key}": value for key, value in self.neurons.items()}
         if self.given_split is not None:
@@ -499,21 +565,18 @@ class Session:
                 for key in file.files
                 if key not in ("meta", "listed")
             }
-        groups: dict[str, dict[str, np.ndarray]] = {"behaviour": {}, "neurons": {}, "split": {}}
-        fields: dict[str, Any] = {}
-        for key, value in arrays.items():
-            group, _, rest = key.partition("/")
-            (groups[group] if rest else fields)[rest or key] = value
-        split = groups.pop("split")
-        try:
+            groups: dict[str, Any] = {"behaviour": {}, "neurons": {}, "split": {}}
+            fields: dict[str, Any] = {}
+            for key, value in arrays.items():
+                group, _, rest = key.partition("/")
+                (groups[group] if rest else fields)[rest or key] = value
+            split = groups.pop("split")
             return cls(
                 **{**meta, "window": tuple(meta["window"])},
                 **fields,
                 **groups,
                 given_split=Split(**split) if split else None,
             )
-        except (TypeError, KeyError) as err:
-            raise SessionError(f"{path} lacks or adds a field of a session file ({err})") from err
 
 
 def check_option(name: str, value: str | None, known: Sequence[str]) -> None:
@@ -541,19 +604,23 @@ def reading_file(path: Path) -> Iterator[None]:
     """Turns what can go wrong with a damaged or foreign ``.npz`` into a SessionError."""
     try:
         yield
-    except (FileNotFoundError, SessionError):
+    except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError,
-            zipfile.BadZipFile, zlib.error, RuntimeError) as err:  # fmt: skip
+    except SessionError as err:
+        if str(path) in str(err):
+            raise
+        raise SessionError(f"{path}: {err}") from err  # which names the session alone
+    except Exception as err:  # of numpy, zip, json, torch: no list of them is complete
+        reason = textwrap.shorten(f"{type(err).__name__}: {err}", 160)
         raise SessionError(
-            f"{path} is not a readable session file ({type(err).__name__}); session files are "
+            f"{path} is not a readable session file ({reason}); session files are "
             "written by Session.save, and by `python -m mtm simulate` and `prepare`"
         ) from err
 
 
 def read_meta(file: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
     """What a session file says of itself, if it is one, of this version."""
-    meta = json.loads(str(file["meta"][()]))
+    meta = json.loads(str(file["meta"][()]).encode())  # numpy may read what is no text
     if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
         raise SessionError(f"{path} is not a session file of this package")
     if (version := meta.pop("version", None)) != FORMAT_VERSION:
@@ -617,6 +684,24 @@ def _doubt_events(
         )
 
 
+def _ids(what: str, values: Any, name: str) -> np.ndarray:
+    """Ids of clusters (n,): numbers, or text."""
+    try:
+        ids: Any = np.asarray(values)
+        ids = np.array(ids.tolist()) if ids.dtype == object else ids
+        ids = np.char.decode(ids) if ids.dtype.kind == "S" else ids
+    except ValueError as error:
+        raise SessionError(f"session {name!r}, {what}: no ids ({error})") from error
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iufU"):
+        raise SessionError(
+            f"session {name!r}, {what}: need a row of ids, numbers or text; got {ids.dtype} of "
+            f"shape {ids.shape}"
+        )
+    if ids.dtype == np.uint64 and ids.max(initial=0) < 2**63:  # else compared as float64
+        ids = ids.astype(np.int64)
+    return ids
+
+
 def _positions(spike_clusters: np.ndarray, clusters: np.ndarray, name: str) -> np.ndarray:
     """Index in ``clusters`` (N,) of each spike's cluster id, (S,)."""
     order = np.argsort(clusters, kind="stable")
@@ -626,16 +711,24 @@ def _positions(spike_clusters: np.ndarray, clusters: np.ndarray, name: str) -> n
             f"session {name!r}, clusters: id {ids[1:][ids[1:] == ids[:-1]][0]} twice; "
             "merge probes with an offset so that ids are unique"
         )
-    if len(ids) and {ids.dtype.kind, spike_clusters.dtype.kind} <= set("iu"):
+    if not len(spike_clusters):
+        return np.zeros(0, dtype=np.int64)
+    kinds = {ids.dtype.kind, spike_clusters.dtype.kind}
+    if len(ids) and "U" in kinds and len(kinds) > 1:
+        raise SessionError(
+            f"session {name!r}, spike_clusters: {spike_clusters.dtype} cannot be looked up among "
+            f"clusters of {ids.dtype}; give both the same type"
+        )
+    if len(ids) and kinds <= set("iu") and np.uint64 not in (ids.dtype, spike_clusters.dtype):
         span = int(ids[-1]) - int(ids[0]) + 1
         if span <= LARGEST_TABLE:  # thirty times as fast as a search for each spike
             table = np.full(span + 1, -1, dtype=np.int32)
-            table[ids - ids[0]] = order
+            table[ids.astype(np.int64) - int(ids[0])] = order  # int8 would overflow
             place = spike_clusters.astype(np.int64) - int(ids[0])
             place[(place < 0) | (place >= span)] = span  # -1, as all that is in between
-            place = table[place]
-            if place.min(initial=0) >= 0:
-                return place
+            found = table[place]
+            if found.min(initial=0) >= 0:
+                return found
     place = np.searchsorted(ids, spike_clusters)
     known = place < len(ids)
     known[known] = ids[place[known]] == spike_clusters[known]

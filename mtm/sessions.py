@@ -48,14 +48,25 @@ class Entry:
         with reading_file(path), np.load(path, allow_pickle=False) as file:
             meta = read_meta(file, path)
             listed = json.loads(str(file["listed"][()]))
+            rates = np.array(listed["firing_rates"], dtype=np.float64)
+            regions, shape = file["regions"], tuple(listed["shape"])
+            if not rates.shape == regions.shape == shape[2:]:
+                raise ValueError("its list of neurons does not fit its shape")
+            "".join(regions.tolist()).lower()  # raises where they are no text
+            if not isinstance(meta["name"], str) or not isinstance(meta["subject"], str):
+                raise ValueError("its name or subject is no text")
+            if not isinstance(meta["provenance"], dict) or not all(type(n) is int for n in shape):
+                raise ValueError("its provenance is no dict, or its shape not of whole numbers")
             return cls(
                 path,
-                *(meta[key] for key in ("name", "subject", "bin_size")),
+                name=meta["name"],
+                subject=meta["subject"],
+                bin_size=meta["bin_size"],
                 window=tuple(meta["window"]),
-                shape=tuple(listed["shape"]),
-                regions=file["regions"],
-                firing_rates=np.array(listed["firing_rates"]),
-                neurons=np.arange(listed["shape"][2]),
+                shape=shape,
+                regions=regions,
+                firing_rates=rates,
+                neurons=np.arange(len(regions)),
                 provenance=meta["provenance"],
                 stamp=stamp(path),
             )
@@ -122,10 +133,11 @@ class Sessions(Sequence[Session]):
     """
 
     def __init__(self, where: str | Path | Iterable[str | Path], *, mmap: bool = True) -> None:
-        several = not isinstance(where, (str, Path))
-        paths = [Path(path) for path in where] if several else [Path(where)]
-        if not several and paths[0].is_dir():
-            paths = sorted(paths[0].glob("*.npz"))
+        if isinstance(where, (str, Path)):
+            folder = Path(where)
+            paths = sorted(folder.glob("*.npz")) if folder.is_dir() else [folder]
+        else:
+            paths = [Path(path) for path in where]
         if not paths:
             raise FileNotFoundError(
                 f"no session (*.npz) in {where}; Session.save and `python -m mtm prepare` make them"

@@ -230,7 +230,7 @@ def accumulate(
     losses = torch.zeros(len(batches), device=model.device)
     for pieces in _passes(model, batches, config, n_batches or len(batches)):
         with _autocast(model.device, config.precision):
-            log_rates = model.forward_many([tuple(piece) for _, piece, _ in pieces])
+            log_rates = model.forward_many([piece for _, piece, _ in pieces])
         parts = [
             weight * masked_loss(out.float(), piece.counts, piece.mask.target, "sum")
             for out, (_, piece, weight) in zip(log_rates, pieces, strict=True)
@@ -246,7 +246,8 @@ def _passes(
 ) -> Iterator[list[tuple[int, Batch, Tensor | float]]]:
     """Pieces that pass through the model together: number of the batch, piece, weight in loss."""
     limit = CPU_TOKENS if model.device.type == "cpu" else sys.maxsize
-    together, n_tokens = [], 0
+    together: list[tuple[int, Batch, Tensor | float]] = []
+    n_tokens = 0
     for place, batch in enumerate(batches):
         weight: Tensor | float = 1.0
         if config.loss == "mean":
@@ -487,8 +488,9 @@ def _loop(model: MtM, data: list[_Data], config: TrainConfig, run: Run, watch: W
             speed.taken(chosen)
         done = 0
         if _validation_due(epoch, config):
-            entry = {"epoch": epoch, "step": run.step, "lr": schedule.get_last_lr()[0]}
-            entry |= run.mean_losses() | speed.measured()  # the only point where the host waits
+            place = {"epoch": epoch, "step": run.step, "lr": schedule.get_last_lr()[0]}
+            losses = run.mean_losses()  # the only point where the host waits
+            entry: dict[str, Any] = place | losses | speed.measured()
             scores = validate(model, data, config)
             entry |= {"validation": scores, "mean": float(np.nanmean([*scores.values()]))}
             run.seconds = time.perf_counter() - start
@@ -681,7 +683,8 @@ def _steps(
     heads = [(queue[0][0], name) for name, queue in queues.items() if queue]
     heapq.heapify(heads)
     while heads:
-        chosen, others = [], []
+        chosen: list[tuple[_Data, np.ndarray]] = []
+        others: list[tuple[int, str]] = []
         while len(chosen) < config.batches_per_step and (heads or others):
             if not heads:  # fewer sessions are left than a step takes: again the first of each
                 heads, others = others, []
@@ -799,7 +802,7 @@ def _compiled(model: MtM, config: TrainConfig) -> Iterator[None]:
     if config.compile == "none":
         yield
         return
-    model.encode = torch.compile(model.encode, mode=config.compile)  # an attribute of this one
+    vars(model)["encode"] = torch.compile(model.encode, mode=config.compile)  # of this one alone
     try:
         # Few graphs a model, but torch counts them for all models of a process together, and
         # silently stops compiling at 8.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Watch:
         self,
         progress: Progress,
         folder: Path | None = None,
-        history: History = (),
+        history: Sequence[dict[str, Any]] = (),
         listener: Callable[[History], Any] | None = None,
     ) -> None:
         self.progress, self.folder, self.listener, self.board = progress, folder, listener, None

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtm import binning
-from mtm.binning import bin_spikes, bin_trace, n_bins
+from mtm.binning import bin_spikes, bin_trace, n_bins, ordered_samples
 
 FIVE_BINS = {"window": (-0.04, 0.06), "bin_size": 0.02}
 
@@ -194,6 +194,8 @@ def test_spikes_without_a_trial():
         ({"spike_neurons": [0, 3]}, r"spike_neurons runs from 0 to 3 .*\[0, n_neurons=3\)"),
         ({"spike_neurons": [-1, 2]}, "spike_neurons runs from -1 to 2"),
         ({"n_neurons": -1}, "n_neurons must be an integer of at least 0, got -1"),
+        ({"n_neurons": True}, "n_neurons must be an integer of at least 0, got True"),
+        ({"spike_times": np.array([1j, 2j])}, "spike_times must be an array of numbers, got comp"),
         ({"n_neurons": 2.5}, "n_neurons must be an integer of at least 0, got 2.5"),
         ({"n_neurons": 0}, "spike_neurons runs from 0 to 1"),
         ({"window": (0.0, 0.05)}, "holds 2.5 bins"),
@@ -226,6 +228,13 @@ def test_n_bins(window, bin_size, bins):
         ((0.0, np.nan), 0.1, "window must be"),
         ((0.0, np.inf), 0.1, "window must be"),
         ((0.0, 1.0, 2.0), 0.1, "window must be"),
+        (("0", "1"), 0.1, "window must be"),
+        ((0.0, [1.0]), 0.1, "window must be"),
+        (1.0, 0.1, "window must be"),
+        ((0.0, 1.0), None, "bin_size must be a positive number of seconds, got None"),
+        ((0.0, 1.0), np.array([0.1]), "bin_size must be a positive"),
+        ((0.0, 1e300), 1e-300, "holds inf bins"),
+        ((0.0, 1e9), 1e-3, r"holds 1e\+12 bins of bin_size 0.001 s; both are in seconds"),
         ((0.0, 1.0), 0.0, "bin_size must be a positive"),
         ((0.0, 1.0), -0.1, "bin_size must be a positive"),
         ((0.0, 1.0), np.nan, "bin_size must be a positive"),
@@ -398,3 +407,23 @@ def test_bad_traces_are_refused_by_name(change, message):
     good = {"times": [0.0, 1.0, 2.0], "values": [0.0, 1.0, 2.0], "align_times": [1.0]}
     with pytest.raises(ValueError, match=message):
         bin_trace(**(good | FIVE_BINS | change))
+
+
+@pytest.mark.parametrize(
+    ("times", "values", "message"),
+    [
+        ([0.0, 1.0], [1.0], "values has 1 samples but times has 2"),
+        (0.0, [1.0], "times must be one-dimensional"),
+        ([0.0], ["x"], "values must be an array of numbers"),
+        ([[0.0], 1.0], [1.0], "times must be an array of numbers"),
+    ],
+)
+def test_samples_that_cannot_be_mended_are_refused(times, values, message):
+    with pytest.raises(ValueError, match=message):
+        ordered_samples(times, values)
+
+
+def test_max_gap_must_be_a_time():
+    for gap in ("0.2", None, [0.2], 0.0, np.nan):
+        with pytest.raises(ValueError, match="max_gap must be a positive number"):
+            bin_trace([0.0, 1.0], [1.0, 1.0], [0.5], **FIVE_BINS, max_gap=gap)

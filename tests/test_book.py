@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import mtm
 from mtm import MtM, cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +115,7 @@ def test_readme_command_lines_are_understood():
     # A shell's longer lines and variables, of which the one that has to be known is a scheme.
     texts = [re.sub(r"\$\w+", "neuron", re.sub(r"\\\n\s*", "", text)) for text in texts]
     commands = [line.split("#")[0] for t in texts for line in t.splitlines() if " -m mtm" in line]
-    lines = [shlex.split(re.search(r" -m mtm ([^`]*)", command)[1]) for command in commands]
+    lines = [shlex.split(re.search(r" -m mtm ((?:(?! 2>|[`|]).)*)", command)[1]) for command in commands]
     assert len(lines) >= 5
     for words in lines:
         cli.parse(words)
@@ -299,7 +300,9 @@ def test_models_that_are_called_by_hand_are_on_the_cpu(page):
 def test_one_version_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
-    assert project["version"] == citation["version"]
+    changes = re.search(r"^## (\S+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert project["version"] == citation["version"] == mtm.__version__ == changes[1]
+    assert str(citation["date-released"]) == changes[2]
 
 
 def test_no_page_sets_the_plotting_backend():

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import threading
+import time
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -672,6 +673,8 @@ class Bucket(BaseHTTPRequestHandler):
         token = f"<NextContinuationToken>{keys[1]}</NextContinuationToken>" if more else ""
         text = f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{items}{token}'
         text += "</ListBucketResult>"
+        if self.fault == "silent":
+            return time.sleep(1)
         if self.fault == "not a list":
             text = "<html>please log in"
         self.answer(503 if self.fault == "list down" else 200, text.encode())
@@ -713,6 +716,11 @@ def test_listing_follows_the_pages(bucket):
         bucket.fault = fault
         with pytest.raises(ConnectionError, match=message):
             bwb.list_sessions(base_url=bucket.url)
+    bucket.fault = "silent"
+    with pytest.raises(ConnectionError, match="cannot list.*timed out.*try again later"):
+        bwb.list_sessions(base_url=bucket.url, timeout=0.2)
+    with pytest.raises(ConnectionError, match="cannot list.*timed out.*try again later"):
+        bwb.download(IDS[0], "nowhere", base_url=bucket.url, timeout=0.2)
     with pytest.raises(ConnectionError, match="cannot list http://127.0.0.1:9/.*refused"):
         bwb.list_sessions(base_url="http://127.0.0.1:9")
     for bad in ("file:///etc", "nowhere"):

@@ -220,9 +220,9 @@ def test_targets_of_behaviour(everything, task, part):
     path, made = everything
     found, name = trials(read(path), task, part), task.removeprefix("ts1-")
     rows, starts = brute_trials(made, task, part)
-    np.testing.assert_array_equal(found.index, rows)
+    np.testing.assert_array_equal(found.rows, rows)
     np.testing.assert_allclose(found.starts, starts)
-    assert len(rows) and found.index.dtype == np.int64
+    assert len(rows) and found.rows.dtype == np.int64
     if name not in TRACES:
         np.testing.assert_array_equal(found.values[:, 0], made["trials"][name][rows])
         return

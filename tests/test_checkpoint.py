@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mtm import Session, fit, load, save, simulate, train
-from mtm.checkpoint import StateError, states
+from mtm.checkpoint import StateError, read_state, states
 from mtm.hub import read_config
 from mtm.masks import MTM_SCHEMES
 
@@ -108,7 +108,7 @@ sizes = mtm.MtMConfig(n_bins=20, width=32, heads=2, depth=2, mlp_width=32, stitc
 def run(folder, save_every):
     pid = os.fork()
     if pid == 0:
-        mtm.fit(sessions, sizes, epochs=60, validations=30, progress=False, device="cpu",
+        mtm.fit(sessions, sizes, epochs=30, validations=15, progress=False, device="cpu",
                 folder=folder, save_every=save_every)
         os._exit(0)
     return pid
@@ -134,23 +134,23 @@ for kill in range(kills):
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it had ended already"
     writing += any(Path(folder).glob(".*.part"))
-assert writing and newest() > 2 * 12, (writing, newest())  # past validations, every 12 steps
+assert writing and newest() > 12, (writing, newest())  # past a validation, every 12 steps
 for where in (folder, folder + "-whole"):
     assert os.waitpid(run(where, 1e9), 0)[1] == 0
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_25_random_moments(tmp_path):
+def test_killed_at_random_moments(tmp_path):
     """Also while a state is written: one is written before each step."""
-    kills = 25
+    kills = 10
     command = [sys.executable, "-c", DRILL, str(tmp_path / "run"), str(kills)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     killed, whole = (load(tmp_path / name) for name in ("run", "run-whole"))
     assert same(weights(killed), weights(whole))
     histories = [read_config(tmp_path / name)["info"]["history"] for name in ("run", "run-whole")]
-    assert len(histories[0]) == 30
+    assert len(histories[0]) == 15
     for one, other in zip(*histories, strict=True):
         assert (one["mean"], one["loss"], one["lr"]) == (other["mean"], other["loss"], other["lr"])
     assert len(states(tmp_path / "run")) == 2
@@ -184,6 +184,12 @@ def test_the_last_two_states_are_kept_and_a_damaged_one_is_passed_over(
     with pytest.warns(UserWarning, match="state-00000012.safetensors is damaged .* before it"):
         found = call(tmp_path)
     assert same(weights(found.model), weights(whole.model))
+    state = states(tmp_path)[-1]
+    good = state.read_bytes()
+    for place in (200, len(good) // 2, len(good) - 1):  # of JSON and of numbers
+        state.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.warns(UserWarning, match=f"{state.name} is damaged .* before it"):
+            assert read_state(tmp_path).facts["step"] < int(state.stem[-8:])
     for path in states(tmp_path):
         path.write_bytes(b"nothing")
     with (
@@ -322,7 +328,7 @@ def test_a_full_disk_stops_training_and_leaves_the_states(sessions, tmp_path, mo
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left .*free some space .*state-00000002"):
         fit(sessions[0], **SHORT, depth=1, folder=tmp_path, save_every=0.0)
     assert len(states(tmp_path)) == 2 and not list(tmp_path.glob(".*"))
     monkeypatch.setattr(Path, "write_bytes", write)

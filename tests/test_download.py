@@ -1,7 +1,10 @@
 """Downloads that are cut, refused and changed in between, from a server with faults on demand."""
 
 import hashlib
+import socket
 import threading
+import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -24,6 +27,8 @@ class Server(BaseHTTPRequestHandler):
         type(self).left -= fault is not None
         if fault in (404, 403, 416, 503):
             return self.answer(fault, b"<Error/>")
+        if fault == "silent":
+            return time.sleep(1)
         etag = '"other"' if fault == "changed" else f'"{etag_of(body)}"'
         headers, status, start = {"ETag": etag}, 200, 0
         wish = self.headers.get("Range")
@@ -37,7 +42,11 @@ class Server(BaseHTTPRequestHandler):
         length = len(rest) + (5 if fault == "wrong length" else 0)
         if fault == "endless":  # no length, and more than there should be
             return self.answer(200, body + b"more", headers, length=None)
-        self.answer(status, rest[:100_000] if fault == "cut" else rest, headers, length)
+        third = fault in ("cut", "silent after a third")
+        self.answer(status, rest[:100_000] if third else rest, headers, length)
+        if fault == "silent after a third":
+            self.wfile.flush()
+            time.sleep(1)
 
     def answer(self, status, body, headers=None, length=-1):
         self.send_response(status)
@@ -112,6 +121,35 @@ def test_cut_connections_are_taken_up(server, path):
     with pytest.raises(ConnectionError, match="gave up after 4 tries.*503.*later") as caught:
         get(server, path)
     assert "secret" not in str(caught.value)
+
+
+def test_what_came_before_a_silence_is_not_lost(server, path):
+    """Less than a chunk each time: were chunks awaited, no try would bring anything."""
+    server.fault, server.left = "silent after a third", 2
+    wanted = {"size": len(BODY), "etag": etag_of(BODY), "timeout": 0.2, "progress": False}
+    assert download(server.url, path, **wanted).read_bytes() == BODY
+    assert server.asked == [None, "bytes=100000-", "bytes=200000-"]
+    path.unlink()
+    server.fault, server.left = "silent", 9
+    before = time.perf_counter()
+    with pytest.raises(ConnectionError, match="gave up after 4 tries.*timed out.*later"):
+        download(server.url, path, **wanted)
+    assert 4 * 0.2 < time.perf_counter() - before < 4 * 0.2 + 2
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("ask", ["urllib", "requests"])
+def test_a_time_limit_for_those_that_have_none(server, ask):
+    requests = pytest.importorskip("requests")
+    send, default = requests.adapters.HTTPAdapter.send, socket.getdefaulttimeout()
+    server.fault, server.left = "silent", 9
+    call = {"urllib": urllib.request.urlopen, "requests": requests.get}[ask]
+    with pytest.raises(OSError, match="timed out"), module.time_limit(0.2):
+        call(server.url)
+    assert (requests.adapters.HTTPAdapter.send, socket.getdefaulttimeout()) == (send, default)
+    server.left = 0
+    with module.time_limit(0.2):
+        call(server.url).close()
 
 
 def test_a_later_call_goes_on(server, path):
@@ -191,7 +229,7 @@ def test_server_gone_and_disk_full(server, path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "open", lambda *a: Full(open(*a)), raising=False)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left .*free some space .*h5"):
             get(server, path)
     assert not path.exists() and len(server.asked) == 1  # not tried again
     assert get(server, path).read_bytes() == BODY

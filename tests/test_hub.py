@@ -68,6 +68,7 @@ def test_every_variant_comes_back_the_same(fields, tmp_path):
 def test_damaged_and_foreign_files_are_refused(folder, tmp_path):
     path, _ = folder
     weights, config = path / hub.WEIGHTS, path / hub.CONFIG
+    save_file(load_file(weights), weights)  # which say nothing of themselves
     whole, text = weights.read_bytes(), config.read_text()
     with pytest.raises(hub.CheckpointError, match="holds no model"):
         load(tmp_path / "nowhere")
@@ -88,6 +89,10 @@ def test_damaged_and_foreign_files_are_refused(folder, tmp_path):
         (json.dumps({"format": "other"}), "does not describe"),
         (text.replace('"version": 2', '"version": 99'), "format version 99"),
         (text.replace('"depth": 1', '"depth": "1"'), "config.json|depth|str"),
+        (text.replace('"depth": 1', '"depth": 1000000000'), "has 1 layers, but config.json says"),
+        (text.replace('"bin_size": 0.02', '"bin_size": NaN'), "bin_size must be a finite number"),
+        (text.replace('"causal": true', '"causal": "no"'), "causal must be True or False"),
+        (text.replace('"a": 3', '"a": 3.0'), "n_neurons must be a whole number"),
         (text.replace('"mlp_width": 256', '"mlp_width": 999999999'), "another shape"),
         (text.replace('"a": 3', '"a": "x"'), "model"),
         (text.replace('"width"', '"widht"'), "lacks.*: width"),
@@ -104,6 +109,64 @@ def test_damaged_and_foreign_files_are_refused(folder, tmp_path):
     save_file({**tensors, "extra": torch.zeros(1)}, weights)
     with pytest.raises(hub.CheckpointError, match="extra"):
         load(path)
+
+
+def test_a_changed_bit_is_noticed(folder):
+    path, _ = folder
+    weights = path / hub.WEIGHTS
+    whole = weights.read_bytes()
+    for place in range(8, len(whole), len(whole) // 60):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        weights.write_bytes(flipped)
+        with pytest.raises(hub.CheckpointError, match="weights.safetensors"):
+            load(path)
+
+
+def test_a_save_that_was_killed_between_its_files_leaves_a_model(folder, tmp_path):
+    path, old = folder
+    new = MtM(MtMConfig.from_depth(2, n_bins=6), {"b": 4})
+    save(new, tmp_path / "new")
+    shutil.copytree(path, tmp_path / "mixed")
+    for model, weights, config in ((new, tmp_path / "new", path), (old, path, tmp_path / "new")):
+        shutil.copy(weights / hub.WEIGHTS, tmp_path / "mixed")
+        shutil.copy(config / hub.CONFIG, tmp_path / "mixed")
+        with pytest.warns(UserWarning, match="config.json is not that of the weights.*is taken"):
+            again = load(tmp_path / "mixed")
+        assert again.config == model.config and again.session_names == model.session_names
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_weights_that_are_no_finite_numbers_are_refused(folder):
+    """Of files without a checksum: a bit of a dtype's name or an exponent may have changed."""
+    path, _ = folder
+    tensors = load_file(path / hub.WEIGHTS)
+    key = next(key for key in tensors if key.endswith("readout.weight"))
+    for wrong in (tensors[key].int(), torch.full_like(tensors[key], float("nan"))):
+        save_file({**tensors, key: wrong}, path / hub.WEIGHTS)
+        with pytest.raises(hub.CheckpointError, match="safetensors is damaged .*readout.weight is"):
+            load(path)
+
+
+def test_json_of_any_depth_is_refused(folder):
+    path, _ = folder
+    (path / hub.CONFIG).write_text("[" * 100_000)
+    with pytest.raises(hub.CheckpointError, match="config.json is not readable: .*recursion"):
+        load(path)
+
+
+def test_a_model_is_replaced_as_a_whole_or_not_at_all(folder, monkeypatch):
+    path, model = folder
+    before = {file: file.read_bytes() for file in path.iterdir()}
+
+    def full(file, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", full)  # of config.json: the weights had room
+    larger = MtM(MtMConfig.from_depth(2, n_bins=6), {"a": 3})
+    with pytest.raises(OSError, match="free some space there.*weights.* and .*config.json"):
+        save(larger, path)
+    assert {file: file.read_bytes() for file in path.iterdir()} == before
 
 
 # ----------------------------------------------------------------------------- the Hugging Face Hub
@@ -376,7 +439,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
         path.write_bytes(content)
         with pytest.raises(hub.CheckpointError, match="not a readable file of torch.save"):
             hub.from_official(path, TWO)
-    for thing in ([1, 2], {"a": 1}, torch.ones(3), {"model": 3}):
+    for thing in ([1, 2], {"a": 1}, torch.ones(3), {"model": 3}, {}):
         torch.save(thing, path)
         with pytest.raises(hub.CheckpointError, match="checkpoint.pt"):
             hub.from_official(path, TWO)
@@ -391,6 +454,8 @@ def test_keys_that_do_not_fit_are_named():
         ("encoder.masker.extra", torch.ones(1), "encoder.masker.extra is unknown"),
         ("encoder.out_norm.weight", None, "no NDT1 or NDT2 .*encoder.out_norm.weight missing"),
         ("encoder.embedder.embed_pos.weight", torch.tensor(1.0), "embed_pos.weight missing or mis"),
+        (hub.TOKENS, torch.tensor(1.0), "embed_session.weight missing or misshapen"),
+        (hub.SPACE, torch.tensor(1.0), "embed_space_pos.0.weight missing or misshapen"),
     ]:
         broken = {k: v for k, v in (state | {key: value}).items() if v is not None}
         with pytest.raises(hub.CheckpointError, match=message):

@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import uuid
 import warnings
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -997,7 +998,7 @@ def server(tree, monkeypatch):
     import one.params
 
     Alyx.tree = tree
-    httpd = HTTPServer(("127.0.0.1", 0), Alyx)
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Alyx)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{httpd.server_address[1]}"
     defaults = one.params.default()
@@ -1007,6 +1008,53 @@ def server(tree, monkeypatch):
     yield url
     httpd.shutdown()
     httpd.server_close()
+
+
+def test_servers_that_are_silent_or_fail_or_hang_up(read, tmp_path, server, monkeypatch):
+    """At the log-in, when asked for lists, and for files: an error in time, and no half file."""
+    warnings.simplefilter("ignore", ResourceWarning)  # ONE leaves broken connections open
+    whole, wrong = Alyx.answer, {}
+
+    def answer(self, status, body):
+        what = wrong.get(self.path.split("/")[1])
+        if what == "silent":
+            return time.sleep(0.5)
+        if what == "failing":
+            return whole(self, 500, {"detail": "broken"})
+        if what != "half":
+            return whole(self, status, body)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2])
+
+    monkeypatch.setattr(Alyx, "answer", answer)
+    monkeypatch.setattr(ibl, "TIMEOUT", 0.2)
+    log_in = {"username": "someone", "password": "secret", "base_url": server}
+    for what, words in (("silent", "timed out"), ("failing", "500")):
+        wrong["auth-token"] = what
+        with pytest.raises(ConnectionError, match=f"{words}.*try again later, or load what is on"):
+            ibl.connect(tmp_path / "cache", **log_in)
+    del wrong["auth-token"]
+    one = ibl.connect(tmp_path / "cache", **log_in)
+    for place, what, words in (
+        *(("sessions", "silent", "timed out"), ("sessions", "failing", "500")),
+        *(("public", "silent", "timed out"), ("public", "failing", "500")),
+    ):
+        wrong[place] = what
+        with pytest.raises(ConnectionError, match=f"{server}.*{words}.*try again later, or load"):
+            ibl.load_session(one, EID)
+        del wrong[place]
+    wrong["public"] = "half"
+    with pytest.raises(SessionError, match="the download was cut short, and is removed; load ag"):
+        ibl.load_session(one, EID)
+    assert not list((tmp_path / "cache").rglob("*trials.table*"))
+    # What ONE was killed at, it later takes for whole.
+    wrong["public"] = "silent"
+    with pytest.raises(ConnectionError):
+        ibl.load_session(one, EID)
+    del wrong["public"]
+    np.testing.assert_array_equal(ibl.load_session(one, EID).counts, read.counts)
 
 
 def test_the_same_code_reads_a_server(read, tmp_path, server, capfd):

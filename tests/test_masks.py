@@ -200,6 +200,48 @@ def test_impossible_ratios_are_refused(ratio):
             draw_mask(name, counts, regions, 0, ratio)
 
 
+@pytest.mark.parametrize("name", list(SCHEMES))
+@pytest.mark.parametrize(
+    ("shape", "codes", "message"),
+    [
+        ((0, 3, 2), [0, 1], "counts must be trials x bins x neurons"),
+        ((2, 0, 2), [0, 1], "counts must be"),
+        ((2, 3, 0), [], "counts must be"),
+        ((2, 3), [0, 1, 2], "counts must be"),
+        ((2, 3, 2), [0, 1, 2], "regions must be a whole number for each of the 2 neurons"),
+        ((2, 3, 2), [0.0, 1.0], "regions must be a whole number"),
+        ((2, 3, 2), [PADDING, PADDING], "no neuron to hide"),
+    ],
+)
+def test_what_is_no_batch_is_refused(name, shape, codes, message):
+    with pytest.raises(ValueError, match=message):
+        draw_mask(name, torch.zeros(shape), torch.tensor(codes), 0)
+
+
+@pytest.mark.parametrize("name", ["inter-region", "intra-region"])
+def test_regions_of_a_selection_may_have_any_codes(name):
+    counts, regions = torch.zeros(2, 3, 3), torch.tensor([9, -1, 614454277])
+    found = set()
+    for seed in range(20):
+        target = draw_mask(name, counts, regions, seed).target
+        found |= set(regions[target.any(0).any(0)].tolist())
+    assert found == {9, 614454277}
+
+
+def test_what_is_no_ratio_patch_or_seed_is_refused():
+    counts, regions = torch.zeros(2, 3, 4), torch.zeros(4, dtype=torch.int64)
+    for ratio in ("0.5", None, np.array([0.5])):
+        with pytest.raises(ValueError, match="ratio must be"):
+            masks.neuron(counts, regions, ratio)
+    for size in (0, -1, 1.5, "3"):
+        with pytest.raises(ValueError, match="patch_size must be a whole number from 1"):
+            masks.random_token(counts, regions, 0.5, patch_size=size)
+    assert masks.random_token(counts, regions, 1.0, patch_size=2**64).hidden.all()
+    for seed in (2**64, 0.5, "0", True):
+        with pytest.raises(ValueError, match="seed must be a whole number"):
+            MaskSampler(seed=seed)
+
+
 def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown masking scheme 'neurons'; known: neuron"):
         MaskSampler(["neurons"])

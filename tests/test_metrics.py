@@ -152,3 +152,59 @@ def test_bad_input_is_refused(example):
     broken[0, 0, 0] = -np.inf
     with pytest.raises(ValueError, match="finite"):
         metrics.trial_r2(broken, counts)
+
+
+SCORES = {
+    "bits": metrics.bits_per_spike,
+    "pooled": metrics.pooled_bits_per_spike,
+    "d2": metrics.poisson_d2,
+    "r2": metrics.trial_r2,
+    "psth": lambda log_rates, counts: metrics.psth_r2(log_rates, counts, np.zeros(len(counts))),
+    "mean": lambda log_rates, counts: metrics.log_mean(counts),
+}
+
+
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (np.full((2, 3, 1), np.nan), "counts must be finite and not negative"),
+        (np.full((2, 3, 1), np.inf), "counts must be finite"),
+        (np.full((2, 3, 1), -1), "counts must be finite and not negative, got -1"),
+        (np.zeros((0, 3, 1)), "counts must be trials x bins x neurons"),
+        (np.zeros((2, 3)), "counts must be trials"),
+        (np.full((2, 3, 1), "x"), "counts must be an array of numbers"),
+        (np.ones((2, 3, 1), complex), "counts must be an array of numbers, got complex128"),
+    ],
+)
+def test_what_is_no_count_has_no_score(score, counts, message):
+    with pytest.raises(ValueError, match=message):
+        score(np.zeros(counts.shape), counts)
+
+
+def test_rates_that_no_float_holds_are_refused():
+    counts, log_rates = np.ones((2, 3, 1)), np.zeros((2, 3, 1))
+    log_rates[0] = 710.0  # averaged with the other trial this was NaN, as of a silent neuron
+    for score in list(SCORES.values())[:-1]:
+        with pytest.raises(ValueError, match="log-rates reach 710; above 700"):
+            score(log_rates, counts)
+
+
+@pytest.mark.parametrize(
+    ("null", "message"),
+    [
+        ([np.nan], "null log-rates must be finite"),
+        ([-np.inf], "null log-rates must be finite"),
+        ([0.0, 0.0], "null log-rates do not fit the counts"),
+        ("x", "null log-rates must be an array of numbers"),
+    ],
+)
+def test_what_is_no_null_model_is_refused(null, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.bits_per_spike(np.zeros((2, 3, 1)), np.ones((2, 3, 1)), null)
+
+
+@pytest.mark.parametrize("conditions", [np.zeros(4), np.zeros(1), 0.0, np.zeros((2, 1, 1))])
+def test_conditions_are_of_the_trials(conditions):
+    with pytest.raises(ValueError, match=r"conditions must be \(2,\) or \(2, C\)"):
+        metrics.psth_r2(np.zeros((2, 3, 1)), np.ones((2, 3, 1)), conditions)

@@ -632,7 +632,7 @@ def test_errors_name_the_session_and_the_remedy():
         MtMConfig(width=10, heads=3)
     with pytest.raises(ValueError, match="tokenizer must be one of ndt1, ndt2; got 'ndt3'"):
         MtMConfig(tokenizer="ndt3")
-    with pytest.raises(ValueError, match="prompts must be a list of different names, got 'neuron'"):
+    with pytest.raises(ValueError, match="prompts must be a list of names, got 'neuron'"):
         MtMConfig(prompts="neuron")
     with pytest.raises(ValueError, match="leak is for the authors' checkpoints only"):
         MtMConfig(leak=True)

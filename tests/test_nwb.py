@@ -5,7 +5,9 @@ import random
 import re
 import shutil
 import socket
+import sys
 import threading
+import time
 import warnings
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -601,6 +603,9 @@ class Archive(BaseHTTPRequestHandler):
     def do_GET(self):
         server, place = self.server, self.path.partition("?")[0]
         server.requests += 1
+        if server.requests > server.talkative:
+            time.sleep(1)
+            return
         if place == "/moved" or place not in ("/file", "/whole") or server.requests > server.limit:
             self.send_response(302 if place == "/moved" else 403 if place == "/file" else 404)
             self.send_header("Location", "/file?signature=secret")
@@ -631,6 +636,7 @@ def archive(path):
     server.daemon_threads = True
     server.content, server.sent, server.requests, server.limit = path.read_bytes(), 0, 0, 10**6
     server.url = f"http://127.0.0.1:{server.server_port}"
+    server.talkative = 10**6
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -691,6 +697,17 @@ def test_a_link_that_expires_while_reading(archive):
         text = refusal(nwb.load_session, f"{archive.url}/moved", traces=["pupil"])
         assert archive.url in text and "secret" not in text
     assert whole > 3
+
+
+def test_a_server_that_falls_silent(archive, monkeypatch):
+    monkeypatch.setattr(nwb, "TIMEOUT", 0.2)
+    monkeypatch.setattr(sys.modules["remfile.RemFile"], "_num_request_retries", 0)
+    for talkative in (0, 1, 2):
+        archive.talkative = archive.requests + talkative
+        start = time.perf_counter()
+        text = refusal(nwb.load_session, f"{archive.url}/file", traces=["pupil"])
+        assert "timed out" in text and archive.url in text
+        assert time.perf_counter() - start < 2
 
 
 # ----------------------------------------------------------------------------- a real file

@@ -1,5 +1,6 @@
 """Sessions: checks, splits, selection, spike times, and files that come back as they went."""
 
+import json
 import warnings
 
 import numpy as np
@@ -46,6 +47,10 @@ def test_what_it_says_of_itself():
     assert make(regions=None).region_names == []
 
 
+RING: dict = {}
+RING["again"] = RING  # as no file can hold it
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -68,7 +73,36 @@ def test_what_it_says_of_itself():
         ({"given_split": ([0], [1], [99])}, "given_split: test names trials outside"),
         ({"trial_ids": np.zeros(20)}, "trial_ids: need 20 different numbers"),
         ({"trial_ids": np.arange(1, 21)}, "trial_ids: must lie in 0..19; pass n_recorded"),
+        ({"n_recorded": 10**12}, "n_recorded: 1000000000000 trials"),
+        ({"subject": None}, "subject: need a string, got None"),
         ({"provenance": {"x": object()}}, "provenance: .*not JSON serializable"),
+        ({"provenance": ["x"]}, "provenance: "),
+        ({"provenance": RING}, "provenance: Circular reference"),
+        ({"counts": [[[1]], [[1, 2]]]}, "counts: no array"),
+        ({"regions": [["CA1"], "DG"]}, "regions: no array"),
+        ({"bin_size": "0.02"}, "bin_size: need seconds above 0, got '0.02'"),
+        ({"bin_size": 1e308}, "bin_size: need seconds above 0"),
+        ({"window": 0.1}, "window: need .start, stop. in seconds, got 0.1"),
+        ({"window": (0.0,)}, "window: need .start, stop."),
+        ({"window": (0.0, np.nan)}, "window: need .start, stop."),
+        ({"behaviour": {"x": np.full(20, np.inf)}}, "behaviour 'x': infinite values"),
+        ({"behaviour": {"": np.zeros(20)}}, "behaviour: '' is no name that a file can hold"),
+        ({"behaviour": {1: np.zeros(20)}}, "behaviour: 1 is no name"),
+        ({"neurons": {"a\0b": np.zeros(4)}}, "neurons: .* is no name"),
+        ({"neurons": {"\ud800": np.zeros(4)}}, "neurons: .* is no name"),
+        ({"neurons": {"a.npy": np.zeros(4)}}, "neurons: 'a.npy' is no name"),
+        ({"rates": "x"}, "rates: need numbers, got dtype <U1"),
+        ({"rates": np.ones((20, 5, 4), complex)}, "rates: need numbers, got dtype complex128"),
+        ({"rates": np.full((20, 5, 4), 1e300)}, "rates: expected counts must be finite"),
+        ({"given_split": 5}, "given_split: need trials of .train, val, test., got 5"),
+        ({"given_split": ([0], [1])}, "given_split: need trials of .train, val, test."),
+        ({"given_split": ([0.5], [1], [2])}, "given_split: need a row of whole numbers"),
+        ({"given_split": ([2**64], [1], [2])}, "given_split: need a row of whole numbers"),
+        ({"given_split": (["a"], [1], [2])}, "given_split: need a row of whole numbers"),
+        ({"trial_ids": np.arange(20) + 0.5}, "trial_ids: need a row of whole numbers"),
+        ({"trial_ids": np.full(20, np.nan)}, "trial_ids: need a row of whole numbers"),
+        ({"n_recorded": 20.5}, "n_recorded: need a whole number, got 20.5"),
+        ({"n_recorded": "many"}, "n_recorded: need a whole number, got 'many'"),
     ],
 )
 def test_errors_name_the_session_and_the_field(changes, message):
@@ -82,8 +116,17 @@ def test_bins_in_milliseconds_are_doubted():
 
 
 def test_a_name_is_needed():
-    with pytest.raises(SessionError, match="name"):
-        make(name="")
+    for name in ("", "\ud800", 5):
+        with pytest.raises(SessionError, match="session name"):
+            make(name=name)
+
+
+def test_half_floats_and_damaged_labels_are_taken():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session = make(counts=np.ones((20, 5, 4), np.float16), regions=[b"CA1", b"\xff", b"", None])
+    assert session.counts.dtype == np.uint8
+    assert session.regions.tolist() == ["CA1", "\ufffd", "", ""]
 
 
 @given(st.integers(3, 400), st.integers(0, 5))
@@ -201,6 +244,23 @@ def test_files_that_are_no_sessions_are_refused(tmp_path):
         Session.load(tmp_path / "absent.npz")
 
 
+def test_well_formed_files_of_wrong_content_are_refused_by_name(tmp_path):
+    path = make().save(tmp_path / "good.npz")
+    with np.load(path) as file:
+        arrays = dict(file)
+    meta = json.loads(str(arrays["meta"]))
+    changes = [{"what/else": np.arange(3)}, {"split/train": np.arange(3)}, {"else": np.arange(3)},
+               {"counts": arrays["counts"][0]}, {"trial_ids": arrays["trial_ids"][1:]}]  # fmt: skip
+    wrong = {"name": None, "subject": 5, "bin_size": "x", "window": [0, 1, 2], "more": 1}
+    wrong |= {"n_recorded": 10**30}
+    changes += [{"meta": np.array(json.dumps(meta | {key: value}))} for key, value in wrong.items()]
+    for change in changes:
+        np.savez(path, **(arrays | change))
+        for mmap in (False, True):
+            with pytest.raises(SessionError, match=r"good\.npz"):
+                Session.load(path, mmap=mmap)
+
+
 def test_from_spike_times_counts_by_loop():
     rng = np.random.default_rng(1)
     times, clusters = rng.uniform(0, 50, 5000), rng.choice([3, 10, 7], 5000)
@@ -230,6 +290,25 @@ def test_from_spike_times_counts_by_loop():
     np.testing.assert_allclose(session.behaviour["wheel"], middle, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("ids", "fired"),
+    [
+        (np.array([-128, 124, 125], np.int8), 1),  # whose differences no int8 holds
+        (np.array([3, 2**63 + 1, 2**63 + 2], np.uint64), 1),
+        (np.array([3, 7, 9], np.uint64), 2),
+        (np.array(["a", "b", "c"], object), 0),
+        (np.array([b"a", b"b", b"c"]), 2),
+        (np.array([0.5, 1.5, 2.5]), 1),
+    ],
+)
+def test_ids_of_any_type_are_told_apart(ids, fired):
+    times = [0.1, 0.2, 0.3]
+    made = Session.from_spike_times(
+        times, ids[[fired] * 3], [0.0], clusters=ids, window=(0.0, 1.0), bin_size=1.0
+    )
+    assert made.counts[0, 0].tolist() == [3 * (i == fired) for i in range(3)]
+
+
 def test_events_that_are_too_close_or_outside_are_doubted():
     times = np.arange(0, 100, 0.01)
     spikes = (times, np.resize([0, 1], len(times)))
@@ -251,6 +330,13 @@ def test_events_that_are_too_close_or_outside_are_doubted():
     ("changes", "message"),
     [
         ({"clusters": [0, 0]}, "clusters: id 0 twice"),
+        ({"clusters": ["0", "1"]}, "spike_clusters: int64 cannot be looked up among clusters of"),
+        ({"clusters": [[0, 1]]}, "clusters: need a row of ids"),
+        ({"clusters": [[0], 1]}, "clusters: no ids"),
+        ({"spike_clusters": [0, None]}, "spike_clusters: need a row of ids"),
+        ({"spike_clusters": 0}, "spike_clusters: need a row of ids"),
+        ({"window": ("0", "1")}, "binning: .*window must be"),
+        ({"bin_size": None}, "binning: .*bin_size must be"),
         ({"clusters": [0]}, r"spike_clusters: ids \[1\] are not among the 1 clusters"),
         ({"align_times": [np.nan]}, "binning: .*align"),
         ({"spike_times": [0.1, np.inf]}, "binning: .*spike_times"),

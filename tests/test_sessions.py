@@ -1,5 +1,6 @@
 """Many recordings on disk: listed without reading them, chosen from, trained on in place."""
 
+import json
 import subprocess
 import sys
 import time
@@ -40,6 +41,33 @@ def folder(tmp_path):
     for i in range(3):
         make(f"s{i}", i, n_trials=30 + i).save(tmp_path / f"s{i}.npz")
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("member", "change"),
+    [
+        ("meta", {"provenance": []}),
+        ("meta", {"name": 5}),
+        ("listed", {"shape": [30, 10]}),
+        ("listed", {"shape": [30, 10, 10**15]}),
+        ("listed", {"shape": ["30", 10, 12]}),
+        ("listed", {"firing_rates": [1.0]}),
+        ("listed", {"firing_rates": None}),
+        ("regions", np.zeros(12)),
+        ("regions", np.array("CA1")),
+        ("regions", np.full(12, 2**31 - 1, np.int32).view("<U1")),  # beyond Unicode
+        ("meta", np.array(2**31 - 1, np.int32).view("<U1")),
+    ],
+)
+def test_a_list_that_does_not_fit_its_file_is_refused(tmp_path, member, change):
+    path = make("s").save(tmp_path / "s.npz")
+    with np.load(path) as file:
+        parts = {name: file[name] for name in file.files}
+    if isinstance(change, dict):
+        change = np.array(json.dumps(json.loads(str(parts[member])) | change))
+    np.savez(path, **{**parts, member: change})
+    with pytest.raises(SessionError, match="s.npz is not a readable session file"):
+        Sessions(path)
 
 
 def test_a_list_of_what_is_there(folder):
@@ -112,6 +140,14 @@ def test_what_cannot_be_listed(folder, tmp_path):
     make("s0").save(folder / "again.npz")
     with pytest.raises(SessionError, match=r"again\.npz and .*s0\.npz both hold .* 's0'"):
         Sessions(folder)
+    with np.load(folder / "again.npz") as file:
+        arrays = dict(file)
+    for key, change in (("meta", {"name": ["x"]}), ("listed", {"firing_rates": [1.0]}),
+                        ("listed", {"shape": [1, 2]})):  # fmt: skip
+        wrong = np.array(json.dumps(json.loads(str(arrays[key])) | change))
+        np.savez(folder / "again.npz", **(arrays | {key: wrong}))
+        with pytest.raises(SessionError, match=r"again\.npz is not a readable session file"):
+            Sessions(folder)
 
 
 def test_choosing_neurons_against_doing_it_by_hand(folder):

@@ -135,7 +135,7 @@ def test_each_step_shows_the_prompt_of_its_scheme_and_trains(sessions, monkeypat
         return embed(self, counts, session, mask, prompt)
 
     monkeypatch.setattr(MtM, "embed", watched)
-    fit(sessions, **{**QUICK, "depth": 2, "epochs": 8})
+    fit(sessions, **{**QUICK, "epochs": 6})
     steps = [call[1:] for call in calls if call[0]]
     assert {prompt for prompt, *_ in steps} == set(MTM_SCHEMES)
     assert all(causal == (prompt == "causal") for prompt, causal, _ in steps)
@@ -320,6 +320,8 @@ def test_errors(sessions):
         fit([sessions[0], Session(np.ones((9, 50, 3)), ["CA1"] * 3, "x")], **QUICK)
     with pytest.raises(ValueError, match="schemes must be a list of names, got 'neuron'"):
         TrainConfig(schemes="neuron")
+    with pytest.raises(ValueError, match="save_every must be 0 or more seconds, got nan"):
+        fit(sessions, **QUICK, save_every=float("nan"))
     with pytest.raises(SessionError, match="no session to train on"):
         fit([], **QUICK)
     with pytest.raises(ValueError, match="unknown setting 'epoch'; did you mean 'epochs'"):
@@ -384,7 +386,7 @@ def test_a_step_of_one_session_is_the_masked_loss(sessions):
 
 def test_many_sessions_a_step_and_small_pieces_train(sessions):
     for settings in ({"batches_per_step": 2}, {"micro_batch": 3}):
-        result = fit(sessions, **{**QUICK, "epochs": 10}, **settings)
+        result = fit(sessions, **{**QUICK, "epochs": 5}, **settings)
         assert result.best["mean"] > 0
     n_batches = sum(-(-len(s.split().train) // 4) for s in sessions)
     assert fit(sessions, **QUICK, batches_per_step=4).history[-1]["step"] == 2 * -(-n_batches // 4)
@@ -430,7 +432,7 @@ def test_what_the_caller_froze_stays_frozen(sessions):
     model = fit(sessions[0], **QUICK).model
     model.layers.requires_grad_(False)
     before = {key: value.clone() for key, value in model.layers.state_dict().items()}
-    for settings in ({}, {"tune": "maps-then-all"}, {"lr": 1e6, "clip": None, "epochs": 20}):
+    for settings in ({}, {"tune": "maps-then-all"}, {"lr": 1e6, "clip": None, "epochs": 6}):
         try:
             fit(sessions[1], model, **(ON | settings))
         except FloatingPointError:
@@ -456,7 +458,7 @@ def test_a_new_session_can_start_with_the_mean_token(sessions):
 )
 def test_every_variant_learns_more_than_the_mean_rate(sessions, fields):
     config = MtMConfig.from_depth(1, n_bins=50, **fields)
-    result = fit(sessions[0], config, epochs=30, validations=3, progress=False)
+    result = fit(sessions[0], config, epochs=15, validations=3, progress=False)
     assert result.best["mean"] > 0.01
     scores = evaluate(result, sessions[0], tasks=["inter-region"]).tasks["inter-region"]
     assert scores.mean("bits_per_spike_train_null") > 0

@@ -221,7 +221,7 @@ def _files(who: str, folder: Path) -> dict[str, list[Path]]:
         return {"train": _streams(who, folder)}
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet")):
-        found.setdefault(re.match(r"\w*", path.name)[0], []).append(path)
+        found.setdefault(re.split(r"\W", path.name)[0], []).append(path)
     for split, paths in found.items():
         parts = re.search(r"-of-(\d+)", paths[0].name)
         if len(paths) != int(parts[1] if parts else 1):

@@ -20,10 +20,13 @@ A session's behaviours, where NaN = missing:
 from __future__ import annotations
 
 import functools
+import http.client
 import json
 import re
+import urllib.error
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +34,7 @@ import numpy as np
 
 from mtm.atlas import LEVELS, acronyms, within
 from mtm.binning import ordered_samples, wheel_speed
+from mtm.download import time_limit
 from mtm.extras import extra
 from mtm.prepare import Prepared
 from mtm.prepare import prepare as run
@@ -45,8 +49,10 @@ PROBE_DATASETS = (
     *("spikes.times", "spikes.clusters", "channels.brainLocationIds_ccf_2017"),
     *("clusters.channels", "clusters.depths", "clusters.metrics", "clusters.uuids"),
 )
+TIMEOUT = 60.0  # seconds that a server may be silent
 UNRECORDED = 0.1  # s without a spike of a whole probe that do not yet mean that it was off
 PLACE = ("lab", "subject", "date", "number")
+LATER = "check the network and try again later, or load what is on disk: connect(cache_dir) alone"
 SESSIONS_OF_THE_PAPER = json.loads((Path(__file__).parent / "paper_sessions.json").read_text())
 PAPER_EIDS: tuple[str, ...] = tuple(SESSIONS_OF_THE_PAPER["paper"])
 """The sessions of the MtM paper, as the authors' repository lists them (``target_eids.txt``): rows
@@ -108,8 +114,8 @@ def connect(
         ValueError: neither folder nor credentials; a username without password, token or saved
             token; a password without username.
         FileNotFoundError: no ONE tables in ``cache_dir``.
-        ConnectionError, requests.HTTPError: from ONE: server out of reach (ONE sets no time limit
-            for the log-in), or credentials that it refuses.
+        ConnectionError: server out of reach, silent for `TIMEOUT` seconds, or failing.
+        requests.HTTPError: from ONE: credentials that the server refuses.
         ImportError: without the ``[data]`` extra.
     """
     api = extra("one.api", "data")
@@ -119,7 +125,8 @@ def connect(
         with warnings.catch_warnings():  # ONE's last words before it logs in without a password
             warnings.filterwarnings("error", message="No password, token or cached token")
             try:
-                return api.OneAlyx(base_url=base_url, silent=True, **login, **where)
+                with answering(base_url):
+                    return api.OneAlyx(base_url=base_url, silent=True, **login, **where)
             except UserWarning:
                 raise ValueError(
                     f"no log-in of {username!r} at {base_url} is saved on this machine; pass "
@@ -137,6 +144,33 @@ def connect(
                 "on an ALF tree, or pass credentials to download"
             )
     return api.One(cache_dir=Path(cache_dir), mode="local")
+
+
+@contextmanager
+def answering(server: str | None) -> Iterator[None]:
+    """Within, a server may be silent for `TIMEOUT` seconds; ONE itself would wait for ever.
+
+    Args:
+        server: its address; None = nothing is asked of any.
+
+    Raises:
+        ConnectionError: naming server and remedy, where it is silent, out of reach, or fails.
+    """
+    if server is None:
+        yield
+        return
+    web = extra("requests.exceptions", "data")
+    try:
+        with time_limit(TIMEOUT):
+            yield
+    except web.HTTPError as error:
+        if getattr(error.response, "status_code", 0) < 500:
+            raise  # a refusal, in ONE's words
+        raise ConnectionError(f"{server} fails ({error}); {LATER}") from error
+    except (web.RequestException, urllib.error.URLError, http.client.HTTPException,
+            ConnectionError, TimeoutError) as error:  # fmt: skip
+        where, problem = getattr(error, "url", None) or server, " ".join(str(error).split())
+        raise ConnectionError(f"{where}: {problem}; {LATER}") from error
 
 
 def load_session(
@@ -181,6 +215,7 @@ def load_session(
 
     Raises:
         SessionError: naming the eid, the dataset and the remedy.
+        ConnectionError: a server out of reach, silent for `TIMEOUT` seconds, or failing.
         ValueError: for an unknown ``atlas``, ``trial_filter`` or ``units``.
     """
     check_option("atlas", atlas, LEVELS)
@@ -252,7 +287,8 @@ def search(
         terms["atlas_acronym"] = region
     with warnings.catch_warnings():  # ONE 3.6 with pandas 3
         warnings.filterwarnings("ignore", message="The copy keyword is deprecated")
-        eids = [str(eid) for eid in one.search(datasets="spikes.times.npy", **terms)]
+        with answering(None if one.offline else one.alyx.base_url):
+            eids = [str(eid) for eid in one.search(datasets="spikes.times.npy", **terms)]
     if inside is None or not one.offline:
         return eids
     return [eid for eid in eids if _passes_through(_Recording(one, eid), inside)]
@@ -305,8 +341,8 @@ def prepare(
     tables = (Path(one.cache_dir) / f"{name}.pqt" for name in ("sessions", "datasets"))
     known = tuple(table.stat().st_mtime_ns for table in tables if table.exists())
     load = functools.partial(_load_there, where, known)
-    settings = {"workers": workers, "overwrite": overwrite, "progress": progress}
-    return run(load, {str(eid): eid for eid in eids}, out, **settings, **options)
+    options |= {"workers": workers, "overwrite": overwrite, "progress": progress}
+    return run(load, {str(eid): eid for eid in eids}, out, **options)
 
 
 def _load_there(where: dict[str, Any], known: tuple[int, ...], eid: Any, **options: Any) -> Session:
@@ -335,8 +371,8 @@ def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
     Raises:
         SessionError: naming the columns that are missing.
     """
-    needed = ("stimOn_times", "firstMovement_times", "feedback_times", "goCue_times")
-    needed += ("choice", "feedbackType", "probabilityLeft")
+    needed: tuple[str, ...] = ("stimOn_times", "firstMovement_times", "feedback_times")
+    needed += ("goCue_times", "choice", "feedbackType", "probabilityLeft")
     if missing := [name for name in needed if name not in trials]:
         raise SessionError(f"trials table: no column {missing}; pass trial_filter=None")
     column = {name: np.asarray(trials[name], dtype=np.float64) for name in needed}
@@ -365,7 +401,8 @@ class _Recording:
             raise SessionError(f"session {eid!r}: not a session id ({error})") from error
         self.eid = str(eid if self.id is None else self.id)
         try:
-            found = () if self.id is None else one.list_datasets(self.id, details=True)
+            with answering(self.server()):
+                found: Any = () if self.id is None else one.list_datasets(self.id, details=True)
         except extra("requests.exceptions", "data").HTTPError as error:
             if getattr(error.response, "status_code", None) != 404:
                 raise
@@ -376,12 +413,16 @@ class _Recording:
                 "sessions there are (after adding files, run mtm.alf.index_alf and connect again)"
             )
         self.paths = sorted({re.sub(r"#[^#/]*#/", "", path) for path in found["rel_path"]})
+        self.sizes = dict(zip(found["rel_path"], found["file_size"], strict=True))
+
+    def server(self) -> str | None:
+        """Address of the server that files are downloaded from, if they are."""
+        return None if self.one.offline else self.one.alyx.base_url
 
     def origin(self) -> dict[str, Any]:
         """Where the session comes from: server, eid, its place, revisions of files."""
-        server = None if self.one.offline else self.one.alyx.base_url
         place = {"eid": self.eid, **self.place}
-        return {"origin": "ONE", "server": server, **place, "revisions": self.revisions}
+        return {"origin": "ONE", "server": self.server(), **place, "revisions": self.revisions}
 
     def fail(self, dataset: str, problem: str) -> NoReturn:
         raise SessionError(f"session {self.eid}, {dataset}: {problem}")
@@ -399,11 +440,21 @@ class _Recording:
 
     def fetch(self, collection: str, *names: str) -> None:
         """Have these datasets on disk, those that there are: one request, parallel downloads."""
-        paths = [self.find(name, collection) for name in names]
-        paths = [path for path in paths if path is not None and path not in self.files]
+        found = [self.find(name, collection) for name in names]
+        paths = [path for path in found if path is not None and path not in self.files]
         if not paths:
             return
-        with warnings.catch_warnings():  # tables that ONE saved do not say which is the default
+        files, cut = self._download(paths)
+        if cut:  # perhaps long ago: ONE takes what it once began for whole
+            files, cut = self._download(paths)
+        if cut:
+            self.fail(cut[0], "the download was cut short, and is removed; load again later")
+        self.files |= files
+
+    def _download(self, paths: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Dataset -> file, or None; and those that arrived only in part, which are removed."""
+        with warnings.catch_warnings(), answering(self.server()):
+            # tables that ONE saved do not say which is the default
             warnings.filterwarnings("ignore", message="No default revision")
             files, _ = self.one.load_datasets(
                 self.id,
@@ -413,7 +464,14 @@ class _Recording:
                 assert_present=False,
                 check_hash=False,
             )
-        self.files |= dict(zip(paths, files, strict=True))
+        cut = []
+        for path, file in zip(paths, files, strict=True):
+            if file is not None and not self.one.offline:
+                size = self.sizes.get(file.relative_to_session().as_posix()) or 0
+                if file.stat().st_size < size:
+                    file.unlink()
+                    cut.append(path)
+        return dict(zip(paths, files, strict=True)), cut
 
     def load(self, name: str, collection: str, remedy: str = "choose another session") -> Any:
         """Content of a dataset: an array, or a table."""
@@ -453,8 +511,10 @@ class _Recording:
 def _trials(
     recording: _Recording, align: str, trial_filter: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Columns (K,) of the trials to use, with their ``row`` in the table; and how many there were
-    and were dropped, and why."""
+    """Columns (K,) of the trials to use, with their ``row`` in the table.
+
+    And how many there were and were dropped, and why.
+    """
     if path := recording.find("trials.table"):
         trials = recording.load("trials.table", path.rpartition("/")[0])
         trials = {name: trials[name].to_numpy() for name in trials}
@@ -522,7 +582,7 @@ def _recorded(
 
 def _behaviour(trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Behaviour with one value a trial, as far as the trials table has the columns for it."""
-    recipes = {
+    recipes: dict[str, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {
         "choice": (("choice",), lambda choice: choice),
         "block": (("probabilityLeft",), lambda block: block),
         "reward": (("feedbackType",), lambda kind: np.where(np.isnan(kind), np.nan, kind > 0)),

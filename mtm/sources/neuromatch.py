@@ -1,8 +1,8 @@
-"""Recordings of Steinmetz et al. 2019 as Neuromatch Academy bundles them, ``steinmetz_part0.npz``
-to ``part2``.
+"""Recordings of Steinmetz et al. 2019 as Neuromatch Academy bundles them.
 
-Facts about the files are from the code that made them (MouseLand/steinmetz2019_NMA). Much is
-already chosen: clusters annotated 2 or 3 that fired in a trial, 10 ms counts around stimulus onset.
+They are ``steinmetz_part0.npz`` to ``part2``; facts about them are from the code that made them
+(MouseLand/steinmetz2019_NMA). Much is already chosen: clusters annotated 2 or 3 that fired in a
+trial, 10 ms counts around stimulus onset.
 The archive itself is read by `mtm.sources.steinmetz`; a session has the same name from both.
 
 The behaviours are those of `mtm.sources.steinmetz`, where NaN = missing, but for these:
@@ -74,7 +74,7 @@ def load_bundle(
     chosen = range(len(entries)) if index is None else np.atleast_1d(index).tolist()
     if not set(chosen) <= set(range(len(entries))):
         raise SessionError(f"session {file!r}: index {index!r} is not among 0..{len(entries) - 1}")
-    options = {"window": window, "bin_size": bin_size, "file": file}
+    options: dict[str, Any] = {"window": window, "bin_size": bin_size, "file": file}
     sessions = []
     for number in chosen:
         with reading(f"{file}[{number}]", "mouse_name, date_exp"):

@@ -39,6 +39,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mtm.binning import ordered_samples
+from mtm.download import public, time_limit
 from mtm.extras import extra
 from mtm.session import UNLABELLED, Session, SessionError
 
@@ -54,7 +55,7 @@ FACTS = {  # key of Session.provenance: place in the file
     **{key: f"general/{key}" for key in ("session_id", "lab", "institution")},
     **{"subject": "general/subject/subject_id", "species": "general/subject/species"},
 }
-TIMEOUT = 30.0  # seconds until a server must have answered the first request
+TIMEOUT = 30.0  # seconds that a server may be silent; remfile tries nine times
 
 
 def load_session(
@@ -74,7 +75,8 @@ def load_session(
 
     Args:
         source: path of the file, or its http(s) URL, for DANDI ``https://api.dandiarchive.org/api/
-            assets/<asset id>/download/``. A URL is streamed; the server must serve byte ranges.
+            assets/<asset id>/download/``. A URL is streamed; the server must serve byte ranges, and
+            may be silent for `TIMEOUT` seconds.
         align: the event: a column of the trials table, in seconds; trials without it (NaN) are left
             out. Or (K,) event times in seconds; then no trials table is read. Consecutive windows
             of a file without trials: ``np.arange(start, stop, length)``, ``window=(0, length)``.
@@ -152,7 +154,7 @@ class _Recording:
 
     def __init__(self, source: str, name: str | None) -> None:
         self.remote = source.lower().startswith(("http://", "https://"))
-        self.source = _public(source) if self.remote else source
+        self.source = public(source) if self.remote else source
         self.name = self.source if name is None else name
         self.file: Any = None
         self.facts: dict[str, Any] = {"origin": "NWB", "source": self.source}  # provenance
@@ -192,48 +194,50 @@ class _Recording:
         return found
 
 
-def _public(text: str) -> str:
-    """Without passwords, signatures and tokens of addresses, which belong into no file or log."""
-    return re.sub(r"(?<=://)[^/]*@|[?#\n].*", "", text)
-
-
 @contextmanager
 def _opened(source: Any, name: str | None) -> Iterator[_Recording]:
     """The open file; whatever goes wrong with it becomes a SessionError."""
     recording = _Recording(str(source), name)
     h5py = extra("h5py", "nwb")
     try:
-        stream = _stream(recording, source) if recording.remote else str(source)
-        if not recording.remote and not Path(stream).is_file():
-            recording.fail(repr(stream), "no such file; pass its path or its http(s) URL")
-        with h5py.File(stream, "r") as recording.file:
+        if not recording.remote and not Path(str(source)).is_file():
+            recording.fail(repr(str(source)), "no such file; pass its path or its http(s) URL")
+        with _source(recording, source) as stream, h5py.File(stream, "r") as recording.file:
             if "nwb_version" not in recording.file.attrs:
                 recording.fail("nwb_version", "missing, so not a file of NWB 2; convert it")
             recording.facts |= {key: recording.text(path) for key, path in FACTS.items()}
             if name is None:
                 recording.name = recording.facts["identifier"] or Path(recording.source).name
             yield recording
+            return
     except (SessionError, ImportError):
         raise
     except Exception as error:  # h5py, remfile, requests and numpy raise all sorts
-        problem = f"cannot be read ({type(error).__name__}: {_public(str(error))})"
-        remedy = "try again, or pass the path of a copy" if recording.remote else "get it anew"
-        recording.fail("file", f"{problem}; {remedy}: {recording.source}")
+        problem = f"cannot be read ({type(error).__name__}: {public(str(error))})"
+    # Only now, or the error above, which may quote a signature, would be shown as well.
+    remedy = "try again, or pass the path of a copy" if recording.remote else "get it anew"
+    recording.fail("file", f"{problem}; {remedy}: {recording.source}")
 
 
-def _stream(recording: _Recording, url: str) -> Any:
-    """A file object that fetches what is read of it.
+@contextmanager
+def _source(recording: _Recording, source: Any) -> Iterator[Any]:
+    """What h5py opens: a path, or a file object that fetches what is read of it.
 
-    remfile alone tries for 25 s where nothing is, and does not see that a server ignores ranges.
+    remfile alone tries for 25 s where nothing is, does not see that a server ignores ranges, and
+    waits for ever for one that is silent.
     """
+    if not recording.remote:
+        yield str(source)
+        return
     remfile, requests = extra("remfile", "nwb"), extra("requests", "nwb")
-    first = {"headers": {"Range": "bytes=0-7"}, "stream": True, "timeout": TIMEOUT}
-    with requests.get(url, **first) as reply:
-        if reply.status_code != 206:
-            recording.fail(recording.source, f"the server answers {reply.status_code}, not 206 (a "
-                           "byte range); check the address (has it expired, must it be signed?) "
-                           "or download the file and pass its path")  # fmt: skip
-        return remfile.File(reply.url)  # behind redirects, which cost time each
+    with time_limit(TIMEOUT):
+        with requests.get(str(source), headers={"Range": "bytes=0-7"}, stream=True) as reply:
+            if reply.status_code != 206:
+                recording.fail(recording.source, f"the server answers {reply.status_code}, not 206 "
+                               "(a byte range); check the address (has it expired, must it be "
+                               "signed?) or download the file and pass its path")  # fmt: skip
+            url = reply.url  # behind redirects, which cost time each
+        yield remfile.File(url)
 
 
 class _Table:
@@ -363,11 +367,12 @@ def _electrode_labels(recording: _Recording, table: _Table, column: str) -> np.n
         recording.fail("units/electrodes", f"not rows of the {electrodes.n} electrodes; pass "
                        "region=None or a column of the units table")  # fmt: skip
     labels = np.char.strip(electrodes.need(column).astype(np.str_)).tolist()
-    votes: list[Counter] = [Counter() for _ in range(table.n)]
+    votes: list[Counter[str]] = [Counter() for _ in range(table.n)]
     for unit, place in zip(units.tolist(), places.tolist(), strict=True):
         if labels[place].lower() not in UNLABELLED:
             votes[unit][labels[place]] += 1
-    return np.array([max(vote, key=vote.get, default="") for vote in votes])  # tie: first listed
+    chosen = [max(vote, key=vote.__getitem__, default="") for vote in votes]  # tie: first listed
+    return np.array(chosen)
 
 
 # ------------------------------------------------------------- trials, behaviour, traces
@@ -403,12 +408,13 @@ def _behaviour(
 ) -> dict[str, np.ndarray]:
     """Columns (K,) of the trials."""
     recording.facts["levels"] = levels = {}
-    if table is None and behaviour:
-        recording.fail("behaviour", "is of trials, and align gives other times; pass align, a "
-                       "column of the trials table, or no behaviour")  # fmt: skip
+    if table is None:
+        if behaviour:
+            recording.fail("behaviour", "is of trials, and align gives other times; pass align, a "
+                           "column of the trials table, or no behaviour")  # fmt: skip
+        return {}
     if behaviour is None:
-        scalars = {} if table is None else table.scalars
-        numbers = [key for key, text in scalars.items() if not text]
+        numbers = [key for key, text in table.scalars.items() if not text]
         behaviour = [key for key in numbers if not re.search(r"times?$", key.lower())]
     columns = {}
     for key, column in _names(behaviour).items():
@@ -449,14 +455,14 @@ def _traces(
 
 def _find(recording: _Recording, known: dict[str, Any], name: str) -> tuple[str, int | None]:
     """Path of the series that a name means, and the column."""
-    end, number = re.fullmatch(r"(.*?)(?:\[(\d+)\])?", name, re.DOTALL).groups()
+    ((end, number),) = re.findall(r"^(.*?)(?:\[(\d+)\])?\Z", name, re.DOTALL)
     paths = [path for path in known if f"/{path}".endswith(f"/{end}")]
     paths = [path for path in paths if path == end] or paths
     if not paths:
         recording.fail(f"series {name!r}", f"not in the file; traces can be of {sorted(known)}")
     if len(paths) > 1:
         recording.fail(f"series {name!r}", f"could be any of {paths}; give more of the path")
-    return paths[0], None if number is None else int(number)
+    return paths[0], int(number) if number else None
 
 
 def _samples(

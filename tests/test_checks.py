@@ -1,0 +1,53 @@
+"""Settings are what they are annotated as, in plain Python, or are refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mtm import MtMConfig, TrainConfig
+
+BOTH = [TrainConfig, MtMConfig]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "values"),
+    [
+        (TrainConfig, "epochs", ["9", 9.0, True, None, [9], np.nan, 2**63, 0, -1]),
+        (TrainConfig, "lr", ["0.1", None, True, np.nan, np.inf, 10**400, 0.0]),
+        (TrainConfig, "clip", ["1", np.nan, 0.0, -1.0]),
+        (TrainConfig, "weight_decay", [-0.1, np.inf, [0.1]]),
+        (TrainConfig, "micro_batch", [0, 1.5, "2"]),
+        (TrainConfig, "prompt", [0, "yes", None]),
+        (TrainConfig, "seed", [0.5, 2**64, None, "0"]),
+        (TrainConfig, "tune", ["none", None, 0]),
+        (TrainConfig, "schemes", [(), ["neuron", "neuron"], 5, None, [1]]),
+        (TrainConfig, "ratios", [5, None, {"neuron": 0}, {"neuron": 1.1}, {"neuron": "x"}]),
+        (MtMConfig, "width", ["512", 512.0, None, np.nan, 0]),
+        (MtMConfig, "bin_size", [None, np.nan, 0.0, -0.02, "0.02"]),
+        (MtMConfig, "dropout", ["0", None, 1.0, np.nan]),
+        (MtMConfig, "causal", [1, "no", None]),
+        (MtMConfig, "prompts", [5, [1], ["neuron", "neuron"]]),
+        (MtMConfig, "split_seed", [0.5, "0", [0]]),
+    ],
+)
+def test_what_a_field_cannot_be_is_refused_by_its_name(kind, field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=field):
+            kind(**{field: value})
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    config = TrainConfig(
+        epochs=np.int64(3), lr=np.float32(0.5), weight_decay=1, prompt=np.bool_(False), clip=None
+    )
+    assert (config.epochs, config.lr, config.weight_decay) == (3, 0.5, 1.0)
+    assert config.prompt is False and config.clip is None
+    json.dumps(vars(config))
+    assert type(MtMConfig(split_seed=np.int64(2)).split_seed) is int
+
+
+def test_a_depth_is_a_whole_number():
+    for depth in ("5", 1.5, np.nan, None, 0):
+        with pytest.raises(ValueError, match="depth must be"):
+            MtMConfig.from_depth(depth)
