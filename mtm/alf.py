@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mtm import atlas
+from mtm.binning import LONGEST
 from mtm.extras import extra
 from mtm.session import Session, SessionError
 
@@ -62,7 +63,8 @@ def write_alf(
 
     Raises:
         SessionError: an essential behaviour missing or not finite, a region that is no Allen
-            acronym, a name that ALF does not allow, or files of another recording in the folder.
+            acronym, a name that ALF does not allow, trials of more than a day, or files of another
+            recording in the folder.
         ImportError: without the ``[data]`` extra.
     """
     subject = session.subject or session.name
@@ -190,6 +192,9 @@ def layout(session: Session) -> tuple[np.ndarray, float]:
     ends = np.maximum(stop, np.nan_to_num(reaction) + RESPONSE + 0.3)  # after stimulus onset
     pauses = BETWEEN + _generator(session, "layout").uniform(0, 0.2, session.n_trials)
     begins = BEFORE + np.concatenate([[0], np.cumsum(ends + pauses - min(start, 0))])
+    if begins[-1] > LONGEST:
+        _fail(session, "behaviour 'reaction-time', window", f"a recording of {begins[-1]:.3g} s is "
+              f"longer than {LONGEST:g} s; both are in seconds")  # fmt: skip
     return begins[:-1] - min(start, 0), float(begins[-1])
 
 

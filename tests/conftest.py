@@ -31,4 +31,4 @@ def sessions():
 @pytest.fixture(scope="session")
 def trained(sessions):
     """A small model, trained briefly on both."""
-    return fit(sessions, depth=1, epochs=20, validations=4, progress=False)
+    return fit(sessions, depth=1, epochs=12, validations=2, progress=False)

@@ -115,7 +115,8 @@ def test_readme_command_lines_are_understood():
     # A shell's longer lines and variables, of which the one that has to be known is a scheme.
     texts = [re.sub(r"\$\w+", "neuron", re.sub(r"\\\n\s*", "", text)) for text in texts]
     commands = [line.split("#")[0] for t in texts for line in t.splitlines() if " -m mtm" in line]
-    lines = [shlex.split(re.search(r" -m mtm ((?:(?! 2>|[`|]).)*)", command)[1]) for command in commands]
+    found = [re.search(r" -m mtm ((?:(?! 2>|[`|]).)*)", command)[1] for command in commands]
+    lines = [shlex.split(words) for words in found]
     assert len(lines) >= 5
     for words in lines:
         cli.parse(words)

@@ -323,6 +323,10 @@ def test_write_refuses_what_alf_cannot_hold(tmp_path):
     session.regions = np.where(REGIONS == "LP", "hypothalamus", REGIONS)
     with pytest.raises(SessionError, match="'hypothalamus' is not an acronym"):
         write_alf(session, tmp_path)
+    session = make_session()
+    session.behaviour["reaction-time"] = np.full(session.n_trials, 1e9)  # ms, or worse
+    with pytest.raises(SessionError, match="'reaction-time', window: a recording of .* is longer"):
+        write_alf(session, tmp_path)
     write_alf(make_session(), tmp_path)
     session = make_session()
     session.neurons["probe"] = np.full(N, "probe00")

@@ -57,16 +57,12 @@ def history(folder):
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("processes", "more"),
-    [(2, ["--schemes", "neuron", "temporal"]), (3, ["--batches-per-step", "5"])],
-    ids=["2", "3"],
-)
-def test_several_processes_train_what_one_does(folder, tmp_path, processes, more):
+def test_several_processes_train_what_one_does(folder, tmp_path):
     """Schemes with and without prompt; shares, and last steps, of different sizes."""
+    more = ["--schemes", "neuron", "temporal", "--batches-per-step", "5"]
     whole, shared = tmp_path / "one", tmp_path / "several"
     train(folder, whole, 1, *more)
-    said = train(folder, shared, processes, *more)
+    said = train(folder, shared, 3, *more)
     assert said.count("best validation") == 1
     for one, other in zip(history(whole), history(shared), strict=True):
         assert one["step"] == other["step"]

@@ -91,8 +91,9 @@ def drill(python: str, low: bool, sdist: bool, work: Path) -> dict:
     bounds = work / "constraints.txt"
     bounds.write_text("\n".join(lowest() if low else ["torch==2.13.0"]) + "\n")
     start = time.monotonic()
-    run(*pip, "-c", bounds, f"mtm-neural[{EXTRAS}] @ file://{built}", *TESTS, cwd=work)
+    run(*pip, "-c", bounds, f"mtm-neural[{EXTRAS}] @ file://{built}", cwd=work)
     installed = time.monotonic() - start
+    run(*pip, "-c", bounds, *TESTS, cwd=work)
     check = run(inside, "-m", "pip", "check", cwd=work, check=False)
     facts = json.loads(run(inside, "-c", FACTS, cwd=work).stdout)
     run(*pip, "--no-deps", "ibl-bwb-eval==0.1.0", cwd=work)
