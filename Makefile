@@ -10,7 +10,7 @@ INSIDE := PATH="$(CURDIR)/$(BIN):$$PATH"
 # Set in a shell, this variable would take every figure out of the notebooks.
 unexport MPLBACKEND
 
-.PHONY: help book test pair lint clean
+.PHONY: help book test drills pair lint clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,6 +32,10 @@ book: .venv/installed ## simulate, train and score a small model, then run and b
 test: .venv/installed lint ## check style and twins, run the tests, run every notebook
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2
 	$(INSIDE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n 2 book
+
+drills: .venv/installed ## kill, fill, damage and fuzz, thousands of times; some six minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tests/drills/faults.py --json benchmarks/results/faults.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/drills/fuzz.py --json benchmarks/results/fuzz.json
 
 pair: .venv/installed ## write the .ipynb twins of the book's pages
 	$(BIN)/python book/_pair.py

@@ -688,7 +688,8 @@ def test_servers_that_do_not_serve(archive):
         refusal(nwb.load_session, bad)
 
 
-def test_a_link_that_expires_while_reading(archive):
+def test_a_link_that_expires_while_reading(archive, monkeypatch):
+    monkeypatch.setattr(nwb, "TIMEOUT", 2.0)
     whole = archive.requests
     nwb.load_session(f"{archive.url}/moved", traces=["pupil"])
     whole = archive.requests - whole
