@@ -22,6 +22,7 @@ pytest.importorskip("one")
 pytest.importorskip("iblatlas")
 import pandas as pd  # noqa: E402
 
+import mtm  # noqa: E402
 from mtm.alf import index_alf, write_alf  # noqa: E402
 from mtm.atlas import acronyms  # noqa: E402
 from mtm.session import Session, SessionError  # noqa: E402
@@ -833,7 +834,7 @@ def test_local_mode_without_home_input_or_network(tree):
     code = (
         "import socket, sys, types\n"
         "sys.modules['mtm'] = types.ModuleType('mtm')\n"  # without torch, which takes seconds
-        "sys.modules['mtm'].__path__ = ['mtm']\n"
+        f"sys.modules['mtm'].__path__ = {list(mtm.__path__)}\n"
         "def no(*a, **k): raise SystemExit('network')\n"
         "socket.socket.connect = socket.getaddrinfo = no\n"
         "from mtm.sources import ibl\n"
@@ -1061,6 +1062,7 @@ def test_servers_that_are_silent_or_fail_or_hang_up(read, tmp_path, server, monk
     np.testing.assert_array_equal(ibl.load_session(one, EID).counts, read.counts)
 
 
+@pytest.mark.filterwarnings("ignore:.*utcnow")  # of ONE, from Python 3.12 on
 def test_the_same_code_reads_a_server(read, tmp_path, server, capfd):
     """Against a stand-in for Alyx; the real one cannot be reached from a test."""
     import requests

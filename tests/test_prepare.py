@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mtm
 from mtm import Session, SessionError, Sessions, prepare
 
 
@@ -168,7 +169,7 @@ def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
     code = (
         "import sys, types, numpy as np\n"
         "sys.modules['mtm'] = stub = types.ModuleType('mtm')\n"  # no torch: it takes seconds
-        "stub.__path__, stub.__version__ = ['mtm'], '0'\n"
+        f"stub.__path__, stub.__version__ = {list(mtm.__path__)}, '0'\n"
         "from mtm.prepare import prepare\n"
         "from mtm.session import Session\n"
         "def load(i):\n"

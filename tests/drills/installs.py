@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = "data,nwb,bwb,hub"
-TESTS = ("pytest", "pytest-xdist", "hypothesis", "tensorboard", "torchmetrics", "rich")
+TESTS = ("pytest", "pytest-xdist", "hypothesis", "tensorboard", "torchmetrics", "rich", "codespell")
 TESTS += ("jupytext", "jupyter-book", "nbmake")  # for the tests of the book and its twins
 
 FACTS = """
@@ -64,6 +64,12 @@ def lowest() -> list[str]:
     return sorted({f"{bound[1]}=={bound[2]}" for bound in bounds if bound})
 
 
+def tools() -> list[str]:
+    """What the tests need, as requirements.txt has it."""
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    return [line.split(" #")[0] for line in lines if re.split(r"[<>=]", line)[0] in TESTS]
+
+
 def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
     """Run and return; the end of what was said where it failed."""
     done = subprocess.run(list(map(str, command)), cwd=cwd, text=True, capture_output=True)
@@ -93,7 +99,7 @@ def drill(python: str, low: bool, sdist: bool, work: Path) -> dict:
     start = time.monotonic()
     run(*pip, "-c", bounds, f"mtm-neural[{EXTRAS}] @ file://{built}", cwd=work)
     installed = time.monotonic() - start
-    run(*pip, "-c", bounds, *TESTS, cwd=work)
+    run(*pip, "-c", bounds, *tools(), cwd=work)
     check = run(inside, "-m", "pip", "check", cwd=work, check=False)
     facts = json.loads(run(inside, "-c", FACTS, cwd=work).stdout)
     run(*pip, "--no-deps", "ibl-bwb-eval==0.1.0", cwd=work)
