@@ -313,6 +313,8 @@ def _read(path: Path) -> State:
         # Copies: the file's own memory is mapped, and would end with the file.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     said = metadata[HEADER]
-    if metadata.get(hub.CHECKSUM) != hub.checksum(tensors, said):
+    if hub.CHECKSUM not in metadata:
+        raise ValueError("it has no checksum, so an older version wrote it")
+    if metadata[hub.CHECKSUM] != hub.checksum(tensors, said):
         raise ValueError("its checksum is that of other content")
     return State(tensors, json.loads(said))

@@ -55,6 +55,8 @@ def checked(name: str, value: Any, kind: str) -> Any:
         return tuple(checked(f"each of {name}", each, "str") for each in value)
     if wanted == "dict[str, float]" and isinstance(value, Mapping):
         return {each: checked(f"{name}[{each!r}]", x, "float") for each, x in value.items()}
+    if wanted not in WORDS:
+        return value  # a field that somebody has added
     none = " or None" if wanted != kind else ""
     raise ValueError(f"{name} must be {WORDS[wanted]}{none}, got {value!r}")
 

@@ -10,6 +10,7 @@ import http.client
 import os
 import re
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -75,7 +76,7 @@ def download(
 
 def public(text: str) -> str:
     """An address without its password, signature or token, which belong into no file or log."""
-    return re.sub(r"(?<=://)[^/]*@|[?#\n].*", "", text)
+    return re.sub(r"(?<=://)[^/?#\s]*@|[?#\n].*", "", text)
 
 
 class _Refused(ConnectionError):
@@ -157,12 +158,18 @@ def _chunks(answer: Any) -> Iterator[bytes]:
         raise urllib.error.URLError(error) from error
 
 
+_LIMITS = threading.Lock()
+_LIMITED: list[float] = []  # limits that hold just now
+_BEFORE: list[Any] = []  # what there was before the first of them
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Within, a server that is silent for so long is an error also to what would wait for ever.
 
     ONE and remfile set no limit, and take none: this one holds for every connection that urllib and
-    requests open meanwhile, in all threads, unless it has one of its own.
+    requests open meanwhile, in all threads, unless it has one of its own. Where several overlap,
+    the one that began last holds.
 
     Raises:
         OSError: of urllib (``TimeoutError``) or requests (``Timeout``).
@@ -171,18 +178,25 @@ def time_limit(seconds: float) -> Iterator[None]:
     from requests.adapters import HTTPAdapter
 
     adapter: Any = HTTPAdapter  # one whose method can be another
-    send, default = adapter.send, socket.getdefaulttimeout()
+    with _LIMITS:  # those of other threads may overlap: the last one to end takes the limit away
+        if not _LIMITED:
+            _BEFORE[:] = adapter.send, socket.getdefaulttimeout()
+        _LIMITED.append(seconds)
+        send = _BEFORE[0]
 
-    def in_time(
-        self: HTTPAdapter, request: Any, stream: bool = False, timeout: Any = None, *rest: Any,
-        **options: Any,
-    ) -> Any:  # fmt: skip
-        return send(self, request, stream, timeout or seconds, *rest, **options)
+        def in_time(
+            self: HTTPAdapter, request: Any, stream: bool = False, timeout: Any = None, *rest: Any,
+            **options: Any,
+        ) -> Any:  # fmt: skip
+            return send(self, request, stream, timeout or seconds, *rest, **options)
 
-    adapter.send = in_time  # requests passes by the default of the sockets
-    socket.setdefaulttimeout(seconds)
+        adapter.send = in_time  # requests passes by the default of the sockets
+        socket.setdefaulttimeout(seconds)
     try:
         yield
     finally:
-        adapter.send = send
-        socket.setdefaulttimeout(default)
+        with _LIMITS:
+            _LIMITED.remove(seconds)
+            if not _LIMITED:
+                adapter.send = _BEFORE[0]
+                socket.setdefaulttimeout(_BEFORE[1])

@@ -1,7 +1,8 @@
 """Save, load and share models: ``config.json`` and ``weights.safetensors``, never a pickle.
 
-The weights carry a copy of the description, and a checksum of both. So a bit that changed is
-noticed, and a save that was killed between the two files leaves a whole model: the old or the new.
+The weights carry a copy of the description (but for the info), and a checksum of both. So a bit
+that changed is noticed, and a save that was killed between the two files leaves a whole model: the
+old or the new.
 
 ``from_official`` reads the checkpoints of the authors' code. Those are pickles, which can run any
 code when they are opened the usual way. Here all classes and functions that they name are replaced
@@ -81,7 +82,7 @@ def save(model: MtM | Fit, folder: str | Path, info: dict[str, Any] | None = Non
         "info": info or {},
     }
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    said = json.dumps(description)
+    said = json.dumps({key: description[key] for key in description if key != "info"})
     metadata = {FORMAT: said, CHECKSUM: checksum(tensors, said)}
     with replacing_all([folder / WEIGHTS, folder / CONFIG]) as (weights, config):
         weights.write_bytes(serialise(tensors, metadata=metadata))
@@ -112,7 +113,8 @@ def load(folder: str | Path) -> MtM:
     description = read_config(folder)
     try:
         tensors, said = _read_weights(folder / WEIGHTS)
-        if said and said != json.dumps(description):
+        mine = {key: value for key, value in description.items() if key != "info"}
+        if said and json.loads(said) != mine:
             warnings.warn(
                 f"{folder / CONFIG} is not that of the {WEIGHTS} beside it, as where saving was "
                 "killed between the two; what the weights say of themselves is taken",
@@ -156,8 +158,8 @@ def load(folder: str | Path) -> MtM:
     for key, value in tensors.items():
         if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             raise CheckpointError(
-                f"{folder / WEIGHTS} is damaged ({key} is not all finite numbers); copy or save "
-                "the model again"
+                f"{folder / WEIGHTS}: {key} is not all finite numbers, as where a training has "
+                "diverged or a file is damaged; copy the model again, or train it again"
             )
     model.load_state_dict(tensors, assign=True)
     return model.eval()
@@ -165,6 +167,8 @@ def load(folder: str | Path) -> MtM:
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The ``config.json`` of a saved model: its sizes, its sessions, and the ``info`` saved along.
+
+    As it stands there: only :func:`load` compares it with the weights.
 
     Raises:
         CheckpointError: when there is none, or it is not of this package.

@@ -198,7 +198,8 @@ def _choose_region(regions: Tensor, generator: torch.Generator | None) -> Tensor
         )
     # The largest of independent draws; torch.multinomial would make a GPU's queue wait for a check.
     draws = torch.rand(len(codes), generator=generator, device=regions.device)
-    return codes[torch.where(first, draws[first.cumsum(0) - 1], -1.0).argmax()]
+    place = torch.where(first, draws[first.cumsum(0) - 1], -1.0).argmax()
+    return codes.index_select(0, place[None])[0]  # codes[place] would ask the GPU where
 
 
 def _spread(hidden: Tensor, target: Tensor, counts: Tensor) -> Mask:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import textwrap
 import time
 import warnings
@@ -245,11 +246,22 @@ def _identity(
     if isinstance(recording, (str, Path)) and os.path.exists(recording):
         what = [Path(recording).name, *stamp(Path(recording))]  # wherever it lies by now
     elif isinstance(recording, str) and "://" in recording:
-        what = [public(recording), zlib.crc32(recording.encode())]
+        # Its query may be a signature, or tell one recording from another; a password is neither.
+        asked = re.sub(r"(?<=://)[^/?#\s]*@", "", recording)
+        what = [public(recording), zlib.crc32(asked.encode())]
     name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
-    kept = {key: value for key, value in options.items() if key not in SECRETS}
-    made = {"load": name, "recording": what, "options": kept}
+    made = {"load": name, "recording": what, "options": _without_secrets(options)}
     return json.loads(json.dumps(made, default=_plain))
+
+
+def _without_secrets(value: Any) -> Any:
+    """Options without passwords and tokens, and of addresses what is public."""
+    if isinstance(value, dict):
+        kept = {key: inner for key, inner in value.items() if key not in SECRETS}
+        return {key: _without_secrets(inner) for key, inner in kept.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(inner) for inner in value]
+    return public(value) if isinstance(value, str) and "://" in value else value
 
 
 def _plain(value: Any) -> Any:

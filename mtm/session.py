@@ -36,7 +36,7 @@ UNLABELLED = ("", "root", "void", "nan", "none", "unknown")
 
 
 LONE = re.compile("[\ud800-\udfff]")  # halves of characters, which no file can hold
-UNFIT = re.compile("[\ud800-\udfff\0]|[.]npy$")  # for the name of an array in a file
+UNFIT = re.compile("[\ud800-\udfff\0\\\\]|[.]npy$|.{200}")  # for the name of an array in a file
 
 
 LARGEST_TABLE = 10_000_000  # entries, for cluster ids
@@ -124,7 +124,7 @@ class Session:
     ) -> None:
         if not isinstance(name, str) or not name or LONE.search(name):
             raise SessionError(f"session name must be a non-empty string, got {name!r}")
-        if not isinstance(subject, str):
+        if not isinstance(subject, str) or LONE.search(subject):
             raise SessionError(f"session {name!r}, subject: need a string, got {subject!r}")
         self.name, self.subject, self.bin_size = name, subject, bin_size
         self.counts = self._check_counts(counts)
@@ -247,8 +247,8 @@ class Session:
     def _check_split(self, split: Any) -> Split | None:
         if split is None:
             return None
-        if not isinstance(split, Sequence) or len(split) != len(Split._fields):
-            self._fail("given_split", f"need trials of (train, val, test), got {split!r}")
+        if not isinstance(split, Sequence | np.ndarray) or len(split) != len(Split._fields):
+            self._fail("given_split", f"need (train, val, test), got a {type(split).__name__}")
         parts = []
         for label, part in zip(Split._fields, split, strict=True):
             part = self._array("given_split", part)
@@ -604,7 +604,7 @@ def reading_file(path: Path) -> Iterator[None]:
     """Turns what can go wrong with a damaged or foreign ``.npz`` into a SessionError."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
     except SessionError as err:
         if str(path) in str(err):

@@ -805,8 +805,10 @@ def _compiled(model: MtM, config: TrainConfig) -> Iterator[None]:
     vars(model)["encode"] = torch.compile(model.encode, mode=config.compile)  # of this one alone
     try:
         # Few graphs a model, but torch counts them for all models of a process together, and
-        # silently stops compiling at 8.
-        with torch._dynamo.config.patch(recompile_limit=64):
+        # silently stops compiling at 8. (Before torch 2.7 the limit had another name.)
+        known = hasattr(torch._dynamo.config, "recompile_limit")
+        limit = "recompile_limit" if known else "cache_size_limit"
+        with torch._dynamo.config.patch({limit: 64}):
             yield
     finally:
         del model.encode

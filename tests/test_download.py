@@ -233,3 +233,28 @@ def test_server_gone_and_disk_full(server, path, monkeypatch):
             get(server, path)
     assert not path.exists() and len(server.asked) == 1  # not tried again
     assert get(server, path).read_bytes() == BODY
+
+
+def test_limits_of_threads_that_overlap_end_with_the_last():
+    from requests.adapters import HTTPAdapter
+
+    before = HTTPAdapter.send, socket.getdefaulttimeout()
+    first, second = module.time_limit(30.0), module.time_limit(5.0)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert HTTPAdapter.send is not before[0] and socket.getdefaulttimeout() == 5.0
+    second.__exit__(None, None, None)
+    assert (HTTPAdapter.send, socket.getdefaulttimeout()) == before
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://me:secret@host.org/a?sig=x#y", "https://host.org/a"),
+        ("https://host.org?user=me@x.org&token=secret", "https://host.org"),
+        ("GET https://host.org/a@b/c?sig=x", "GET https://host.org/a@b/c"),
+    ],
+)
+def test_what_is_public_of_an_address(address, shown):
+    assert module.public(address) == shown

@@ -84,6 +84,7 @@ def nothing_from_outside(monkeypatch, tmp_path):
     monkeypatch.setattr("getpass.getpass", asked)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*utcnow")  # of ONE, from Python 3.12 on
         yield
 
 
@@ -1062,7 +1063,6 @@ def test_servers_that_are_silent_or_fail_or_hang_up(read, tmp_path, server, monk
     np.testing.assert_array_equal(ibl.load_session(one, EID).counts, read.counts)
 
 
-@pytest.mark.filterwarnings("ignore:.*utcnow")  # of ONE, from Python 3.12 on
 def test_the_same_code_reads_a_server(read, tmp_path, server, capfd):
     """Against a stand-in for Alyx; the real one cannot be reached from a test."""
     import requests

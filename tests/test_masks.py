@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtm import masks
 from mtm.masks import MTM_SCHEMES, PADDING, SCHEMES, MaskSampler, scheme
@@ -249,3 +250,18 @@ def test_unknown_names_are_refused_with_the_known_ones():
         MaskSampler(["neuron"], {"causal": 0.5})
     with pytest.raises(ValueError, match="need a list of masking schemes"):
         MaskSampler([])
+
+
+def test_drawing_a_region_asks_the_device_for_no_number():
+    """But for the checks that are made on a CPU alone; on a GPU each would make the host wait."""
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            asked.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    regions = torch.tensor([2, 0, 2, 1, -1])
+    with Watch():
+        masks._choose_region(regions, torch.Generator().manual_seed(0))
+    assert asked.count("aten._local_scalar_dense.default") == 1  # whether there is any region

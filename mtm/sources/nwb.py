@@ -209,14 +209,13 @@ def _opened(source: Any, name: str | None) -> Iterator[_Recording]:
             if name is None:
                 recording.name = recording.facts["identifier"] or Path(recording.source).name
             yield recording
-            return
     except (SessionError, ImportError):
         raise
     except Exception as error:  # h5py, remfile, requests and numpy raise all sorts
         problem = f"cannot be read ({type(error).__name__}: {public(str(error))})"
-    # Only now, or the error above, which may quote a signature, would be shown as well.
-    remedy = "try again, or pass the path of a copy" if recording.remote else "get it anew"
-    recording.fail("file", f"{problem}; {remedy}: {recording.source}")
+        remedy = "try again, or pass the path of a copy" if recording.remote else "get it anew"
+        text = f"session {recording.name!r}, file: {problem}; {remedy}: {recording.source}"
+        raise SessionError(text) from None  # that error may quote a signature
 
 
 @contextmanager

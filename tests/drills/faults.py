@@ -253,6 +253,7 @@ def _check_run(folder: Path, tally: Tally) -> None:
     known = {path for pattern in readers for path in folder.glob(pattern)}
     others = {path for path in folder.iterdir() if path.is_file() and path.name[0] != "."} - known
     tally.check(not others, f"unknown files {sorted(path.name for path in others)}")
+    tally.check(any(folder.glob("state-*")), "no state is left")
 
 
 def _compare_runs(one: Path, other: Path, tally: Tally) -> None:
@@ -306,7 +307,8 @@ def _kill_saving(kills: int, folder: Path, tally: Tally) -> None:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             state = mtm.load(folder / "model").state_dict()
-        tally.counts["landed between weights and config.json"] += len(said)
+        between = [w for w in said if "is not that of the" in str(w.message)]
+        tally.counts["landed between weights and config.json"] += len(between)
         same = any(_equal(state, one.state_dict()) for one in models)
         tally.check(same, "the model is neither the one nor the other")
         session = mtm.Session.load(folder / "session.npz")
@@ -957,9 +959,8 @@ def _asked(question: Callable[[str, Path], Question], fault: str, place: Path) -
         outcome = "refused with a reason"
         words = ("again", "later", "check")
         tally.check(any(word in str(error).lower() for word in words), f"no remedy: {error!r}")
-        named = "127.0.0.1" in str(error) or isinstance(error, SessionError)
+        named = "127.0.0.1" in str(error) or "session '" in str(error)
         tally.check(named, f"neither server nor recording is named: {error!r}")
-        tally.check(not isinstance(error, KeyError), repr(error))
     seconds = time.perf_counter() - start
     limit = asked.silences * PATIENCE + 5
     tally.check(seconds < limit, f"took {seconds:.1f} s, more than {limit:.1f} s")
@@ -968,6 +969,8 @@ def _asked(question: Callable[[str, Path], Question], fault: str, place: Path) -
     asked.heal()
     asked.ask()
     _check_sizes(asked, tally)
+    missing = [name for name in asked.sizes if not (asked.place / name).exists()]
+    tally.check(not missing, f"not there in the end: {missing}")
     return {
         "outcome": outcome,
         "seconds": round(seconds, 2),
