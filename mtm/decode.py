@@ -21,6 +21,7 @@ from scipy.ndimage import gaussian_filter1d
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, r2_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from mtm.masks import Mask, scheme
@@ -207,7 +208,8 @@ def decode_choice(
         solver = "newton-cholesky" if np.ptp(x, axis=0).max() > 1e-9 else "lbfgs"
         logistic = LogisticRegression(solver=solver, max_iter=1000)
         grid = {"C": CHOICE_PENALTIES}
-        return GridSearchCV(logistic, grid, cv=folds, scoring="accuracy").fit(x, labels)
+        with threadpool_limits(1):
+            return GridSearchCV(logistic, grid, cv=folds, scoring="accuracy").fit(x, labels)
 
     features = _Features(session, fit_trials, test_trials, region, prompt)
     x, x_test = features.of(predictor, batch_size, allow_seen)
@@ -273,9 +275,9 @@ def decode_trace(
 
     def search(x: np.ndarray, targets: np.ndarray) -> GridSearchCV:
         grid = {"alpha": TRACE_PENALTIES}
-        return GridSearchCV(Ridge(), grid, cv=folds, scoring="neg_mean_squared_error").fit(
-            x, targets
-        )
+        ridge = GridSearchCV(Ridge(), grid, cv=folds, scoring="neg_mean_squared_error")
+        with threadpool_limits(1):  # many small problems: threads would wait for each other
+            return ridge.fit(x, targets)
 
     def r2(guess: np.ndarray) -> float:
         return r2_score(truth.ravel(), guess.ravel())
@@ -402,7 +404,8 @@ def rotate(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     T * N columns into at most K and makes cross-validation quick.
     """
     mean = x.mean(axis=0)
-    _, singular, axes = np.linalg.svd(x - mean, full_matrices=False)
+    with threadpool_limits(1):
+        _, singular, axes = np.linalg.svd(x - mean, full_matrices=False)
     keep = singular > 1e-9 * singular.max()
     keep[0] = True  # features that never vary are one column of zeros
     axes = axes[keep]
