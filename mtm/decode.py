@@ -207,9 +207,8 @@ def decode_choice(
         # Newton's line search complains of features that never vary, as the mean rates'.
         solver = "newton-cholesky" if np.ptp(x, axis=0).max() > 1e-9 else "lbfgs"
         logistic = LogisticRegression(solver=solver, max_iter=1000)
-        grid = {"C": CHOICE_PENALTIES}
-        with threadpool_limits(1):
-            return GridSearchCV(logistic, grid, cv=folds, scoring="accuracy").fit(x, labels)
+        grid = GridSearchCV(logistic, {"C": CHOICE_PENALTIES}, cv=folds, scoring="accuracy")
+        return fitted(grid, x, labels)
 
     features = _Features(session, fit_trials, test_trials, region, prompt)
     x, x_test = features.of(predictor, batch_size, allow_seen)
@@ -275,9 +274,8 @@ def decode_trace(
 
     def search(x: np.ndarray, targets: np.ndarray) -> GridSearchCV:
         grid = {"alpha": TRACE_PENALTIES}
-        ridge = GridSearchCV(Ridge(), grid, cv=folds, scoring="neg_mean_squared_error")
-        with threadpool_limits(1):  # many small problems: threads would wait for each other
-            return ridge.fit(x, targets)
+        error = "neg_mean_squared_error"
+        return fitted(GridSearchCV(Ridge(), grid, cv=folds, scoring=error), x, targets)
 
     def r2(guess: np.ndarray) -> float:
         return r2_score(truth.ravel(), guess.ravel())
@@ -396,6 +394,12 @@ class _Features:
         return {"raw_counts": found[0][1], "smoothed_counts": found[best][1]}
 
 
+def fitted(grid: GridSearchCV, x: np.ndarray, y: np.ndarray) -> GridSearchCV:
+    """The search, done on one thread: in its many small problems several would wait for another."""
+    with threadpool_limits(1):
+        return grid.fit(x, y)
+
+
 def rotate(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same features in as many dimensions as there are training trials.
 
@@ -404,8 +408,7 @@ def rotate(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     T * N columns into at most K and makes cross-validation quick.
     """
     mean = x.mean(axis=0)
-    with threadpool_limits(1):
-        _, singular, axes = np.linalg.svd(x - mean, full_matrices=False)
+    _, singular, axes = np.linalg.svd(x - mean, full_matrices=False)
     keep = singular > 1e-9 * singular.max()
     keep[0] = True  # features that never vary are one column of zeros
     axes = axes[keep]

@@ -74,9 +74,13 @@ def download(
     return path
 
 
+USER = re.compile(r"(?<=://)[^/?#\s]*@")
+"""Name and password in an address."""
+
+
 def public(text: str) -> str:
     """An address without its password, signature or token, which belong into no file or log."""
-    return re.sub(r"(?<=://)[^/?#\s]*@|[?#\n].*", "", text)
+    return re.sub(r"[?#\n].*", "", USER.sub("", text))
 
 
 class _Refused(ConnectionError):

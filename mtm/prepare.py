@@ -12,7 +12,6 @@ import functools
 import inspect
 import json
 import os
-import re
 import textwrap
 import time
 import warnings
@@ -26,7 +25,7 @@ import joblib
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
-from mtm.download import public
+from mtm.download import USER, public
 from mtm.session import Session, SessionError, VersionError
 from mtm.sessions import Entry, stamp
 
@@ -247,8 +246,7 @@ def _identity(
         what = [Path(recording).name, *stamp(Path(recording))]  # wherever it lies by now
     elif isinstance(recording, str) and "://" in recording:
         # Its query may be a signature, or tell one recording from another; a password is neither.
-        asked = re.sub(r"(?<=://)[^/?#\s]*@", "", recording)
-        what = [public(recording), zlib.crc32(asked.encode())]
+        what = [public(recording), zlib.crc32(USER.sub("", recording).encode())]
     name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
     made = {"load": name, "recording": what, "options": _without_secrets(options)}
     return json.loads(json.dumps(made, default=_plain))

@@ -484,17 +484,14 @@ class Session:
         if isinstance(regions, Mapping):
             regions = _labels(regions, clusters, name)
         grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
-        what = "binning"
-        try:
+        with _binning(name, "binning"):
             counts = bin_spikes(
                 spike_times, spike_neurons, align_times, n_neurons=len(clusters), **grid
             )
-            binned = {}
-            for key, (times, values) in (traces or {}).items():
-                what = f"trace {key!r}"
+        binned = {}
+        for key, (times, values) in (traces or {}).items():
+            with _binning(name, f"trace {key!r}"):
                 binned[key] = bin_trace(times, values, align_times, **grid)
-        except ValueError as error:
-            raise SessionError(f"session {name!r}, {what}: {error}") from error
         if not counts.any():
             raise SessionError(
                 f"session {name!r}, binning: no spike falls into any trial's window; spikes and "
@@ -682,6 +679,15 @@ def _doubt_events(
             "first or after the last spike, as if nothing had been recorded; leave them out",
             stacklevel=3,
         )
+
+
+@contextmanager
+def _binning(name: str, what: str) -> Iterator[None]:
+    """Within, what cannot be binned is named."""
+    try:
+        yield
+    except ValueError as error:
+        raise SessionError(f"session {name!r}, {what}: {error}") from error
 
 
 def _ids(what: str, values: Any, name: str) -> np.ndarray:

@@ -143,12 +143,7 @@ def fit(
         raise TypeError(f"fit needs Sessions, got {strangers[0]}; see mtm.Session, Session.load")
     config = changed(config or RECIPES["mtm"], changes)
     _check_sessions(sessions, config)
-    model = model.model if isinstance(model, Fit) else model
-    if depth is not None and model is not None:
-        raise ValueError("depth is of a new model; this one has its sizes, pass one or the other")
-    if not isinstance(model, MtM | MtMConfig | None):
-        raise TypeError(f"fit goes on with an MtM or starts from an MtMConfig, got {model!r}; a "
-                        "folder is read by mtm.load")  # fmt: skip
+    model = _start(model, depth)
     device = torch.device(device) if device else pick_device()
     home = _home(sessions, device)
     data = [_Data(session, config, device, home) for session in sessions]
@@ -170,6 +165,17 @@ def fit(
             watch.progress.stop()
     run.save_model(model)
     return Fit(model, run.history, config)
+
+
+def _start(model: MtM | MtMConfig | Fit | None, depth: int | None) -> MtM | MtMConfig | None:
+    """A model to go on with, or the sizes of a new one; refuses what is neither."""
+    model = model.model if isinstance(model, Fit) else model
+    if depth is not None and model is not None:
+        raise ValueError("depth is of a new model; this one has its sizes, pass one or the other")
+    if not isinstance(model, MtM | MtMConfig | None):
+        raise TypeError(f"fit goes on with an MtM or starts from an MtMConfig, got {model!r}; a "
+                        "folder is read by mtm.load")  # fmt: skip
+    return model
 
 
 def _watch(

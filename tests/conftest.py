@@ -1,6 +1,8 @@
 """What many tests share: small simulated sessions and a model trained on them once."""
 
 import os
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,19 @@ def sessions():
 def trained(sessions):
     """A small model, trained briefly on both."""
     return fit(sessions, depth=1, epochs=12, validations=2, progress=False)
+
+
+@pytest.fixture
+def serve():
+    """A function that serves a handler's class until the test ends, and returns the address."""
+    servers = []
+
+    def start(handler):
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

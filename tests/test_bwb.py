@@ -2,10 +2,9 @@
 
 import hashlib
 import shutil
-import threading
 import time
 import warnings
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -692,15 +691,11 @@ class Bucket(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def bucket():
+def bucket(serve):
     """A stand-in for the bucket: its handler's class, with its address as ``url``."""
     handler = type("Handler", (Bucket,), {"asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    handler.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield handler
-    server.shutdown()
-    server.server_close()
+    handler.url = serve(handler)
+    return handler
 
 
 def test_listing_follows_the_pages(bucket):

@@ -2,10 +2,9 @@
 
 import hashlib
 import socket
-import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
@@ -66,16 +65,12 @@ def etag_of(body):
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch, serve):
     """The handler's class, whose faults can be set, with its address as ``url``."""
     monkeypatch.setattr(module, "WAIT", 0.001)
     handler = type("Handler", (Server,), {"asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    handler.url = f"http://127.0.0.1:{server.server_address[1]}/file?signature=secret"
-    yield handler
-    server.shutdown()
-    server.server_close()
+    handler.url = f"{serve(handler)}/file?signature=secret"
+    return handler
 
 
 @pytest.fixture

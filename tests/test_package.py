@@ -4,10 +4,9 @@ import ast
 import re
 import subprocess
 import sys
-import threading
 import tomllib
 import traceback
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import codespell_lib
@@ -129,15 +128,11 @@ class Refusing(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
+def server(serve):
     """Its handler, with the address as ``url``."""
     handler = type("Handler", (Refusing,), {"told": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    handler.url = f"http://127.0.0.1:{server.server_port}"
-    yield handler
-    server.shutdown()
-    server.server_close()
+    handler.url = serve(handler)
+    return handler
 
 
 @pytest.fixture(autouse=True)
