@@ -626,7 +626,7 @@ def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # what a build lacks is an import
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} is not available here: {reason}") from None
     return device

@@ -201,8 +201,9 @@ def test_what_cannot_be_decoded_costs_no_other_score(folder, capsys):
 
 
 def test_a_wrong_command_line_is_status_2(capsys):
-    absent = ["evaluate", "m", "s.npz", "--device", "nonsense"]
-    for arguments in ([], ["trian"], ["simulate"], absent, ["simulate", "x", "--trials", "0"]):
+    device = ["evaluate", "m", "s.npz", "--device"]
+    absent = [*device, "nonsense"], [*device, "privateuseone"]  # the second is an import of torch's
+    for arguments in ([], ["trian"], ["simulate"], *absent, ["simulate", "x", "--trials", "0"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2

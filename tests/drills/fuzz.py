@@ -39,6 +39,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from datetime import UTC, datetime
 from fractions import Fraction
 from importlib.metadata import version
@@ -773,18 +774,18 @@ def settings_of(kind: type, odd: bool = True) -> dict[str, st.SearchStrategy]:
 
 def same_settings(made: Any, given: dict[str, Any]) -> None:
     """What was accepted is kept as it is, is of the type that belongs there, and goes into JSON."""
-    plain = vars(type(made)())
+    kinds = {field.name: str(field.type) for field in fields(made)}
     for name, value in given.items():
         kept = getattr(made, name)
         expected = tuple(value) if isinstance(value, list) else value
         rounded = isinstance(kept, float) and math.isclose(kept, value)
         check(kept == expected or rounded, f"{name} differs")
-        kinds = {type(plain[name]), type(None)} if plain[name] is None else {type(plain[name])}
-        check(
-            kinds & {type(kept), type(None)} or name == "clip", f"{name} is a {type(kept).__name__}"
-        )
+        wanted = kinds[name].removesuffix(" | None")
+        right = type(kept).__name__ == wanted.partition("[")[0]
+        right |= kept is None and wanted != kinds[name]
+        check(right, f"{name} is a {type(kept).__name__}, not {kinds[name]}")
         check(not isinstance(kept, float) or math.isfinite(kept), f"{name} is {kept}")
-    json.dumps({name: getattr(made, name) for name in plain}, allow_nan=False)
+    json.dumps({name: getattr(made, name) for name in kinds}, allow_nan=False)
 
 
 @target()
