@@ -15,15 +15,14 @@ Read the package in this order, one idea a file::
     report          scores, neuron by neuron, and what is said of them
     regression      spike counts from spike counts: ridge, Poisson, low rank
     baselines       what a user would otherwise pick, behind the same interface
-    hub             save, load and share models; read the authors' checkpoints
-    checkpoint      the state of a run on disk: one that was killed goes on
+    run             the state of a training on disk: one that was killed goes on
+    hub             save, load and share models
+    official        checkpoints of the authors' code
     parallel        several processes that train one model
     watch           what one sees of a run: bar, history, TensorBoard
     simulate        animals with known firing rates
     sources         recordings from elsewhere: ibl, nwb, steinmetz, neuromatch, huggingface
-    bwb             session files of BrainWideBench
-    bwb_tasks       its tasks: windows, targets, scores
-    bwb_submission  predictions as its scorer reads them, checked and packed
+    bwb             BrainWideBench: its files, its tasks, a submission
     download        large files by HTTPS, resumed where they were cut
     sessions        many recordings on disk: listed, filtered, trained on in place
     prepare         many recordings to session files, in parallel
@@ -53,6 +52,7 @@ from mtm.evaluate import evaluate
 from mtm.hub import from_pretrained, load, push_to_hub, save
 from mtm.masks import Mask, MaskSampler, register
 from mtm.model import MtM, MtMConfig
+from mtm.official import from_official
 from mtm.predict import mean_rates, oracle
 from mtm.prepare import Prepared, prepare
 from mtm.recipes import TrainConfig
@@ -85,6 +85,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_baseline",
+    "from_official",
     "from_pretrained",
     "load",
     "mean_rates",

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from mtm import alf, bwb_submission, hub, parallel
+from mtm import alf, hub, parallel
 from mtm.atlas import LEVELS
 from mtm.baselines import BASELINES, fit_baseline
+from mtm.bwb import submission
 from mtm.decode import decodable, decode_by_region
 from mtm.download import public
 from mtm.evaluate import evaluate
@@ -291,10 +292,10 @@ def run_export(options: argparse.Namespace) -> None:
     files = [path for path in options.inputs if not path.is_dir()]
     if not folders or not files:
         raise ValueError("name one or more folders of models, and one or more session files (.h5)")
-    tasks = bwb_submission.checked_tasks(options.tasks)
+    tasks = submission.checked_tasks(options.tasks)
     device = options.device or pick_device()
     models = [hub.load(folder).to(device) for folder in folders]
-    bwb_submission.export(
+    submission.export(
         models,
         files,
         options.out / "predictions",
@@ -306,7 +307,7 @@ def run_export(options: argparse.Namespace) -> None:
     )
     out = options.out / f"{options.label}.zip"
     how = {"deterministic": options.deterministic}
-    place = bwb_submission.pack(options.out / "predictions", options.label, out, files, **how)
+    place = submission.pack(options.out / "predictions", options.label, out, files, **how)
     print(f"{place} is ready to be uploaded")
 
 
@@ -597,8 +598,8 @@ def _export_options(commands: Any) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help=f"of the models of a build, in their order (default {bwb_submission.FIRST_SEED}, "
-        f"{bwb_submission.FIRST_SEED + 1}, ...)",
+        help=f"of the models of a build, in their order (default {submission.FIRST_SEED}, "
+        f"{submission.FIRST_SEED + 1}, ...)",
     )
     sub.add_argument(
         "--dtype",

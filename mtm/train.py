@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtm import parallel
-from mtm.checkpoint import Run
 from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2, log_mean
 from mtm.model import AS_PUBLISHED, SOFTENING, MtM, MtMConfig
 from mtm.recipes import RECIPES, TrainConfig, changed
+from mtm.run import Run
 from mtm.session import Session, SessionError
 from mtm.watch import History, Progress, Watch, peak_memory, without_nan
 

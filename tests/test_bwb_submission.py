@@ -21,11 +21,18 @@ import h5py  # noqa: E402
 from bwb_files import NORMALIZE, write_session  # noqa: E402
 
 import mtm  # noqa: E402
-from mtm import bwb, bwb_submission, bwb_tasks, metrics  # noqa: E402
-from mtm.bwb_tasks import TASKS, read, trials, truth  # noqa: E402
+from mtm import bwb, metrics  # noqa: E402
+from mtm.bwb import submission  # noqa: E402
+from mtm.bwb.tasks import (  # noqa: E402
+    TASKS,
+    mean_recall,
+    poisson_scores,
+    read,
+    trials,
+    truth,
+)
 from mtm.cli import main  # noqa: E402
 from mtm.session import SessionError  # noqa: E402
-from mtm.simulate import write_bwb  # noqa: E402
 
 SMALL = {"duration": 190.0, "chunk": 40.0, "gap": 4.0, "units": 12, "rate": 6.0}
 NO_SCORER = "the benchmark's scorer is missing: pip install --no-deps ibl-bwb-eval==0.1.0"
@@ -58,7 +65,7 @@ def simulated(tmp_path_factory):
     """Files of a simulated animal in both builds."""
     animal = mtm.simulate(1, 80, 24, window=(-1.0, 2.5), seed=1)[0]
     folder = tmp_path_factory.mktemp("simulated")
-    return [write_bwb(animal, folder / f"{build}.h5", build) for build in bwb.BUILDS]
+    return [bwb.write_session(animal, folder / f"{build}.h5", build) for build in bwb.BUILDS]
 
 
 def fitted(path):
@@ -85,10 +92,10 @@ def exported(simulated, tmp_path_factory):
     predictor = fitted(simulated[0])  # all units are selected ones here
     slow = ["ts1-stimulus_contrast", "ts1-licking_rate"]  # predicted once: seeds are all the same
     quick = [task for task in TASKS if task not in slow]
-    paths = bwb_submission.export([predictor] * 3, simulated, folder, "toy", tasks=quick)
-    for task, path in zip(slow, bwb_submission.export(predictor, simulated, folder, "toy",
+    paths = submission.export([predictor] * 3, simulated, folder, "toy", tasks=quick)
+    for task, path in zip(slow, submission.export(predictor, simulated, folder, "toy",
                                                       tasks=slow), strict=True):  # fmt: skip
-        more = [bwb_submission.save(folder, "toy", task, seed, recording, load_file(path))
+        more = [submission.save(folder, "toy", task, seed, recording, load_file(path))
                 for seed in (44, 45)]  # fmt: skip
         paths += [path, *more]
     return folder, paths
@@ -146,7 +153,7 @@ def test_predictor_sees_and_is_asked_for_the_right_entries(selected, task):
         t, n = torch.arange(50.0)[:, None], torch.arange(12.0)
         return (counts.sum(dim=(1, 2))[:, None, None] / 64 + t + 64 * n).expand(counts.shape)
 
-    made_of = bwb_submission.predict_task(predict, recording, task, dtype="float32")
+    made_of = submission.predict_task(predict, recording, task, dtype="float32")
     starts = bwb.ts2_windows(path, "test")
     np.testing.assert_array_equal(made_of["window_timestamps"], starts)
     true = torch.from_numpy(recording.counts(starts))
@@ -174,14 +181,14 @@ def test_rates_of_zero_are_floored_and_nonsense_is_refused(selected):
     def constant(value):
         return lambda counts, *_: torch.full(counts.shape, value)
 
-    made = bwb_submission.predict_task(constant(-np.inf), recording, TS2[0])
+    made = submission.predict_task(constant(-np.inf), recording, TS2[0])
     assert made["predictions"].dtype == np.float16
     np.testing.assert_allclose(made["predictions"].astype(float), np.log(1e-9), rtol=1e-3)
     for value in (np.nan, np.inf, 1e5):  # the last is infinite as float16
         with pytest.raises(ValueError, match="NaN or infinite log-rates"):
-            bwb_submission.predict_task(constant(value), recording, TS2[1])
+            submission.predict_task(constant(value), recording, TS2[1])
     with pytest.raises(ValueError, match="returned shape"):
-        bwb_submission.predict_task(lambda counts, *_: counts[:, :5], recording, TS2[1])
+        submission.predict_task(lambda counts, *_: counts[:, :5], recording, TS2[1])
 
 
 # -------------------------------------------------------------------------------- behaviour
@@ -257,7 +264,7 @@ def test_decoder_of_counts_is_a_poisson_regression():
     x = rng.normal(size=(60, 7))
     x -= x.mean(axis=0)
     counts = rng.poisson(np.exp(x[:, :3]))
-    fits = bwb_submission.poisson_regressions(x, counts, [10.0, 1.0])
+    fits = submission.poisson_regressions(x, counts, [10.0, 1.0])
     for alpha, (offset, weights) in zip([10.0, 1.0], fits, strict=True):
         for t in range(3):
             exposure = np.full(60, np.exp(offset[t]))
@@ -266,12 +273,12 @@ def test_decoder_of_counts_is_a_poisson_regression():
             theirs.fit(x, counts[:, t] / exposure, sample_weight=exposure)
             np.testing.assert_allclose(weights[:, t], theirs.coef_, atol=2e-3)
     x_test = np.vstack([rng.normal(size=(20, 7)), np.full((1, 7), 1e4)])
-    found = bwb_submission.decode_counts(x, x_test, counts)
+    found = submission.decode_counts(x, x_test, counts)
     assert found.shape == (21, 3) and np.exp(found.max()) <= counts.max() + 1 + 1e-9
     true = rng.poisson(np.exp(x_test[:20, :3]))
-    guess = bwb_tasks.poisson_scores([(found[:20, :, None], true[:, :, None])])
+    guess = poisson_scores([(found[:20, :, None], true[:, :, None])])
     assert guess["poisson_d2"] > 0.1
-    silent = bwb_submission.decode_counts(x, x_test, np.zeros((60, 3)))
+    silent = submission.decode_counts(x, x_test, np.zeros((60, 3)))
     assert np.isfinite(silent).all() and silent.max() < -4
 
 
@@ -280,31 +287,31 @@ def test_decoders_of_traces_and_classes():
     x, x_test = rng.normal(size=(80, 5)), rng.normal(size=(30, 5))
     weights = rng.normal(size=(5, 4))
     y, trusted = x @ weights, rng.random((80, 4)) < 0.7
-    whole = bwb_submission.decode_traces(x, x_test, y, np.ones((80, 4), dtype=bool))
+    whole = submission.decode_traces(x, x_test, y, np.ones((80, 4), dtype=bool))
     np.testing.assert_allclose(
-        whole, Ridge(alpha=bwb_submission.TRACE_PENALTIES[0]).fit(x, y).predict(x_test)
+        whole, Ridge(alpha=submission.TRACE_PENALTIES[0]).fit(x, y).predict(x_test)
     )
     spoiled = np.where(trusted, y, np.nan)  # what is not trusted is not looked at
-    part = bwb_submission.decode_traces(x, x_test, spoiled, trusted)
+    part = submission.decode_traces(x, x_test, spoiled, trusted)
     assert r2_score((x_test @ weights).ravel(), part.ravel()) > 0.7
     labels = (x[:, 0] > 0.8) * 3
-    found = bwb_submission.decode_classes(x, x_test, labels, 5)
-    assert found.shape == (30, 5) and (found[:, [1, 2, 4]] == bwb_submission.LOWEST).all()
-    assert bwb_tasks.mean_recall(found.argmax(axis=1), (x_test[:, 0] > 0.8) * 3) > 0.8
+    found = submission.decode_classes(x, x_test, labels, 5)
+    assert found.shape == (30, 5) and (found[:, [1, 2, 4]] == submission.LOWEST).all()
+    assert mean_recall(found.argmax(axis=1), (x_test[:, 0] > 0.8) * 3) > 0.8
 
 
 def test_a_behaviour_that_is_absent_or_too_rare(tmp_path):
     path = tmp_path / "s.h5"
     write_session(path, filtering="all_units", **SMALL, leave_out=("licks", "paws"))
     recording, smooth = read(path), fitted(path)
-    assert bwb_submission.predict_task(smooth, recording, "ts1-licking_rate") is None
+    assert submission.predict_task(smooth, recording, "ts1-licking_rate") is None
     assert truth(recording, "ts1-left_paw_speed") is None
     with pytest.raises(SessionError, match=r"ts1-stimulus_contrast: classes .* leave the task out"):
-        bwb_submission.predict_task(smooth, recording, "ts1-stimulus_contrast")
-    paths = bwb_submission.export(smooth, [path], tmp_path / "p", "x", tasks=["ts1-wheel_speed",
+        submission.predict_task(smooth, recording, "ts1-stimulus_contrast")
+    paths = submission.export(smooth, [path], tmp_path / "p", "x", tasks=["ts1-wheel_speed",
                               "ts1-licking_rate"])  # fmt: skip
     assert [p.parts[-3] for p in paths] == ["ts1-wheel_speed"]
-    assert bwb_submission.check(tmp_path / "p", [path], deterministic=True) == []
+    assert submission.check(tmp_path / "p", [path], deterministic=True) == []
 
 
 # ------------------------------------------------------------------------- the scorer's word
@@ -316,13 +323,13 @@ def scored(exported, simulated, tmp_path_factory):
     ts1 = pytest.importorskip("ibl_bwb_eval.scoring.ts1", reason=NO_SCORER)
     ts2 = pytest.importorskip("ibl_bwb_eval.scoring.ts2", reason=NO_SCORER)
     folder = tmp_path_factory.mktemp("truth")
-    bwb_submission.write_truth(simulated, folder)
+    submission.write_truth(simulated, folder)
     theirs = ts1.score_dir(exported[0], folder) | ts2.score_dir(exported[0], folder)
     return folder, {key[1:]: value for key, value in theirs.items()}
 
 
 def test_scores_are_the_scorers(exported, simulated, scored):
-    ours, (_, theirs) = bwb_submission.score(exported[0], simulated), scored
+    ours, (_, theirs) = submission.score(exported[0], simulated), scored
     assert ours.keys() == theirs.keys() and len(ours) == 3 * len(TASKS)
     for key, scores in ours.items():
         for metric, value in scores.items():
@@ -368,7 +375,7 @@ def test_the_scorers_command_line(exported, simulated, scored):
     table = subprocess.run(command, capture_output=True, text=True, check=True,
                            env=os.environ | {"COLUMNS": "250"}).stdout  # fmt: skip
     assert "Error" not in table and "not found" not in table
-    scores, session = bwb_submission.score(exported[0], simulated), read(simulated[1]).name
+    scores, session = submission.score(exported[0], simulated), read(simulated[1]).name
     for task in TS2:
         [row] = [line for line in table.splitlines() if task in line]
         printed = re.findall(r"(-?\d+\.\d{4}) ± 0\.0000", row)  # three seeds of the same
@@ -384,7 +391,7 @@ def test_the_scorers_ids_and_seeds(exported):
     rows = load_file(path)["unit_ids"]
     encoded = ids.encode_entity_ids(ids.decode_entity_ids(torch.from_numpy(rows)))
     np.testing.assert_array_equal(encoded, rows)
-    assert (bwb_submission.FIRST_SEED, bwb_submission.SCORER) == (EVAL_SEEDS[0], __version__)
+    assert (submission.FIRST_SEED, submission.SCORER) == (EVAL_SEEDS[0], __version__)
 
 
 def test_what_the_scorer_lets_pass(exported, scored, tmp_path):
@@ -479,19 +486,19 @@ def spoil(exported, simulated, tmp_path):
     def run(task, tensors=None, metadata=None):
         shutil.copytree(exported[0], folder)
         [path] = (folder / "toy" / task).glob("*/seed_44.safetensors")
-        with bwb_submission.safe_open(path, framework="np") as file:
+        with submission.safe_open(path, framework="np") as file:
             said = file.metadata()
         content = load_file(path)
         if tensors:
             tensors(content)
         save_file(content, path, metadata(said) if metadata else said)
-        return path, bwb_submission.check(folder, simulated)
+        return path, submission.check(folder, simulated)
 
     return run
 
 
 def test_good_predictions_pass(exported, simulated):
-    assert bwb_submission.check(exported[0], simulated) == []
+    assert submission.check(exported[0], simulated) == []
 
 
 def test_windows_of_numpy_are_others(simulated):
@@ -550,7 +557,7 @@ def test_the_check_compares_files(exported, simulated, tmp_path):
     toy, session = folder / "toy", read(simulated[0]).name
 
     def findings(**options):
-        return bwb_submission.check(folder, simulated, **options)
+        return submission.check(folder, simulated, **options)
 
     (toy / "ts1-choice" / "notes.txt").write_text("mine")
     (toy / "ts2-all").mkdir()
@@ -584,15 +591,15 @@ def test_the_check_compares_files(exported, simulated, tmp_path):
     assert any(f"{toy / 'ts1-reward' / 'another'}" in f and "no session file" in f for f in found)
     (toy / "ts1-wheel_speed" / session).rename(toy / "ts1-wheel_speed" / "gone")
     with pytest.raises(ValueError, match=r"is not ready to be uploaded:\n- .*\n- "):
-        bwb_submission.pack(folder, "toy", tmp_path / "x.zip", simulated)
+        submission.pack(folder, "toy", tmp_path / "x.zip", simulated)
     assert not (tmp_path / "x.zip").exists()
-    assert "holds no predictions" in bwb_submission.check(tmp_path / "nothing", simulated)[0]
+    assert "holds no predictions" in submission.check(tmp_path / "nothing", simulated)[0]
 
 
 def test_a_session_without_predictions(exported, simulated, tmp_path):
     write_session(tmp_path / "other.h5", seed=9, filtering="all_units", **SMALL,
                   leave_out=("licks",))  # fmt: skip
-    found = bwb_submission.check(exported[0], [*simulated, tmp_path / "other.h5"])
+    found = submission.check(exported[0], [*simulated, tmp_path / "other.h5"])
     missing = {f.split("/")[-2] for f in found if "no predictions for this session" in f}
     assert missing == set(TS1) - {"ts1-licking_rate"} and len(found) == len(missing)
 
@@ -607,7 +614,7 @@ def test_from_session_files_to_the_zip(tmp_path, simulated, capsys):
         if build == "all_units":  # another number of units, so that models can be told apart
             animal = mtm.simulate(1, 50, 26, window=(-1.0, 2.5), seed=1)[0]
             path = simulated[0].with_name("more.h5")
-            more = write_bwb(animal, path, build)
+            more = bwb.write_session(animal, path, build)
         out = str(tmp_path / build)
         assert main(["prepare", "bwb", str(path), "--out", out, "--align", "ts2",
                      "--workers", "1"]) == 0  # fmt: skip
@@ -629,7 +636,7 @@ def test_from_session_files_to_the_zip(tmp_path, simulated, capsys):
         assert packed.testzip() is None
     ids = {task: read(files[task in TS2]).name for task in ["ts1-choice", "ts1-licking_rate", *TS2]}
     assert names == sorted(f"mtm-1/{t}/{i}/seed_43.safetensors" for t, i in ids.items())
-    scores = bwb_submission.score(tmp_path / "out" / "predictions", files)
+    scores = submission.score(tmp_path / "out" / "predictions", files)
     assert len(scores) == 4 and json.dumps([*scores.values()])
 
     def error(*arguments):
@@ -683,7 +690,7 @@ def test_a_model_trained_on_the_other_split_is_refused(chunks, tmp_path):
         models[split] = mtm.fit(session, depth=1, epochs=1, progress=False)
     name = session.name
     with pytest.raises(SessionError) as caught:
-        bwb_submission.export(models["ts2"], files, tmp_path, "x", tasks=["ts1-choice"])
+        submission.export(models["ts2"], files, tmp_path, "x", tasks=["ts1-choice"])
     said = str(caught.value)
     start, number, end = re.split(r"(\d+ of \d+)", said)
     assert start == f"session '{name}', ts1_test_domain: the model of seed 43 has learned from "
@@ -696,14 +703,14 @@ def test_a_model_trained_on_the_other_split_is_refused(chunks, tmp_path):
     assert learned == inside.sum() > 10 and all_of_it > learned
     both = [models["ts1"], models["ts2"]]
     with pytest.raises(SessionError, match="the model of seed 8 has learned"):
-        bwb_submission.export(both, files, tmp_path, "x", tasks=["ts1-choice"], seeds=[7, 8])
+        submission.export(both, files, tmp_path, "x", tasks=["ts1-choice"], seeds=[7, 8])
     for tasks in (["ts1-choice"], ["ts1-reward"]):  # accepted, and a folder may be added to
-        bwb_submission.export(models["ts1"], files, tmp_path, "x", tasks=tasks)
-    assert bwb_submission.check(tmp_path, files, deterministic=True) == []
+        submission.export(models["ts1"], files, tmp_path, "x", tasks=tasks)
+    assert submission.check(tmp_path, files, deterministic=True) == []
     with torch.no_grad():
         next(models["ts1"].model.parameters()).add_(1e-3)  # another model, then, of the same seed
-    bwb_submission.export(models["ts1"], files, tmp_path, "x", tasks=["ts1-reward"])
-    [finding] = bwb_submission.check(tmp_path, files, deterministic=True)
+    submission.export(models["ts1"], files, tmp_path, "x", tasks=["ts1-reward"])
+    [finding] = submission.check(tmp_path, files, deterministic=True)
     assert "made by another model than" in finding and "export all of it with one" in finding
 
 
@@ -719,37 +726,37 @@ OTHER = {"all_units": "ts2", "selected_units": "ts1"}
 @pytest.mark.parametrize("stride", [1.0, 0.37, 0.02])
 def test_whatever_the_stride_what_was_learned_is_found(chunks, build, stride):
     path, recording = chunks[build], read(chunks[build])
-    bwb_submission.require_untaught({43: fitted(path)}, recording)
-    bwb_submission.require_untaught({43: knows(path, align="ts2", stride=stride)}, recording)
+    submission.require_untaught({43: fitted(path)}, recording)
+    submission.require_untaught({43: knows(path, align="ts2", stride=stride)}, recording)
     other = knows(path, align="ts2", stride=stride, split=OTHER[build])
     with pytest.raises(SessionError, match=r"has learned from [1-9]\d* of"):
-        bwb_submission.require_untaught({43: other}, recording)
+        submission.require_untaught({43: other}, recording)
 
 
 def test_the_windows_of_the_behaviour_tasks_are_found(chunks):
     path, recording = chunks["all_units"], read(chunks["all_units"])
     for event, start in (("movement_onset_time", -1.0), ("feedback_time", 0.0)):
         where = {"align": event, "window": (start, start + 1.0)}
-        bwb_submission.require_untaught({43: knows(path, **where)}, recording)
+        submission.require_untaught({43: knows(path, **where)}, recording)
         with pytest.raises(SessionError, match="has learned from"):
-            bwb_submission.require_untaught({43: knows(path, **where, split="ts2")}, recording)
+            submission.require_untaught({43: knows(path, **where, split="ts2")}, recording)
 
 
 def test_models_are_told_apart():
     """One for all sessions of a seed and a build, or each session its own."""
 
     def found(*made):
-        return len(bwb_submission._check_models({pair: "/".join(pair) for pair in made}))
+        return len(submission._check_models({pair: "/".join(pair) for pair in made}))
 
     assert not found(("s1", "A")) and not found(("s1", "A"), ("s2", "A"))
     assert not found(("s1", "A"), ("s2", "B"), ("s3", "C"))
     assert found(("s1", "A"), ("s1", "B")) == found(("s1", "A"), ("s2", "A"), ("s3", "B")) == 1
-    assert bwb_submission.fingerprint(lambda: None) == ""
+    assert submission.fingerprint(lambda: None) == ""
     one, other = (torch.nn.Linear(2, 3).to(torch.bfloat16) for _ in range(2))
-    prints = [bwb_submission.fingerprint(model) for model in (one, other)]
+    prints = [submission.fingerprint(model) for model in (one, other)]
     assert prints[0] != prints[1] and len(prints[0]) == 64
     other.load_state_dict(one.state_dict())
-    assert bwb_submission.fingerprint(other) == prints[0]
+    assert submission.fingerprint(other) == prints[0]
 
 
 def test_windows_are_predicted_once(simulated, tmp_path):
@@ -760,14 +767,14 @@ def test_windows_are_predicted_once(simulated, tmp_path):
         return smooth(counts, scheme, mask, session)
 
     tasks = [task for task, spec in TASKS.items() if spec.events == "movement_window"]
-    bwb_submission.export(predict, simulated[:1], tmp_path / "once", "x", tasks=tasks)
+    submission.export(predict, simulated[:1], tmp_path / "once", "x", tasks=tasks)
     recording = read(simulated[0])
     starts = {s for t in tasks for p in ("train", "val", "test")
               for s in trials(recording, t, p).starts}  # fmt: skip
     assert len(tasks) == 4 and sum(asked) == len(starts)
     for task in tasks:
         [path] = (tmp_path / "once" / "x" / task).glob("*/*")
-        alone = bwb_submission.predict_task(smooth, recording, task)
+        alone = submission.predict_task(smooth, recording, task)
         np.testing.assert_allclose(load_file(path)["predictions"], alone["predictions"], atol=1e-5)
 
 
@@ -793,12 +800,12 @@ def test_an_animal_that_stops_licking(exported, simulated, tmp_path):
     other = folder / "toy" / "ts3-unit_cosmos" / "seed_43.safetensors"
     other.parent.mkdir()
     shutil.copy(path, other)
-    assert bwb_submission.check(folder, files) == []
-    out = bwb_submission.pack(folder, "toy", tmp_path / "x.zip", files)
+    assert submission.check(folder, files) == []
+    out = submission.pack(folder, "toy", tmp_path / "x.zip", files)
     with zipfile.ZipFile(out) as packed:
         assert "toy/ts3-unit_cosmos/seed_43.safetensors" in packed.namelist()
     other.rename(other.with_name("seed_43.npz"))
-    assert [f.partition(": ")[0] for f in bwb_submission.check(folder, files)] == [
+    assert [f.partition(": ")[0] for f in submission.check(folder, files)] == [
         str(other.with_name("seed_43.npz"))
     ]
 
@@ -808,9 +815,9 @@ def test_a_model_with_other_bins_is_refused(simulated):
     config = mtm.MtMConfig.from_depth(1, n_bins=100)
     model = mtm.MtM(config, {recording.name: len(recording.units)})
     with pytest.raises(SessionError, match="takes 100 bins of 0.02 s.*--align ts2"):
-        bwb_submission.predict_task(model, recording, TS2[0])
+        submission.predict_task(model, recording, TS2[0])
     with pytest.raises(ValueError, match="label 'a/b': use letters"):
-        bwb_submission.export(fitted(simulated[0]), simulated, ".", "a/b")
+        submission.export(fitted(simulated[0]), simulated, ".", "a/b")
 
 
 DAMAGED = {

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mtm import MtM, MtMConfig, Session, Sessions, fit, load, parallel, simulate
-from mtm.checkpoint import states
 from mtm.masks import MaskSampler
 from mtm.recipes import TrainConfig
+from mtm.run import states
 from mtm.train import Batch, _learning, accumulate
 
 SETTINGS = ["--depth", "1", "--epochs", "4", "--validations", "4", "--batch-size", "8"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mtm import Mask, Session, evaluate, metrics
-from mtm.hub import _their_key, from_official
 from mtm.masks import MTM_SCHEMES
+from mtm.official import _their_key, from_official
 from mtm.recipes import TrainConfig
 from mtm.train import Batch, accumulate
 

@@ -59,9 +59,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import mtm  # noqa: E402
-from mtm import bwb, checkpoint, download, hub, predict  # noqa: E402
-from mtm.checkpoint import StateError  # noqa: E402
+from mtm import bwb, download, hub, predict  # noqa: E402
+from mtm import run as runs  # noqa: E402
 from mtm.hub import CheckpointError  # noqa: E402
+from mtm.run import StateError  # noqa: E402
 from mtm.session import SessionError  # noqa: E402
 
 TIMINGS = ("seconds", "trials_per_second", "tokens_per_second", "memory_gb")  # differ run by run
@@ -199,7 +200,7 @@ def _kill_training(
     chance, run = random.Random(0), folder / "run"
 
     def step() -> int:
-        states = checkpoint.states(run)
+        states = runs.states(run)
         return int(states[-1].stem.removeprefix("state-")) if states else -1
 
     for number in range(kills):
@@ -238,7 +239,7 @@ def _parts(folder: Path) -> set[Path]:
 def _check_run(folder: Path, tally: Tally) -> None:
     """Every file under its final name is whole."""
     readers: dict[str, Callable[[Path], Any]] = {
-        "state-*.safetensors": checkpoint._read,
+        "state-*.safetensors": runs._read,
         hub.CONFIG: lambda path: mtm.load(path.parent),
         hub.WEIGHTS: lambda path: mtm.load(path.parent),
         "history.jsonl": lambda path: [json.loads(line) for line in path.open()],
@@ -270,7 +271,7 @@ def _compare_runs(one: Path, other: Path, tally: Tally) -> None:
         plain = [[{k: v for k, v in entry.items() if k not in TIMINGS} for entry in history]
                  for history in histories]  # fmt: skip
         tally.check(plain[0] == plain[1] and plain[0] != [], f"another history in {name}")
-    last = [checkpoint._read(checkpoint.states(folder)[-1]) for folder in (one, other)]
+    last = [runs._read(runs.states(folder)[-1]) for folder in (one, other)]
     tally.check(_equal(last[0].tensors, last[1].tensors), "another last state")
     tally.counts["files compared with an undisturbed run"] += 4
 
@@ -406,8 +407,8 @@ def _fill(place: Path, mounted: bool) -> dict[str, Any]:
         ),
         "model": (lambda: hub.save(small, folder), lambda: hub.save(large, folder), hub.WEIGHTS),
         "state": (
-            lambda: checkpoint.write_state(run, 1, small.state_dict(), facts),
-            lambda: checkpoint.write_state(run, 2, large.state_dict(), facts),
+            lambda: runs.write_state(run, 1, small.state_dict(), facts),
+            lambda: runs.write_state(run, 2, large.state_dict(), facts),
             "state-00000002.safetensors",
         ),
         "prepare": (
@@ -450,7 +451,7 @@ def _fill(place: Path, mounted: bool) -> dict[str, Any]:
     wrong = tally.counts["writes that did not fit"]
     wrong -= tally.counts["errors that name file and remedy"]
     tally.check(wrong == 0, f"{wrong} errors do not name file and remedy")
-    mtm.load(folder), mtm.Session.load(path), checkpoint._read(run / "state-00000001.safetensors")
+    mtm.load(folder), mtm.Session.load(path), runs._read(run / "state-00000001.safetensors")
     return tally.result()
 
 
@@ -557,7 +558,7 @@ def _opened(kind: Kind, what: str, tally: Tally) -> str:
 
 
 def _kinds(folder: Path) -> dict[str, Kind]:
-    import test_hub
+    import test_official
 
     torch.manual_seed(0)
     session = mtm.simulate(1, 30, 12, seed=3, mean_rate=30.0, bin_size=0.1)[0]
@@ -567,10 +568,10 @@ def _kinds(folder: Path) -> dict[str, Kind]:
     saved, config = (hub.save(model, folder / name) for name in ("weights", "config"))
     tensors = {f"model/{key}": value for key, value in model.state_dict().items()}
     (folder / "run").mkdir()
-    state = checkpoint.write_state(folder / "run", 7, tensors, {"step": 7, "history": [1.5]})
+    state = runs.write_state(folder / "run", 7, tensors, {"step": 7, "history": [1.5]})
     official = folder / "official" / "checkpoint.pt"
     official.parent.mkdir()
-    torch.save(test_hub.theirs().state_dict(), official)
+    torch.save(test_official.theirs().state_dict(), official)
 
     def read_session(path: Path, mmap: bool) -> str:
         read = mtm.Sessions(path)[0] if mmap else mtm.Session.load(path)
@@ -589,11 +590,11 @@ def _kinds(folder: Path) -> dict[str, Kind]:
     def read_official() -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            read = hub.from_official(official, test_hub.TWO, heads=4)
+            read = mtm.from_official(official, test_official.TWO, heads=4)
         return repr([read.config, {k: v.tolist() for k, v in read.state_dict().items()}])
 
     def read_run() -> str:
-        read = checkpoint.read_state(folder / "run")
+        read = runs.read_state(folder / "run")
         return repr([read.facts, {k: (v.dtype, v.tolist()) for k, v in read.tensors.items()}])
 
     return {

@@ -56,7 +56,8 @@ except ImportError:
 instrumented = atheris.instrument_imports if atheris else lambda **_: contextlib.nullcontext()
 with contextlib.redirect_stderr(io.StringIO()), instrumented(include=["mtm"]):  # it lists modules
     import mtm
-    from mtm import binning, bwb_tasks, checkpoint, cli, hub, masks, metrics, recipes
+    from mtm import binning, cli, hub, masks, metrics, official, recipes, run
+    from mtm.bwb.tasks import mean_recall, poisson_scores
     from mtm.sources import huggingface
 
 import hypothesis  # noqa: E402
@@ -708,7 +709,7 @@ def scores(draw: Draw) -> None:
         near(psth[i], r2_score(*means) if varies else math.nan, "R2 of PSTHs")
     total = sum(gains) / spikes.sum() if spikes.sum() else math.nan
     near(metrics.pooled_bits_per_spike(log_rates, counts, null), total, "pooled bits per spike")
-    theirs = bwb_tasks.poisson_scores([(log_rates[:1], counts[:1]), (log_rates[1:], counts[1:])])
+    theirs = poisson_scores([(log_rates[:1], counts[:1]), (log_rates[1:], counts[1:])])
     own = metrics.poisson_d2(log_rates, counts)
     near(
         theirs["poisson_d2"], np.nanmean(own) if np.isfinite(own).any() else math.nan, "D2, pieces"
@@ -717,7 +718,7 @@ def scores(draw: Draw) -> None:
         np.array(draw(st.lists(st.integers(0, 2), min_size=5, max_size=5))) for _ in "ab"
     )
     if set(guess.tolist()) <= set(labels.tolist()):
-        near(bwb_tasks.mean_recall(guess, labels), balanced_accuracy_score(labels, guess), "recall")
+        near(mean_recall(guess, labels), balanced_accuracy_score(labels, guess), "recall")
 
 
 def near(found: float, expected: float, what: str) -> None:
@@ -966,7 +967,7 @@ def saved_run() -> Path:
 
 
 RUN = saved_run()
-RUN_STATE = checkpoint.states(RUN)[-1]
+RUN_STATE = run.states(RUN)[-1]
 
 
 @target(0.3)
@@ -976,8 +977,8 @@ def run_folder(draw: Draw) -> None:
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     if draw(st.booleans()):
-        facts = json.loads(header["__metadata__"][checkpoint.HEADER])
-        header["__metadata__"][checkpoint.HEADER] = json.dumps(changed_json(draw, facts))
+        facts = json.loads(header["__metadata__"][run.HEADER])
+        header["__metadata__"][run.HEADER] = json.dumps(changed_json(draw, facts))
         text = json.dumps(header).encode()
         content = len(text).to_bytes(8, "little") + text + content[8 + size :]
     else:
@@ -999,7 +1000,7 @@ def authors_weights(tokenizer: str) -> dict[str, torch.Tensor]:
     config = mtm.MtMConfig(**sizes, leak=True, split_seed=None, **mtm.model.AS_PUBLISHED)
     model, found = mtm.MtM(config, {"any": 4}), {}
     for key, value in model.state_dict().items():
-        name, row = hub._their_key(key, model, ["any"])
+        name, row = official._their_key(key, model, ["any"])
         found[name] = value if row is None else value[None]
     return found
 
@@ -1009,7 +1010,7 @@ OFFICIAL = {name: authors_weights(name) for name in ("ndt1", "ndt2")}
 
 @target()
 def authors_checkpoint(draw: Draw) -> None:
-    """hub.from_official of weights that are missing, misshapen, of other types, or too many."""
+    """from_official of weights that are missing, misshapen, of other types, or too many."""
     weights = dict(OFFICIAL[draw(st.sampled_from(["ndt1", "ndt2"]))])
     shape = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=9)
     for name in draw(st.lists(st.sampled_from(sorted(weights)), max_size=2, unique=True)):
@@ -1035,7 +1036,7 @@ def authors_checkpoint(draw: Draw) -> None:
     names = ("checkpoint", "authors", "embed_session", "session ", "heads", "causal", "eids")
     with refusing(*names):
         try:
-            model = hub.from_official(weights, **options)
+            model = official.from_official(weights, **options)
         except KeyError as error:  # of a session that is not among the eids
             raise Refused from error
     for name, n in options["sessions"].items():

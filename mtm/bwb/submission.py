@@ -7,7 +7,7 @@ From session files and trained models to the zip to upload::
     score("predictions", files)  # what the scorer says, from the session files themselves
     pack("predictions", "my-model", "my-model.zip", files)
 
-`mtm.bwb_tasks` has the tasks, those of TS1 and TS2. The scorer matches windows by exact equality of
+`mtm.bwb.tasks` has the tasks, those of TS1 and TS2. The scorer matches windows by exact equality of
 their starts, does not look at the order of units, and leaves out in silence what it cannot match;
 hence `check`.
 """
@@ -33,8 +33,8 @@ from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from tqdm import tqdm
 
 from mtm.atomic import replacing
-from mtm.bwb import SUITES
-from mtm.bwb_tasks import (
+from mtm.bwb.files import SUITES
+from mtm.bwb.tasks import (
     BIN_SIZE,
     BINS,
     LENGTH,

@@ -32,7 +32,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from scipy.special import xlogy
 
-from mtm import bwb
+from mtm.bwb.files import BUILDS, SPLITS, SUITES, OpenFile, load_session, opened, ts2_windows
 from mtm.metrics import LOG2
 from mtm.session import Session, SessionError
 
@@ -112,7 +112,7 @@ class Recording:
     @cached_property
     def spikes(self) -> tuple[np.ndarray, np.ndarray]:
         """Times (S,) of all spikes, seconds, ascending, and the row (S,) of each one's unit."""
-        with bwb.opened(self.path) as file:
+        with opened(self.path) as file:
             return _spikes(file, len(self.units))
 
     def counts(self, starts: np.ndarray) -> np.ndarray:
@@ -137,7 +137,7 @@ class Recording:
         Raises:
             SessionError: when there is none.
         """
-        starts = bwb.ts2_windows(self.path, "test")
+        starts = ts2_windows(self.path, "test")
         if not len(starts):
             self.fail("ts2_test_domain", "no second of a valid trial in it; leave the session out")
         return starts
@@ -152,12 +152,12 @@ class Recording:
         Raises:
             SessionError: for a file without a test part.
         """
-        suite, starts = bwb.SUITES[self.build], [np.zeros(0)]
-        with bwb.opened(self.path) as file:
+        suite, starts = SUITES[self.build], [np.zeros(0)]
+        with opened(self.path) as file:
             test = file.intervals(f"{suite}_test_domain")
-            for split, part in ((s, p) for s in ("ts1", "ts2") for p in bwb.SPLITS[s]):
+            for split, part in ((s, p) for s in ("ts1", "ts2") for p in SPLITS[s]):
                 if f"{split}_{part}_domain" in file.file:
-                    starts.append(bwb.ts2_windows(file.file, part, 1.0, LENGTH, split))
+                    starts.append(ts2_windows(file.file, part, 1.0, LENGTH, split))
             for events in sorted({task.events for task in TASKS.values() if task.events}):
                 place = f"task_aligned_intervals/{events}"
                 starts.append(file.intervals(place)[:, 0] if place in file.file else np.zeros(0))
@@ -167,7 +167,7 @@ class Recording:
         if not len(found):
             return None
         window = (0.0, LENGTH)
-        return bwb.load_session(
+        return load_session(
             self.path, align=found, window=window, bin_size=BIN_SIZE, atlas=None, split=suite
         )
 
@@ -202,10 +202,10 @@ def read(path: str | Path) -> Recording:
         ImportError: without the ``[bwb]`` extra.
     """
     flag = "units/ts2_co_smoothing_is_held_out_test"
-    with bwb.opened(path) as file:
+    with opened(path) as file:
         build, version = file.facts["unit_filtering"], file.facts["derived_version"]
-        if build not in bwb.BUILDS:
-            file.fail("brainset/unit_filtering", f"{build!r}, not one of {bwb.BUILDS}; download "
+        if build not in BUILDS:
+            file.fail("brainset/unit_filtering", f"{build!r}, not one of {BUILDS}; download "
                       "the file again")  # fmt: skip
         units = file.column("units/id")
         held = file.column(flag) == 1 if flag in file.file else np.zeros(len(units), dtype=bool)
@@ -215,7 +215,7 @@ def read(path: str | Path) -> Recording:
         return Recording(Path(path), file.name, build, version, units, held, rates)
 
 
-def _spikes(file: bwb.OpenFile, n_units: int) -> tuple[np.ndarray, np.ndarray]:
+def _spikes(file: OpenFile, n_units: int) -> tuple[np.ndarray, np.ndarray]:
     times = file.column("spikes/timestamps").astype(np.float64)
     unit = file.column("spikes/unit_index").astype(np.int64)
     known = len(unit) == len(times) > 0 and unit.min() >= 0 and unit.max() < n_units
@@ -258,7 +258,7 @@ def trials(recording: Recording, task: str, part: str) -> Trials | None:
     """
     spec, name = TASKS[task], task.removeprefix("ts1-")
     place = f"task_aligned_intervals/{spec.events}"
-    with bwb.opened(recording.path) as file:
+    with opened(recording.path) as file:
         if place not in file.file or (spec.group and f"{spec.group}/{name}" not in file.file):
             return None
         rows = file.column(f"{place}/trial_index").astype(np.int64)
@@ -285,7 +285,7 @@ def _inside(bounds: np.ndarray, domain: np.ndarray) -> np.ndarray:
 
 
 def _samples(
-    file: bwb.OpenFile, group: str, name: str, starts: np.ndarray
+    file: OpenFile, group: str, name: str, starts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The 50 samples from each start.
 
@@ -309,7 +309,7 @@ def _samples(
     return values[place][..., None], trusted[place], whole
 
 
-def _first_sample(file: bwb.OpenFile, group: str, starts: np.ndarray) -> np.ndarray:
+def _first_sample(file: OpenFile, group: str, starts: np.ndarray) -> np.ndarray:
     """Index (K,) of the first sample at or after each start, as the benchmark slices."""
     if f"{group}/timestamps" in file.file:
         return np.searchsorted(file.column(f"{group}/timestamps"), starts)
