@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -25,6 +26,7 @@ BOOK = ROOT / "book"
 LONGEST_CELL = 15  # lines
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
 PAGES = sorted(BOOK.glob("*.md"))
+TEXTS = [*PAGES, *ROOT.glob("*.md"), *ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("mtm/**/*.md")]
 NOTEBOOKS = [page for page in PAGES if "```{code-cell}" in page.read_text("utf-8")]
 
 
@@ -249,8 +251,7 @@ def test_one_repository_address_everywhere():
         source = twin_source(page)
         assert f"git clone -q --depth 1 --branch {branch} {url} mtm-book" in source
         assert f"({colab}/blob/{branch}/book/{page.stem}.ipynb)" in source
-    texts = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-    for path in texts:
+    for path in TEXTS:
         for other in re.findall(r"github\.com/([\w.-]+)/mtm\b", path.read_text("utf-8")):
             assert other == owner, f"{path.name} names github.com/{other}/mtm"
 
@@ -279,13 +280,27 @@ def links(markdown: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
-    targets = [target for target in links(page.read_text("utf-8")) if "://" not in target]
-    assert targets or page.stem == "api"
-    for target in targets:
-        path = page.parent / target
-        assert path.exists() or path.with_suffix(".md").exists(), target
+    """Those to the project's own files, and the files that are named `like/this.py`."""
+    url, branch = CONFIG["repository"]["url"], CONFIG["repository"]["branch"]
+    text = page.read_text("utf-8")
+    for target in links(text):
+        place = page.parent / target
+        if target.startswith(f"{url}/blob/"):
+            place = ROOT / target.removeprefix(f"{url}/blob/{branch}/")
+        elif "://" in target:
+            continue
+        assert place.exists() or place.with_suffix(".md").exists(), target
+    for named in re.findall(r"`((?:benchmarks|book|mtm|tests)/[\w./*-]+)`", text):
+        assert any(ROOT.glob(named.replace("NN_name", "*"))), named
+
+
+@pytest.mark.parametrize("path", [*TEXTS, *ROOT.glob("mtm/**/*.py")], ids=lambda path: path.stem)
+def test_names_of_the_package_exist(path):
+    """Every `mtm.this.that` that a text or a docstring names."""
+    for name in re.findall(r"`~?(mtm(?:\.[A-Za-z]\w*)+)[`(]", path.read_text("utf-8")):
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
