@@ -2,37 +2,48 @@
 
 Read the package in this order, one idea a file::
 
-    session         one recording, cut into trials and binned
-    binning         spike times to counts, behaviour traces to bins
-    masks           what is hidden and what is scored: six schemes, and their sampler
-    model           the whole model: embed, encode, read out
-    metrics         bits per spike, Poisson D2, R2 of trials and PSTHs
-    recipes         settings of training: ours, and the authors'
-    train           fit(): one explicit loop
-    predict         one interface for whatever fills in hidden activity
-    decode          choice and continuous behaviour from predicted activity
-    evaluate        the six tasks, one session or many, into a Report
-    report          scores, neuron by neuron, and what is said of them
-    regression      spike counts from spike counts: ridge, Poisson, low rank
-    baselines       what a user would otherwise pick, behind the same interface
-    run             the state of a training on disk: one that was killed goes on
-    hub             save, load and share models
-    official        checkpoints of the authors' code
-    parallel        several processes that train one model
-    watch           what one sees of a run: bar, history, TensorBoard
-    simulate        animals with known firing rates
-    sources         recordings from elsewhere: ibl, nwb, steinmetz, neuromatch, huggingface
-    bwb             BrainWideBench: its files, its tasks, a submission
-    download        large files by HTTPS, resumed where they were cut
-    sessions        many recordings on disk: listed, filtered, trained on in place
-    prepare         many recordings to session files, in parallel
-    atlas           regions at three levels: Allen, Beryl, Cosmos
-    alf             sessions written as files that ONE reads
-    atomic          files that are complete or not there
-    checks          settings and arrays are what they should be, or are refused by name
-    extras          packages that only some of this needs
-    plots           rasters, PSTHs, masks, scores
-    cli             python -m mtm simulate | prepare | train | evaluate | export
+    A recording
+        session     one recording, cut into trials and binned
+        binning     spike times to counts, behaviour traces to bins
+        atlas       regions at three levels: Allen, Beryl, Cosmos
+
+    The model
+        masks       what is hidden and what is scored: six schemes, and their sampler
+        model       the whole model: embed, encode, read out
+
+    Training
+        recipes     settings of training: ours, and the authors'
+        train       fit(): one explicit loop
+        run         the state of a training on disk: one that was killed goes on
+        parallel    several processes that train one model
+        watch       what one sees of a run: bar, history, TensorBoard
+        hub         save, load and share models
+        official    checkpoints of the authors' code
+
+    Evaluation
+        metrics     bits per spike, Poisson D2, R2 of trials and PSTHs
+        predict     one interface for whatever fills in hidden activity
+        evaluate    the six tasks, one session or many, into a Report
+        report      scores, neuron by neuron, and what is said of them
+        decode      choice and continuous behaviour from predicted activity
+        regression  spike counts from spike counts: ridge, Poisson, low rank
+        baselines   what a user would otherwise pick, behind the same interface
+        plots       rasters, PSTHs, masks, scores
+
+    Recordings, many and from elsewhere
+        simulate    animals with known firing rates
+        alf         sessions written as files that ONE reads
+        sources     readers: ibl, nwb, steinmetz, neuromatch, huggingface
+        bwb         BrainWideBench: its files, its tasks, a submission
+        download    large files by HTTPS, resumed where they were cut
+        prepare     many recordings to session files, in parallel
+        sessions    many recordings on disk: listed, filtered, trained on in place
+
+    Beneath it all
+        checks      settings and arrays are what they should be, or are refused by name
+        atomic      files that are complete or not there
+        extras      packages that only some of this needs
+        cli         python -m mtm simulate | prepare | train | evaluate | export
 
 Recordings in, a trained model and honest scores out:
 

@@ -109,7 +109,7 @@ def inter_region(
     if ratio != 1.0:
         raise ValueError(f"inter-region masking hides a region whole; ratio must be 1, got {ratio}")
     _sizes(counts, regions)
-    inside = (regions == _choose_region(regions, generator))[None, None, :]
+    inside = _choose_region(regions, generator)[None, None, :]
     return _spread(inside, inside, counts)
 
 
@@ -121,7 +121,7 @@ def intra_region(
     Scored are only the hidden neurons inside. Teaches: predict a neuron from its own region.
     """
     n_trials, _, n_neurons = _sizes(counts, regions)
-    inside = regions == _choose_region(regions, generator)
+    inside = _choose_region(regions, generator)
     chosen = _choose((n_trials, 1, n_neurons), inside, ratio, generator, counts)
     outside = ~inside & (regions > PADDING)
     return _spread(chosen | outside, chosen, counts)
@@ -188,7 +188,7 @@ def _choose(
 
 
 def _choose_region(regions: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One of the labelled regions, each equally likely whatever its size; a scalar code."""
+    """Neurons of one labelled region, (N,) bool; each equally likely whatever its size."""
     codes = regions.sort().values
     first = torch.cat([codes[:1] >= 0, (codes[1:] != codes[:-1]) & (codes[1:] >= 0)])  # of a region
     if regions.device.type == "cpu" and not first.any():
@@ -199,7 +199,8 @@ def _choose_region(regions: Tensor, generator: torch.Generator | None) -> Tensor
     # The largest of independent draws; torch.multinomial would make a GPU's queue wait for a check.
     draws = torch.rand(len(codes), generator=generator, device=regions.device)
     place = torch.where(first, draws[first.cumsum(0) - 1], -1.0).argmax()
-    return codes.index_select(0, place[None])[0]  # codes[place] would ask the GPU where
+    chosen = codes.index_select(0, place[None])  # codes[place] would ask the GPU where
+    return (regions == chosen) & (regions >= 0)  # none, where a GPU was not asked for labels
 
 
 def _spread(hidden: Tensor, target: Tensor, counts: Tensor) -> Mask:

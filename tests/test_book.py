@@ -296,6 +296,14 @@ def test_links_lead_somewhere(page):
         assert any(ROOT.glob(named.replace("NN_name", "*"))), named
 
 
+def test_the_api_has_every_file_in_the_order_of_the_package():
+    order = re.findall(r"^ {8}(\w+) ", mtm.__doc__, re.M)
+    files = {path.stem for path in (ROOT / "mtm").glob("[a-z]*")} - {"py", "weights"}
+    assert set(order) == files
+    shown = re.findall(r"^.. automodule:: mtm\.(\w+)", (BOOK / "api.md").read_text("utf-8"), re.M)
+    assert list(dict.fromkeys(shown)) == [name for name in order if name not in ("checks", "cli")]
+
+
 @pytest.mark.parametrize("path", [*TEXTS, *ROOT.glob("mtm/**/*.py")], ids=lambda path: path.stem)
 def test_names_of_the_package_exist(path):
     """Every `mtm.this.that` that a text or a docstring names."""
