@@ -49,9 +49,9 @@ import mtm
 from mtm.baselines import OPTIONS, SETTINGS, temporal_ndt1
 from mtm.masks import MTM_SCHEMES
 from mtm.plots import BLUE, RED
-from mtm.predict import TASKS
 from mtm.recipes import RECIPES
 from mtm.report import Mean, Report, mean_of
+from mtm.tasks import TASKS
 
 ALONE = "this session alone"
 AFTER = {"after 1 of others": 1, "after 3 of others": 3, "after all of others": 99}  # sessions

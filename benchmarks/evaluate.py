@@ -35,8 +35,9 @@ import torch
 from mtm import evaluate
 from mtm.masks import Mask
 from mtm.model import AS_PUBLISHED, MtM, MtMConfig
-from mtm.predict import TASKS, _plan, predict_held_out, queries_of
+from mtm.predict import _plan, predict_held_out
 from mtm.session import Session
+from mtm.tasks import TASKS, queries_of
 
 N_TRIALS, N_BINS, BIN_SIZE, N_NEURONS, N_REGIONS = 120, 100, 0.02, 700, 8
 MEAN_RATE, SPREAD = 4.0, 1.6  # Hz; standard deviation of the log rates

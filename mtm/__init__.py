@@ -22,8 +22,9 @@ Read the package in this order, one idea a file::
 
     Evaluation
         metrics     bits per spike, Poisson D2, R2 of trials and PSTHs
+        tasks       the six tasks: what is hidden, what is scored
         predict     one interface for whatever fills in hidden activity
-        evaluate    the six tasks, one session or many, into a Report
+        evaluate    the tasks, of one session or many, into a Report
         report      scores, neuron by neuron, and what is said of them
         decode      choice and continuous behaviour from predicted activity
         regression  spike counts from spike counts: ridge, Poisson, low rank

@@ -8,7 +8,6 @@ reads the result exactly as it reads the public server, and no network is involv
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
 import uuid
@@ -18,15 +17,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mtm import atlas
-from mtm.binning import LONGEST
 from mtm.extras import extra
 from mtm.session import Session, SessionError
+from mtm.simulate import RESPONSE, bin_edges, generator_of, layout, spike_times
 
 ESSENTIAL = ("choice", "block", "reward", "contrast")
-BEFORE, BETWEEN = 2.0, 1.0  # seconds before the first trial, and at least between two trials
-RESPONSE = 0.2  # seconds from the first movement to the response
 CAMERA_RATE = 60.0  # Hz, as IBL's left camera
-EDGE = 0.02  # of a bin: spikes keep this distance from its edges, so that no rounding moves them
 N_CHANNELS = 384  # of a Neuropixels probe
 ORIGIN = "mtm.alf"  # who made the tables of an index
 
@@ -63,8 +59,8 @@ def write_alf(
 
     Raises:
         SessionError: an essential behaviour missing or not finite, a region that is no Allen
-            acronym, a name that ALF does not allow, trials of more than a day, or files of another
-            recording in the folder.
+            acronym, a name that ALF does not allow, a recording of more than 1e5 s, or files of
+            another recording in the folder.
         ImportError: without the ``[data]`` extra.
     """
     subject = session.subject or session.name
@@ -165,11 +161,6 @@ def _uuid(*parts: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_OID, "/".join((ORIGIN, *parts))))
 
 
-def _generator(session: Session, *stream: str) -> np.random.Generator:
-    digest = hashlib.sha256("|".join((session.name, *stream)).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
-
-
 def _check_behaviour(session: Session) -> None:
     for key in (*ESSENTIAL, "reaction-time", "wheel-speed", "whisker-motion-energy"):
         values = session.behaviour.get(key)
@@ -183,19 +174,6 @@ def _check_behaviour(session: Session) -> None:
             _fail(session, f"behaviour {key!r}", f"need {need}, got shape {values.shape}")
         if key in (*ESSENTIAL, "wheel-speed") and not np.isfinite(values).all():
             _fail(session, f"behaviour {key!r}", "NaN or infinite; leave out those trials")
-
-
-def layout(session: Session) -> tuple[np.ndarray, float]:
-    """Stimulus onset of each trial (K,) and the end of the recording, seconds on its clock."""
-    start, stop = session.window
-    reaction = session.behaviour.get("reaction-time", np.zeros(session.n_trials))
-    ends = np.maximum(stop, np.nan_to_num(reaction) + RESPONSE + 0.3)  # after stimulus onset
-    pauses = BETWEEN + _generator(session, "layout").uniform(0, 0.2, session.n_trials)
-    begins = BEFORE + np.concatenate([[0], np.cumsum(ends + pauses - min(start, 0))])
-    if begins[-1] > LONGEST:
-        _fail(session, "behaviour 'reaction-time', window", f"a recording of {begins[-1]:.3g} s is "
-              f"longer than {LONGEST:g} s; both are in seconds")  # fmt: skip
-    return begins[:-1] - min(start, 0), float(begins[-1])
 
 
 def _trials_table(session: Session, stimulus: np.ndarray) -> Any:
@@ -225,12 +203,6 @@ def _trials_table(session: Session, stimulus: np.ndarray) -> Any:
     )
 
 
-def _edges(session: Session, stimulus: np.ndarray) -> np.ndarray:
-    """Bin edges of every trial, (K, T + 1) seconds."""
-    offsets = session.window[0] + session.bin_size * np.arange(session.n_bins + 1)
-    return stimulus[:, None] + offsets
-
-
 def _wheel(session: Session, stimulus: np.ndarray, stop: float) -> dict[str, np.ndarray]:
     """Wheel angle in rad at the bin edges, where its speed changes; in between it is linear."""
     choice = np.asarray(session.behaviour["choice"], dtype=float)
@@ -238,7 +210,7 @@ def _wheel(session: Session, stimulus: np.ndarray, stop: float) -> dict[str, np.
     moved = np.zeros((session.n_trials, session.n_bins + 1))
     moved[:, 1:] = turn * session.bin_size
     position = np.concatenate([[0], np.cumsum(moved)])
-    times = np.concatenate([[0], _edges(session, stimulus).ravel(), [stop]])
+    times = np.concatenate([[0], bin_edges(session, stimulus).ravel(), [stop]])
     return {
         "_ibl_wheel.timestamps.npy": times,
         "_ibl_wheel.position.npy": np.append(position, position[-1]),
@@ -248,7 +220,7 @@ def _wheel(session: Session, stimulus: np.ndarray, stop: float) -> dict[str, np.
 def _camera(session: Session, stimulus: np.ndarray, stop: float) -> dict[str, np.ndarray]:
     """Motion energy at each frame: the line through the bins' values at their centres."""
     frames = np.arange(0, stop, 1 / CAMERA_RATE)
-    centres = _edges(session, stimulus)[:, :-1] + session.bin_size / 2
+    centres = bin_edges(session, stimulus)[:, :-1] + session.bin_size / 2
     energy = np.interp(frames, centres.ravel(), session.behaviour["whisker-motion-energy"].ravel())
     return {"_ibl_leftCamera.times.npy": frames, "leftCamera.ROIMotionEnergy.npy": energy}
 
@@ -258,7 +230,7 @@ def _probe(
 ) -> dict[str, Any]:
     """The spike sorting of the neurons ``mine`` (n,), all on one probe."""
     pandas = extra("pandas", "data")
-    n, rng = len(mine), _generator(session, probe)
+    n, rng = len(mine), generator_of(session, probe)
     times, clusters = spike_times(session, mine, stimulus, stop, rng)
 
     # Along the probe the neurons stand region by region, each on a channel of its own.
@@ -291,30 +263,6 @@ def _probe(
         "channels.mlapdv.npy": np.column_stack([x - 2000.0, 0 * y - 2000.0, y - 4000.0]),
         "channels.localCoordinates.npy": np.column_stack([x, y]),
     }
-
-
-def spike_times(
-    session: Session,
-    mine: np.ndarray,
-    stimulus: np.ndarray,
-    stop: float,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Spike times (S,), sorted, and their cluster (S,), an index into ``mine``."""
-    counts = session.counts[:, :, mine]
-    trial, time_bin, cluster = (np.repeat(i, counts[counts > 0]) for i in np.nonzero(counts))
-    edges = _edges(session, stimulus)
-    inside = edges[trial, time_bin] + session.bin_size * rng.uniform(EDGE, 1 - EDGE, len(trial))
-
-    begins = np.concatenate([[0], edges[:, -1]]) + 0.001  # of the pauses between windows, (K + 1,)
-    lengths = np.append(edges[:, 0], stop) - 0.001 - begins
-    more = rng.poisson(lengths[:, None] * session.firing_rates[mine])
-    pause, neuron = (np.repeat(i, more[more > 0]) for i in np.nonzero(more))
-    between = begins[pause] + lengths[pause] * rng.random(len(pause))
-
-    times = np.concatenate([inside, between])
-    order = np.argsort(times, kind="stable")
-    return times[order], np.concatenate([cluster, neuron])[order]
 
 
 def _allen_ids(session: Session, regions: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ from mtm import regression
 from mtm.evaluate import evaluate
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.model import MtMConfig
-from mtm.predict import TASKS
 from mtm.regression import (
     Data,
     Link,
@@ -46,6 +46,7 @@ from mtm.regression import (
     tune_gain,
 )
 from mtm.session import Session, SessionError
+from mtm.tasks import TASKS
 from mtm.train import Fit, fit
 
 RATIOS = (0.1, 0.3)  # shares that the transformers may hide
@@ -324,7 +325,12 @@ def _best(
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     model = MtMConfig.from_depth(n_bins=sessions[0].n_bins, **sizes, **OPTIONS)
     how = SETTINGS | {"schemes": (scheme,), "prompt": False, "split_seed": split_seed}
-    runs = [fit(sessions, model, **(how | {"ratios": {scheme: r}} | changes)) for r in ratios]
+    runs = []
+    for ratio in ratios:
+        here = how | {"ratios": {scheme: ratio}} | changes
+        if here.get("folder") is not None:  # a run of its own in a folder of its own
+            here["folder"] = Path(here["folder"]) / f"{scheme}-{ratio:g}"
+        runs.append(fit(sessions, model, **here))
     if len(runs) == 1:
         return runs[0]
 

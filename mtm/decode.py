@@ -95,6 +95,9 @@ def decode(
 ) -> dict[str, Decoded]:
     """Decode choice and every behaviour that is recorded bin by bin.
 
+    Where the session has a behaviour ``reaction-time-filter``, as recordings of the IBL have, only
+    trials in which it is 1 are fitted and scored, as in the paper.
+
     Args:
         predictor: as in :func:`mtm.evaluate.evaluate`.
         session: the recording.
@@ -179,7 +182,8 @@ def decode_choice(
         accuracy; also ``balanced_accuracy``, and the controls ``majority`` (always say the more
         frequent choice), ``shuffled`` (fitted to shuffled choices), ``raw_counts`` (the same
         decoder on the counts themselves), ``smoothed_counts`` (on counts smoothed by the Gaussian
-        that cross-validates best) and, where the contrast is known, ``stimulus_only``.
+        that cross-validates best) and, where the contrast is known, ``stimulus_only`` with
+        ``stimulus_only_balanced``.
 
     Arguments: see :func:`decode`; ``prompt`` is the scheme whose prompt the model is shown,
     by default that of ``neuron`` as in the paper, or of ``intra-region`` for one region.

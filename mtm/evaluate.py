@@ -1,15 +1,4 @@
-"""The six tasks: hide part of the test trials, predict it, score the prediction.
-
-==================  ======================================================  ==================
-task                hidden                                                  scored
-==================  ======================================================  ==================
-co-smoothing        one neuron at a time                                    it, all bins
-forward-prediction  the last 10 % of the bins, all neurons                  those bins
-inter-region        each region in turn                                     its neurons
-intra-region        all outside a region, and one of its neurons at a time  it, all bins
-choice              nothing                                                 see `mtm.decode`
-other behaviours    nothing                                                 see `mtm.decode`
-==================  ======================================================  ==================
+"""Hide parts of the test trials, predict them, score the predictions: the six tasks of `mtm.tasks`.
 
 Source: arXiv 2407.14668, section 4.
 """
@@ -25,16 +14,15 @@ from scipy.special import logsumexp
 from mtm import metrics
 from mtm.decode import decodable, decode
 from mtm.predict import (
-    TASKS,
     Predicts,
     checked_split_seed,
     predict_held_out,
     predictor_of,
-    queries_of,
     require_unseen,
 )
 from mtm.report import Report, TaskScores
 from mtm.session import Session, SessionError
+from mtm.tasks import TASKS, queries_of
 
 CONDITIONS = ("choice", "reward", "block")
 """Behaviours that make up a trial's condition in PSTH R2."""
@@ -60,10 +48,11 @@ def evaluate(
             names has one for each.
         session: the recording, or several, one after the other: :class:`mtm.Sessions` are read
             from disk in turn.
-        tasks: some of :data:`TASKS`, and names of behaviours. Default: all that the session and the
-            predictor allow. Of several sessions, those that lack a behaviour are left out there.
+        tasks: some of :data:`mtm.tasks.TASKS`, and names of behaviours. Default: all that the
+            session and the predictor allow. Of several sessions, those that lack a behaviour are
+            left out there.
         trials: indices of the scored trials. Default: the test trials of ``session.split``.
-            Of one session only; behaviours are always decoded in the test trials.
+            Of one session only; behaviours are always decoded in test trials (see :func:`decode`).
         neurons: indices of the scored neurons. All neurons stay in the input. Default: all. Of one
             session only.
         split_seed: of ``session.split``; its training trials make the honest null model. Default:

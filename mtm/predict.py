@@ -25,15 +25,8 @@ from mtm import metrics
 from mtm.masks import Mask
 from mtm.model import MtM
 from mtm.session import Session, SessionError
+from mtm.tasks import TASKS, queries_of
 from mtm.train import Fit
-
-TASKS = {
-    "co-smoothing": "neuron",
-    "forward-prediction": "causal",
-    "inter-region": "inter-region",
-    "intra-region": "intra-region",
-}
-"""Each activity task, and the masking scheme that trains for it (whose prompt is shown)."""
 
 TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}
 """Tokens of a batch, unless another size is asked for: what was fastest on a CPU, whose cache does
@@ -145,11 +138,6 @@ def mean_rates(session: Session, split_seed: int = 0) -> np.ndarray:
     return metrics.log_mean(session.counts[session.split(split_seed).train])[None, None]
 
 
-def forward_bins(n_bins: int) -> tuple[int, int]:
-    """The bins that forward prediction hides: the last 10 %, at least one; (start, stop)."""
-    return n_bins - max(1, round(0.1 * n_bins)), n_bins
-
-
 # ------------------------------------------------------------------- hiding and predicting
 
 
@@ -168,7 +156,7 @@ def predict_held_out(
     Args:
         predictor: see :func:`mtm.evaluate`.
         session: the recording.
-        task: one of :data:`TASKS`.
+        task: one of :data:`mtm.tasks.TASKS`.
         trials: (K',) indices; default the test trials, as in :func:`mtm.evaluate`.
         wanted: (N,) bool, neurons to score; default all.
         batch_size: see :func:`mtm.evaluate`.
@@ -193,8 +181,6 @@ def predict_held_out(
         in_span = np.isin(np.arange(session.n_bins), np.arange(*bins))
         return np.where(in_span[:, None] & scored_neurons, known, np.nan)
     size = trials_at_once(predictor, session.name) if batch_size is None else batch_size
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {size}")
     one_each = takes_neurons(predictor)
     device = getattr(predictor, "device", torch.device("cpu"))
     shares = one_each and not getattr(predictor, "sees_mask", True)
@@ -244,26 +230,6 @@ def known_log_rates(log_rates: np.ndarray, session: Session, trials: np.ndarray)
             f"session {session.name!r}: the predicted log-rates hold NaN or infinite values"
         )
     return known
-
-
-def queries_of(
-    task: str, session: Session, wanted: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """What to hide and score in turn: hidden (Q, N), scored (Q, N) bool, and the bins of both."""
-    eye = np.eye(session.n_neurons, dtype=bool)
-    codes = session.region_codes
-    if task == "forward-prediction":
-        everything = np.ones((1, session.n_neurons), dtype=bool)
-        return everything, wanted[None], forward_bins(session.n_bins)
-    if task == "co-smoothing":
-        hidden = scored = eye[wanted]
-    elif task == "inter-region":
-        hidden = codes[None] == np.unique(codes[wanted & (codes >= 0)])[:, None]
-        scored = hidden & wanted
-    else:
-        scored = eye[wanted & (codes >= 0)]
-        hidden = scored | (codes[None] != codes[scored.argmax(axis=1)][:, None])
-    return hidden, scored, (0, session.n_bins)
 
 
 class Passes(NamedTuple):
@@ -353,7 +319,10 @@ def in_batches(
 
     Raises:
         MemoryError: when it runs out with a single one.
+        ValueError: for a size below 1.
     """
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}")
     start = 0
     while start < n_passes:
         stop = min(start + size, n_passes)

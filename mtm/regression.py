@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mtm import metrics
-from mtm.predict import forward_bins
 from mtm.session import Session
+from mtm.tasks import forward_bins
 
 WIDTHS = (0.0, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # s.d. of the smoothing of PSTHs, bins
 PRIORS = (3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e9)  # spikes that the mean counts as, in a PSTH

@@ -284,7 +284,7 @@ class Report:
         return summary
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """All of it as JSON, tables included; written to ``path`` if there is one."""
+        """All of it as JSON, to six decimals; written to ``path`` if there is one."""
         tables = {
             task: {
                 column: [_plain(v) for v in values.tolist()] for column, values in s.table.items()

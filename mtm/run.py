@@ -51,7 +51,7 @@ class Run:
         step: steps taken.
         history: see :class:`mtm.Fit`.
         best: weights of the best validation.
-        seconds: that the steps took.
+        seconds: since the start, validations and saving included.
 
     Raises:
         StateError: the folder holds another run, a damaged one, or a model that is not of a run.
@@ -298,7 +298,7 @@ def read_state(folder: Path) -> State | None:
             return _read(path)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             problem = f"{path} is damaged ({type(error).__name__}: {error})"
-            warnings.warn(f"{problem}; the state before it is taken", stacklevel=2)
+            warnings.warn(f"{problem}; the state before it is taken, if any", stacklevel=2)
     if found:
         raise StateError(
             f"none of the {len(found)} states in {folder} can be read; begin anew with "

@@ -37,14 +37,8 @@ UNLABELLED = ("", "root", "void", "nan", "none", "unknown")
 
 LONE = re.compile("[\ud800-\udfff]")  # halves of characters, which no file can hold
 UNFIT = re.compile("[\ud800-\udfff\0\\\\]|[.]npy$|.{200}")  # for the name of an array in a file
-
-
 LARGEST_TABLE = 10_000_000  # entries, for cluster ids
-
-
 MOST_TRIALS = 10_000_000  # of a recording; splits are drawn among all
-
-
 MOST_SHARED = 0.1  # of the windows' time, before a random split is called into question
 
 
@@ -70,8 +64,9 @@ class Session:
 
     Args:
         counts: spike counts, (K, T, N) trials x time bins x neurons; whole numbers from 0.
-        regions: brain region of each neuron, (N,) strings. ``None``, ``""``, ``"root"`` and
-            ``"void"`` mean "not labelled"; such neurons are used, but never form a region.
+        regions: brain region of each neuron, (N,) strings. ``None`` and :data:`UNLABELLED`, such
+            as ``""`` and ``"root"``, say "not labelled": those neurons are used, but never form a
+            region.
         name: the session's key, unique among the sessions of a model (an eid, for IBL data).
         subject: the animal.
         bin_size: width of a time bin, seconds.
@@ -363,7 +358,8 @@ class Session:
         The draw is made among the trials of the whole recording and depends on the session's name
         and the seed alone: it stays the same whatever other sessions are loaded, and a selection of
         the trials (:meth:`select`, a trial filter) keeps each in its part. Every trial is in
-        exactly one. A recording that came with its own split keeps it, whatever the seed.
+        exactly one. A recording that came with its own split keeps it, whatever the seed; that
+        may leave trials out.
 
         Raises:
             SessionError: when a part has no trials. (A split of the recording's own may be without
@@ -545,7 +541,7 @@ class Session:
 
         Args:
             path: the file.
-            mmap: leave counts (and true rates) on disk, and read of them what is used, when it is
+            mmap: leave counts (and true rates) on disk, and keep of them what is used while it is
                 used: many sessions fit that way where memory would not hold them. What is then
                 written into the arrays stays in memory; damaged counts are not noticed.
 

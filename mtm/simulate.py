@@ -4,8 +4,10 @@ All animals share one brain circuit and one task; each has its own neurons. The 
 of named regions. A region carries a few latent variables that decay, receive its upstream regions'
 latents after a delay, receive task signals, and fluctuate on their own:
 
-    z_r(t) = decay_r z_r(t-1) + sum_s A_rs z_s(t - delay_rs) + B_r u(t) + noise
-    counts ~ Poisson(bin_size * base * exp(w . z_r(t) + w' arousal(t)))
+    z_r(t) = k_r z_r(t-1) + (1 - k_r) (sum_s A_rs z_s(t - delay_rs) + B_r u(t)) + noise
+    counts ~ Poisson(bin_size * base * exp(w . z_r(t) + w' arousal(t))),  at most 200 Hz
+
+with k_r = exp(-bin_size / decay_r), decay_r in seconds.
 
 So a neuron can be predicted from its own region well (they share z), from other regions in part
 (what comes through the coupling), and from the past a little (z decays): the four activity tasks
@@ -18,13 +20,14 @@ right, a contrast above 0 is on the right.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mtm.binning import n_bins
-from mtm.session import Session
+from mtm.binning import LONGEST, n_bins
+from mtm.session import Session, SessionError
 
 CONTRASTS = np.array([0.0, 0.0625, 0.125, 0.25, 1.0])
 INPUTS = ("stimulus left", "stimulus right", "evidence", "turn", "movement", "reward")
@@ -302,3 +305,61 @@ def _log_rates(
         shared = 0.3 * rng.standard_normal(len(mine))
         log_rates[:, :, mine] = base + z @ loadings + arousal[..., None] * shared
     return np.minimum(log_rates, np.log(200.0))  # no neuron fires faster than 200 Hz
+
+
+# ----------------------------------------------------------- laid end to end, as one recording
+
+BEFORE, BETWEEN = 2.0, 1.0  # seconds before the first trial, and at least between two trials
+RESPONSE = 0.2  # seconds from the first movement to the response
+EDGE = 0.02  # of a bin: spikes keep this distance from its edges, so that no rounding moves them
+
+
+def generator_of(session: Session, *stream: str) -> np.random.Generator:
+    """Random numbers that depend on the session's name, and on what they are for, alone."""
+    digest = hashlib.sha256("|".join((session.name, *stream)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+def layout(session: Session) -> tuple[np.ndarray, float]:
+    """Stimulus onset of each trial (K,) and the end of the recording, seconds on its clock."""
+    start, stop = session.window
+    reaction = session.behaviour.get("reaction-time", np.zeros(session.n_trials))
+    ends = np.maximum(stop, np.nan_to_num(reaction) + RESPONSE + 0.3)  # after stimulus onset
+    pauses = BETWEEN + generator_of(session, "layout").uniform(0, 0.2, session.n_trials)
+    begins = BEFORE + np.concatenate([[0], np.cumsum(ends + pauses - min(start, 0))])
+    if begins[-1] > LONGEST:
+        raise SessionError(
+            f"session {session.name!r}, behaviour 'reaction-time', window: a recording of "
+            f"{begins[-1]:.3g} s is longer than {LONGEST:g} s; both are in seconds"
+        )
+    return begins[:-1] - min(start, 0), float(begins[-1])
+
+
+def bin_edges(session: Session, stimulus: np.ndarray) -> np.ndarray:
+    """Bin edges of every trial, (K, T + 1) seconds."""
+    offsets = session.window[0] + session.bin_size * np.arange(session.n_bins + 1)
+    return stimulus[:, None] + offsets
+
+
+def spike_times(
+    session: Session,
+    mine: np.ndarray,
+    stimulus: np.ndarray,
+    stop: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Spike times (S,), sorted, and their cluster (S,), an index into ``mine``."""
+    counts = session.counts[:, :, mine]
+    trial, time_bin, cluster = (np.repeat(i, counts[counts > 0]) for i in np.nonzero(counts))
+    edges = bin_edges(session, stimulus)
+    inside = edges[trial, time_bin] + session.bin_size * rng.uniform(EDGE, 1 - EDGE, len(trial))
+
+    begins = np.concatenate([[0], edges[:, -1]]) + 0.001  # of the pauses between windows, (K + 1,)
+    lengths = np.append(edges[:, 0], stop) - 0.001 - begins
+    more = rng.poisson(lengths[:, None] * session.firing_rates[mine])
+    pause, neuron = (np.repeat(i, more[more > 0]) for i in np.nonzero(more))
+    between = begins[pause] + lengths[pause] * rng.random(len(pause))
+
+    times = np.concatenate([inside, between])
+    order = np.argsort(times, kind="stable")
+    return times[order], np.concatenate([cluster, neuron])[order]

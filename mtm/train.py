@@ -148,7 +148,8 @@ def fit(
     home = _home(sessions, device)
     data = [_Data(session, config, device, home) for session in sessions]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)  # of new weights; the caller's generator is left alone
+        # Of new weights; the caller's generators, of the CPU and of this GPU, are left alone.
+        torch.manual_seed(config.seed)
         model = _build(model, data, config, depth).to(device)
         run = Run(folder, _description(model, data, config), save_every, restart)
         watch = _watch(run, _setup(device, home, config), config, progress, on_validation)

@@ -27,7 +27,7 @@ from mtm.baselines import (
     fit_baseline,
     psth,
 )
-from mtm.predict import TASKS
+from mtm.tasks import TASKS
 
 SCHEMES = tuple(TASKS.values())
 

@@ -21,7 +21,8 @@ from mtm import (
     score_table,
 )
 from mtm.model import AS_PUBLISHED
-from mtm.predict import TASKS, forward_bins, predict_held_out
+from mtm.predict import predict_held_out
+from mtm.tasks import TASKS, forward_bins
 
 
 class Watcher:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtm import Report, evaluate, mean_rates, oracle, plots
-from mtm.predict import TASKS
+from mtm.tasks import TASKS
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mtm import alf
 from mtm.atlas import LEVELS, at_level
 from mtm.atomic import replacing
 from mtm.extras import extra
 from mtm.session import Session
-from mtm.simulate import CONTRASTS
+from mtm.simulate import CONTRASTS, layout, spike_times
 
 SAMPLES = 50.0  # of behaviour, a second
 FEEDBACK = 0.1  # seconds from the movement on
@@ -24,7 +23,7 @@ CHUNKS = ("train", "test", "train", "val", "test")  # of the split for tasks on 
 def write_session(session: Session, path: str | Path, build: str = "selected_units") -> Path:
     """Write a simulated session as a file that :func:`mtm.bwb.load_session` reads.
 
-    Trials are laid end to end as `mtm.alf` lays them, with every group that the benchmark's tasks
+    Trials are laid end to end by `mtm.simulate.layout`, with every group that the benchmark's tasks
     on single units and on behaviour need. Paws (a noisy copy of the wheel, here and there not
     confident) and licks (after rewards) are made up. Splits are the benchmark's, by whole trials,
     without its gaps of 20 s. Everything random depends on the session's name alone.
@@ -38,12 +37,12 @@ def write_session(session: Session, path: str | Path, build: str = "selected_uni
     Raises:
         ImportError: without the ``[bwb]`` extra.
     """
-    stimulus, stop = alf.layout(session)
+    stimulus, stop = layout(session)
     units = np.arange(session.n_neurons)
     if build == "selected_units":
         units = np.flatnonzero(session.firing_rates > 1.0)
     rng = np.random.default_rng(list(session.name.encode()))
-    times, unit = alf.spike_times(session, units, stimulus, stop, rng)
+    times, unit = spike_times(session, units, stimulus, stop, rng)
     trials = _trials(session, stimulus)
     hulls = np.stack([stimulus - 0.9, trials["feedback_time"] + 1.0], axis=1)
     groups: dict[str, Any] = {

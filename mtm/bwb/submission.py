@@ -121,7 +121,7 @@ def predict_windows(
             found[start:stop] = predicted.cpu().numpy()
         require_finite(found[start:stop], prompt, recording.name)
 
-    size = batch_size or trials_at_once(predictor, recording.name)
+    size = trials_at_once(predictor, recording.name) if batch_size is None else batch_size
     what = f"session {recording.name!r}, windows"
     bar = {"desc": f"{recording.name[:8]} {prompt}", "disable": None if progress else True}
     with tqdm(total=len(starts), leave=False, **bar) as shown:

@@ -576,8 +576,10 @@ def _recorded(
     start = max((times.min() for times in busy), default=-np.inf) - UNRECORDED
     stop = min((times.max() for times in busy), default=np.inf) + UNRECORDED
     keep = (trials[align] + window[0] >= start) & (trials[align] + window[1] <= stop)
+    if not keep.any():  # another clock, or no spikes: what comes of it says so better
+        return trials
     dropped["beyond the recording"] = int(np.sum(~keep))
-    return {name: values[keep] for name, values in trials.items()} if keep.any() else trials
+    return {name: values[keep] for name, values in trials.items()}
 
 
 def _behaviour(trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -59,7 +59,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import mtm  # noqa: E402
-from mtm import bwb, download, hub, predict  # noqa: E402
+from mtm import bwb, download, hub  # noqa: E402
 from mtm import run as runs  # noqa: E402
 from mtm.hub import CheckpointError  # noqa: E402
 from mtm.run import StateError  # noqa: E402
@@ -766,7 +766,7 @@ def drill_memory(folder: Path, quick: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     session = mtm.simulate(1, 60, 12, seed=3, mean_rate=30.0, bin_size=0.1)[0]
     model = mtm.MtM(mtm.MtMConfig(depth=1, bin_size=0.1, **SIZES), {session.name: 12}).eval()
-    tasks = [*predict.TASKS, "choice"]
+    tasks = [*mtm.tasks.TASKS, "choice"]
     usual = mtm.evaluate(model, session, tasks=tasks)
     for fits in (1, 3, 7):
         plain = mtm.evaluate(model, session, tasks=tasks, batch_size=fits)
