@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from mtm.checks import one_of
 from mtm.extras import extra
-from mtm.session import UNLABELLED, Session, SessionError
+from mtm.session import Session, SessionError, has_region
 
 LEVELS = ("Allen", "Beryl", "Cosmos")
 COLUMNS = tuple(level.lower() for level in LEVELS)  # of Session.neurons
@@ -30,10 +31,11 @@ def acronyms(ids: np.ndarray, level: str = "Allen") -> np.ndarray:
     Returns:
         (N,) strings. (iblatlas's own ``id2acronym`` leaves unknown ids out, and the rest moves up.)
     """
+    one_of("level", level, LEVELS)
     ids = np.asarray(ids, dtype=np.int64)
     known, names, _ = _tables()
     place = np.searchsorted(known, ids).clip(max=len(known) - 1)
-    labels = names[_level(level)][place].astype(object)
+    labels = names[level][place].astype(object)
     strange = known[place] != ids
     labels[strange] = [f"id {i}" for i in ids[strange]]
     return labels.astype(np.str_)
@@ -63,7 +65,8 @@ def at_level(session: Session, level: str) -> Session:
         >>> at_level(session, "Cosmos").region_names
         ['HPF', 'Isocortex', 'TH']
     """
-    column = _level(level).lower()
+    one_of("level", level, LEVELS)
+    column = level.lower()
     columns = {name: session.neurons[name] for name in COLUMNS if name in session.neurons}
     if not any(np.array_equal(session.regions, labels) for labels in columns.values()):
         if session.region_names:  # labels of the user's own: what the columns say is past
@@ -73,7 +76,7 @@ def at_level(session: Session, level: str) -> Session:
     allen = columns.get("allen", session.regions)
     ids = allen_ids()
     known = np.array([name in ids for name in allen.tolist()], dtype=bool)
-    named = np.array([name.lower() not in UNLABELLED for name in allen.tolist()], dtype=bool)
+    named = np.array([has_region(name) for name in allen.tolist()], dtype=bool)
     if not (known & named).any():
         labels = sorted(set(allen[named].tolist()))[:5]
         raise SessionError(
@@ -106,12 +109,6 @@ def within(region: str) -> np.ndarray:
     if region not in allen_ids():
         raise ValueError(f"region {region!r} is not an acronym of the Allen atlas")
     return _table().descendants(allen_ids()[region]).id
-
-
-def _level(level: str) -> str:
-    if level not in LEVELS:
-        raise ValueError(f"atlas level must be one of {LEVELS}, got {level!r}")
-    return level
 
 
 @functools.cache

@@ -45,7 +45,7 @@ from mtm.regression import (
     ridge_regression,
     tune_gain,
 )
-from mtm.session import Session, SessionError
+from mtm.session import Session, SessionError, require_alike
 from mtm.tasks import TASKS
 from mtm.train import Fit, fit
 
@@ -266,18 +266,10 @@ class ReducedRankRegression(LowRankGLM):
 def _check(sessions: list[Session]) -> None:
     if not sessions:
         raise SessionError("no session to fit a baseline on")
-    names = [session.name for session in sessions]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise SessionError(f"two sessions are named {min(repeated)!r}; names must differ")
-    grids = {(session.n_bins, round(session.bin_size, 9)) for session in sessions}
-    if len(grids) > 1:
-        raise SessionError(
-            f"sessions must have the same bins, got {sorted(grids)} (number, width in s); fit a "
-            "baseline for each"
-        )
+    require_alike(sessions)
     if sessions[0].n_bins < 2:
         raise SessionError(
-            f"session {names[0]!r} has a single bin; regressions over time need two or more"
+            f"session {sessions[0].name!r} has a single bin; regressions over time need two or more"
         )
 
 

@@ -1,9 +1,9 @@
-"""What comes in is checked where it does, once: settings against their types, arrays of numbers."""
+"""Checks of what a user passes: settings have the types they declare, arrays hold numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
@@ -59,6 +59,16 @@ def checked(name: str, value: Any, kind: str) -> Any:
         return value  # a field that somebody has added
     none = " or None" if wanted != kind else ""
     raise ValueError(f"{name} must be {WORDS[wanted]}{none}, got {value!r}")
+
+
+def one_of(name: str, value: Any, known: Iterable[str | None]) -> None:
+    """Check that a value is one of the known words.
+
+    Raises:
+        ValueError: naming what is called ``name``, and listing them.
+    """
+    if value not in (words := tuple(known)):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, words))}; got {value!r}")
 
 
 def is_number(value: Any) -> bool:

@@ -211,40 +211,14 @@ def run_evaluate(options: argparse.Namespace) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail now
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; name a file in it")
-    for session in sessions:
-        if session.name not in model.session_names:
-            raise SessionError(
-                f"the model was not trained on session {session.name!r}; it knows: "
-                + ", ".join(model.session_names)
-                + "; python -m mtm train --start MODEL goes on with it on that session"
-            )
-        if options.by_region and options.by_region not in decodable(session):
-            raise SessionError(
-                f"session {session.name!r} has no behaviour {options.by_region!r} to decode by "
-                f"region; it has: {', '.join(decodable(session)) or 'none'}"
-            )
+    _require_known(model, sessions, options.by_region)
     seed = checked_split_seed(model, sessions[0], None)
-    predictors: dict[str, Any] = {
-        "MtM": model,
-        "mean rate": {session.name: mean_rates(session, seed) for session in sessions},
-    }
-    if all(session.rates is not None for session in sessions):
-        predictors["oracle"] = {session.name: oracle(session) for session in sessions}
-    for name in options.baselines:
-        print(f"fitting {name} to the training trials", flush=True)
-        predictors[name] = fit_baseline(name, list(sessions), split_seed=seed)
     how = {"split_seed": seed, "tasks": options.tasks, "batch_size": options.batch_size}
-    how["progress"] = True
-    reports = {name: evaluate(p, sessions, **how) for name, p in predictors.items()}
-    print(f"\n{reports['MtM']}\n")
-    print("beside others (activity: over each neuron's mean in the scored test entries):")
-    print(score_table(reports))
-    if any("spikes" in scores.table for scores in reports["MtM"].tasks.values()):
-        print("\nactivity over each neuron's mean in the training trials:")
-        print(score_table(reports, "bits_per_spike_train_null"))
-        if "oracle" in reports:
-            shares = reports["MtM"].share(reports["oracle"]).items()
-            print("\nof the oracle's: " + ", ".join(f"{t} {share:.0%}" for t, share in shares))
+    reports = {
+        name: evaluate(predictor, sessions, progress=True, **how)
+        for name, predictor in _predictors(model, sessions, seed, options.baselines).items()
+    }
+    _show(reports)
     regions = {}
     if options.by_region:
         regions = _by_region(model, sessions, options.by_region, options.batch_size)
@@ -256,6 +230,51 @@ def run_evaluate(options: argparse.Namespace) -> None:
         scores["details"] |= {"model": str(options.model), "by_region": regions}
         options.json.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
         print(f"\nscores in {options.json}")
+
+
+def _require_known(model: MtM, sessions: Sessions, behaviour: str | None) -> None:
+    """Refuse sessions that the model does not know, or that lack the behaviour to be decoded."""
+    for session in sessions:
+        if session.name not in model.session_names:
+            raise SessionError(
+                f"the model was not trained on session {session.name!r}; it knows: "
+                + ", ".join(model.session_names)
+                + "; python -m mtm train --start MODEL goes on with it on that session"
+            )
+        if behaviour and behaviour not in decodable(session):
+            raise SessionError(
+                f"session {session.name!r} has no behaviour {behaviour!r} to decode by region; it "
+                f"has: {', '.join(decodable(session)) or 'none'}"
+            )
+
+
+def _predictors(
+    model: MtM, sessions: Sessions, seed: int, baselines: Sequence[str]
+) -> dict[str, Any]:
+    """The model, the null, the oracle where true rates are known, and fitted baselines."""
+    predictors: dict[str, Any] = {
+        "MtM": model,
+        "mean rate": {session.name: mean_rates(session, seed) for session in sessions},
+    }
+    if all(session.rates is not None for session in sessions):
+        predictors["oracle"] = {session.name: oracle(session) for session in sessions}
+    for name in baselines:
+        print(f"fitting {name} to the training trials", flush=True)
+        predictors[name] = fit_baseline(name, list(sessions), split_seed=seed)
+    return predictors
+
+
+def _show(reports: dict[str, Report]) -> None:
+    """Print the model's report, and the tables of all."""
+    print(f"\n{reports['MtM']}\n")
+    print("beside others (activity: over each neuron's mean in the scored test entries):")
+    print(score_table(reports))
+    if any("spikes" in scores.table for scores in reports["MtM"].tasks.values()):
+        print("\nactivity over each neuron's mean in the training trials:")
+        print(score_table(reports, "bits_per_spike_train_null"))
+        if "oracle" in reports:
+            shares = reports["MtM"].share(reports["oracle"]).items()
+            print("\nof the oracle's: " + ", ".join(f"{t} {share:.0%}" for t, share in shares))
 
 
 def _by_region(

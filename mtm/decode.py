@@ -205,20 +205,11 @@ def decode_choice(
             f"session {session.name!r}: only {least} training trials of the rarer choice, "
             f"{FOLDS} are needed to cross-validate"
         )
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-
-    def search(x: np.ndarray, labels: np.ndarray) -> GridSearchCV:
-        # Newton's line search complains of features that never vary, as the mean rates'.
-        solver = "newton-cholesky" if np.ptp(x, axis=0).max() > 1e-9 else "lbfgs"
-        logistic = LogisticRegression(solver=solver, max_iter=1000)
-        grid = GridSearchCV(logistic, {"C": CHOICE_PENALTIES}, cv=folds, scoring="accuracy")
-        return fitted(grid, x, labels)
-
     features = _Features(session, fit_trials, test_trials, region, prompt)
     x, x_test = features.of(predictor, batch_size, allow_seen)
-    guess = search(x, y).predict(x_test)
-    shuffled = search(x, np.random.default_rng(0).permutation(y)).predict(x_test)
-    of_counts = features.from_counts(lambda x: search(x, y))
+    guess = _choice_search(x, y).predict(x_test)
+    shuffled = _choice_search(x, np.random.default_rng(0).permutation(y)).predict(x_test)
+    of_counts = features.from_counts(lambda x: _choice_search(x, y))
     majority = -1.0 if (y == -1).mean() > 0.5 else 1.0
     others = {
         "balanced_accuracy": balanced_accuracy_score(truth, guess),
@@ -228,13 +219,23 @@ def decode_choice(
     others |= {name: accuracy_score(truth, found) for name, found in of_counts.items()}
     if "contrast" in session.behaviour:
         stimulus = _stimulus(session)
-        stimulus_guess = search(stimulus[fit_trials], y).predict(stimulus[test_trials])
+        stimulus_guess = _choice_search(stimulus[fit_trials], y).predict(stimulus[test_trials])
         others["stimulus_only"] = accuracy_score(truth, stimulus_guess)
         others["stimulus_only_balanced"] = balanced_accuracy_score(truth, stimulus_guess)
     score = accuracy_score(truth, guess)
     return Decoded(
         "choice", session.name, "accuracy", score, others, len(fit_trials), len(test_trials)
     )
+
+
+def _choice_search(x: np.ndarray, choices: np.ndarray) -> GridSearchCV:
+    """Logistic regression of (K,) choices on features (K, F), the penalty cross-validated."""
+    # Newton's line search complains of features that never vary, as the mean rates'.
+    solver = "newton-cholesky" if np.ptp(x, axis=0).max() > 1e-9 else "lbfgs"
+    logistic = LogisticRegression(solver=solver, max_iter=1000)
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    grid = GridSearchCV(logistic, {"C": CHOICE_PENALTIES}, cv=folds, scoring="accuracy")
+    return fitted(grid, x, choices)
 
 
 def decode_trace(
@@ -358,7 +359,7 @@ class _Features:
         else:
             found = self._predicted(predictor, trials, batch_size)
         found = found.reshape(len(trials), -1).astype(np.float64)
-        return rotate(found[: len(self.fit)], found[len(self.fit) :])
+        return principal_axes(found[: len(self.fit)], found[len(self.fit) :])
 
     def _predicted(
         self, predictor: Model, trials: np.ndarray, batch_size: int | None
@@ -404,7 +405,7 @@ def fitted(grid: GridSearchCV, x: np.ndarray, y: np.ndarray) -> GridSearchCV:
         return grid.fit(x, y)
 
 
-def rotate(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def principal_axes(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same features in as many dimensions as there are training trials.
 
     Decoders with a squared penalty and a free intercept only use inner products of centred

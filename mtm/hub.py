@@ -112,19 +112,7 @@ def load(folder: str | Path) -> MtM:
                 stacklevel=2,
             )
             description = _checked(json.loads(said), folder / WEIGHTS)
-        sizes = {field.name for field in fields(MtMConfig)}
-        known = set(description["model"])
-        if missing := sorted(sizes - known):  # a default need not be what was saved
-            raise ValueError(f"{CONFIG} lacks of a model's fields: {', '.join(missing)}")
-        if strange := sorted(known - sizes):
-            raise ValueError(f"{CONFIG} has fields that no model has: {', '.join(strange)}")
-        layers = {key.split(".")[1] for key in tensors if key.startswith("layers.")}
-        if description["model"]["depth"] != len(layers):  # before so many are made
-            raise ValueError(f"{WEIGHTS} has {len(layers)} layers, but {CONFIG} says otherwise")
-        with torch.device("meta"):  # no memory is taken before the sizes are known to fit
-            model = MtM(MtMConfig(**description["model"]), description["sessions"])
-        for name, prints in description.get("seen", {}).items():
-            model.seen[name] = np.frombuffer(b64decode(prints), dtype=np.int64)
+        model = _without_weights(description, tensors)
     except SafetensorError as error:
         raise CheckpointError(
             f"{folder / WEIGHTS} is damaged or cut short ({error}); copy or save the model again"
@@ -135,6 +123,31 @@ def load(folder: str | Path) -> MtM:
         raise CheckpointError(f"{folder}: {error}") from error
     except (AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG} does not describe a model: {error}") from error
+    _require_weights_of(model, tensors, folder / WEIGHTS)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def _without_weights(description: dict[str, Any], tensors: Mapping[str, Tensor]) -> MtM:
+    """The model that is described, whose weights take no memory yet."""
+    sizes = {field.name for field in fields(MtMConfig)}
+    known = set(description["model"])
+    if missing := sorted(sizes - known):  # a default need not be what was saved
+        raise ValueError(f"{CONFIG} lacks of a model's fields: {', '.join(missing)}")
+    if strange := sorted(known - sizes):
+        raise ValueError(f"{CONFIG} has fields that no model has: {', '.join(strange)}")
+    layers = {key.split(".")[1] for key in tensors if key.startswith("layers.")}
+    if description["model"]["depth"] != len(layers):  # before so many are made
+        raise ValueError(f"{WEIGHTS} has {len(layers)} layers, but {CONFIG} says otherwise")
+    with torch.device("meta"):  # no memory is taken before the sizes are known to fit
+        model = MtM(MtMConfig(**description["model"]), description["sessions"])
+    for name, prints in description.get("seen", {}).items():
+        model.seen[name] = np.frombuffer(b64decode(prints), dtype=np.int64)
+    return model
+
+
+def _require_weights_of(model: MtM, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights of other names or shapes than the model's, or that are no finite numbers."""
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     if expected != found:
@@ -142,18 +155,16 @@ def load(folder: str | Path) -> MtM:
             key for key in expected.keys() | found if expected.get(key) != found.get(key)
         )
         raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit {CONFIG}; missing, unknown or of another shape: "
+            f"{path} does not fit {CONFIG}; missing, unknown or of another shape: "
             + ", ".join(wrong[:5])
             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         )
     for key, value in tensors.items():
         if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {key} is not all finite numbers, as where a training has "
-                "diverged or a file is damaged; copy the model again, or train it again"
+                f"{path}: {key} is not all finite numbers, as where a training has diverged or a "
+                "file is damaged; copy the model again, or train it again"
             )
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """How good a prediction of spike counts is.
 
 All scores take log-rates (the log of the expected count of a bin) and counts of the same shape
-(K, T, N), scored trials x scored bins x neurons, and return one number a neuron, (N,) float64. A
-neuron without a spike among the scored entries has no score: NaN, to be counted, never averaged in;
-nor has one whose counts never vary a share of variance or deviance.
+(K, T, N), scored trials x scored bins x neurons, and return one number a neuron, (N,) float64.
+
+A neuron without a spike among the scored entries has no score: NaN, to be counted, never averaged
+in. Nor is there a share of variance to explain, or of deviance from its own mean, where a neuron's
+counts never vary: NaN too.
 Sources: Pei et al. 2021 (bits per spike); arXiv 2407.14668, section 4 and Figure 7 (both R2).
 """
 

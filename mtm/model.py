@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtm.checks import check_types, checked
+from mtm.checks import check_types, checked, one_of
 from mtm.masks import MTM_SCHEMES, Mask
 
 TOKEN_STD = 0.05  # of session and prompt tokens
@@ -118,10 +118,7 @@ class MtMConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
-                )
+            one_of(name, getattr(self, name), known)
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise ValueError(
                 f"rotary positions need an even width for each head, got {self.width} / "
@@ -816,14 +813,6 @@ class MtM(nn.Module):
             maps.look_at(components)
         self._keys[name] = self._key(name)
         self.sessions[self._keys[name]] = maps.to(self.norm.weight)
-
-    def train_only(self, sessions: Iterable[str] | None = None) -> None:
-        """Let nothing but the maps and tokens of these sessions learn; None = everything again."""
-        if isinstance(sessions, str):
-            raise ValueError(f"sessions must be a list of names, got {sessions!r}")
-        chosen = [self._maps(name) for name in sessions or ()]
-        for part in (self, *chosen):
-            part.requires_grad_(sessions is None or part is not self)
 
     def n_tokens(self, session: str) -> int:
         """Tokens of a trial, without those in front."""

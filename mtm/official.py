@@ -210,7 +210,7 @@ def _their_key(key: str, model: MtM, eids: Sequence[str]) -> tuple[str, int | No
 
 
 def _is_spare(key: str, config: MtMConfig) -> bool:
-    """Keys that are understood and not needed: maps of other sessions, and their dead decoder."""
+    """Keys that are not needed: maps of other sessions, a decoder that their NDT1 never uses."""
     ndt1 = config.tokenizer == "ndt1"
     maps = ("encoder.stitcher.stitcher_dict.", "stitch_decoder.stitch_decoder_dict.", "decoder.0.")
     return ndt1 and key.startswith(maps)

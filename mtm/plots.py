@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
-from mtm.masks import Mask, scheme
+from mtm.masks import Mask, MaskSampler
 from mtm.predict import call_predictor
 from mtm.report import Mean, Report, TaskScores
-from mtm.session import UNLABELLED, Session
+from mtm.session import Session, has_region
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#E69F00",
@@ -116,7 +116,7 @@ def mask(
     ax: Axes | None = None,
     seed: int = 0,
     ratio: float | None = None,
-    **options: int,
+    patch_size: int = 128,
 ) -> Axes:
     """A drawn mask over the spikes of a few trials, side by side: what is hidden, what is scored.
 
@@ -127,10 +127,10 @@ def mask(
         ax: where to draw.
         seed: of the mask.
         ratio: share hidden; default the scheme's own.
-        **options: of the scheme, such as ``patch_size``.
+        patch_size: neurons of a patch, for schemes that hide patches.
     """
     ax = ax or plt.gca()
-    drawn = _draw(session, name, trials, seed, ratio, **options)
+    drawn = _draw(session, name, trials, seed, ratio, patch_size)
     order = _show_mask(session, trials, drawn, ax, (0, len(trials), session.n_neurons, 0))
     for i in range(1, len(trials)):
         ax.axvline(i, color="black", lw=1)
@@ -315,7 +315,7 @@ def region_bars(
     ax = ax or plt.gca()
     means = {name: r.tasks[task].by_region(column) for name, r in reports.items()}
     named = {region for parts in means.values() for region in parts}
-    regions = sorted(region for region in named if region.lower() not in UNLABELLED)
+    regions = sorted(region for region in named if has_region(region))
     _bars({name: [parts.get(region) for region in regions] for name, parts in means.items()}, ax)
     counts = [max(parts[r].n for parts in means.values() if r in parts) for r in regions]
     labels = [f"{region}\n{n}" for region, n in zip(regions, counts, strict=True)]
@@ -353,7 +353,7 @@ def score_scatter(
         np.concatenate([scores.by_neuron(name, column) for name in both[0].sessions])
         for scores in both
     )
-    labels = np.array([r if r.lower() not in UNLABELLED else "" for r in both[0].regions])
+    labels = np.array([r if has_region(r) else "" for r in both[0].regions])
     regions = [name for name in np.unique(labels).tolist() if name]
     for region, colour in [("", "0.5"), *zip(regions, _palette(len(regions)), strict=False)]:
         mine = labels == region
@@ -488,17 +488,13 @@ def _draw(
     trials: Sequence[int],
     seed: int,
     ratio: float | None,
-    **options: int,
+    patch_size: int = 128,
 ) -> Mask:
-    """A mask for some trials, as for a batch of them."""
-    kind = scheme(name)
-    return kind.draw(
-        torch.from_numpy(session.counts[list(trials)].astype(np.int64)),
-        torch.from_numpy(session.region_codes),
-        kind.ratio if ratio is None else ratio,
-        torch.Generator().manual_seed(seed),
-        **options,
-    )
+    """A mask for some trials, as for a batch of them in training."""
+    ratios = {} if ratio is None else {name: ratio}
+    sampler = MaskSampler([name], ratios, seed, patch_size=patch_size)
+    counts = torch.from_numpy(session.counts[list(trials)].astype(np.int64))
+    return sampler.draw(name, counts, torch.from_numpy(session.region_codes))
 
 
 def _show_mask(

@@ -99,10 +99,10 @@ def prepare(
     """Make a session file of each recording.
 
     A recording whose file is there, made of the same recording (its name, size and time of change,
-    if it is a file) by the same function with the same options, is left as it is; else, or with
-    ``overwrite``, or where an option is a function, it is made again. One that cannot be read is
-    skipped and said in the result; the others are not held up by it. What is no session file is
-    never written over. A session that ``load`` gave no name is called as its file.
+    if it is a file or a folder of files) by the same function with the same options, is left as it
+    is; else, or with ``overwrite``, or where an option is a function, it is made again. One that
+    cannot be read is skipped and said in the result; the others are not held up by it. What is no
+    session file is never written over. A session that ``load`` gave no name is called as its file.
 
     Args:
         load: ``load(recording, **options)`` returns a Session. A function that ``pickle`` can send

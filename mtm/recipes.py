@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from mtm.checks import check_types
+from mtm.checks import check_types, one_of
 from mtm.masks import MTM_SCHEMES, scheme
 
 CHOICES = {
@@ -115,10 +115,7 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
-                )
+            one_of(name, getattr(self, name), known)
 
 
 RECIPES = {

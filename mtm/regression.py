@@ -1,10 +1,11 @@
 """Regressions of spike counts on spike counts: what the linear and Poisson baselines are made of.
 
-Inputs are counts minus the PSTH, over about the root of the neuron's mean count; sums over windows
-of bins are divided by the root of the window's size. Noise then weighs the same in every input. A
-neuron is predicted from what its task leaves visible: one map, with zeros where a neuron may not
-look, serves all neurons at once. Maps are fitted on training trials; windows, penalties, ranks and
-whatever else is chosen are those with most bits per spike on validation trials.
+Inputs are (count - PSTH) / sqrt(mean + population mean), where the means are counts a bin, of the
+neuron and of all neurons; sums over windows of bins are divided by the root of the window's size.
+Noise then weighs about the same in every input, and rare spikes are not blown up. A neuron is
+predicted from what its task leaves visible: one map, with zeros where a neuron may not look, serves
+all neurons at once. Maps are fitted on training trials; windows, penalties, ranks and whatever else
+is chosen are those with most bits per spike on validation trials.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ COMPONENTS = (4, 16, 32)  # of the population, whose past forward prediction may
 RANKS = (8, 32, 64)  # numbers of latents
 BURST = 6.0  # largest input
 STEPS = 40  # of L-BFGS at each penalty of the low-rank GLM
-VOTES = 5  # spikes to expect on the validation trials from a neuron whose score counts there
+VOTES = 5  # spikes expected on the validation trials; neurons with fewer have no say in a choice
 
 
 # ---------------------------------------------------------------------------- what all share
@@ -179,10 +180,10 @@ class Data:
 
 
 class Link(NamedTuple):
-    """From predicted changes to log-rates, none above the largest count in training.
+    """From predicted changes ``delta`` to log-rates, none above the largest count in training.
 
-    With a ``gain``, changes are counts: log of max(rates + gain * delta, floor * rates). Without,
-    they are of the log-rate.
+    With a gain changes are counts, ``log(max(rates + gain * delta, floor * rates))``; without, they
+    are of the log-rate, ``log(rates) + delta``.
     """
 
     rates: Tensor  # (T, N), or as delta

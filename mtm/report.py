@@ -55,8 +55,9 @@ class TaskScores:
               ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known);
             - controls, as ``bits_per_spike``: ``shuffled_trials`` (each trial has another one's
               prediction, which keeps the mean time course), ``shuffled_neurons`` (each neuron has
-              another one's, scaled to its own mean; that one's may have been made in sight of the
-              neuron itself, which makes the control a little too good);
+              another one's, scaled to its own mean. Where neuron 1 is given the prediction of
+              neuron 2, that was made with neuron 1 visible, and so knows some of its spikes: the
+              control is a little too good);
             - ``gain`` and ``gain_train_null``, in bits; ``spikes`` scored; ``visible``, neurons
               that could be seen (0: the score is that of guessing).
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from mtm import hub, parallel
 from mtm.atomic import replacing
 from mtm.model import MtM
-from mtm.watch import History, without_nan
+from mtm.watch import History, best_entry, without_nan
 
 KEPT = 2  # states on disk; the one before the last in case the disk lost the last
 UNSEEN = 1000  # steps whose losses may wait on the device before somebody looks at them
@@ -122,16 +122,11 @@ class Run:
 
     def validated(self, entry: dict[str, Any], model: MtM) -> bool:
         """A validation was made; ``entry`` goes into the history. Whether it is the best."""
-        better = not self.history or entry["mean"] > self.best_entry["mean"]
+        better = not self.history or entry["mean"] > best_entry(self.history)["mean"]
         if better:
             self.best = copy.deepcopy(model.state_dict())
         self.history.append(entry)
         return better
-
-    @property
-    def best_entry(self) -> dict[str, Any]:
-        """The entry of the history whose weights are the best."""
-        return max(self.history, key=lambda entry: entry["mean"])
 
     def mean_losses(self) -> dict[str, Any]:
         """Mean ``loss`` of all batches since the last call, and ``losses`` of each scheme."""
@@ -157,9 +152,9 @@ class Run:
     def fail(self, problem: str, session: str, scheme: str) -> None:
         """Raise a FloatingPointError that says where, and what is kept."""
         kept = ""
-        if self.history:
-            kept = f"; the best weights so far, of epoch {self.best_entry['epoch']}, are kept"
-            kept += "" if self.folder is None else f" in {self.folder}"
+        if self.history and self.folder is not None:
+            best = best_entry(self.history)["epoch"]
+            kept = f"; the best weights so far, of epoch {best}, are kept in {self.folder}"
         raise FloatingPointError(
             f"{problem}, session {session!r}, scheme {scheme!r}; lower lr "
             f"(now {self.description['train']['lr']:g}) or set clip{kept}"

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from mtm.atomic import replacing
-from mtm.binning import bin_spikes, bin_trace
+from mtm.binning import bin_spikes, bin_trace, cluster_ids, places_of
 from mtm.checks import is_number
 
 FORMAT = "mtm-session"
@@ -37,9 +37,13 @@ UNLABELLED = ("", "root", "void", "nan", "none", "unknown")
 
 LONE = re.compile("[\ud800-\udfff]")  # halves of characters, which no file can hold
 UNFIT = re.compile("[\ud800-\udfff\0\\\\]|[.]npy$|.{200}")  # for the name of an array in a file
-LARGEST_TABLE = 10_000_000  # entries, for cluster ids
 MOST_TRIALS = 10_000_000  # of a recording; splits are drawn among all
 MOST_SHARED = 0.1  # of the windows' time, before a random split is called into question
+
+
+def has_region(label: str) -> bool:
+    """Whether a label is that of a region, and not one of :data:`UNLABELLED`."""
+    return label.lower() not in UNLABELLED
 
 
 class SessionError(ValueError):
@@ -319,7 +323,7 @@ class Session:
     @property
     def region_names(self) -> list[str]:
         """The labelled regions, sorted; ``root``, ``void`` and empty labels are not among them."""
-        return sorted({r for r in self.regions.tolist() if r.lower() not in UNLABELLED})
+        return sorted({r for r in self.regions.tolist() if has_region(r)})
 
     @property
     def region_codes(self) -> np.ndarray:
@@ -469,14 +473,16 @@ class Session:
         Raises:
             SessionError: naming the session, the field and the remedy.
         """
-        spike_clusters = _ids("spike_clusters", spike_clusters, name)
+        with _binning(name):
+            spike_clusters = cluster_ids("spike_clusters", spike_clusters)
         if clusters is None:
             if regions is None or isinstance(regions, Mapping):
                 clusters = np.unique(spike_clusters)
             else:
                 clusters = np.arange(len(regions))
-        clusters = _ids("clusters", clusters, name)
-        spike_neurons = _positions(spike_clusters, clusters, name)
+        with _binning(name):
+            clusters = cluster_ids("clusters", clusters)
+            spike_neurons = places_of(spike_clusters, clusters)
         if isinstance(regions, Mapping):
             regions = _labels(regions, clusters, name)
         grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
@@ -572,10 +578,21 @@ class Session:
             )
 
 
-def check_option(name: str, value: str | None, known: Sequence[str]) -> None:
-    """Raise a ValueError for an option of a reader that is neither ``None`` nor known."""
-    if value is not None and value not in known:
-        raise ValueError(f"{name} must be None or one of {tuple(known)}, got {value!r}")
+def require_alike(sessions: Sequence[Session]) -> None:
+    """Sessions that one model is to learn must differ in name, and be binned alike.
+
+    Raises:
+        SessionError: naming what differs, or the name that two of them have.
+    """
+    names = [session.name for session in sessions]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise SessionError(f"two sessions are named {min(repeated)!r}; names must differ")
+    for what in ("n_bins", "bin_size", "window"):
+        values = {tuple(np.round(np.atleast_1d(getattr(s, what)), 9)) for s in sessions}
+        if len(values) > 1:
+            listing = ", ".join(f"{s.name!r} {getattr(s, what)}" for s in sessions)
+            unit = "" if what == "n_bins" else " (s)"
+            raise SessionError(f"sessions must have the same {what}{unit}, got {listing}")
 
 
 @contextmanager
@@ -678,69 +695,12 @@ def _doubt_events(
 
 
 @contextmanager
-def _binning(name: str, what: str) -> Iterator[None]:
+def _binning(name: str, what: str = "") -> Iterator[None]:
     """Within, what cannot be binned is named."""
     try:
         yield
     except ValueError as error:
-        raise SessionError(f"session {name!r}, {what}: {error}") from error
-
-
-def _ids(what: str, values: Any, name: str) -> np.ndarray:
-    """Ids of clusters (n,): numbers, or text."""
-    try:
-        ids: Any = np.asarray(values)
-        ids = np.array(ids.tolist()) if ids.dtype == object else ids
-        ids = np.char.decode(ids) if ids.dtype.kind == "S" else ids
-    except ValueError as error:
-        raise SessionError(f"session {name!r}, {what}: no ids ({error})") from error
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iufU"):
-        raise SessionError(
-            f"session {name!r}, {what}: need a row of ids, numbers or text; got {ids.dtype} of "
-            f"shape {ids.shape}"
-        )
-    if ids.dtype == np.uint64 and ids.max(initial=0) < 2**63:  # else compared as float64
-        ids = ids.astype(np.int64)
-    return ids
-
-
-def _positions(spike_clusters: np.ndarray, clusters: np.ndarray, name: str) -> np.ndarray:
-    """Index in ``clusters`` (N,) of each spike's cluster id, (S,)."""
-    order = np.argsort(clusters, kind="stable")
-    ids = clusters[order]
-    if np.any(ids[1:] == ids[:-1]):
-        raise SessionError(
-            f"session {name!r}, clusters: id {ids[1:][ids[1:] == ids[:-1]][0]} twice; "
-            "merge probes with an offset so that ids are unique"
-        )
-    if not len(spike_clusters):
-        return np.zeros(0, dtype=np.int64)
-    kinds = {ids.dtype.kind, spike_clusters.dtype.kind}
-    if len(ids) and "U" in kinds and len(kinds) > 1:
-        raise SessionError(
-            f"session {name!r}, spike_clusters: {spike_clusters.dtype} cannot be looked up among "
-            f"clusters of {ids.dtype}; give both the same type"
-        )
-    if len(ids) and kinds <= set("iu") and np.uint64 not in (ids.dtype, spike_clusters.dtype):
-        span = int(ids[-1]) - int(ids[0]) + 1
-        if span <= LARGEST_TABLE:  # thirty times as fast as a search for each spike
-            table = np.full(span + 1, -1, dtype=np.int32)
-            table[ids.astype(np.int64) - int(ids[0])] = order  # int8 would overflow
-            place = spike_clusters.astype(np.int64) - int(ids[0])
-            place[(place < 0) | (place >= span)] = span  # -1, as all that is in between
-            found = table[place]
-            if found.min(initial=0) >= 0:
-                return found
-    place = np.searchsorted(ids, spike_clusters)
-    known = place < len(ids)
-    known[known] = ids[place[known]] == spike_clusters[known]
-    if not known.all():
-        strangers = np.unique(spike_clusters[~known])[:5].tolist()
-        raise SessionError(
-            f"session {name!r}, spike_clusters: ids {strangers} are not among the "
-            f"{len(ids)} clusters; list them in `clusters` or leave their spikes out"
-        )
-    return order[place]
+        raise SessionError(f"session {name!r}, {what}{': ' * bool(what)}{error}") from error
 
 
 def _labels(regions: Mapping[Any, str], clusters: np.ndarray, name: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from mtm.session import UNLABELLED, Session, SessionError, read_meta, reading_file
+from mtm.session import Session, SessionError, has_region, read_meta, reading_file
 
 SHOWN = 10  # sessions in the short description
 
@@ -106,9 +106,11 @@ class Entry:
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size (bytes) and time of change (ns) of a file."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    """Size (bytes) and time of change (ns) of a file; of a folder, those of all files in it."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    states = [file.stat() for file in files]
+    latest = max((state.st_mtime_ns for state in states), default=0)
+    return sum(state.st_size for state in states), latest
 
 
 class Sessions(Sequence[Session]):
@@ -286,7 +288,7 @@ def _table(entries: Sequence[Entry]) -> list[str]:
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
-    labels = {label for label in entry.regions.tolist() if label.lower() not in UNLABELLED}
+    labels = {label for label in entry.regions.tolist() if has_region(label)}
     rate = f"{entry.firing_rates.mean():.1f}" if len(entry.firing_rates) else ""
     trials, bins, _ = entry.shape
     numbers = (trials, bins, len(entry.neurons), len(labels))

@@ -188,25 +188,16 @@ def _task(
     side = np.where(rng.random(n_trials) < block, -1.0, 1.0)  # -1 left, +1 right
     strength = rng.choice(CONTRASTS, n_trials)
 
-    # Evidence for "right" drifts to a bound; its start is shifted by the block's prior.
-    steps = np.arange(bin_size, 0.8, bin_size)
-    drift = 6.0 * side * np.sqrt(strength)
-    noise = rng.standard_normal((n_trials, len(steps))) * np.sqrt(bin_size)
-    evidence = np.cumsum(drift[:, None] * bin_size + noise, axis=1)
-    evidence += 0.25 * np.log((1 - block) / block)[:, None]
-    crossed = np.abs(evidence) >= BOUND
-    stop = np.where(crossed.any(axis=1), crossed.argmax(axis=1), len(steps) - 1)
-    decision = evidence[np.arange(n_trials), stop]
-    right = decision > 0
+    steps = np.arange(bin_size, 0.8, bin_size)  # until when a decision is made
+    evidence, stop = _evidence(side, strength, block, len(steps), bin_size, rng)
+    right = evidence[:, -1] > 0
     reaction_time = 2 * DECISION_DELAY + steps[stop]
     correct = right == (side > 0)
 
     since = grid[None, :] - reaction_time[:, None]  # (K, L) seconds since the movement began
     speed = rng.uniform(2.0, 4.0, (n_trials, 1)) * _bump(since, MOVEMENT)  # rad/s
-    held = np.arange(len(steps))[None, :] <= stop[:, None]
-    held_evidence = np.where(held, evidence, decision[:, None]).clip(-1, 1)
     index = np.round((grid - DECISION_DELAY) / bin_size).astype(int) - 1
-    carried = held_evidence[:, index.clip(0, len(steps) - 1)] * (index >= 0)
+    carried = evidence.clip(-1, 1)[:, index.clip(0, len(steps) - 1)] * (index >= 0)
     carried = carried * np.exp(-np.maximum(since - 0.2, 0) / 0.2)  # forgotten after the report
     shown = (grid >= 0)[None, :] * (0.4 + 0.6 * np.exp(-np.maximum(grid, 0) / 0.15))
     shown = shown * np.where(since < 0.1, 1.0, 0.0)  # the stimulus goes with the response
@@ -229,6 +220,28 @@ def _task(
         "wheel-speed": speed,
     }
     return behaviour, np.stack(signals, axis=-1)
+
+
+def _evidence(
+    side: np.ndarray,
+    strength: np.ndarray,
+    block: np.ndarray,
+    n_steps: int,
+    bin_size: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Evidence for "right" in each trial and bin, (K, S), and the bin (K,) of the decision.
+
+    It drifts to a bound, where it stays. Its start is shifted by the block's prior.
+    """
+    drift = 6.0 * side * np.sqrt(strength)
+    noise = rng.standard_normal((len(side), n_steps)) * np.sqrt(bin_size)
+    evidence = np.cumsum(drift[:, None] * bin_size + noise, axis=1)
+    evidence += 0.25 * np.log((1 - block) / block)[:, None]
+    crossed = np.abs(evidence) >= BOUND
+    stop = np.where(crossed.any(axis=1), crossed.argmax(axis=1), n_steps - 1)
+    decided = np.arange(n_steps) > stop[:, None]
+    return np.where(decided, evidence[np.arange(len(side)), stop][:, None], evidence), stop
 
 
 def _blocks(n_trials: int, rng: np.random.Generator) -> np.ndarray:

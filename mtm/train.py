@@ -11,6 +11,7 @@ one would.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import heapq
 import math
@@ -36,10 +37,11 @@ from mtm.metrics import LOG2, log_mean
 from mtm.model import AS_PUBLISHED, SOFTENING, MtM, MtMConfig
 from mtm.recipes import RECIPES, TrainConfig, changed
 from mtm.run import Run
-from mtm.session import Session, SessionError
-from mtm.watch import History, Progress, Watch, peak_memory, without_nan
+from mtm.session import Session, SessionError, require_alike
+from mtm.watch import History, Progress, Watch, best_entry, peak_memory, without_nan
 
 VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
+VALIDATION_MASKS = 4  # of a batch, where the regions do not say how many
 COMPONENT_BINS = 20_000  # of training trials from which they are taken
 CPU_TOKENS = 5000  # that pass through a model at once; more take more memory, and no less time
 
@@ -83,7 +85,7 @@ class Fit:
     @property
     def best(self) -> dict[str, Any]:
         """The entry of the history whose weights the model has."""
-        return max(self.history, key=lambda entry: entry["mean"])
+        return best_entry(self.history)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings and history as JSON can hold them."""
@@ -108,10 +110,10 @@ def fit(
 
     Args:
         sessions: with distinct names and equally many bins.
-        model: a model to go on with (it is changed: sessions it does not know are added, and those
-            it knows may be forgotten), or the sizes of a new one, whose ``prompts``, ``causal``,
-            ``init``, ``split_seed`` and ``bin_size`` follow the settings and the data. Default:
-            ``MtMConfig.from_depth(depth)``.
+        model: a model to go on with, which stays as it is: a copy learns, sessions it does not know
+            are added, and what it knows of others may get worse. Or the sizes of a new one, whose
+            ``prompts``, ``causal``, ``init``, ``split_seed`` and ``bin_size`` follow the settings
+            and the data. Default: ``MtMConfig.from_depth(depth)``.
         config: settings; default ``RECIPES["mtm"]``.
         depth: of a new model; default 2.
         device: default: a GPU where there is one.
@@ -131,7 +133,7 @@ def fit(
     Raises:
         SessionError: when the sessions do not go together, or lack what a scheme needs.
         FloatingPointError: when the loss stops being finite, naming step, session and scheme; the
-            model then has the best weights so far, where there was a validation.
+            folder then has the best weights so far, where there was a validation.
         StateError: when the folder holds another run, or a model that is not of a run.
 
     Example:
@@ -153,7 +155,7 @@ def fit(
         model = _build(model, data, config, depth).to(device)
         run = Run(folder, _description(model, data, config), save_every, restart)
         watch = _watch(run, _setup(device, home, config), config, progress, on_validation)
-        learns = [parameter.requires_grad for parameter in model.parameters()]
+        learns = [parameter.requires_grad for parameter in model.parameters()]  # as it came
         try:
             with _compiled(model, config):
                 _loop(model, data, config, run, watch)
@@ -169,14 +171,14 @@ def fit(
 
 
 def _start(model: MtM | MtMConfig | Fit | None, depth: int | None) -> MtM | MtMConfig | None:
-    """A model to go on with, or the sizes of a new one; refuses what is neither."""
+    """A copy of a model to go on with, or the sizes of a new one; refuses what is neither."""
     model = model.model if isinstance(model, Fit) else model
     if depth is not None and model is not None:
         raise ValueError("depth is of a new model; this one has its sizes, pass one or the other")
     if not isinstance(model, MtM | MtMConfig | None):
         raise TypeError(f"fit goes on with an MtM or starts from an MtMConfig, got {model!r}; a "
                         "folder is read by mtm.load")  # fmt: skip
-    return model
+    return copy.deepcopy(model)
 
 
 def _watch(
@@ -369,17 +371,7 @@ def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
             f"{parallel.processes()} processes without a batch; set it to a multiple of "
             f"{parallel.processes()}, or start fewer"
         )
-    names = [session.name for session in sessions]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise SessionError(f"two sessions are named {min(repeated)!r}; names must differ")
-    if len({session.n_bins for session in sessions}) > 1:
-        listing = ", ".join(f"{s.name!r} {s.n_bins}" for s in sessions)
-        raise SessionError(f"sessions must have equally many bins, got {listing}")
-    for what in ("bin_size", "window"):
-        values = {tuple(np.round(np.atleast_1d(getattr(s, what)), 9)) for s in sessions}
-        if len(values) > 1:
-            listing = ", ".join(f"{s.name!r} {getattr(s, what)}" for s in sessions)
-            raise SessionError(f"sessions must have the same {what} (s), got {listing}")
+    require_alike(sessions)
     regional = [name for name in config.schemes if scheme(name).needs_regions]
     for session in sessions:
         if regional and not session.region_names:
@@ -513,7 +505,7 @@ def _loop(model: MtM, data: list[_Data], config: TrainConfig, run: Run, watch: W
 
 
 def _summary(run: Run, device: torch.device) -> str:
-    best = run.best_entry
+    best = best_entry(run.history)
     return (
         f"{run.step} steps in {run.seconds:.0f} s on {device.type}; "
         f"best: epoch {best['epoch']}, {best['mean']:.3f} bits per spike"
@@ -718,21 +710,19 @@ def _parameter_groups(model: MtM, config: TrainConfig) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def validate(
-    model: MtM, data: Sequence[_Data], config: TrainConfig, rounds: int = 4
-) -> dict[str, float]:
+def validate(model: MtM, data: Sequence[_Data], config: TrainConfig) -> dict[str, float]:
     """Bits per spike on hidden entries of the validation trials, scheme -> value.
 
     The null model is each neuron's training mean. Masks are drawn with a seed of their own for
-    each session and scheme, so every call scores the same entries: ``rounds`` masks for each batch
-    of trials, or, where a scheme masks regions, one for each region. NaN where no hidden entry has
-    a spike. Several processes share out the sessions.
+    each session and scheme, so every call scores the same entries: :data:`VALIDATION_MASKS` for
+    each batch of trials, or, where a scheme masks regions, one for each region. NaN where no hidden
+    entry has a spike. Several processes share out the sessions.
     """
     model.eval()
     found = torch.zeros(len(config.schemes), len(data), 2, device=model.device)  # gain, spikes
     for i in range(parallel.rank(), len(data), parallel.processes()):
         for s, name in enumerate(config.schemes):
-            found[s, i] = _validation_gain(model, data[i], name, config, rounds)
+            found[s, i] = _validation_gain(model, data[i], name, config)
     found = parallel.total(found).cpu().double()
     for s, i in (~torch.isfinite(found).all(dim=2)).nonzero().tolist():
         raise FloatingPointError(
@@ -748,14 +738,12 @@ def validate(
     return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
 
 
-def _validation_gain(
-    model: MtM, session: _Data, name: str, config: TrainConfig, rounds: int
-) -> Tensor:
+def _validation_gain(model: MtM, session: _Data, name: str, config: TrainConfig) -> Tensor:
     """Nats over the null model in a session's hidden validation entries, and spikes there; (2,)."""
     sampler = _sampler(model, config)
     sampler.reseed(seed_of("validation", session.name, name))
     # Only one region labelled at a time, so that each has its turn.
-    turns = [session.regions] * rounds
+    turns = [session.regions] * VALIDATION_MASKS
     if scheme(name).needs_regions:
         codes = range(session.n_regions)
         turns = [torch.where(session.regions == c, 0, NO_REGION) for c in codes]

@@ -19,6 +19,11 @@ HISTORY = "history.jsonl"
 History = list[dict[str, Any]]
 
 
+def best_entry(history: History) -> dict[str, Any]:
+    """The validation whose weights are kept: the first of the highest mean over the schemes."""
+    return max(history, key=lambda entry: entry["mean"])
+
+
 class Progress:
     """A bar in a terminal; in a notebook one line that is written over; in logs a line at each end.
 

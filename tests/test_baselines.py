@@ -21,6 +21,7 @@ from mtm import (
 from mtm.baselines import (
     BASELINES,
     PSTH,
+    RATIOS,
     LowRankGLM,
     ReducedRankRegression,
     Ridge,
@@ -251,7 +252,8 @@ def test_sessions_share_filters_and_say_what_was_chosen(fitted, small):
 
 def test_without_regions_the_region_schemes_are_missing(small):
     session = small[0]
-    bare = Session(session.counts, name="bare", bin_size=session.bin_size)
+    grid = {"bin_size": session.bin_size, "window": session.window}
+    bare = Session(session.counts, name="bare", **grid)
     both = Ridge([bare, small[1]])
     counts, mask = shown(bare, np.arange(2), False)
     assert [scheme for name, scheme in both.maps if name == "bare"] == ["neuron", "causal"]
@@ -289,15 +291,19 @@ def test_errors(fitted, small):
     with pytest.raises(SessionError, match="no session"):
         Ridge([])
     short = Session(second.counts[:, :9], name="short", bin_size=second.bin_size)
-    with pytest.raises(SessionError, match="same bins"):
+    with pytest.raises(SessionError, match="the same n_bins"):
         ReducedRankRegression([first, short])
     with pytest.raises(ValueError, match="unknown baseline 'lasso'; known: PSTH, ridge"):
         fit_baseline("lasso", first)
 
 
 @pytest.mark.parametrize("name", ["temporal NDT1", "random-token NDT2"])
-def test_the_papers_baselines(small, name):
-    result = fit_baseline(name, small[0], epochs=1, depth=1, progress=False)
+def test_the_papers_baselines(small, name, tmp_path):
+    how = {"epochs": 1, "depth": 1, "progress": False, "folder": tmp_path}
+    result = fit_baseline(name, small[0], **how)
+    again = fit_baseline(name, small[0], **how)  # each ratio's run goes on where it was
+    assert again.history == result.history and again.config == result.config
+    assert len(list(tmp_path.glob("*/config.json"))) == len(RATIOS) > 1
     assert isinstance(result, Fit) and result.model.config.prompts == ()
     assert result.model.config.tokenizer == name[-4:].lower()
     assert not result.model.config.causal

@@ -622,9 +622,9 @@ def test_bad_input_gives_a_session_or_a_session_error(tmp_path_factory, small, d
 def test_options_that_are_unknown(written):
     path, _ = written
     for options, message in (
-        ({"atlas": "Swanson"}, "atlas must be None or one of"),
-        ({"atlas": "depth"}, "atlas must be None or one of"),
-        ({"split": "ts3"}, "split must be None or one of"),
+        ({"atlas": "Swanson"}, "atlas must be one of None, "),
+        ({"atlas": "depth"}, "atlas must be one of None, "),
+        ({"split": "ts3"}, "split must be one of None, "),
         ({"trial_filter": "good"}, "trial_filter must be"),
         ({"align": "ts2", "split": None}, "split None: not in the file"),
         ({"align": "ts2", "window": (-1.0, 1.0)}, "window must start at 0"),

@@ -22,7 +22,7 @@ from bwb_files import NORMALIZE, write_session  # noqa: E402
 
 import mtm  # noqa: E402
 from mtm import bwb, metrics  # noqa: E402
-from mtm.bwb import submission  # noqa: E402
+from mtm.bwb import decoders, submission  # noqa: E402
 from mtm.bwb.tasks import (  # noqa: E402
     TASKS,
     mean_recall,
@@ -264,7 +264,7 @@ def test_decoder_of_counts_is_a_poisson_regression():
     x = rng.normal(size=(60, 7))
     x -= x.mean(axis=0)
     counts = rng.poisson(np.exp(x[:, :3]))
-    fits = submission.poisson_regressions(x, counts, [10.0, 1.0])
+    fits = decoders.poisson_regressions(x, counts, [10.0, 1.0])
     for alpha, (offset, weights) in zip([10.0, 1.0], fits, strict=True):
         for t in range(3):
             exposure = np.full(60, np.exp(offset[t]))
@@ -273,12 +273,12 @@ def test_decoder_of_counts_is_a_poisson_regression():
             theirs.fit(x, counts[:, t] / exposure, sample_weight=exposure)
             np.testing.assert_allclose(weights[:, t], theirs.coef_, atol=2e-3)
     x_test = np.vstack([rng.normal(size=(20, 7)), np.full((1, 7), 1e4)])
-    found = submission.decode_counts(x, x_test, counts)
+    found = decoders.decode_counts(x, x_test, counts)
     assert found.shape == (21, 3) and np.exp(found.max()) <= counts.max() + 1 + 1e-9
     true = rng.poisson(np.exp(x_test[:20, :3]))
     guess = poisson_scores([(found[:20, :, None], true[:, :, None])])
     assert guess["poisson_d2"] > 0.1
-    silent = submission.decode_counts(x, x_test, np.zeros((60, 3)))
+    silent = decoders.decode_counts(x, x_test, np.zeros((60, 3)))
     assert np.isfinite(silent).all() and silent.max() < -4
 
 
@@ -287,16 +287,16 @@ def test_decoders_of_traces_and_classes():
     x, x_test = rng.normal(size=(80, 5)), rng.normal(size=(30, 5))
     weights = rng.normal(size=(5, 4))
     y, trusted = x @ weights, rng.random((80, 4)) < 0.7
-    whole = submission.decode_traces(x, x_test, y, np.ones((80, 4), dtype=bool))
+    whole = decoders.decode_traces(x, x_test, y, np.ones((80, 4), dtype=bool))
     np.testing.assert_allclose(
-        whole, Ridge(alpha=submission.TRACE_PENALTIES[0]).fit(x, y).predict(x_test)
+        whole, Ridge(alpha=decoders.TRACE_PENALTIES[0]).fit(x, y).predict(x_test)
     )
     spoiled = np.where(trusted, y, np.nan)  # what is not trusted is not looked at
-    part = submission.decode_traces(x, x_test, spoiled, trusted)
+    part = decoders.decode_traces(x, x_test, spoiled, trusted)
     assert r2_score((x_test @ weights).ravel(), part.ravel()) > 0.7
     labels = (x[:, 0] > 0.8) * 3
-    found = submission.decode_classes(x, x_test, labels, 5)
-    assert found.shape == (30, 5) and (found[:, [1, 2, 4]] == submission.LOWEST).all()
+    found = decoders.decode_classes(x, x_test, labels, 5)
+    assert found.shape == (30, 5) and (found[:, [1, 2, 4]] == decoders.LOWEST).all()
     assert mean_recall(found.argmax(axis=1), (x_test[:, 0] > 0.8) * 3) > 0.8
 
 

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from mtm import Session, SessionError, decode, oracle
-from mtm.decode import decode_by_region, decode_choice, decode_trace, rotate
+from mtm.decode import decode_by_region, decode_choice, decode_trace, principal_axes
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_rotation_changes_no_prediction():
     rng = np.random.default_rng(1)
     x, x_test = rng.normal(size=(30, 200)) + 3, rng.normal(size=(10, 200)) + 3
     y = rng.normal(size=(30, 4))
-    r, r_test = rotate(x, x_test)
+    r, r_test = principal_axes(x, x_test)
     assert r.shape[1] <= 30
     for alpha in (0.1, 10.0, 1000.0):
         a, b = Ridge(alpha=alpha).fit(x, y), Ridge(alpha=alpha).fit(r, y)
@@ -79,6 +79,8 @@ def test_predictions_are_made_in_batches_that_fit(session):
     assert asked == [120, 60, 30, 30, 30, 30]
     small = decode_trace(narrow, session, "trace", batch_size=25)
     assert asked[6:] == [25, 25, 25, 25, 20] and small.score == found.score
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        decode_trace(narrow, session, "trace", batch_size=0)
     assert decode({"s": session.counts}, session)["trace"].score == pytest.approx(found.score)
     with pytest.raises(ValueError, match=r"log-rates of shape \(3, 8, 6\) do not fit"):
         decode(np.zeros((3, 8, 6)), session)

@@ -222,6 +222,11 @@ def test_errors(session):
         ValueError, match="unknown task 'cosmoothing'; pass a list of some of: co-smoothing"
     ):
         evaluate(mean_rates(session), session, tasks=["cosmoothing"])
+    with pytest.raises(ValueError, match="unknown task 'cosmoothing'; known: co-smoothing"):
+        predict_held_out(mean_rates(session), session, "cosmoothing")
+    with pytest.raises(SessionError, match="session 's', co-smoothing: no neuron to score"):
+        nobody = np.zeros(session.n_neurons, dtype=bool)
+        predict_held_out(mean_rates(session), session, "co-smoothing", wanted=nobody)
     with pytest.raises(SessionError, match="inter-region: no scored neuron has a region label"):
         evaluate(Watcher(), Session(session.counts), tasks=["inter-region"])
     with pytest.raises(ValueError, match="the predictor returned shape"):

@@ -810,7 +810,7 @@ def test_unknown_sessions_and_options(tree):
     with pytest.raises(SessionError, match="'yesterday'.*not a session id"):
         ibl.load_session(one, "yesterday")
     for options in ({"atlas": "Swanson"}, {"trial_filter": "all"}, {"units": "best"}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))} must be None or one of"):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be one of None, "):
             ibl.load_session(one, EID, **options)
 
 

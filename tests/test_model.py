@@ -282,24 +282,6 @@ def test_many_batches_in_one_pass_equal_one_after_the_other(fields):
         torch.testing.assert_close(log_rates, model(*batch))
 
 
-def test_only_the_maps_of_some_sessions_may_learn():
-    model = small()
-    model.train_only(["b"])
-    model(counts_of(), "b", None, prompt="neuron").sum().backward()
-    learning = {key for key, p in model.named_parameters() if p.grad is not None}
-    assert learning == {
-        f"sessions.session:b.{part}"
-        for part in ("stitch.weight", "stitch.bias", "readout.weight", "readout.bias", "token")
-    }
-    model.train_only(None)
-    assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(KeyError, match="no session 'c'; it knows: a, b"):
-        model.train_only(["c"])
-    with pytest.raises(ValueError, match="sessions must be a list of names, got 'ab'"):
-        model.train_only("ab")
-    assert all(p.requires_grad for p in model.parameters())
-
-
 def test_a_new_token_can_start_at_the_mean_of_the_others():
     model = small()
     model.add_session("c", 4, token="mean")

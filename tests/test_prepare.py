@@ -91,6 +91,10 @@ def from_file(path):
         return Session(file["counts"], provenance={"sum": int(file["counts"].sum())})
 
 
+def from_folder(path):
+    return from_file(path / "x.npz")
+
+
 def test_a_recording_that_changed_is_made_again(tmp_path):
     def write(folder, value):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -109,6 +113,17 @@ def test_a_recording_that_changed_is_made_again(tmp_path):
         "written"  # by another function
     )
     assert Session.load(out / "x.npz").name == "x"  # which it was not given
+
+
+def test_a_folder_in_which_a_file_changed_is_made_again(tmp_path):
+    folder, out = tmp_path / "recording", tmp_path / "out"
+    folder.mkdir()
+    for value, status in ((1, "written"), (1, "there already"), (2, "written")):
+        if status == "written":  # in place, and of the same size: the folder itself stays the same
+            np.savez(folder / "x.npz", counts=np.full((20, 2, 3), value))
+        done = prepare(from_folder, [folder], out, workers=1, progress=False)
+        assert done.outcomes[0].status == status
+        assert Session.load(out / "recording.npz").provenance["sum"] == 120 * value
 
 
 def test_nothing_but_sessions_is_written_over(tmp_path):

@@ -228,7 +228,17 @@ def test_a_fit_stands_for_its_model(sessions, tmp_path):
     )
     folder = save(result, tmp_path / "model")
     assert hub.read_config(folder)["info"]["train"]["epochs"] == 2
-    assert fit(sessions[1], result, **ON).model is result.model
+
+
+def test_the_model_that_is_gone_on_with_stays_as_it_is(sessions):
+    start = fit(sessions[0], **QUICK)
+    before = {key: value.clone() for key, value in start.model.state_dict().items()}
+    seen = dict(start.model.seen)
+    further = fit(sessions[1], start, **ON).model
+    assert len(further.session_names) == 2 and set(further.seen) > set(seen)
+    after = start.model.state_dict()
+    assert before.keys() == after.keys() and start.model.seen.keys() == seen.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_bins_of_another_width_are_refused(sessions):
@@ -310,7 +320,7 @@ def test_paper_recipe_holds_the_authors_numbers():
 def test_errors(sessions):
     with pytest.raises(SessionError, match="two sessions are named 'sim-3-0'"):
         fit([sessions[0], sessions[0]], **QUICK)
-    with pytest.raises(SessionError, match="equally many bins, got 'sim-3-0' 50, 'x' 5"):
+    with pytest.raises(SessionError, match="the same n_bins, got 'sim-3-0' 50, 'x' 5"):
         fit([sessions[0], Session(np.ones((9, 5, 3)), ["CA1"] * 3, "x")], **QUICK)
     with pytest.raises(
         SessionError, match=r"session 'x', regions: .* schemes=\('neuron', 'causal'\)"

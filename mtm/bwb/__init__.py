@@ -4,6 +4,7 @@ Read in this order::
 
     files       its session files: listed, fetched, made a Session
     tasks       what its tasks ask: windows, targets, scores
+    decoders    behaviour from what a model predicts, in the forms that it asks for
     submission  predictions as its scorer reads them, checked and packed
     simulated   simulated animals as such files
 """

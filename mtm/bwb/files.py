@@ -41,9 +41,10 @@ import torch
 
 from mtm.atlas import LEVELS
 from mtm.binning import n_bins, ordered_samples
+from mtm.checks import one_of
 from mtm.download import download as fetch
 from mtm.extras import extra
-from mtm.session import Session, SessionError, Split, check_option
+from mtm.session import Session, SessionError, Split
 
 BUCKET = "https://brain-wide-bench.s3.amazonaws.com"
 DATASET = "ibl_brain_wide_bench_2026"
@@ -219,9 +220,9 @@ def load_session(
     cut = isinstance(align, str) and align == "ts2"
     window = ((0.0, 1.0) if cut else (-0.5, 1.5)) if window is None else window
     n_bins(window, bin_size)  # says what is wrong with them
-    check_option("atlas", atlas, LEVELS)
-    check_option("split", split, ("auto", *SPLITS))
-    check_option("trial_filter", trial_filter, ("valid",))
+    one_of("atlas", atlas, (None, *LEVELS))
+    one_of("split", split, (None, "auto", *SPLITS))
+    one_of("trial_filter", trial_filter, (None, "valid"))
     with opened(path) as recording:
         recording.facts["align"] = align if isinstance(align, str) else "given times"
         fields = _unit_fields(recording, atlas)

@@ -34,11 +34,12 @@ import numpy as np
 
 from mtm.atlas import LEVELS, acronyms, within
 from mtm.binning import ordered_samples, wheel_speed
+from mtm.checks import one_of
 from mtm.download import time_limit
 from mtm.extras import extra
 from mtm.prepare import Prepared
 from mtm.prepare import prepare as run
-from mtm.session import Session, SessionError, check_option
+from mtm.session import Session, SessionError
 
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
 TRIAL_COLUMNS = (
@@ -218,9 +219,9 @@ def load_session(
         ConnectionError: a server out of reach, silent for `TIMEOUT` seconds, or failing.
         ValueError: for an unknown ``atlas``, ``trial_filter`` or ``units``.
     """
-    check_option("atlas", atlas, LEVELS)
-    check_option("trial_filter", trial_filter, ("reaction-time",))
-    check_option("units", units, ("good",))
+    one_of("atlas", atlas, (None, *LEVELS))
+    one_of("trial_filter", trial_filter, (None, "reaction-time"))
+    one_of("units", units, (None, "good"))
     recording = _Recording(one, eid)
     trials, dropped = _trials(recording, align, trial_filter)
     collections = _sortings(recording, probes)

@@ -41,7 +41,7 @@ import numpy as np
 from mtm.binning import ordered_samples
 from mtm.download import public, time_limit
 from mtm.extras import extra
-from mtm.session import UNLABELLED, Session, SessionError
+from mtm.session import Session, SessionError, has_region
 
 REGION_SOURCES = (
     "electrodes/location",
@@ -329,7 +329,7 @@ def _regions(
     for source in REGION_SOURCES if region == "auto" else (region,) if region else ():
         if (labels := _labels(recording, table, source)) is not None:
             labels = np.char.strip(labels.astype(np.str_))
-            if region != "auto" or any(label.lower() not in UNLABELLED for label in labels):
+            if region != "auto" or any(map(has_region, labels)):
                 return labels, source
     if region not in ("auto", None):
         recording.fail(f"regions from {region}", "no such labels; pass None, 'electrodes/<column "
@@ -368,7 +368,7 @@ def _electrode_labels(recording: _Recording, table: _Table, column: str) -> np.n
     labels = np.char.strip(electrodes.need(column).astype(np.str_)).tolist()
     votes: list[Counter[str]] = [Counter() for _ in range(table.n)]
     for unit, place in zip(units.tolist(), places.tolist(), strict=True):
-        if labels[place].lower() not in UNLABELLED:
+        if has_region(labels[place]):
             votes[unit][labels[place]] += 1
     chosen = [max(vote, key=vote.__getitem__, default="") for vote in votes]  # tie: first listed
     return np.array(chosen)

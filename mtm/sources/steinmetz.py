@@ -33,7 +33,8 @@ from typing import NoReturn
 import numpy as np
 
 from mtm.binning import ordered_samples, wheel_speed
-from mtm.session import Session, SessionError, check_option, reading
+from mtm.checks import one_of
+from mtm.session import Session, SessionError, reading
 
 TICK = 2 * np.pi / 1440  # rad
 GOOD = 2  # annotations: 1 multi-unit, 2 good, 3 unsorted; their analyses include 2 and 3
@@ -73,8 +74,8 @@ def load_session(
         SessionError: naming the session, the file and the remedy.
         ValueError: for an unknown ``units`` or ``trial_filter``.
     """
-    check_option("units", units, ("good",))
-    check_option("trial_filter", trial_filter, ("included",))
+    one_of("units", units, (None, "good"))
+    one_of("trial_filter", trial_filter, (None, "included"))
     files = _Folder(folder)
     trials, counted = _trials(files, align, trial_filter)
     neurons = _clusters(files)
