@@ -40,17 +40,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtm.batches import Batch
+from mtm.device import autocast
 from mtm.masks import MTM_SCHEMES, SCHEMES, Mask, MaskSampler
 from mtm.model import MtM, MtMConfig
 from mtm.recipes import RECIPES
-from mtm.train import (
-    Batch,
-    _autocast,
-    _optimizer,
-    _parameter_groups,
-    accumulate,
-    masked_loss,
-)
+from mtm.train import _optimizer, _parameter_groups, accumulate, masked_loss
 
 NEURONS = (548, 601, 652)
 N_BINS, N_REGIONS = 100, 8
@@ -223,7 +218,7 @@ class Bench:
         """A pass without dropout and gradients."""
         counts = self.data[n][self.trials].float()
         mask = self.sampler.draw(scheme, counts, self.regions[n])
-        with _autocast(self.device):
+        with autocast(self.device):
             self.model(counts, str(n), mask, prompt=scheme)
 
     def compiled_step(self) -> Callable[[int, str], None]:

@@ -13,6 +13,8 @@ Read the package in this order, one idea a file::
 
     Training
         recipes     settings of training: ours, and the authors'
+        batches     a session as training needs it, and the batches of an epoch
+        device      what a run computes on: GPU, precision, compiler
         train       fit(): one explicit loop
         run         the state of a training on disk: one that was killed goes on
         parallel    several processes that train one model

@@ -27,6 +27,7 @@ from mtm.atlas import LEVELS
 from mtm.baselines import BASELINES, fit_baseline
 from mtm.bwb import submission
 from mtm.decode import decodable, decode_by_region
+from mtm.device import pick_device
 from mtm.download import public
 from mtm.evaluate import evaluate
 from mtm.masks import SCHEMES
@@ -40,7 +41,7 @@ from mtm.report import Report, score_table
 from mtm.session import SessionError
 from mtm.sessions import Sessions
 from mtm.simulate import simulate
-from mtm.train import fit, pick_device
+from mtm.train import fit
 
 ORIGINS = {
     **{name: f"mtm.sources.{name}" for name in ("nwb", "steinmetz", "huggingface")},

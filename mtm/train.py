@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import heapq
-import math
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,17 +28,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtm import parallel
+from mtm.batches import Batch, SessionData, Trials, home_of, steps_of, steps_per_epoch
+from mtm.device import autocast, compiled, peak_memory, pick_device, setup_of
 from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
-from mtm.metrics import LOG2, log_mean
-from mtm.model import AS_PUBLISHED, SOFTENING, MtM, MtMConfig
+from mtm.metrics import LOG2
+from mtm.model import AS_PUBLISHED, MtM, MtMConfig
 from mtm.recipes import RECIPES, TrainConfig, changed
 from mtm.run import Run
 from mtm.session import Session, SessionError, require_alike
-from mtm.watch import History, Progress, Watch, best_entry, peak_memory, without_nan
+from mtm.watch import History, Progress, Watch, best_entry, without_nan
 
 VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
 VALIDATION_MASKS = 4  # of a batch, where the regions do not say how many
-COMPONENT_BINS = 20_000  # of training trials from which they are taken
 CPU_TOKENS = 5000  # that pass through a model at once; more take more memory, and no less time
 
 
@@ -147,17 +144,17 @@ def fit(
     _check_sessions(sessions, config)
     model = _start(model, depth)
     device = torch.device(device) if device else pick_device()
-    home = _home(sessions, device)
-    data = [_Data(session, config, device, home) for session in sessions]
+    home = home_of(sessions, device)
+    data = [SessionData(session, config, device, home) for session in sessions]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         # Of new weights; the caller's generators, of the CPU and of this GPU, are left alone.
         torch.manual_seed(config.seed)
         model = _build(model, data, config, depth).to(device)
         run = Run(folder, _description(model, data, config), save_every, restart)
-        watch = _watch(run, _setup(device, home, config), config, progress, on_validation)
+        watch = _watch(run, setup_of(device, home, config), config, progress, on_validation)
         learns = [parameter.requires_grad for parameter in model.parameters()]  # as it came
         try:
-            with _compiled(model, config):
+            with compiled(model, config):
                 _loop(model, data, config, run, watch)
         finally:
             if run.best:
@@ -196,15 +193,6 @@ def _watch(
     return Watch(Progress(config.epochs, progress, setup), run.folder, run.history, listener)
 
 
-def pick_device() -> torch.device:
-    """The GPU where torch sees one (CUDA, else Apple's MPS), else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
 def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: str) -> Tensor:
     """Poisson negative log-likelihood over the target entries, without its constant term.
 
@@ -238,7 +226,7 @@ def accumulate(
     """
     losses = torch.zeros(len(batches), device=model.device)
     for pieces in _passes(model, batches, config, n_batches or len(batches)):
-        with _autocast(model.device, config.precision):
+        with autocast(model.device, config.precision):
             log_rates = model.forward_many([piece for _, piece, _ in pieces])
         parts = [
             weight * masked_loss(out.float(), piece.counts, piece.mask.target, "sum")
@@ -274,92 +262,7 @@ def _passes(
         yield together
 
 
-class Batch(NamedTuple):
-    """What a model is shown of one session in a step: the arguments of ``MtM.forward``."""
-
-    counts: Tensor
-    session: str
-    mask: Mask
-    prompt: str | None
-
-    def split(self, size: int) -> list[Batch]:
-        """Pieces of ``size`` trials."""
-        parts = zip(
-            *(x.split(size) for x in (self.counts, self.mask.hidden, self.mask.target)), strict=True
-        )
-        return [
-            Batch(counts, self.session, Mask(hidden, target, self.mask.causal), self.prompt)
-            for counts, hidden, target in parts
-        ]
-
-
 # ------------------------------------------------------------------------------- inside
-
-
-class _Data:
-    """A session as training needs it: counts as small integers, trials of each part, the null."""
-
-    def __init__(
-        self,
-        session: Session,
-        config: TrainConfig,
-        device: torch.device,
-        home: torch.device | None = None,
-    ) -> None:
-        split, home = session.split(config.split_seed), home or device
-        self.name, self.device = session.name, device
-        self.n_bins, self.bin_size = session.n_bins, session.bin_size
-        self.n_neurons = session.n_neurons
-        # Shared with the session, not copied, unless its home is another device: counts that are
-        # on disk stay there. torch cannot index uint16; int16 holds the same bits.
-        self.wide = session.counts.dtype == np.uint16
-        counts = np.require(session.counts, requirements=["C", "W", "A"])
-        self.counts = torch.from_numpy(counts.view(np.int16 if self.wide else np.uint8))
-        self.counts = self.counts.to(home)
-        self.regions = torch.from_numpy(session.region_codes).to(device)
-        self.n_regions = len(session.region_names)
-        self.train, self.val = split.train, torch.from_numpy(split.val).to(home)
-        null = log_mean(session.counts[split.train])  # (N,)
-        spikes = np.rint(np.exp(null) * len(split.train) * session.n_bins).astype(np.int64)
-        prints = session.fingerprints(split.train)
-        self.prints = prints[prints != 0]
-        told = (spikes, split.train, split.val)  # whole numbers, the same on every machine
-        self.digest = hashlib.sha256(b"".join(x.tobytes() for x in told)).hexdigest()[:16]
-        self.null = torch.from_numpy(null).float().to(device)
-
-    def batch(self, trials: Tensor | np.ndarray) -> Tensor:
-        """Counts of some trials, (B, T, N) float32, on the device."""
-        trials = torch.as_tensor(trials)
-        counts = _sent(self.counts[_sent(trials, self.counts.device)], self.device)
-        return (counts.int() & 0xFFFF if self.wide else counts).float()
-
-    def components(self, n: int) -> Tensor:
-        """Principal components of the scaled counts of training trials, (N, n), or as there are.
-
-        Smoothed over time, as what neurons share is slower than their spikes.
-        """
-        some = self.train[:: math.ceil(len(self.train) * self.n_bins / COMPONENT_BINS)]
-        mean = self.null.exp()
-        x = (self.batch(some) - mean) * (mean + SOFTENING).rsqrt()  # (K', T, N)
-        x = F.avg_pool1d(x.transpose(1, 2), 5, 1, 2, count_include_pad=False)  # over 5 bins
-        x = x.transpose(1, 2).flatten(0, 1)
-        return torch.pca_lowrank(x, min(n, *x.shape), niter=4)[2]
-
-
-def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, without waiting for what the device has to do before."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
-def _home(sessions: list[Session], device: torch.device) -> torch.device:
-    """Where counts are while a model trains: on its device, if they fill at most half of it."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if sum(session.counts.nbytes for session in sessions) > free / 2:
-            return torch.device("cpu")
-    return device
 
 
 def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
@@ -384,7 +287,7 @@ def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
 
 
 def _build(
-    model: MtM | MtMConfig | None, data: list[_Data], config: TrainConfig, depth: int | None
+    model: MtM | MtMConfig | None, data: list[SessionData], config: TrainConfig, depth: int | None
 ) -> MtM:
     if not isinstance(model, MtM):
         if config.tune != "all":
@@ -460,9 +363,9 @@ def _check_model(model: MtM, config: TrainConfig) -> None:
         )
 
 
-def _loop(model: MtM, data: list[_Data], config: TrainConfig, run: Run, watch: Watch) -> None:
+def _loop(model: MtM, data: list[SessionData], config: TrainConfig, run: Run, watch: Watch) -> None:
     optimizer, sampler = _optimizer(model, config), _sampler(model, config)
-    per_epoch = _steps_per_epoch(data, config)
+    per_epoch = steps_per_epoch(data, config)
     phases = _Phases(model, data, config, per_epoch)
     parallel.spread(model.state_dict().values())
     run.restore(model, optimizer)
@@ -478,7 +381,7 @@ def _loop(model: MtM, data: list[_Data], config: TrainConfig, run: Run, watch: W
             if run.step > phases.first_step(epoch):
                 run.restore_schedule(optimizer, schedule)
         order = np.random.default_rng(seed_of(config.seed, "order", epoch))
-        for chosen in islice(_steps(data, config, order), done, None):
+        for chosen in islice(steps_of(data, config, order), done, None):
             if run.due():
                 run.seconds = time.perf_counter() - start
                 run.save(model, optimizer, schedule)
@@ -515,7 +418,7 @@ def _summary(run: Run, device: torch.device) -> str:
 def _take_step(
     model: MtM,
     optimizer: torch.optim.Optimizer,
-    chosen: Sequence[tuple[_Data, np.ndarray]],
+    chosen: Sequence[Trials],
     sampler: MaskSampler,
     config: TrainConfig,
     step: int,
@@ -570,7 +473,7 @@ class Speed:
     def __init__(self, model: MtM) -> None:
         self.model, self.start, self.trials, self.tokens = model, time.perf_counter(), 0, 0
 
-    def taken(self, chosen: Sequence[tuple[_Data, np.ndarray]]) -> None:
+    def taken(self, chosen: Sequence[tuple[SessionData, np.ndarray]]) -> None:
         """A step on these batches was taken."""
         for session, trials in chosen:
             self.trials += len(trials)
@@ -590,7 +493,7 @@ class _Phases:
     """
 
     def __init__(
-        self, model: MtM, data: Sequence[_Data], config: TrainConfig, per_epoch: int
+        self, model: MtM, data: Sequence[SessionData], config: TrainConfig, per_epoch: int
     ) -> None:
         self.config, self.per_epoch = config, per_epoch
         # The caller may have frozen some.
@@ -659,44 +562,6 @@ def _sampler(model: MtM, config: TrainConfig) -> MaskSampler:
     return MaskSampler(config.schemes, ratios, config.seed, model.device, **patch)
 
 
-def _steps_per_epoch(data: Sequence[_Data], config: TrainConfig) -> int:
-    n_batches = sum(math.ceil(len(session.train) / config.batch_size) for session in data)
-    return math.ceil(n_batches / config.batches_per_step)
-
-
-def _steps(
-    data: list[_Data], config: TrainConfig, order: np.random.Generator
-) -> Iterator[list[tuple[_Data, np.ndarray]]]:
-    """One epoch: every training trial once, in batches of one session, composed anew each time.
-
-    A step takes ``batches_per_step`` batches, of different sessions as long as there are any.
-    """
-    batches = []
-    for session in data:
-        trials = order.permutation(session.train)
-        cuts = range(config.batch_size, len(trials), config.batch_size)
-        batches += [(session, batch) for batch in np.split(trials, cuts)]
-    queues: dict[str, deque[tuple[int, tuple[_Data, np.ndarray]]]] = {s.name: deque() for s in data}
-    for place, i in enumerate(order.permutation(len(batches))):
-        queues[batches[i][0].name].append((place, batches[i]))
-    heads = [(queue[0][0], name) for name, queue in queues.items() if queue]
-    heapq.heapify(heads)
-    while heads:
-        chosen: list[tuple[_Data, np.ndarray]] = []
-        others: list[tuple[int, str]] = []
-        while len(chosen) < config.batches_per_step and (heads or others):
-            if not heads:  # fewer sessions are left than a step takes: again the first of each
-                heads, others = others, []
-                heapq.heapify(heads)
-            name = heapq.heappop(heads)[1]
-            chosen.append(queues[name].popleft()[1])
-            if queues[name]:
-                others.append((queues[name][0][0], name))
-        for head in others:
-            heapq.heappush(heads, head)
-        yield chosen
-
-
 def _parameter_groups(model: MtM, config: TrainConfig) -> list[dict[str, Any]]:
     """Weight decay on weight matrices, and on everything where ``decay_all`` says so."""
     matrices = {
@@ -710,7 +575,7 @@ def _parameter_groups(model: MtM, config: TrainConfig) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def validate(model: MtM, data: Sequence[_Data], config: TrainConfig) -> dict[str, float]:
+def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> dict[str, float]:
     """Bits per spike on hidden entries of the validation trials, scheme -> value.
 
     The null model is each neuron's training mean. Masks are drawn with a seed of their own for
@@ -738,7 +603,7 @@ def validate(model: MtM, data: Sequence[_Data], config: TrainConfig) -> dict[str
     return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
 
 
-def _validation_gain(model: MtM, session: _Data, name: str, config: TrainConfig) -> Tensor:
+def _validation_gain(model: MtM, session: SessionData, name: str, config: TrainConfig) -> Tensor:
     """Nats over the null model in a session's hidden validation entries, and spikes there; (2,)."""
     sampler = _sampler(model, config)
     sampler.reseed(seed_of("validation", session.name, name))
@@ -753,7 +618,7 @@ def _validation_gain(model: MtM, session: _Data, name: str, config: TrainConfig)
         null = session.null.expand_as(counts)
         for regions in turns:
             mask = sampler.draw(name, counts, regions)
-            with _autocast(model.device, config.precision):
+            with autocast(model.device, config.precision):
                 log_rates = model(counts, session.name, mask, prompt=name).float()
             found[0] += masked_loss(null, counts, mask.target, "sum")
             found[0] -= masked_loss(log_rates, counts, mask.target, "sum")
@@ -761,55 +626,7 @@ def _validation_gain(model: MtM, session: _Data, name: str, config: TrainConfig)
     return found
 
 
-# ------------------------------------------------------------------------------ what it runs on
-
-
-def _autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
-    """bf16 on GPUs that compute in it (Ampere and later; older ones only emulate it, slowly)."""
-    usable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    on = usable if precision == "auto" else precision == "bf16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
-
-
-def _setup(device: torch.device, home: torch.device, config: TrainConfig) -> str:
-    """What a run computes on and how, in a line."""
-    bf16 = _autocast(device, config.precision)._enabled
-    parts = [f"training on {device}", "bf16" if bf16 else "float32"]
-    if device.type == "cpu":
-        parts.insert(1, f"threads: {torch.get_num_threads()}")
-    if device.type == "cuda":
-        parts[0] += f" ({torch.cuda.get_device_name(device)})"
-        parts.append("counts " + ("on the GPU" if home == device else "sent batch by batch"))
-    if config.compile != "none":
-        parts.append(f"torch.compile {config.compile}")
-    if parallel.processes() > 1:
-        parts.append(f"{parallel.processes()} processes")
-    return ", ".join(parts)
-
-
-@contextmanager
-def _compiled(model: MtM, config: TrainConfig) -> Iterator[None]:
-    """Within, the encoder is compiled, if the settings say so.
-
-    Only the encoder: its shapes are those of all sessions, where the maps in and out have a width
-    for each, and would be compiled for each.
-    """
-    if config.compile == "none":
-        yield
-        return
-    vars(model)["encode"] = torch.compile(model.encode, mode=config.compile)  # of this one alone
-    try:
-        # Few graphs a model, but torch counts them for all models of a process together, and
-        # silently stops compiling at 8. (Before torch 2.7 the limit had another name.)
-        known = hasattr(torch._dynamo.config, "recompile_limit")
-        limit = "recompile_limit" if known else "cache_size_limit"
-        with torch._dynamo.config.patch({limit: 64}):
-            yield
-    finally:
-        del model.encode
-
-
-def _description(model: MtM, data: Sequence[_Data], config: TrainConfig) -> dict[str, Any]:
+def _description(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> dict[str, Any]:
     """What a run is; one that was killed goes on only as the same."""
     sessions = {s.name: [len(s.train), s.n_bins, s.n_neurons, s.digest] for s in data}
     described = {"train": asdict(config), "model": model.config.to_dict(), "sessions": sessions}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mtm import Session, fit, simulate, train
+from mtm.batches import SessionData
 from mtm.masks import SCHEMES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -127,7 +128,7 @@ def test_a_trick_changes_training_and_ends_with_it(small):
         fit = recipe.trained(changes | quick, trick).make(small[:1], 0)
         found[name] = fit.best["mean"]
         scores = train.validate(
-            fit.model, [train._Data(small[0], fit.config, fit.device)], fit.config
+            fit.model, [SessionData(small[0], fit.config, fit.device)], fit.config
         )
         assert np.mean(list(scores.values())) == pytest.approx(fit.best["mean"], abs=1e-6), name
     SCHEMES.pop(recipe.AGAIN)

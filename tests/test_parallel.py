@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from mtm import MtM, MtMConfig, Session, Sessions, fit, load, parallel, simulate
+from mtm.batches import Batch
 from mtm.masks import MaskSampler
 from mtm.recipes import TrainConfig
 from mtm.run import states
-from mtm.train import Batch, _learning, accumulate
+from mtm.train import _learning, accumulate
 
 SETTINGS = ["--depth", "1", "--epochs", "4", "--validations", "4", "--batch-size", "8"]
 SETTINGS += ["--device", "cpu", "--batches-per-step", "6"]

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from mtm import Mask, Session, evaluate, metrics
+from mtm.batches import Batch
 from mtm.masks import MTM_SCHEMES
 from mtm.official import _their_key, from_official
 from mtm.recipes import TrainConfig
-from mtm.train import Batch, accumulate
+from mtm.train import accumulate
 
 FILES = {"ndt1_prompt.pt": 12, "ndt1_no_prefix.pt": 6, "ndt2_no_prefix.pt": 6}
 

@@ -223,10 +223,11 @@ def test_counts_above_255_train_too():
     session = make("wide")
     session = Session((session.counts * 9000.0).clip(max=65_535), session.regions, "wide")
     assert session.counts.dtype == np.uint16 and session.counts.max() > np.iinfo(np.int16).max
-    from mtm.train import TrainConfig, _Data
+    from mtm.batches import SessionData
+    from mtm.train import TrainConfig
 
     cpu = torch.device("cpu")
-    data = _Data(session, TrainConfig(), cpu)
+    data = SessionData(session, TrainConfig(), cpu)
     batch = data.batch(torch.arange(5))
     np.testing.assert_array_equal(batch.numpy(), session.counts[:5])
 
@@ -278,13 +279,13 @@ def test_training_keeps_counts_where_they_are(tmp_path):
     code = (
         "import re, sys, torch\n"
         "from mtm import Sessions\n"
-        "from mtm.train import _Data, TrainConfig\n"
+        "from mtm.batches import SessionData\nfrom mtm.train import TrainConfig\n"
         "def own():\n"
         "    status = open('/proc/self/status').read()\n"
         "    return int(re.search(r'RssAnon:\\s+(\\d+)', status)[1]) / 1e3\n"
         "sessions, cpu = Sessions(sys.argv[1]), torch.device('cpu')\n"
         "before = own()\n"
-        "data = [_Data(session, TrainConfig(), cpu) for session in sessions]\n"
+        "data = [SessionData(session, TrainConfig(), cpu) for session in sessions]\n"
         "total = sum(float(s.batch(torch.from_numpy(s.train[:16])).sum()) for s in data)\n"
         "print(own() - before, sum(s.counts.nbytes for s in data) / 1e6, total > 0)\n"
     )

@@ -5,15 +5,13 @@ import pytest
 import torch
 
 from mtm import MtM, MtMConfig, SessionError, decode, evaluate, fit, hub, save
+from mtm.batches import Batch, SessionData, steps_of
 from mtm.masks import MTM_SCHEMES, Mask, MaskSampler
 from mtm.recipes import RECIPES, TrainConfig, recipe
 from mtm.session import Session
 from mtm.train import (
-    Batch,
-    _Data,
     _parameter_groups,
     _passes,
-    _steps,
     accumulate,
     masked_loss,
     validate,
@@ -34,11 +32,11 @@ def test_loss_is_the_poisson_likelihood_of_the_targets_alone():
 
 
 def test_every_training_trial_once_an_epoch_in_new_company(sessions):
-    data = [_Data(s, TrainConfig(), torch.device("cpu")) for s in sessions]
+    data = [SessionData(s, TrainConfig(), torch.device("cpu")) for s in sessions]
     order = np.random.default_rng(0)
     epochs = []
     for per_step in (1, 4):
-        steps = list(_steps(data, TrainConfig(batches_per_step=per_step), order))
+        steps = list(steps_of(data, TrainConfig(batches_per_step=per_step), order))
         assert {len(step) for step in steps[:-1]} == {per_step}
         epochs.append([batch for step in steps for batch in step])
     for epoch in epochs:
@@ -56,7 +54,7 @@ def test_components_are_what_the_neurons_share():
     weights, signals = rng.normal(size=(2, 30)), rng.normal(size=(40, 4, 2))
     shared = np.repeat(signals, 10, axis=1) @ weights  # (40, 40, 30)
     session = Session(rng.poisson(np.exp(0.5 + 0.3 * shared)), name="a")
-    data = _Data(session, TrainConfig(), torch.device("cpu"))
+    data = SessionData(session, TrainConfig(), torch.device("cpu"))
     assert data.components(4).shape == (30, 4)
     found = data.components(99).numpy()
     assert found.shape == (30, 30)
@@ -70,11 +68,12 @@ def test_components_are_what_the_neurons_share():
 
 
 def test_a_step_mixes_sessions_as_long_as_there_are_several(sessions):
-    data = [_Data(s, TrainConfig(), torch.device("cpu")) for s in sessions]
-    data.append(_Data(sessions[0].select(trials=np.arange(40)), TrainConfig(), torch.device("cpu")))
+    data = [SessionData(s, TrainConfig(), torch.device("cpu")) for s in sessions]
+    few = sessions[0].select(trials=np.arange(40))
+    data.append(SessionData(few, TrainConfig(), torch.device("cpu")))
     data[-1].name = "small"
     order, config = np.random.default_rng(0), TrainConfig(batch_size=4, batches_per_step=2)
-    steps = [[session.name for session, _ in step] for step in _steps(data, config, order)]
+    steps = [[session.name for session, _ in step] for step in steps_of(data, config, order)]
     left = {s.name: -(-len(s.train) // 4) for s in data}
     for step in steps:
         several = sum(n > 0 for n in left.values()) > 1
@@ -175,7 +174,7 @@ def test_validation_scores_every_region_whatever_the_batch_size(sessions, monkey
         return mask
 
     model = fit(sessions[0], **QUICK).model
-    data = [_Data(sessions[0], TrainConfig(), torch.device("cpu"))]
+    data = [SessionData(sessions[0], TrainConfig(), torch.device("cpu"))]
     monkeypatch.setattr(MaskSampler, "draw", watched)
     scores = [validate(model, data, TrainConfig(batch_size=b)) for b in (4, 16)]
     assert scores[0] == scores[1]
@@ -266,7 +265,7 @@ def test_a_schedule_of_any_length(sessions):
 
 
 def test_validation_masks_are_fixed(sessions):
-    data = [_Data(s, TrainConfig(), torch.device("cpu")) for s in sessions]
+    data = [SessionData(s, TrainConfig(), torch.device("cpu")) for s in sessions]
     model = fit(sessions, **QUICK).model
     assert validate(model, data, TrainConfig()) == validate(model, data, TrainConfig())
 
@@ -290,7 +289,7 @@ def test_our_initialisation_leaves_the_mean_rate_where_the_papers_does_not(sessi
 
 def test_the_model_kept_is_the_best_one(sessions):
     result = fit(sessions, **{**QUICK, "epochs": 6, "validations": 6}, lr=0.02, clip=None)
-    data = [_Data(s, result.config, torch.device("cpu")) for s in sessions]
+    data = [SessionData(s, result.config, torch.device("cpu")) for s in sessions]
     now = np.mean(list(validate(result.model, data, result.config).values()))
     assert now == pytest.approx(max(e["mean"] for e in result.history), abs=1e-6)
 
