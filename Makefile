@@ -7,6 +7,9 @@ MAIN := _build/main
 # Programs that a notebook starts (`!python ...`) come from the environment too.
 INSIDE := PATH="$(CURDIR)/$(BIN):$$PATH"
 
+# As `import mtm` has it, also for notebooks that import torch first.
+export GOMP_SPINCOUNT ?= 1000
+
 # Set in a shell, this variable would take every figure out of the notebooks.
 unexport MPLBACKEND
 

@@ -59,6 +59,15 @@ Reference: Zhang et al., "Towards a universal translator for neural dynamics at 
 single-spike resolution", arXiv 2407.14668.
 """
 
+import os
+import sys
+
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:  # it reads them when loaded
+    # Threads that wait for each other sleep soon. By default they stay awake for milliseconds, and
+    # as soon as another process computes, keep a core from the very thread that they wait for:
+    # training on a CPU takes tens of times as long then (benchmarks/threads.py).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 from mtm.atlas import at_level
 from mtm.baselines import fit_baseline
 from mtm.decode import decode, decode_by_region, decode_choice, decode_trace

@@ -1,6 +1,7 @@
 """What the package promises of itself: nothing is unpickled, nobody is called, secrets are kept."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -81,6 +82,26 @@ def test_no_file_can_run_code(path):
     """But for two unpicklers, which find no class but those of plain arrays and tensors."""
     ours = path.relative_to(PACKAGE).as_posix() in ("official.py", "sources/neuromatch.py")
     assert dangers(path.read_text("utf-8")) == ["pickle.Unpickler"] * ours
+
+
+# ------------------------------------------------------------------------------------ threads
+
+
+@pytest.mark.parametrize(
+    "first, said, expected",
+    [
+        ("mtm", {}, "1000"),
+        ("mtm", {"GOMP_SPINCOUNT": "5"}, "5"),
+        ("mtm", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
+        ("torch, mtm", {}, None),  # too late, so nothing is claimed
+    ],
+)
+def test_threads_sleep_soon_where_nobody_said_otherwise(first, said, expected):
+    words = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    env = {key: value for key, value in os.environ.items() if key not in words} | said
+    code = f"import {first}, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == str(expected), done.stderr
 
 
 # ------------------------------------------------------------------------------------ the network
