@@ -8,7 +8,9 @@ MAIN := _build/main
 INSIDE := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 # As `import mtm` has it, also for notebooks that import torch first.
+ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000
+endif
 
 # Set in a shell, this variable would take every figure out of the notebooks.
 unexport MPLBACKEND

@@ -62,10 +62,11 @@ single-spike resolution", arXiv 2407.14668.
 import os
 import sys
 
-if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:  # it reads them when loaded
-    # Threads that wait for each other sleep soon. By default they stay awake for milliseconds, and
-    # as soon as another process computes, keep a core from the very thread that they wait for:
-    # training on a CPU takes tens of times as long then (benchmarks/threads.py).
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    # GNU's OpenMP, which torch brings on Linux, reads this when it is loaded: threads that wait for
+    # each other sleep soon. By default they stay awake for milliseconds, and as soon as another
+    # process computes, keep a core from the very thread that they wait for: training on a CPU takes
+    # tens of times as long then (benchmarks/threads.py). Results do not depend on it.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from mtm.atlas import at_level

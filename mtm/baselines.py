@@ -287,7 +287,8 @@ def temporal_ndt1(
         ratios: shares of the bins to hide, of which the one is kept that does best in the four
             activity tasks on validation trials, with a model for each.
         depth: see :meth:`mtm.MtMConfig.from_depth`.
-        **changes: as in :func:`mtm.train.fit`.
+        **changes: as in :func:`mtm.train.fit`. In a ``folder``, each ratio's run has a folder of
+            its own, as ``temporal-0.3``.
     """
     sizes = {"depth": depth, "tokenizer": "ndt1"}
     return _best(sessions, split_seed, sizes, "temporal", ratios, changes)
@@ -354,7 +355,7 @@ def fit_baseline(name: str, sessions: Session | Sequence[Session], **settings: A
 
     Args:
         name: one of :data:`BASELINES`.
-        sessions: one, or several with distinct names and the same bins.
+        sessions: one, or several with distinct names, and the same bins and window.
         **settings: of the baseline: ``split_seed`` of all, ``ranks`` of the low-rank ones, what
             :func:`mtm.train.fit` takes of the transformers.
 

@@ -74,7 +74,7 @@ def checked_split_seed(
         SessionError: when a model was trained on bins of another width.
         ValueError: when a model was trained on another split, or on one that nobody knows.
     """
-    config = getattr(predictor, "config", None)
+    config = getattr(getattr(predictor, "model", predictor), "config", None)  # of what wraps one
     bin_size = getattr(config, "bin_size", session.bin_size)
     if abs(bin_size - session.bin_size) > 1e-9:
         raise SessionError(
@@ -108,7 +108,7 @@ def require_unseen(predictor: Predicts, session: Session, trials: np.ndarray) ->
     Raises:
         ValueError: naming how many there are.
     """
-    seen = getattr(predictor, "seen", {})
+    seen = getattr(getattr(predictor, "model", predictor), "seen", {})
     if not seen:
         return
     mine = session.fingerprints(trials)
@@ -167,7 +167,9 @@ def predict_held_out(
         (K', T, N) float64.
 
     Raises:
-        ValueError: for predictions of a wrong shape, or with NaN where they are scored.
+        ValueError: for an unknown task, predictions of a wrong shape, or with NaN where they are
+            scored.
+        SessionError: where there is no neuron to score.
         MemoryError: when it runs out with a single trial.
     """
     predictor = predictor_of(predictor, session.name)

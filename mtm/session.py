@@ -588,11 +588,17 @@ def require_alike(sessions: Sequence[Session]) -> None:
     if repeated := {name for name in names if names.count(name) > 1}:
         raise SessionError(f"two sessions are named {min(repeated)!r}; names must differ")
     for what in ("n_bins", "bin_size", "window"):
-        values = {tuple(np.round(np.atleast_1d(getattr(s, what)), 9)) for s in sessions}
-        if len(values) > 1:
-            listing = ", ".join(f"{s.name!r} {getattr(s, what)}" for s in sessions)
+        first: dict[Any, str] = {}  # the first session of each value
+        for session in sessions:
+            value = getattr(session, what)
+            key = tuple(np.round(np.atleast_1d(value), 9).tolist())
+            first.setdefault(key, f"{session.name!r} {value}")
+        if len(first) > 1:
             unit = "" if what == "n_bins" else " (s)"
-            raise SessionError(f"sessions must have the same {what}{unit}, got {listing}")
+            raise SessionError(
+                f"sessions must have the same {what}{unit}, got {', '.join(first.values())}; bin "
+                "them alike, or take those together that are"
+            )
 
 
 @contextmanager

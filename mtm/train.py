@@ -106,7 +106,7 @@ def fit(
     """Train a model on the training trials of one or many sessions.
 
     Args:
-        sessions: with distinct names and equally many bins.
+        sessions: with distinct names, and the same bins and window.
         model: a model to go on with, which stays as it is: a copy learns, sessions it does not know
             are added, and what it knows of others may get worse. Or the sizes of a new one, whose
             ``prompts``, ``causal``, ``init``, ``split_seed`` and ``bin_size`` follow the settings
@@ -114,10 +114,10 @@ def fit(
         config: settings; default ``RECIPES["mtm"]``.
         depth: of a new model; default 2.
         device: default: a GPU where there is one.
-        folder: where the best model so far, ``history.jsonl`` and the state of the run are kept.
-            A run that was killed goes on there when the same is called again, and on a CPU (with
-            the same torch and number of threads) ends with the very weights it would have ended
-            with. ``mtm.load`` reads the model.
+        folder: where the best model so far, ``history.jsonl`` and the state of the run are kept;
+            without one, what is interrupted is lost. A run that was killed goes on there when the
+            same is called again, and on a CPU (with the same torch and number of threads) ends with
+            the very weights it would have ended with. ``mtm.load`` reads the model.
         restart: begin anew, and replace what the folder holds.
         save_every: seconds between two states on disk. A state has four times the model's size.
         progress: a progress bar in a terminal, one live line in a notebook.

@@ -141,8 +141,8 @@ def connect(
     for table in ("sessions.pqt", "datasets.pqt"):
         if not (Path(cache_dir) / table).is_file():
             raise FileNotFoundError(
-                f"{Path(cache_dir) / table} is missing; run mtm.alf.index_alf({str(cache_dir)!r}) "
-                "on an ALF tree, or pass credentials to download"
+                f"{Path(cache_dir) / table} is missing; on an ALF tree, run `from mtm.alf import "
+                f"index_alf; index_alf({str(cache_dir)!r})`, or pass credentials to download"
             )
     return api.One(cache_dir=Path(cache_dir), mode="local")
 
@@ -411,7 +411,7 @@ class _Recording:
         if not len(found):
             raise SessionError(
                 f"session {self.eid}: no datasets of it in {one!r}; one.search() lists the "
-                "sessions there are (after adding files, run mtm.alf.index_alf and connect again)"
+                "sessions there are (after adding files, call index_alf again and connect anew)"
             )
         self.paths = sorted({re.sub(r"#[^#/]*#/", "", path) for path in found["rel_path"]})
         self.sizes = dict(zip(found["rel_path"], found["file_size"], strict=True))
