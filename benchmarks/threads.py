@@ -1,13 +1,13 @@
-"""Threads that wait for each other: training alone, and while another process computes.
+"""Threads that wait for each other: one training alone, and two and three at once.
 
     python benchmarks/threads.py [--rounds 3] [--json OUT]
 
 A small model is trained in a process of its own. A thread of GNU's OpenMP that waits for another
 turns round 300,000 times (some milliseconds) before it sleeps, unless it is told otherwise, which
 `import mtm` does where nobody else has. Tried are as many turns, a thousand, none, and a single
-thread, which need not wait; once with the machine to itself, and once beside a process that
-multiplies matrices on all cores. There a thread that turns keeps the one that it waits for from its
-core. A run that takes longer than --limit is stopped, and counts as that.
+thread, which need not wait; alone on the machine, and beside one and two other processes that train
+in the same way. There a thread that turns keeps the one that it waits for from its core. A run that
+takes longer than --limit is stopped, and counts as that.
 """
 
 import argparse
@@ -29,11 +29,11 @@ WAYS = {
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 OTHER = """
-import torch
-x = torch.randn(1500, 1500)
-print("begun", flush=True)
+import torch, mtm
+session = mtm.simulate(1, 100, 48, seed=1)
 while True:
-    x @ x
+    mtm.fit(session, depth=1, epochs=1, progress=False, device="cpu")
+    print("trained", flush=True)
 """
 TRAIN = """
 import json, sys, time, torch  # which reads the environment now, before mtm adds to it
@@ -66,6 +66,16 @@ def measure(way: str, sizes: list[int], limit: float) -> tuple[float, int | None
     return tuple(json.loads(done.stdout))
 
 
+def start_other(way: str) -> subprocess.Popen[bytes]:
+    """Another process that trains until it is killed; it has begun."""
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER], env=plain() | WAYS[way], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    return other
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -79,22 +89,16 @@ def main() -> None:
     options = parser.parse_args()
     sizes = [options.trials, options.neurons, options.depth, options.epochs]
     seconds: dict[str, dict[str, list[float]]] = {}
-    for beside in ("alone", "beside another process"):
-        other = None
-        if beside != "alone":
-            other = subprocess.Popen(
-                [sys.executable, "-c", OTHER], env=plain(), stdout=subprocess.PIPE
-            )
-            other.stdout.readline()  # type: ignore[union-attr]
-        try:
-            for _ in range(options.rounds):
-                for way in WAYS:
-                    taken, threads = measure(way, sizes, options.limit)
-                    seconds.setdefault(beside, {}).setdefault(way, []).append(round(taken, 3))
-                    print(f"{beside}, {way}: {taken:.2f} s, {threads} threads", flush=True)
-        finally:
-            if other is not None:
-                other.kill()
+    for _ in range(options.rounds):
+        for way in WAYS:
+            for n, beside in enumerate(("alone", "two at once", "three at once")):
+                others = [start_other(way) for _ in range(n)]
+                taken, threads = measure(way, sizes, options.limit)
+                for other in others:
+                    other.kill()
+                    other.wait()
+                seconds.setdefault(beside, {}).setdefault(way, []).append(round(taken, 3))
+                print(f"{beside}, {way}: {taken:.2f} s, {threads} threads", flush=True)
     found = {
         "limit_s": options.limit,
         "sizes": dict(zip(("trials", "neurons", "depth", "epochs"), sizes, strict=True)),

@@ -59,14 +59,17 @@ Reference: Zhang et al., "Towards a universal translator for neural dynamics at 
 single-spike resolution", arXiv 2407.14668.
 """
 
+import importlib
+import importlib.util
 import os
 import sys
+from types import ModuleType
 
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     # GNU's OpenMP, which torch brings on Linux, reads this when it is loaded: threads that wait for
-    # each other sleep soon. By default they stay awake for milliseconds, and as soon as another
-    # process computes, keep a core from the very thread that they wait for: training on a CPU takes
-    # tens of times as long then (benchmarks/threads.py). Results do not depend on it.
+    # each other sleep soon. By default they stay awake for milliseconds, and where other processes
+    # compute, too, keep a core from the very thread that they wait for: training on a CPU takes
+    # several times as long then (benchmarks/threads.py). Results do not depend on it.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from mtm.atlas import at_level
@@ -121,3 +124,10 @@ __all__ = [
     "score_table",
     "simulate",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The files too, as ``mtm.plots``: each is imported when it is first asked for."""
+    if name.startswith("_") or importlib.util.find_spec(f"mtm.{name}") is None:
+        raise AttributeError(f"module 'mtm' has no attribute {name!r}")
+    return importlib.import_module(f"mtm.{name}")

@@ -303,8 +303,9 @@ def _bin_edges(
 ) -> tuple[NDArray[np.float64], float]:
     """Edges (K, T + 1) of each trial's bins and the snap tolerance, both in seconds."""
     edges = align[:, None] + (start + np.arange(bins + 1) * bin_size)
-    rounding = _ROUNDINGS * float(np.spacing(np.abs(edges).max(initial=0.0)))
-    if rounding > 0.01 * bin_size:
+    with np.errstate(all="ignore"):  # of the largest float64 there is: infinite, or none
+        rounding = _ROUNDINGS * float(np.spacing(np.abs(edges).max(initial=0.0)))
+    if not rounding <= 0.01 * bin_size:
         raise ValueError(
             f"align_times are too far from zero for float64 to resolve bin_size {bin_size} s; "
             "subtract one offset from align_times and from the times of the recording"

@@ -131,9 +131,17 @@ def _evaluate(
     split = session.split(split_seed)
     trials = np.arange(session.n_trials)[split.test if trials is None else trials]
     wanted = np.zeros(session.n_neurons, dtype=bool)
+    if np.asarray(neurons).dtype.kind == "U":
+        raise ValueError(
+            f"neurons are indices, got {neurons!r}; of a region they are "
+            "np.flatnonzero(session.regions == 'CA1')"
+        )
     wanted[slice(None) if neurons is None else neurons] = True
     if len(trials) == 0 or not wanted.any():
-        raise ValueError(f"session {session.name!r}: no trials or no neurons to score")
+        raise ValueError(
+            f"session {session.name!r}: no {'neurons' if len(trials) else 'trials'} to score; its "
+            f"regions are: {', '.join(session.region_names) or 'none'}"
+        )
     if not allow_seen:
         require_unseen(predictor, session, trials)
     left_out = _cannot(predictor, session, wanted, tasks)

@@ -179,7 +179,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} holds no model ({CONFIG} is missing)") from error
+        lacks = f"{CONFIG} is missing" if path.parent.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{folder} holds no model ({lacks})") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable: {error}") from error
     return _checked(description, path)

@@ -837,7 +837,10 @@ class MtM(nn.Module):
         maps = self.sessions[self._keys[session]] if session in self._keys else None
         if not isinstance(maps, SessionMaps):
             known = ", ".join(self.session_names) or "none"
-            raise KeyError(f"the model knows no session {session!r}; it knows: {known}")
+            raise KeyError(
+                f"the model knows no session {session!r}; it knows: {known}. fit(session, model) "
+                "goes on with it on a new one"
+            )
         return maps
 
     def _tokens(self) -> list[nn.Parameter]:

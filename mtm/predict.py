@@ -13,6 +13,7 @@ predicts all of them, and 71 passes do for 100 neurons.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -356,6 +357,24 @@ def takes_neurons(predictor: Model) -> bool:
     return "neurons" in signature.parameters
 
 
+@functools.cache
+def require_signature(predict: Callable[..., Any]) -> None:
+    """Refuse a function that does not take what every predictor is given.
+
+    Raises:
+        ValueError: saying what that is.
+    """
+    try:
+        inspect.signature(predict).bind("counts", "scheme", "mask", "session")
+    except TypeError as error:
+        raise ValueError(
+            f"a predictor is a function of (counts, scheme, mask, session), and {predict!r} is not"
+            f": {error}"
+        ) from error
+    except ValueError:  # some built-in functions have no signature
+        return
+
+
 def call_predictor(
     predictor: Model,
     counts: Tensor,
@@ -371,6 +390,7 @@ def call_predictor(
     """
     predict: Any = getattr(predictor, "predict", predictor)
     one_each = {} if neurons is None else {"neurons": neurons}
+    require_signature(predict)
     predicted = predict(counts, scheme, mask, name, **one_each)
     predicted = torch.as_tensor(predicted, device=counts.device)
     expected = counts.shape[: 2 if one_each else 3]

@@ -42,7 +42,7 @@ class TrainConfig:
         decay_all: weight decay on biases, norms and tokens as well.
         loss: "mean" or "sum" over the targets of a batch.
         clip: largest norm of the gradient, or None.
-        schemes: alternated at random.
+        schemes: alternated at random, any of those in ``mtm.masks.SCHEMES``.
         ratios: scheme -> share hidden; those that are not named hide the scheme's own share, and
             those that are not drawn may be named.
         prompt: tell the model which scheme is on, where there are several.
@@ -157,6 +157,8 @@ def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     """
     known = [field.name for field in fields(TrainConfig)]
     for name in changes:
+        if name == "recipe":
+            raise ValueError(f"pass the recipe as config={changes[name]!r}")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""

@@ -38,6 +38,9 @@ UNLABELLED = ("", "root", "void", "nan", "none", "unknown")
 LONE = re.compile("[\ud800-\udfff]")  # halves of characters, which no file can hold
 UNFIT = re.compile("[\ud800-\udfff\0\\\\]|[.]npy$|.{200}")  # for the name of an array in a file
 MOST_TRIALS = 10_000_000  # of a recording; splits are drawn among all
+ENOUGH = 50  # spikes that cannot all fall two by two, three by three, ... by chance
+LONGEST_WINDOW = 100.0  # s, before one asks whether it was meant so
+OTHER_UNIT = 300.0  # times as long a span of spikes as of events, or the reverse: ms and s
 MOST_SHARED = 0.1  # of the windows' time, before a random split is called into question
 
 
@@ -165,6 +168,14 @@ class Session:
         whole = counts.astype(np.uint8 if counts.max() < 256 else np.uint16)
         if counts.dtype.kind == "f" and not np.array_equal(whole, counts):
             self._fail("counts", "not whole numbers; pass spike counts, not rates or smoothed data")
+        if counts.dtype.kind == "f" and np.count_nonzero(whole) >= ENOUGH:
+            divisor = np.gcd.reduce(np.flatnonzero(np.bincount(whole.ravel())))
+            if divisor > 1:
+                warnings.warn(
+                    f"session {self.name!r}, counts: all are multiples of {divisor}, as where "
+                    "rates in Hz are passed; counts are spikes in a bin",
+                    stacklevel=4,
+                )
         return whole
 
     def _check_regions(self, regions: Any) -> np.ndarray:
@@ -174,8 +185,8 @@ class Session:
         if regions.shape != (self.n_neurons,):
             self._fail(
                 "regions",
-                f"need one label for each of the {self.n_neurons} neurons, got shape "
-                f"{regions.shape}; use '' for neurons without a label",
+                f"need one label for each of the {self.n_neurons} neurons, the last axis of counts "
+                f"{self.counts.shape}, got shape {regions.shape}; use '' for neurons without one",
             )
         labels = [r.decode(errors="replace") if isinstance(r, bytes) else r for r in regions]
         return np.array(["" if r is None else str(r) for r in labels], dtype=np.str_)
@@ -467,7 +478,8 @@ class Session:
             **fields: any other field of :class:`Session`.
 
         Warns:
-            UserWarning: windows that share their time, so that a random split shows in training
+            UserWarning: times that seem to be in milliseconds; windows that share their time, so
+                that a random split shows in training
                 what it tests on; trials before the first or after the last spike of all.
 
         Raises:
@@ -500,6 +512,7 @@ class Session:
                 "events must be on the same clock, in seconds"
             )
         _doubt_events(name, counts, np.asarray(align_times, np.float64), window, fields)
+        _doubt_units(name, np.asarray(spike_times), np.asarray(align_times), window)
         fields["neurons"] = {"cluster": clusters, **fields.get("neurons", {})}
         return cls(
             counts=counts,
@@ -670,6 +683,25 @@ def _on_disk(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
         raise ValueError("counts end too early")
     whole = torch.from_file(str(path), shared=False, size=stop, dtype=torch.uint8).numpy()
     return whole[offset:].view(dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _doubt_units(
+    name: str, spikes: np.ndarray, events: np.ndarray, window: tuple[float, float]
+) -> None:
+    """Warn of times that seem to be in milliseconds, or on a clock of another unit."""
+    if window[1] - window[0] > LONGEST_WINDOW:
+        warnings.warn(
+            f"session {name!r}, window: trials of {window[1] - window[0]:g} s; window is in "
+            "seconds, not milliseconds",
+            stacklevel=3,
+        )
+    spans = float(np.ptp(spikes)), float(np.ptp(events))
+    if min(spans) > 0 and max(spans) > OTHER_UNIT * min(spans):
+        warnings.warn(
+            f"session {name!r}, spike_times and align_times: spikes span {spans[0]:.3g} s and "
+            f"events {spans[1]:.3g} s; both must be in seconds, on the same clock",
+            stacklevel=3,
+        )
 
 
 def _doubt_events(

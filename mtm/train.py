@@ -33,7 +33,7 @@ from mtm.device import autocast, compiled, peak_memory, pick_device, setup_of
 from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2
 from mtm.model import AS_PUBLISHED, MtM, MtMConfig
-from mtm.recipes import RECIPES, TrainConfig, changed
+from mtm.recipes import TrainConfig, changed, recipe
 from mtm.run import Run
 from mtm.session import Session, SessionError, require_alike
 from mtm.watch import History, Progress, Watch, best_entry, without_nan
@@ -63,9 +63,9 @@ class Fit:
 
     def __repr__(self) -> str:
         sizes, best = self.model.n_parameters(), self.best
-        total = sizes["core"] + sum(sizes["sessions"].values())
+        total, n = sizes["core"] + sum(sizes["sessions"].values()), len(sizes["sessions"])
         return (
-            f"Fit of {len(sizes['sessions'])} sessions, {total:,} parameters\n"
+            f"Fit of {n} session{'s' * (n != 1)}, {total:,} parameters\n"
             f"  best of {self.config.epochs} epochs: {best['epoch']}, "
             f"{best['mean']:.3f} bits per spike"
         )
@@ -93,7 +93,7 @@ def fit(
     sessions: Session | Sequence[Session],
     model: MtM | MtMConfig | Fit | None = None,
     *,
-    config: TrainConfig | None = None,
+    config: TrainConfig | str | None = None,
     depth: int | None = None,
     device: str | torch.device | None = None,
     folder: str | Path | None = None,
@@ -111,7 +111,7 @@ def fit(
             are added, and what it knows of others may get worse. Or the sizes of a new one, whose
             ``prompts``, ``causal``, ``init``, ``split_seed`` and ``bin_size`` follow the settings
             and the data. Default: ``MtMConfig.from_depth(depth)``.
-        config: settings; default ``RECIPES["mtm"]``.
+        config: settings, or the name of a recipe: "mtm" (default) or "paper".
         depth: of a new model; default 2.
         device: default: a GPU where there is one.
         folder: where the best model so far, ``history.jsonl`` and the state of the run are kept;
@@ -140,7 +140,11 @@ def fit(
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     if strangers := [type(s).__name__ for s in sessions if not isinstance(s, Session)]:
         raise TypeError(f"fit needs Sessions, got {strangers[0]}; see mtm.Session, Session.load")
-    config = changed(config or RECIPES["mtm"], changes)
+    config = (
+        changed(config, changes)
+        if isinstance(config, TrainConfig)
+        else recipe(config or "mtm", **changes)
+    )
     _check_sessions(sessions, config)
     model = _start(model, depth)
     device = torch.device(device) if device else pick_device()
@@ -151,7 +155,8 @@ def fit(
         torch.manual_seed(config.seed)
         model = _build(model, data, config, depth).to(device)
         run = Run(folder, _description(model, data, config), save_every, restart)
-        watch = _watch(run, setup_of(device, home, config), config, progress, on_validation)
+        setup, per_epoch = setup_of(device, home, config), steps_per_epoch(data, config)
+        watch = _watch(run, setup, config, per_epoch, progress, on_validation)
         learns = [parameter.requires_grad for parameter in model.parameters()]  # as it came
         try:
             with compiled(model, config):
@@ -182,13 +187,16 @@ def _watch(
     run: Run,
     setup: str,
     config: TrainConfig,
+    per_epoch: int,
     progress: bool,
     listener: Callable[[History], Any] | None,
 ) -> Watch:
     """What looks on; of several processes, at the first alone."""
     if parallel.rank() > 0:
         return Watch(Progress(config.epochs, False, setup))
-    if run.step > 0:
+    if run.step >= config.epochs * per_epoch or _patience_is_over(run.history, config):
+        setup = f"the run in {run.folder} is finished already"
+    elif run.step > 0:
         setup += f", going on after step {run.step} in {run.folder}"
     return Watch(Progress(config.epochs, progress, setup), run.folder, run.history, listener)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from mtm.atomic import replacing
 
 HISTORY = "history.jsonl"
+SILENCE = 30.0  # seconds after which a log gets another line
 
 History = list[dict[str, Any]]
 
@@ -24,7 +26,7 @@ def best_entry(history: History) -> dict[str, Any]:
 
 
 class Progress:
-    """A bar in a terminal; in a notebook one line that is written over; in logs a line at each end.
+    """A bar in a terminal; in a notebook one line that is written over; lines at times in logs.
 
     A notebook that was run for a book then shows that one line, with the result.
 
@@ -38,6 +40,7 @@ class Progress:
         ipython = sys.modules.get("IPython")
         shell = ipython.get_ipython() if ipython else None
         self.epochs, self.show, self.line = epochs, show, None
+        self.spoken = time.monotonic()
         if show and shell is not None and type(shell).__name__ != "TerminalInteractiveShell":
             from IPython.display import display
 
@@ -52,8 +55,12 @@ class Progress:
         score = f"validation {history[-1]['mean']:.3f} bits per spike" if history else ""
         self.bar.update(epoch - self.bar.n)
         self.bar.set_postfix_str(score)
+        said = f"epoch {epoch} of {self.epochs}  {score}"
         if self.line is not None:
-            self.line.update({"text/plain": f"epoch {epoch} of {self.epochs}  {score}"}, raw=True)
+            self.line.update({"text/plain": said}, raw=True)
+        elif self.show and self.bar.disable and time.monotonic() - self.spoken > SILENCE:
+            print(said, file=sys.stderr, flush=True)
+            self.spoken = time.monotonic()
 
     def stop(self) -> None:
         """Take the bar away."""

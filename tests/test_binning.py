@@ -188,6 +188,7 @@ def test_spikes_without_a_trial():
         ({"align_times": [1.0, np.nan]}, "align_times holds 1 .*drop those trials"),
         ({"align_times": 1.0}, "align_times must be one-dimensional"),
         ({"align_times": [1e16]}, "align_times are too far from zero"),
+        ({"align_times": [np.finfo(float).max]}, "align_times are too far from zero"),
         ({"spike_neurons": [0]}, r"spike_neurons has shape \(1,\).*\(2,\)"),
         ({"spike_neurons": [0.0, 1.0]}, "spike_neurons must be integers, got float64"),
         ({"spike_neurons": [True, False]}, "spike_neurons must be integers, got bool"),

@@ -212,7 +212,7 @@ def test_log_rates_may_be_a_tensor(session):
 
 
 def test_errors(session):
-    with pytest.raises(ValueError, match="no trials or no neurons to score"):
+    with pytest.raises(ValueError, match="no trials to score"):
         evaluate(mean_rates(session), session, trials=[])
     with pytest.raises(ValueError, match=r"tasks must be a list.*pass \['co-smoothing'\]"):
         evaluate(mean_rates(session), session, tasks="co-smoothing")
@@ -233,6 +233,12 @@ def test_errors(session):
         evaluate(lambda c, *_: c[:, :1], session)
     with pytest.raises(ValueError, match="NaN or infinite log-rates in session 's'"):
         evaluate(lambda c, *_: torch.log(c * 0.0), session)
+    with pytest.raises(ValueError, match="no neurons to score; its regions are: "):
+        evaluate(mean_rates(session), session, neurons=np.flatnonzero(session.regions == "CA7"))
+    with pytest.raises(ValueError, match="neurons are indices, got 'CA1'; of a region they are"):
+        evaluate(mean_rates(session), session, neurons="CA1")
+    with pytest.raises(ValueError, match="a predictor is a function of .counts, scheme, mask, ses"):
+        evaluate(lambda counts: counts, session)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(Watcher(), session, batch_size=0)
     with pytest.raises(SessionError, match="only simulated sessions"):

@@ -84,6 +84,13 @@ def test_no_file_can_run_code(path):
     assert dangers(path.read_text("utf-8")) == ["pickle.Unpickler"] * ours
 
 
+def test_every_file_is_reached_from_the_package():
+    code = "import mtm; print(mtm.alf, mtm.bwb, mtm.plots); mtm.__path__; mtm.nothing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.count("<module 'mtm.") == 3
+    assert done.stderr.strip().endswith("module 'mtm' has no attribute 'nothing'")
+
+
 # ------------------------------------------------------------------------------------ threads
 
 

@@ -353,6 +353,34 @@ def test_from_spike_times_errors(changes, message):
         Session.from_spike_times(**{**fields, **changes}, name="s")
 
 
+def test_milliseconds_are_doubted():
+    rng = np.random.default_rng(0)
+    spikes, events = np.sort(rng.uniform(0, 300, 30_000)), np.arange(5.0, 295.0, 3.0)
+    fields = {"spike_clusters": np.zeros(30_000, dtype=int), "name": "s"}
+    asked = "session 's', spike_times and align_times: spikes span 3e.05 s and events 288 s"
+    with pytest.warns(UserWarning, match=asked), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*trials lie before the first or")
+        Session.from_spike_times(1000 * spikes, align_times=events, **fields)
+    with pytest.warns(UserWarning, match="window: trials of 2000 s; window is in seconds"):
+        long = {"window": (-500, 1500), "bin_size": 20, "given_split": ([0, 1, 2], [3], [4, 5])}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*bin_size is in seconds")
+            Session.from_spike_times(spikes, align_times=events[:6], **long, **fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Session.from_spike_times(spikes, align_times=events, **fields)
+
+
+def test_rates_in_hz_are_doubted():
+    counts = np.random.default_rng(0).poisson(0.3, (20, 20, 4))
+    with pytest.warns(UserWarning, match="session 's', counts: all are multiples of 50, as where"):
+        Session(counts / 0.02, name="s")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fine in (counts.astype(float), np.zeros((10, 5, 4)), 50.0 * (counts[:3, :2] > 0)):
+            Session(fine, name="s")
+
+
 AWKWARD = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True, width=64),
     st.sampled_from([-1.0, 0.0, 0.1, 0.1, 5e9, np.nan, np.inf, -np.inf]),
@@ -380,7 +408,7 @@ def test_any_spike_times_end_as_a_session_or_with_a_reason(data):
         options["traces"] = {"wheel": trace}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="session 'any', align_times")
+        warnings.filterwarnings("ignore", message="session 'any', (align_times|spike_times|window)")
         try:
             session = Session.from_spike_times(times, ids, events, bin_size=0.1, **options)
         except SessionError as error:

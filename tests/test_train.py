@@ -333,6 +333,11 @@ def test_errors(sessions):
         fit(sessions, **QUICK, save_every=float("nan"))
     with pytest.raises(SessionError, match="no session to train on"):
         fit([], **QUICK)
+    assert fit(sessions[0], config="paper", **{**QUICK, "epochs": 1}).config.init == "paper"
+    with pytest.raises(ValueError, match="unknown recipe 'papr'; known: mtm, paper"):
+        fit(sessions, config="papr")
+    with pytest.raises(ValueError, match="pass the recipe as config='paper'"):
+        fit(sessions, recipe="paper")
     with pytest.raises(ValueError, match="unknown setting 'epoch'; did you mean 'epochs'"):
         fit(sessions, epoch=3)
     with pytest.raises(ValueError, match="unknown recipe 'papers'; known: mtm, paper"):

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 import pytest
 import torch
 
-from mtm import MtMConfig, evaluate, fit, plots, simulate
+from mtm import MtMConfig, evaluate, fit, plots, simulate, watch
 from mtm.watch import flat, write_history
 
 SHORT = {"epochs": 4, "validations": 4, "device": "cpu", "batch_size": 8, "batches_per_step": 1}
@@ -29,6 +29,21 @@ def test_one_line_says_what_it_runs_on_and_one_what_came_out(sessions):
     first, last = said.getvalue().splitlines()
     assert first == f"training on cpu, threads: {torch.get_num_threads()}, float32"
     assert last.startswith("16 steps in ") and "best: epoch" in last
+
+
+def test_a_log_is_not_silent_and_a_finished_run_says_so(sessions, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "SILENCE", 0.0)
+    lines = []
+    for _ in range(2):
+        said = io.StringIO()
+        with redirect_stderr(said):
+            fit(sessions[0], depth=1, **SHORT, folder=tmp_path)
+        lines.append(said.getvalue().splitlines())
+    epochs = SHORT["epochs"]
+    assert [line.split("  ")[0] for line in lines[0][1:-1]] == [
+        f"epoch {n} of {epochs}" for n in range(1, epochs + 1)
+    ]
+    assert lines[1][0] == f"the run in {tmp_path} is finished already" and len(lines[1]) == 2
 
 
 def test_bf16_is_said_and_used(sessions):
