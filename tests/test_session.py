@@ -414,8 +414,11 @@ def test_any_spike_times_end_as_a_session_or_with_a_reason(data):
         except SessionError as error:
             assert "session 'any', " in str(error)
             return
-    inside = [sum(e + window[0] <= t < e + window[1] for e in events) for t in times]
-    assert abs(int(session.counts.sum()) - sum(inside)) <= 1  # an edge, to within its rounding
+    least, most = (
+        sum(e + window[0] - slack <= t < e + window[1] + slack for e in events for t in times)
+        for slack in (-1e-3, 1e-3)  # what is at an edge, to within its rounding, may be either way
+    )
+    assert least <= int(session.counts.sum()) <= most
     assert session.n_neurons == len(session.regions) and len(session.behaviour) <= 1
 
 
