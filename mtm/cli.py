@@ -509,9 +509,8 @@ def _setting_options(sub: argparse.ArgumentParser) -> None:
     for setting in dataclasses.fields(TrainConfig):
         name, kind = setting.name, str(setting.type)
         text = " ".join(said[name].split()).replace("``", "").replace("%", "%%").rstrip(".")
-        ours, theirs = (str(getattr(RECIPES[key], name)).lower() for key in ("mtm", "paper"))
-        if kind not in ("bool", "dict[str, float]", "tuple[str, ...]"):
-            text += f" (default {ours}{'' if ours == theirs else f', paper {theirs}'})"
+        ours, theirs = (_shown(getattr(RECIPES[key], name)) for key in ("mtm", "paper"))
+        text += f" (default {ours}{'' if ours == theirs else f', paper {theirs}'})"
         flag: dict[str, Any] = {"default": KEEP, "help": text}
         if kind == "bool":
             flag["action"] = argparse.BooleanOptionalAction
@@ -524,6 +523,13 @@ def _setting_options(sub: argparse.ArgumentParser) -> None:
         else:
             flag |= {"type": _number(kind), "metavar": kind.partition(" ")[0].upper()}
         group.add_argument(f"--{name.replace('_', '-')}", **flag)
+
+
+def _shown(value: Any) -> str:
+    """The value of a setting, as it is written on the command line."""
+    if isinstance(value, dict):
+        value = [f"{name}={number:g}" for name, number in value.items()] or "none"
+    return " ".join(value) if isinstance(value, list | tuple) else str(value).lower()
 
 
 class _Pairs(argparse.Action):
@@ -579,7 +585,9 @@ def _evaluate_options(commands: Any) -> None:
         "--batch-size", type=_positive, help="trials predicted at once (default: by the device)"
     )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the scores here as well")
-    sub.add_argument("--report", type=Path, metavar="FILE", help="and the tables, by neuron, here")
+    sub.add_argument(
+        "--report", type=Path, metavar="FILE", help="and the tables, by neuron, here, as JSON"
+    )
     sub.add_argument(
         "--device", type=_device, help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)"
     )
@@ -605,7 +613,9 @@ def _export_options(commands: Any) -> None:
         metavar="MODEL, SESSION.h5",
         help="folders that train wrote, one for each seed, and session files",
     )
-    sub.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder of predictions and zip"
+    )
     sub.add_argument("--label", required=True, metavar="NAME", help="of the model at the benchmark")
     sub.add_argument(
         "--tasks",

@@ -42,7 +42,8 @@ class TrainConfig:
         decay_all: weight decay on biases, norms and tokens as well.
         loss: "mean" or "sum" over the targets of a batch.
         clip: largest norm of the gradient, or None.
-        schemes: alternated at random, any of those in ``mtm.masks.SCHEMES``.
+        schemes: alternated at random; of neuron, causal, inter-region, intra-region, temporal,
+            random-token and those that are registered.
         ratios: scheme -> share hidden; those that are not named hide the scheme's own share, and
             those that are not drawn may be named.
         prompt: tell the model which scheme is on, where there are several.
