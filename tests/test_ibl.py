@@ -764,9 +764,9 @@ def damage(file, rng):
 
 
 def test_whatever_is_damaged_ends_as_a_session_or_with_a_reason(tree, tmp_path):
-    """120 trees in which one or two files are damaged at random."""
+    """80 trees in which one or two files are damaged at random."""
     outcomes = {"session": 0, "reason": 0}
-    for seed in range(120):
+    for seed in range(80):
         rng = np.random.default_rng(seed)
         root = shutil.copytree(tree, tmp_path / "damaged")
         files = sorted(file for file in root.rglob("alf/**/*.*") if file.is_file())

@@ -85,10 +85,11 @@ def test_no_file_can_run_code(path):
 
 
 def test_every_file_is_reached_from_the_package():
-    code = "import mtm; print(mtm.alf, mtm.bwb, mtm.plots); mtm.__path__; mtm.nothing"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.count("<module 'mtm.") == 3
-    assert done.stderr.strip().endswith("module 'mtm' has no attribute 'nothing'")
+    for name in ("alf", "bwb", "plots"):
+        vars(mtm).pop(name, None)  # which an import somewhere else has put there
+        assert getattr(mtm, name) is sys.modules[f"mtm.{name}"]
+    with pytest.raises(AttributeError, match="module 'mtm' has no attribute 'nothing'"):
+        _ = mtm.nothing
 
 
 # ------------------------------------------------------------------------------------ threads
@@ -98,7 +99,6 @@ def test_every_file_is_reached_from_the_package():
     "first, said, expected",
     [
         ("mtm", {}, "1000"),
-        ("mtm", {"GOMP_SPINCOUNT": "5"}, "5"),
         ("mtm", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
         ("torch, mtm", {}, None),  # too late, so nothing is claimed
     ],
