@@ -8,13 +8,13 @@ Read the package in this order, one idea a file::
         atlas       regions at three levels: Allen, Beryl, Cosmos
 
     The model
-        masks       what is hidden and what is scored: six schemes, and their sampler
+        masks       what is hidden, what is scored: six schemes, a sampler
         model       the whole model: embed, encode, read out
 
     Training
         recipes     settings of training: ours, and the authors'
         batches     a session as training needs it, and the batches of an epoch
-        device      what a run computes on: GPU, precision, compiler
+        device      what a run computes on: GPU, precision, compiler, memory
         train       fit(): one explicit loop
         run         the state of a training on disk: one that was killed goes on
         parallel    several processes that train one model
@@ -43,7 +43,7 @@ Read the package in this order, one idea a file::
         sessions    many recordings on disk: listed, filtered, trained on in place
 
     Beneath it all
-        checks      settings and arrays are what they should be, or are refused by name
+        checks      settings and arrays are as they should be, or refused
         atomic      files that are complete or not there
         extras      packages that only some of this needs
         cli         python -m mtm simulate | prepare | train | evaluate | export
