@@ -41,6 +41,7 @@ MOST_TRIALS = 10_000_000  # of a recording; splits are drawn among all
 ENOUGH = 50  # spikes that cannot all fall two by two, three by three, ... by chance
 LONGEST_WINDOW = 100.0  # s, before one asks whether it was meant so
 OTHER_UNIT = 300.0  # times as long a span of spikes as of events, or the reverse: ms and s
+FEW_EVENTS = 10  # whose span says nothing of its unit
 MOST_SHARED = 0.1  # of the windows' time, before a random split is called into question
 
 
@@ -696,7 +697,8 @@ def _doubt_units(
             stacklevel=3,
         )
     spans = float(np.ptp(spikes)), float(np.ptp(events))
-    if min(spans) > 0 and max(spans) > OTHER_UNIT * min(spans):
+    some = len(events) >= FEW_EVENTS and min(spans) > 0  # two events may well be a second apart
+    if some and max(spans) > OTHER_UNIT * min(spans):
         warnings.warn(
             f"session {name!r}, spike_times and align_times: spikes span {spans[0]:.3g} s and "
             f"events {spans[1]:.3g} s; both must be in seconds, on the same clock",
