@@ -22,11 +22,11 @@ import mtm
 from mtm import MtM, cli
 
 ROOT = Path(__file__).resolve().parent.parent
-BOOK = ROOT / "book"
+BOOK, PACKAGE = ROOT / "book", Path(mtm.__file__).parent  # which may be installed elsewhere
 LONGEST_CELL = 15  # lines
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
 PAGES = sorted(BOOK.glob("*.md"))
-TEXTS = [*PAGES, *ROOT.glob("*.md"), *ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("mtm/**/*.md")]
+TEXTS = [*PAGES, *ROOT.glob("*.md"), *ROOT.glob("benchmarks/**/*.md"), *PACKAGE.glob("**/*.md")]
 NOTEBOOKS = [page for page in PAGES if "```{code-cell}" in page.read_text("utf-8")]
 
 
@@ -298,22 +298,23 @@ def test_links_lead_somewhere(page):
             continue
         assert place.exists() or place.with_suffix(".md").exists(), target
     for named in re.findall(r"`((?:benchmarks|book|mtm|tests)/[\w./*-]+)`", text):
-        assert any(ROOT.glob(named.replace("NN_name", "*"))), named
+        place = PACKAGE.parent if named.startswith("mtm/") else ROOT
+        assert any(place.glob(named.replace("NN_name", "*"))), named
 
 
 def test_the_api_has_every_file_in_the_order_of_the_package():
     order = re.findall(r"^ {8}(\w+) ", mtm.__doc__, re.M)
-    files = {path.stem for path in (ROOT / "mtm").glob("[a-z]*")} - {"py", "weights"}
+    files = {path.stem for path in PACKAGE.glob("[a-z]*")} - {"py", "weights"}
     assert set(order) == files
     shown = re.findall(r"^.. automodule:: mtm\.(.+)", (BOOK / "api.md").read_text("utf-8"), re.M)
     first = dict.fromkeys(name.partition(".")[0] for name in shown)
     assert list(first) == [name for name in order if name not in ("checks", "cli")]
     for folder in ("bwb", "sources"):
-        inner = {path.stem for path in (ROOT / "mtm" / folder).glob("[a-z]*.py")}
+        inner = {path.stem for path in (PACKAGE / folder).glob("[a-z]*.py")}
         assert {name.partition(".")[2] for name in shown if name.startswith(f"{folder}.")} == inner
 
 
-@pytest.mark.parametrize("path", [*TEXTS, *ROOT.glob("mtm/**/*.py")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*TEXTS, *PACKAGE.glob("**/*.py")], ids=lambda path: path.stem)
 def test_names_of_the_package_exist(path):
     """Every `mtm.this.that` that a text or a docstring names."""
     for name in re.findall(r"`~?(mtm(?:\.[A-Za-z]\w*)+)[`(]", path.read_text("utf-8")):
