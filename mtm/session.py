@@ -237,6 +237,8 @@ class Session:
         values = self._array(f"neurons {key!r}", values)
         if values.dtype.kind == "O":
             values = values.astype(np.str_)
+        if values.dtype.kind not in "biufUS":
+            self._fail(f"neurons {key!r}", f"need numbers or strings, got dtype {values.dtype}")
         if values.shape[:1] != (self.n_neurons,):
             self._fail(f"neurons {key!r}", f"need {self.n_neurons} rows, got shape {values.shape}")
         return values

@@ -68,6 +68,7 @@ RING["again"] = RING  # as no file can hold it
         ({"behaviour": {"wheel": np.zeros((20, 4))}}, "behaviour 'wheel': need .20,., one a trial"),
         ({"behaviour": {"choice": np.array(["l"] * 20)}}, "behaviour 'choice': need numbers"),
         ({"neurons": {"depth": np.zeros(3)}}, "neurons 'depth': need 4 rows"),
+        ({"neurons": {"day": np.zeros(4, "M8[D]")}}, "neurons 'day': need numbers or strings, got"),
         ({"rates": np.zeros((20, 5, 4))}, "rates: expected counts must be finite and above 0"),
         ({"given_split": ([0], [1], [1])}, "given_split: a trial is in two parts"),
         ({"given_split": ([0], [1], [99])}, "given_split: test names trials outside"),
