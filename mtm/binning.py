@@ -294,8 +294,8 @@ def _integral(
     at = np.clip(at, t[0], t[-1])
     i = np.searchsorted(t[1:-1], at, side="right")  # the line that `at` lies on
     elapsed = at - t[i]
-    slope = (v[i + 1] - v[i]) / gaps[i]
-    return until[i] + elapsed * (v[i] + slope * elapsed / 2)
+    share = elapsed / gaps[i]  # from 0 to 1, however short the gap
+    return until[i] + elapsed * (v[i] + (v[i + 1] - v[i]) * share / 2)
 
 
 def _bin_edges(

@@ -1,6 +1,7 @@
 """Binning against integer arithmetic on clock ticks, fine numerical averages and closed forms."""
 
 import tracemalloc
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -428,3 +429,11 @@ def test_max_gap_must_be_a_time():
     for gap in ("0.2", None, [0.2], 0.0, np.nan):
         with pytest.raises(ValueError, match="max_gap must be a positive number"):
             bin_trace([0.0, 1.0], [1.0, 1.0], [0.5], **FIVE_BINS, max_gap=gap)
+
+
+def test_samples_that_are_as_close_as_numbers_can_be():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        times = [0.0, 5e-324, 0.1, 0.2]
+        found = bin_trace(times, [0.0, 1.0, 1.0, 1.0], [0.0], window=(0, 0.2), bin_size=0.1)
+    np.testing.assert_array_equal(found, [[1.0, 1.0]])
