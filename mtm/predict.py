@@ -13,7 +13,6 @@ predicts all of them, and 71 passes do for 100 neurons.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -52,7 +51,7 @@ def predictor_of(predictor: Predicts | Mapping[str, Predicts], name: str) -> Pre
     """The predictor of a session: the same for all, or one by the session's name.
 
     Raises:
-        ValueError: when there is none of that name.
+        ValueError: when there is none of that name, or it does not take what a predictor is given.
     """
     if isinstance(predictor, Mapping):
         if name not in predictor:
@@ -61,7 +60,11 @@ def predictor_of(predictor: Predicts | Mapping[str, Predicts], name: str) -> Pre
         predictor = predictor[name]
     if type(predictor) is Fit:
         return predictor.model
-    return predictor.cpu().numpy() if isinstance(predictor, Tensor) else predictor
+    if isinstance(predictor, Tensor):
+        return predictor.cpu().numpy()
+    if not isinstance(predictor, np.ndarray):
+        require_signature(getattr(predictor, "predict", predictor))
+    return predictor
 
 
 def checked_split_seed(
@@ -357,8 +360,7 @@ def takes_neurons(predictor: Model) -> bool:
     return "neurons" in signature.parameters
 
 
-@functools.cache
-def require_signature(predict: Callable[..., Any]) -> None:
+def require_signature(predict: Any) -> None:
     """Refuse a function that does not take what every predictor is given.
 
     Raises:
@@ -390,7 +392,6 @@ def call_predictor(
     """
     predict: Any = getattr(predictor, "predict", predictor)
     one_each = {} if neurons is None else {"neurons": neurons}
-    require_signature(predict)
     predicted = predict(counts, scheme, mask, name, **one_each)
     predicted = torch.as_tensor(predicted, device=counts.device)
     expected = counts.shape[: 2 if one_each else 3]

@@ -482,22 +482,15 @@ class Session:
 
         Warns:
             UserWarning: times that seem to be in milliseconds; windows that share their time, so
-                that a random split shows in training
-                what it tests on; trials before the first or after the last spike of all.
+                that a random split shows in training what it tests on; trials before the first or
+                after the last spike of all.
 
         Raises:
             SessionError: naming the session, the field and the remedy.
         """
+        listed = None if regions is None or isinstance(regions, Mapping) else len(regions)
         with _binning(name):
-            spike_clusters = cluster_ids("spike_clusters", spike_clusters)
-        if clusters is None:
-            if regions is None or isinstance(regions, Mapping):
-                clusters = np.unique(spike_clusters)
-            else:
-                clusters = np.arange(len(regions))
-        with _binning(name):
-            clusters = cluster_ids("clusters", clusters)
-            spike_neurons = places_of(spike_clusters, clusters)
+            clusters, spike_neurons = _neurons(spike_clusters, clusters, listed)
         if isinstance(regions, Mapping):
             regions = _labels(regions, clusters, name)
         grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
@@ -743,6 +736,17 @@ def _binning(name: str, what: str = "") -> Iterator[None]:
         yield
     except ValueError as error:
         raise SessionError(f"session {name!r}, {what}{': ' * bool(what)}{error}") from error
+
+
+def _neurons(
+    spike_clusters: Any, clusters: Any, n_listed: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (N,) in the order of the neuron axis, and the place there of each spike's, (S,)."""
+    fired = cluster_ids("spike_clusters", spike_clusters)
+    if clusters is None:
+        clusters = np.unique(fired) if n_listed is None else np.arange(n_listed)
+    clusters = cluster_ids("clusters", clusters)
+    return clusters, places_of(fired, clusters)
 
 
 def _labels(regions: Mapping[Any, str], clusters: np.ndarray, name: str) -> list[str]:

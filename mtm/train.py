@@ -140,10 +140,8 @@ def fit(
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     if strangers := [type(s).__name__ for s in sessions if not isinstance(s, Session)]:
         raise TypeError(f"fit needs Sessions, got {strangers[0]}; see mtm.Session, Session.load")
-    config = (
-        changed(config, changes)
-        if isinstance(config, TrainConfig)
-        else recipe(config or "mtm", **changes)
+    config = changed(
+        config if isinstance(config, TrainConfig) else recipe(config or "mtm"), changes
     )
     _check_sessions(sessions, config)
     model = _start(model, depth)
@@ -157,17 +155,7 @@ def fit(
         run = Run(folder, _description(model, data, config), save_every, restart)
         setup, per_epoch = setup_of(device, home, config), steps_per_epoch(data, config)
         watch = _watch(run, setup, config, per_epoch, progress, on_validation)
-        learns = [parameter.requires_grad for parameter in model.parameters()]  # as it came
-        try:
-            with compiled(model, config):
-                _loop(model, data, config, run, watch)
-        finally:
-            if run.best:
-                model.load_state_dict(run.best)
-            for parameter, learned in zip(model.parameters(), learns, strict=True):
-                parameter.requires_grad_(learned)
-            model.eval()
-            watch.progress.stop()
+        _train(model, data, config, run, watch)
     run.save_model(model)
     return Fit(model, run.history, config)
 
@@ -369,6 +357,22 @@ def _check_model(model: MtM, config: TrainConfig) -> None:
             f"the model was trained on the split of seed {model.config.split_seed}, not "
             f"{config.split_seed}: its training trials would become test trials"
         )
+
+
+def _train(
+    model: MtM, data: list[SessionData], config: TrainConfig, run: Run, watch: Watch
+) -> None:
+    """Train, and leave the best weights; what the caller had frozen is frozen again."""
+    learns = [parameter.requires_grad for parameter in model.parameters()]
+    try:
+        with compiled(model, config):
+            _loop(model, data, config, run, watch)
+    finally:
+        watch.progress.stop()
+    model.load_state_dict(run.best)
+    for parameter, learned in zip(model.parameters(), learns, strict=True):
+        parameter.requires_grad_(learned)
+    model.eval()
 
 
 def _loop(model: MtM, data: list[SessionData], config: TrainConfig, run: Run, watch: Watch) -> None:

@@ -233,6 +233,8 @@ def test_errors(session):
         evaluate(lambda c, *_: c[:, :1], session)
     with pytest.raises(ValueError, match="NaN or infinite log-rates in session 's'"):
         evaluate(lambda c, *_: torch.log(c * 0.0), session)
+    with pytest.raises(ValueError, match="a predictor is a function of"):
+        evaluate([1.0], session)  # a list can be neither called nor hashed
     with pytest.raises(ValueError, match="no neurons to score; its regions are: "):
         evaluate(mean_rates(session), session, neurons=np.flatnonzero(session.regions == "CA7"))
     with pytest.raises(ValueError, match="neurons are indices, got 'CA1'; of a region they are"):

@@ -338,6 +338,8 @@ def test_errors(sessions):
         fit(sessions, config="papr")
     with pytest.raises(ValueError, match="pass the recipe as config='paper'"):
         fit(sessions, recipe="paper")
+    with pytest.raises(ValueError, match="unknown setting 'name'; "):
+        fit(sessions, name="x")
     with pytest.raises(ValueError, match="unknown setting 'epoch'; did you mean 'epochs'"):
         fit(sessions, epoch=3)
     with pytest.raises(ValueError, match="unknown recipe 'papers'; known: mtm, paper"):
