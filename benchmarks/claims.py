@@ -51,7 +51,7 @@ from mtm.masks import MTM_SCHEMES
 from mtm.plots import BLUE, RED
 from mtm.recipes import RECIPES
 from mtm.report import Mean, Report, mean_of
-from mtm.tasks import TASKS
+from mtm.prediction import TASKS
 
 ALONE = "this session alone"
 AFTER = {"after 1 of others": 1, "after 3 of others": 3, "after all of others": 99}  # sessions

@@ -35,9 +35,9 @@ import torch
 from mtm import evaluate
 from mtm.masks import Mask
 from mtm.model import AS_PUBLISHED, MtM, MtMConfig
-from mtm.predict import _plan, predict_held_out
+from mtm.prediction import _plan, predict_held_out
 from mtm.session import Session
-from mtm.tasks import TASKS, queries_of
+from mtm.prediction import TASKS, queries_of
 
 N_TRIALS, N_BINS, BIN_SIZE, N_NEURONS, N_REGIONS = 120, 100, 0.02, 700, 8
 MEAN_RATE, SPREAD = 4.0, 1.6  # Hz; standard deviation of the log rates
@@ -235,7 +235,7 @@ def one_query_at_a_time(model: MtM, session: Session, task: str, wanted: np.ndar
         entries[slice(*bins)] = torch.from_numpy(neurons)
         hidden = entries.to(model.device).expand(counts.shape)
         mask = Mask(hidden, hidden, causal=task == "forward-prediction")
-        log_rates = model(counts, session.name, mask, prompt=TASKS[task]).cpu().numpy()
+        log_rates = model(counts, TASKS[task], mask, session.name).cpu().numpy()
         entries = entries.numpy() & scored
         found[:, entries] = log_rates[:, entries]
     return found

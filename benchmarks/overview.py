@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import mtm
-from mtm import hub, masks, plots
+from mtm import checkpoint as hub, masks, plots
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     neuron = candidates[np.abs(session.firing_rates[candidates] - 20).argmin()]
     hidden = torch.zeros(counts.shape, dtype=torch.bool)
     hidden[:, :, neuron] = True
-    log_rates = model.predict(counts, "neuron", mtm.Mask(hidden, hidden), session.name)
+    log_rates = model.predict_log_rates(counts, "neuron", mtm.Mask(hidden, hidden), session.name)
     plots.predicted(session, trial, neuron, log_rates[0, :, neuron].numpy(), ax)
     ax.set_title("a hidden neuron, one trial")
     ax.legend(frameon=False)

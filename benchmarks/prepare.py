@@ -31,11 +31,11 @@ sys.path.insert(0, str(ROOT))  # so that the script runs from a checkout that is
 TRIAL_SECONDS = 5.0
 CLOCK = 30_000  # ticks a second
 STAGES = {
-    "trials table": ("mtm.sources.ibl", "_trials"),
-    "spikes, clusters, regions": ("mtm.sources.ibl", "_probe"),
-    "merge probes": ("mtm.sources.ibl", "_merge"),
-    "wheel to speed": ("mtm.sources.ibl", "_wheel"),
-    "camera": ("mtm.sources.ibl", "_whisker"),
+    "trials table": ("mtm.data.ibl", "_trials"),
+    "spikes, clusters, regions": ("mtm.data.ibl", "_probe"),
+    "merge probes": ("mtm.data.ibl", "_merge"),
+    "wheel to speed": ("mtm.data.ibl", "_wheel"),
+    "camera": ("mtm.data.ibl", "_whisker"),
     "bin spikes": ("mtm.session", "bin_spikes"),
     "bin traces": ("mtm.session", "bin_trace"),
     "write": ("mtm.session", "Session.save"),
@@ -45,7 +45,7 @@ STAGES = {
 def make_recording(root: Path, spikes: int, trials: int, neurons: int) -> None:
     """Write an ALF session of these sizes and its index."""
     from mtm import Session
-    from mtm.alf import index_alf, write_alf
+    from mtm.data.synthetic import index_alf, write_alf
 
     rng = np.random.default_rng(0)
     probes = np.where(np.arange(neurons) < neurons // 2, "probe00", "probe01")
@@ -105,7 +105,7 @@ def measure(root: Path) -> None:
     """In a process of its own: prepare the one session, print seconds and peak bytes as JSON."""
     import importlib
 
-    from mtm.sources import ibl
+    from mtm.data import ibl
 
     spent, peaks = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0)
     highest = 0

@@ -447,7 +447,7 @@ def described(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[
         "train": {"depth": options.depth, "epochs": options.epochs, "seeds": options.seeds},
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "device": str(mtm.device.pick_device()),
+        "device": str(mtm.training.pick_device()),
         "torch": torch.__version__,
         "sessions": {
             s.name: {

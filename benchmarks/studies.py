@@ -76,8 +76,8 @@ class Prompted:
     def predict(
         self, counts: Any, scheme: str, mask: Any, session: str, neurons: Any = None
     ) -> Any:
-        """Log-rates; see `mtm.predict`."""
-        return self.model.predict(counts, self.prompt, mask, session, neurons=neurons)
+        """Log-rates; see `mtm.prediction`."""
+        return self.model.predict_log_rates(counts, self.prompt, mask, session, neurons=neurons)
 
 
 def prompt(depth: int, epochs: int) -> dict[str, Method]:

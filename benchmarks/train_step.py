@@ -40,12 +40,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtm.batches import Batch
-from mtm.device import autocast
+from mtm.training import Batch
+from mtm.training import autocast
 from mtm.masks import MTM_SCHEMES, SCHEMES, Mask, MaskSampler
 from mtm.model import MtM, MtMConfig
 from mtm.recipes import RECIPES
-from mtm.train import _optimizer, _parameter_groups, accumulate, masked_loss
+from mtm.training import _optimizer, _parameter_groups, accumulate, masked_loss
 
 NEURONS = (548, 601, 652)
 N_BINS, N_REGIONS = 100, 8
@@ -207,7 +207,7 @@ class Bench:
         """As `fit` does it."""
         counts = self.data[n][self.trials].float()
         mask = self.sampler.draw(scheme, counts, self.regions[n])
-        loss = accumulate(self.model, [Batch(counts, str(n), mask, scheme)], RECIPE)
+        loss = accumulate(self.model, [Batch(counts, scheme, mask, str(n))], RECIPE)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), RECIPE.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -219,7 +219,7 @@ class Bench:
         counts = self.data[n][self.trials].float()
         mask = self.sampler.draw(scheme, counts, self.regions[n])
         with autocast(self.device):
-            self.model(counts, str(n), mask, prompt=scheme)
+            self.model(counts, scheme, mask, str(n))
 
     def compiled_step(self) -> Callable[[int, str], None]:
         """The step with the encoder compiled."""
@@ -281,7 +281,7 @@ def plain_step(bench: Bench) -> Callable[[int, str], float]:
     regions = {n: codes.cpu() for n, codes in bench.regions.items()}
 
     def loss_of(counts: Tensor, n: int, mask: Mask, scheme: str) -> Tensor:
-        log_rates = model(counts, str(n), mask, scheme)
+        log_rates = model(counts, scheme, mask, str(n))
         nll = F.poisson_nll_loss(log_rates, counts, reduction="none")
         return nll[mask.target].mean()
 
@@ -301,7 +301,7 @@ def plain_step(bench: Bench) -> Callable[[int, str], float]:
         for scheme in MTM_SCHEMES:
             counts = bench.data[NEURONS[0]][:4].float()
             mask = bench.sampler.draw(scheme, counts, bench.regions[NEURONS[0]])
-            log_rates = bench.model(counts, str(NEURONS[0]), mask, scheme)
+            log_rates = bench.model(counts, scheme, mask, str(NEURONS[0]))
             ours = masked_loss(log_rates, counts, mask.target, "mean")
             torch.testing.assert_close(loss_of(counts, NEURONS[0], mask, scheme), ours)
     model.train(), bench.model.train()
@@ -484,7 +484,7 @@ def products(bench: Bench, n_neurons: int) -> tuple[Counter[Shape], Counter[Shap
 
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     hooks = [module.register_forward_hook(note_linear) for module in linear]
-    model(torch.zeros(1, N_BINS, n_neurons, device=bench.device), str(n_neurons), prompt="neuron")
+    model(torch.zeros(1, N_BINS, n_neurons, device=bench.device), "neuron", None, str(n_neurons))
     for hook in hooks:
         hook.remove()
     length, d = model.n_tokens(str(n_neurons)) + 2, config.width // config.heads

@@ -17,7 +17,7 @@ from pathlib import Path
 from real_data import FOUR, busy, recordings
 
 import mtm
-from mtm import hub
+from mtm import checkpoint as hub
 from mtm.recipes import RECIPES
 from mtm.report import Report
 
@@ -63,7 +63,7 @@ standard error over sessions. "Mean rate" knows each neuron's mean in the traini
 """
 
 SIMULATED = {
-    "folder": 'mtm.hub.SHIPPED / "simulated"',
+    "folder": 'mtm.checkpoint.SHIPPED / "simulated"',
     "title": "Small model of three simulated animals",
     "data": "Three animals of `mtm.simulate(3, 200, 96, seed=0)`; no recording, so no licence to "
     "heed but this project's.",

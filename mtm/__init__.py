@@ -1,54 +1,32 @@
 """mtm: multi-task masking (MtM), a self-supervised model of neural population activity.
 
-Read the package in this order, one idea a file::
+The core, to be read in this order::
 
-    A recording
-        session     one recording, cut into trials and binned
-        binning     spike times to counts, behaviour traces to bins
-        atlas       regions at three levels: Allen, Beryl, Cosmos
+    session      one recording: trials x time bins x neurons, regions, behaviour
+    binning      spike times to counts, traces to bins
+    masks        what is hidden and what is scored: six schemes and a sampler
+    model        the whole model: embed, encode, read out
+    metrics      Poisson likelihood, bits per spike, D2, R2
+    training     fit(): one explicit loop
+    evaluation   evaluate(): the six tasks of the paper
+    decoding     decode(): behaviour from predicted activity
 
-    The model
-        masks       what is hidden, what is scored: six schemes, a sampler
-        model       the whole model: embed, encode, read out
+Around it::
 
-    Training
-        recipes     settings of training: ours, and the authors'
-        batches     a session as training needs it, and the batches of an epoch
-        device      what a run computes on: GPU, precision, compiler, memory
-        train       fit(): one explicit loop
-        run         the state of a training on disk: one that was killed goes on
-        parallel    several processes that train one model
-        watch       what one sees of a run: bar, history, TensorBoard
-        hub         save, load and share models
-        official    checkpoints of the authors' code
+    recipes      settings of training: ours and the paper's
+    distributed  several processes that train one model (torchrun)
+    checkpoint   models and training runs on disk and on the Hugging Face Hub
+    official     checkpoints of the authors' code
+    prediction   one interface for whatever predicts hidden activity
+    report       tables of scores
+    baselines    what a user would otherwise pick
+    plots        rasters, PSTHs, masks, scores
+    simulation   animals with known firing rates
+    data         readers (IBL, NWB, Steinmetz, Hugging Face), many sessions on disk
+    bwb          BrainWideBench: its files and submissions
+    cli          python -m mtm simulate | prepare | train | evaluate | export
 
-    Evaluation
-        metrics     bits per spike, Poisson D2, R2 of trials and PSTHs
-        tasks       the six tasks: what is hidden, what is scored
-        predict     one interface for whatever fills in hidden activity
-        evaluate    the tasks, of one session or many, into a Report
-        report      scores, neuron by neuron, and what is said of them
-        decode      choice and continuous behaviour from predicted activity
-        regression  spike counts from spike counts: ridge, Poisson, low rank
-        baselines   what a user would otherwise pick, behind the same interface
-        plots       rasters, PSTHs, masks, scores
-
-    Recordings, many and from elsewhere
-        simulate    animals with known firing rates
-        alf         sessions written as files that ONE reads
-        sources     readers: ibl, nwb, steinmetz, neuromatch, huggingface
-        bwb         BrainWideBench: its files, its tasks, a submission
-        download    large files by HTTPS, resumed where they were cut
-        prepare     many recordings to session files, in parallel
-        sessions    many recordings on disk: listed, filtered, trained on in place
-
-    Beneath it all
-        checks      settings and arrays are as they should be, or refused
-        atomic      files that are complete or not there
-        extras      packages that only some of this needs
-        cli         python -m mtm simulate | prepare | train | evaluate | export
-
-Recordings in, a trained model and honest scores out:
+Recordings in, a trained model and scores out:
 
     >>> import mtm
     >>> session = mtm.Session(counts, regions)
@@ -60,34 +38,23 @@ single-spike resolution", arXiv 2407.14668.
 """
 
 import importlib
-import importlib.util
-import os
-import sys
 from types import ModuleType
 
-if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-    # GNU's OpenMP, which torch brings on Linux, reads this when it is loaded: threads that wait for
-    # each other sleep soon. By default they stay awake for milliseconds, and where other processes
-    # compute, too, keep a core from the very thread that they wait for: training on a CPU takes
-    # several times as long then (benchmarks/threads.py). Results do not depend on it.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-from mtm.atlas import at_level
 from mtm.baselines import fit_baseline
-from mtm.decode import decode, decode_by_region, decode_choice, decode_trace
-from mtm.evaluate import evaluate
-from mtm.hub import from_pretrained, load, push_to_hub, save
+from mtm.checkpoint import from_pretrained, load, push_to_hub, save
+from mtm.data.collection import Prepared, Sessions, prepare
+from mtm.data.regions import at_level
+from mtm.decoding import decode, decode_by_region, decode_choice, decode_trace
+from mtm.evaluation import evaluate
 from mtm.masks import Mask, MaskSampler, register
 from mtm.model import MtM, MtMConfig
 from mtm.official import from_official
-from mtm.predict import mean_rates, oracle
-from mtm.prepare import Prepared, prepare
+from mtm.prediction import mean_rates, oracle
 from mtm.recipes import TrainConfig
 from mtm.report import Report, score_table
 from mtm.session import Session, SessionError, Split
-from mtm.sessions import Sessions
-from mtm.simulate import simulate
-from mtm.train import Fit, fit
+from mtm.simulation import simulate
+from mtm.training import Fit, fit
 
 __version__ = "0.1.0"
 
@@ -127,7 +94,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """The files too, as ``mtm.plots``: each is imported when it is first asked for."""
-    if name.startswith("_") or importlib.util.find_spec(f"mtm.{name}") is None:
-        raise AttributeError(f"module 'mtm' has no attribute {name!r}")
-    return importlib.import_module(f"mtm.{name}")
+    """Import ``mtm.plots`` and ``mtm.bwb`` when they are first used."""
+    if name in ("bwb", "plots"):
+        return importlib.import_module(f"mtm.{name}")
+    raise AttributeError(f"module 'mtm' has no attribute {name!r}")

@@ -22,29 +22,28 @@ from typing import Any
 
 import torch
 
-from mtm import alf, hub, parallel
-from mtm.atlas import LEVELS
+from mtm import checkpoint, distributed
 from mtm.baselines import BASELINES, fit_baseline
 from mtm.bwb import submission
-from mtm.decode import decodable, decode_by_region
-from mtm.device import pick_device
-from mtm.download import public
-from mtm.evaluate import evaluate
+from mtm.data import synthetic as alf
+from mtm.data.collection import Prepared, Sessions, prepare
+from mtm.data.download import public
+from mtm.data.regions import LEVELS
+from mtm.decoding import decodable, decode_by_region
+from mtm.evaluation import evaluate
 from mtm.masks import SCHEMES
 from mtm.model import AS_PUBLISHED, MtM, MtMConfig
 from mtm.model import CHOICES as MODEL_CHOICES
-from mtm.predict import checked_split_seed, mean_rates, oracle
-from mtm.prepare import Prepared, prepare
+from mtm.prediction import checked_split_seed, mean_rates, oracle
 from mtm.recipes import CHOICES as TRAIN_CHOICES
 from mtm.recipes import RECIPES, TrainConfig, recipe
 from mtm.report import Report, score_table
 from mtm.session import SessionError
-from mtm.sessions import Sessions
-from mtm.simulate import simulate
-from mtm.train import fit
+from mtm.simulation import simulate
+from mtm.training import fit, pick_device
 
 ORIGINS = {
-    **{name: f"mtm.sources.{name}" for name in ("nwb", "steinmetz", "huggingface")},
+    **{name: f"mtm.data.{name}" for name in ("nwb", "steinmetz", "huggingface")},
     "bwb": "mtm.bwb",
 }
 IBL_TERMS = ("project", "lab", "subject", "region", "quality")
@@ -107,7 +106,7 @@ def run_prepare(options: argparse.Namespace) -> None:
 
 def _prepare_ibl(options: argparse.Namespace, how: dict[str, Any]) -> Prepared:
     """Sessions that ONE knows: all it finds, or those of a list."""
-    from mtm.sources import ibl
+    from mtm.data import ibl
 
     if not options.username and not options.recordings.is_dir():
         raise FileNotFoundError(f"{options.recordings} is not a folder")
@@ -123,7 +122,7 @@ def _prepare_ibl(options: argparse.Namespace, how: dict[str, Any]) -> Prepared:
             raise SessionError(
                 f"{options.recordings} holds no such session with spikes that ONE knows; a cache "
                 "has a sessions.pqt, which one.save_cache() writes of what was downloaded, and "
-                "mtm.alf.index_alf for a tree of your own"
+                "mtm.data.synthetic.index_alf for a tree of your own"
             )
     else:
         eids = [*lists.get(options.eids, ())] or Path(options.eids).read_text().split()
@@ -147,8 +146,8 @@ def _prepare_files(options: argparse.Namespace, how: dict[str, Any]) -> Prepared
 
 def run_train(options: argparse.Namespace) -> None:
     """Train a model; it is kept with its settings, its history and the state of the run."""
-    with parallel.joined(options.device) as device:
-        if parallel.rank() > 0:  # one process speaks for all
+    with distributed.joined(options.device) as device:
+        if distributed.rank() > 0:  # one process speaks for all
             sys.stdout = open(os.devnull, "w")
         _train(options, device or pick_device())
 
@@ -161,7 +160,7 @@ def _train(options: argparse.Namespace, device: torch.device) -> None:
     sizes = _sizes(options, sessions[0].n_bins, config.init)
     start: MtM | MtMConfig = sizes
     if options.start:
-        start = hub.load(options.start)
+        start = checkpoint.load(options.start)
         sizes = start.config
     print(
         f"{len(sessions)} sessions, "
@@ -206,7 +205,7 @@ def _sizes(options: argparse.Namespace, n_bins: int, init: str) -> MtMConfig:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """Print the scores of a model on test trials, beside the null, the oracle and baselines."""
-    model = hub.load(options.model).to(options.device or pick_device())
+    model = checkpoint.load(options.model).to(options.device or pick_device())
     sessions = Sessions(options.sessions if len(options.sessions) > 1 else options.sessions[0])
     for path in filter(None, (options.json, options.report)):
         path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail now
@@ -314,7 +313,7 @@ def run_export(options: argparse.Namespace) -> None:
         raise ValueError("name one or more folders of models, and one or more session files (.h5)")
     tasks = submission.checked_tasks(options.tasks)
     device = options.device or pick_device()
-    models = [hub.load(folder).to(device) for folder in folders]
+    models = [checkpoint.load(folder).to(device) for folder in folders]
     submission.export(
         models,
         files,
@@ -385,7 +384,7 @@ def _prepare_options(commands: Any) -> None:
         "prepare",
         help="turn recordings into session files",
         description="Read recordings, align them to an event, bin them and write OUT/<name>.npz, "
-        "in parallel. What is there already, made with the same options, is left as it is; what "
+        "in distributed. What is there already, made with the same options, is left as it is; what "
         "cannot be read is skipped and said.",
     )
     origins = sub.add_subparsers(dest="origin", required=True, metavar="ORIGIN")

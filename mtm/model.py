@@ -611,9 +611,9 @@ class MtM(nn.Module):
     def forward(
         self,
         counts: Tensor,
+        scheme: str | None,
+        mask: Mask | None,
         session: str,
-        mask: Mask | None = None,
-        prompt: str | None = None,
         neurons: Tensor | None = None,
     ) -> Tensor:
         """Log of the expected count of every entry, hidden ones included.
@@ -633,11 +633,11 @@ class MtM(nn.Module):
             ValueError: when the counts' shape does not fit the session or the model.
         """
         causal = mask is not None and mask.causal
-        tokens = self.embed(counts, session, mask, prompt)  # (B, L, D)
+        tokens = self.embed(counts, scheme, mask, session)  # (B, L, D)
         x = self.encode(tokens, causal)  # (B, L, D)
         return self.read_out(x, session, neurons)  # (B, T, N) or (B, T)
 
-    def embed(self, counts: Tensor, session: str, mask: Mask | None, prompt: str | None) -> Tokens:
+    def embed(self, counts: Tensor, scheme: str | None, mask: Mask | None, session: str) -> Tokens:
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
         maps = self._maps(session)
         self._check(counts, session, maps)
@@ -647,8 +647,8 @@ class MtM(nn.Module):
         bins = torch.arange(self.config.n_bins, device=x.device)
         bins = bins.repeat_interleave(n_patches)  # (L,)
         front: list[Tensor] = [] if maps.token is None else [maps.token]
-        if prompt in self.config.prompts:
-            front.append(self.prompt[self.config.prompts.index(prompt)])
+        if scheme in self.config.prompts:
+            front.append(self.prompt[self.config.prompts.index(scheme)])
         if front:
             x = torch.cat([torch.stack(front).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
             bins = F.pad(bins, (len(front), 0), value=-1)
@@ -669,7 +669,7 @@ class MtM(nn.Module):
         return self.tokenizer.read_out(x, self._maps(session), neurons)
 
     def forward_many(
-        self, batches: Sequence[tuple[Tensor, str, Mask | None, str | None]]
+        self, batches: Sequence[tuple[Tensor, str | None, Mask | None, str]]
     ) -> list[Tensor]:
         """:meth:`forward` of several batches, with one pass through the encoder where possible.
 
@@ -694,7 +694,7 @@ class MtM(nn.Module):
                 joined = joined._replace(absent=torch.cat(absent))
             x = self.encode(joined, causal).split([len(part.x) for part in parts])
             for i, part in zip(members, x, strict=True):
-                log_rates[i] = self.read_out(part, batches[i][1])
+                log_rates[i] = self.read_out(part, batches[i][3])
         return [log_rates[i] for i in range(len(batches))]
 
     def _show(self, counts: Tensor, mask: Mask | None, maps: SessionMaps) -> Tensor:
@@ -714,7 +714,7 @@ class MtM(nn.Module):
         return x[:, :, None]
 
     @torch.no_grad()
-    def predict(
+    def predict_log_rates(
         self,
         counts: Tensor,
         scheme: str,
@@ -735,7 +735,7 @@ class MtM(nn.Module):
         self.eval()
         mask = Mask(mask.hidden, mask.target, mask.causal and self.config.causal)
         try:
-            return self(counts, session, mask, scheme, neurons)
+            return self(counts, scheme, mask, session, neurons)
         finally:
             self.train(was_training)
 

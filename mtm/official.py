@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtm.hub import CheckpointError
+from mtm.checkpoint import CheckpointError
+from mtm.data.ibl import PAPER_EIDS
 from mtm.masks import MTM_SCHEMES
 from mtm.model import AS_PUBLISHED, MtM, MtMConfig
-from mtm.sources.ibl import PAPER_EIDS
 
 THEIRS = {
     "tokenizer.embed_spikes": "encoder.embedder.embed_spikes",

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
 from mtm.masks import Mask, MaskSampler
-from mtm.predict import call_predictor
+from mtm.prediction import call_predictor
 from mtm.report import Mean, Report, TaskScores
 from mtm.session import Session, has_region
 

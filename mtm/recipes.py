@@ -27,7 +27,7 @@ class TrainConfig:
         epochs: passes over the training trials.
         batch_size: trials of a session in a batch, which share a masking scheme.
         batches_per_step: batches whose gradients add up to a step, of different sessions as far as
-            there are that many, each with its own mask. Several processes (see ``mtm.parallel``)
+            there are that many, each with its own mask. Several processes (see ``mtm.distributed``)
             share them out.
         micro_batch: trials that pass at once, for small memories; the loss of a step, and but for
             dropout's draws its gradient, stay the same.

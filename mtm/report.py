@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtm.atomic import replacing
+from mtm.checkpoint import replacing
 
 LABELS = ("session", "seed", "neuron", "region")  # columns that say what a row is
 COUNTS = ("spikes", "visible", "train_trials", "test_trials")

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from mtm.atomic import replacing
 from mtm.binning import bin_spikes, bin_trace, cluster_ids, places_of
+from mtm.checkpoint import replacing
 from mtm.checks import is_number
 
 FORMAT = "mtm-session"

@@ -9,7 +9,7 @@ pytest.importorskip("iblatlas")
 from iblatlas.regions import BrainRegions  # noqa: E402
 
 from mtm import Session, SessionError, at_level  # noqa: E402
-from mtm.atlas import acronyms, allen_ids, within  # noqa: E402
+from mtm.data.regions import acronyms, allen_ids, within  # noqa: E402
 
 LABELS = np.array(["CA1", "VISp5", "VISp6a", "root", "fa", "my area", "", "TH", "PO"])
 

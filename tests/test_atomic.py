@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from mtm.atomic import replacing, replacing_all
+from mtm.checkpoint import replacing, replacing_all
 
 
 def contents(folder):

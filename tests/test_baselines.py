@@ -28,7 +28,7 @@ from mtm.baselines import (
     fit_baseline,
     psth,
 )
-from mtm.tasks import TASKS
+from mtm.prediction import TASKS
 
 SCHEMES = tuple(TASKS.values())
 
@@ -154,7 +154,7 @@ def test_hidden_counts_change_nothing(fitted, small, name, scheme):
     if scheme == "causal":
         hidden = np.arange(session.n_bins)[:, None] >= rng.integers(0, session.n_bins, (5, 1, 1))
     counts, mask = shown(session, np.arange(5), hidden)
-    predict = fitted[name].predict
+    predict = fitted[name].predict_log_rates
     before = predict(counts, scheme, mask, session.name)
     other = torch.where(mask.hidden, counts + 3, counts)
     assert torch.equal(predict(other, scheme, mask, session.name), before)
@@ -165,7 +165,7 @@ def test_hidden_counts_change_nothing(fitted, small, name, scheme):
 def test_with_nothing_hidden_no_entry_sees_itself(fitted, small, name, scheme):
     session = small[0]
     counts, mask = shown(session, np.arange(3), False)
-    predict = fitted[name].predict
+    predict = fitted[name].predict_log_rates
     before = predict(counts, scheme, mask, session.name)
     for n, t in ((0, 12), (1, 20), (23, 3)):
         other = counts.clone()
@@ -187,7 +187,7 @@ def test_with_nothing_hidden_no_entry_sees_itself(fitted, small, name, scheme):
 def test_one_region_is_enough_to_look_ahead(fitted, small):
     counts, mask = shown(small[0], np.arange(3), small[0].region_codes != 2)
     for name in ("ridge", "glm"):
-        predicted = fitted[name].predict(counts, "causal", mask, small[0].name)
+        predicted = fitted[name].predict_log_rates(counts, "causal", mask, small[0].name)
         assert (predicted.std(0) > 0)[1:, small[0].region_codes == 2].all()
 
 
@@ -198,8 +198,8 @@ def test_one_neuron_is_that_column(fitted, small, name, scheme):
     hidden = np.arange(session.n_bins)[:, None] >= np.array([25, 22, 9, 0])[:, None, None]
     counts, mask = shown(session, np.arange(4), hidden if scheme == "causal" else False)
     neurons = torch.tensor([3, 1, 23, 17])
-    everything = fitted[name].predict(counts, scheme, mask, session.name)
-    one = fitted[name].predict(counts, scheme, mask, session.name, neurons=neurons)
+    everything = fitted[name].predict_log_rates(counts, scheme, mask, session.name)
+    one = fitted[name].predict_log_rates(counts, scheme, mask, session.name, neurons=neurons)
     torch.testing.assert_close(one, everything[torch.arange(4), :, neurons], rtol=0, atol=2e-5)
 
 
@@ -213,7 +213,7 @@ def test_test_trials_are_never_touched(small):
         shown_counts, mask = shown(session, np.arange(3), False)
         for scheme in one.schemes:
             before, after = (
-                x.predict(shown_counts, scheme, mask, session.name) for x in (one, two)
+                x.predict_log_rates(shown_counts, scheme, mask, session.name) for x in (one, two)
             )
             assert torch.equal(before, after)
 
@@ -258,7 +258,7 @@ def test_without_regions_the_region_schemes_are_missing(small):
     counts, mask = shown(bare, np.arange(2), False)
     assert [scheme for name, scheme in both.maps if name == "bare"] == ["neuron", "causal"]
     with pytest.raises(ValueError, match="inter-region.*has: neuron, causal"):
-        both.predict(counts, "inter-region", mask, "bare")
+        both.predict_log_rates(counts, "inter-region", mask, "bare")
     assert list(evaluate(both, bare).tasks) == ["co-smoothing", "forward-prediction"]
     assert list(evaluate(LowRankGLM(bare), bare).tasks) == ["co-smoothing", "forward-prediction"]
 
@@ -278,12 +278,12 @@ def test_errors(fitted, small):
     counts, mask = shown(first, np.arange(2), False)
     ridge = fitted["ridge"]
     with pytest.raises(SessionError, match=f"'{second.name}' is not among.*fit it on"):
-        ridge.predict(counts, "neuron", mask, second.name)
+        ridge.predict_log_rates(counts, "neuron", mask, second.name)
     fewer = Mask(mask.hidden[..., 1:], mask.target[..., 1:])
     with pytest.raises(SessionError, match="24 neurons, got"):
-        ridge.predict(counts[..., 1:], "neuron", fewer, first.name)
+        ridge.predict_log_rates(counts[..., 1:], "neuron", fewer, first.name)
     with pytest.raises(ValueError, match="no 'temporal' predictions"):
-        ridge.predict(counts, "temporal", mask, first.name)
+        ridge.predict_log_rates(counts, "temporal", mask, first.name)
     with pytest.raises(ValueError, match="split of seed 0, not 1"):
         evaluate(ridge, first, split_seed=1)
     with pytest.raises(SessionError, match="two sessions"):

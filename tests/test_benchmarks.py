@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from mtm import Session, fit, simulate, train
-from mtm.batches import SessionData
+from mtm import Session, fit, simulate, training as train
+from mtm.training import SessionData
 from mtm.masks import SCHEMES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -8,7 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from mtm import Report, Session, hub
+from mtm import Report, Session, checkpoint as hub
 from mtm.cli import main
 from mtm.recipes import TrainConfig
 

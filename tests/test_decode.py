@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from mtm import Session, SessionError, decode, oracle
-from mtm.decode import decode_by_region, decode_choice, decode_trace, principal_axes
+from mtm.decoding import decode_by_region, decode_choice, decode_trace, principal_axes
 
 
 @pytest.fixture(scope="module")

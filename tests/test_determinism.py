@@ -18,14 +18,14 @@ torch.manual_seed(int(sys.argv[2]))
 [session] = mtm.simulate(1, 40, 12, seed=5, bin_size=0.1)
 sizes = mtm.MtMConfig(n_bins=20, width=32, heads=2, depth=1, mlp_width=32, stitch_width=16)
 fit = mtm.fit(session, sizes, epochs=2, validations=2, progress=False, device="cpu", seed=11)
-report = mtm.evaluate(fit, session, tasks=[*mtm.tasks.TASKS, "choice", "wheel-speed"])
+report = mtm.evaluate(fit, session, tasks=[*mtm.prediction.TASKS, "choice", "wheel-speed"])
 print(json.dumps({
     "counts": session.counts.sum((1, 2)).tolist() + session.counts[0].argmax(0).tolist(),
     "split": [part.tolist() for part in session.split(3)],
     "weights": [float(p.double().abs().sum()) for p in fit.model.state_dict().values()],
     "history": [(e["loss"], e["mean"]) for e in fit.history],
     "neurons": {k: s.by_neuron(session.name).tolist() for k, s in report.tasks.items()
-                if k in mtm.tasks.TASKS},
+                if k in mtm.prediction.TASKS},
     "scores": {k: s.mean() for k, s in report.tasks.items()},  # decoded behaviours too
 }))
 """

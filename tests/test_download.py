@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mtm import download as module
-from mtm.download import download
+from mtm.data.download import download
 
 BODY = np.random.default_rng(0).bytes(300_000)
 

@@ -21,8 +21,8 @@ from mtm import (
     score_table,
 )
 from mtm.model import AS_PUBLISHED
-from mtm.predict import predict_held_out
-from mtm.tasks import TASKS, forward_bins
+from mtm.prediction import predict_held_out
+from mtm.prediction import TASKS, forward_bins
 
 
 class Watcher:
@@ -31,7 +31,7 @@ class Watcher:
     def __init__(self):
         self.calls = []
 
-    def predict(self, counts, scheme, mask, session):
+    def predict_log_rates(self, counts, scheme, mask, session):
         self.calls.append((counts.clone(), scheme, mask, session))
         return torch.log(counts + 1.0) + mask.hidden * -1.0
 
@@ -321,7 +321,7 @@ def one_by_one(model, session, task):
             mask = Mask(hidden, hidden, causal=task == "forward-prediction")
             counts = torch.from_numpy(session.counts[[trial]]).float()
             with torch.no_grad():
-                log_rates = model(counts, session.name, mask, prompt=TASKS[task])
+                log_rates = model(counts, TASKS[task], mask, session.name)
             found[trial, bins, n] = log_rates[0, bins, n].numpy()
     return found
 
@@ -342,7 +342,7 @@ def test_equals_one_forward_pass_for_each_neuron_and_trial(fields, task, sparse)
             found = predict_held_out(model, sparse, task, trials, wanted, batch_size=batch_size)
             np.testing.assert_allclose(found, of_these, atol=1e-6, rtol=0)
     with torch.no_grad():
-        shown = model(torch.from_numpy(sparse.counts).float(), "sparse", None, prompt=TASKS[task])
+        shown = model(torch.from_numpy(sparse.counts).float(), TASKS[task], None, "sparse")
     assert np.nanmax(np.abs(shown.numpy() - expected)) > 1e-2  # it matters what is hidden
 
 
@@ -385,8 +385,8 @@ def test_a_predictor_is_asked_for_one_neuron_if_it_can_tell(takes_neurons, sessi
     asked = []
 
     class One(Watcher):
-        def predict(self, counts, scheme, mask, session, neurons=None):
-            whole = super().predict(counts, scheme, mask, session)
+        def predict_log_rates(self, counts, scheme, mask, session, neurons=None):
+            whole = super().predict_log_rates(counts, scheme, mask, session)
             asked.append(neurons)
             if neurons is None:
                 return whole
@@ -416,11 +416,11 @@ class Narrow(Watcher):
         super().__init__()
         self.fits, self.error, self.tried = fits, error, []
 
-    def predict(self, counts, scheme, mask, session):
+    def predict_log_rates(self, counts, scheme, mask, session):
         self.tried.append(len(counts))
         if len(counts) > self.fits:
             raise self.error
-        return super().predict(counts, scheme, mask, session)
+        return super().predict_log_rates(counts, scheme, mask, session)
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu", "cpu too", "numpy"])

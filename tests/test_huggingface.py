@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 from mtm.session import Session, SessionError
-from mtm.sources import huggingface
+from mtm.data import huggingface
 
 pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402

@@ -23,10 +23,10 @@ pytest.importorskip("iblatlas")
 import pandas as pd  # noqa: E402
 
 import mtm  # noqa: E402
-from mtm.alf import index_alf, write_alf  # noqa: E402
-from mtm.atlas import acronyms  # noqa: E402
+from mtm.data.synthetic import index_alf, write_alf  # noqa: E402
+from mtm.data.regions import acronyms  # noqa: E402
 from mtm.session import Session, SessionError  # noqa: E402
-from mtm.sources import ibl  # noqa: E402
+from mtm.data import ibl  # noqa: E402
 
 K, T, N, BIN, WINDOW = 40, 100, 20, 0.02, (-0.5, 1.5)
 REGIONS = np.repeat(["CA1", "DG-mo", "LP", "PO", "SCig"], 4)
@@ -838,7 +838,7 @@ def test_local_mode_without_home_input_or_network(tree):
         f"sys.modules['mtm'].__path__ = {list(mtm.__path__)}\n"
         "def no(*a, **k): raise SystemExit('network')\n"
         "socket.socket.connect = socket.getaddrinfo = no\n"
-        "from mtm.sources import ibl\n"
+        "from mtm.data import ibl\n"
         "one = ibl.connect(sys.argv[1])\n"
         "session = ibl.load_session(one, one.search()[0], window=(0, 1))\n"
         "assert session.n_neurons == 20, session\n"

@@ -60,11 +60,11 @@ def test_hidden_entries_cannot_influence_any_output(name, fields):
     model, counts = small(**fields), counts_of()
     mask = scheme(name).draw(counts, REGIONS, scheme(name).ratio, torch.Generator().manual_seed(1))
     changed = torch.where(mask.hidden, counts + 7, counts)
-    same, other = (model(x, "a", mask, prompt=name) for x in (counts, changed))
+    same, other = (model(x, name, mask, "a") for x in (counts, changed))
     assert torch.equal(same, other)
     if not bool(mask.hidden.all()):  # and the visible ones do
         visible = torch.where(mask.hidden, counts, counts + 7)
-        assert not torch.equal(same, model(visible, "a", mask, prompt=name))
+        assert not torch.equal(same, model(visible, name, mask, "a"))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -77,23 +77,21 @@ def test_causal_mode_lets_no_future_input_reach_a_past_output(depth, fields):
     model, counts = small(depth, **fields), counts_of()
     nothing = torch.zeros_like(counts, dtype=torch.bool)
     mask = Mask(nothing, nothing, causal=True)
-    base = model(counts, "a", mask, prompt="causal")
+    base = model(counts, "causal", mask, "a")
     for t in range(1, N_BINS):
         future = counts.clone()
         future[:, t:] += 5
-        moved = (model(future, "a", mask, prompt="causal") - base).abs().amax(dim=(0, 2))
+        moved = (model(future, "causal", mask, "a") - base).abs().amax(dim=(0, 2))
         assert bool((moved[:t] == 0).all()), f"output before bin {t} moved"
         assert bool((moved[t:] > 0).all()), f"bins from {t} on must see their own input"
-    assert not torch.equal(
-        base, model(counts, "a", None, prompt="causal")
-    )  # full attention differs
+    assert not torch.equal(base, model(counts, "causal", None, "a"))  # full attention differs
 
 
 @pytest.mark.parametrize("fields", [{}, NDT2], ids=str)
 def test_gradients_agree_that_causal_mode_is_causal(fields):
     model, counts = small(5, **fields), counts_of(batch=1).requires_grad_()
     nothing = torch.zeros(counts.shape, dtype=torch.bool)
-    out = model(counts, "a", Mask(nothing, nothing, causal=True), prompt="causal")
+    out = model(counts, "causal", Mask(nothing, nothing, causal=True), "a")
     for t in (0, 4, N_BINS - 1):
         (gradient,) = torch.autograd.grad(out[0, t].sum(), counts, retain_graph=True)
         reach = gradient[0].abs().sum(dim=1)
@@ -102,18 +100,16 @@ def test_gradients_agree_that_causal_mode_is_causal(fields):
 
 def test_prompt_and_session_change_the_output_and_equal_sizes_stay_apart():
     model, counts = small(), counts_of()
-    outs = [model(counts, s, None, prompt=p) for s in "ab" for p in (*model.config.prompts, None)]
+    outs = [model(counts, p, None, s) for s in "ab" for p in (*model.config.prompts, None)]
     for i, one in enumerate(outs):
         assert not any(torch.allclose(one, other) for other in outs[i + 1 :])
-    assert torch.equal(
-        model(counts, "a", None, prompt="temporal"), model(counts, "a", None, prompt=None)
-    )
+    assert torch.equal(model(counts, "temporal", None, "a"), model(counts, None, None, "a"))
 
 
 def test_trials_of_a_batch_do_not_see_each_other():
     model, counts = small(), counts_of()
-    alone = torch.cat([model(x[None], "a", None, prompt="neuron") for x in counts])
-    torch.testing.assert_close(model(counts, "a", None, prompt="neuron"), alone)
+    alone = torch.cat([model(x[None], "neuron", None, "a") for x in counts])
+    torch.testing.assert_close(model(counts, "neuron", None, "a"), alone)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -137,7 +133,7 @@ def test_a_new_model_predicts_the_mean_counts():
     means = np.linspace(0.01, 2.0, N_NEURONS)
     model = small(init="mtm").float()
     model.add_session("new", N_NEURONS, means)
-    rates = model(counts_of().float(), "new", None, prompt="neuron").exp().mean((0, 1))
+    rates = model(counts_of().float(), "neuron", None, "new").exp().mean((0, 1))
     np.testing.assert_allclose(rates.detach(), means, rtol=0.2)
     assert model.prompt.std() < 0.1 and small(init="paper").tokenizer.time.std() > 0.5
 
@@ -167,7 +163,7 @@ def test_every_variant_starts_at_the_mean_counts(fields):
     means = np.linspace(0.01, 2.0, N_NEURONS)
     model = small(**{**fields, "init": "mtm"}).float()
     model.add_session("new", N_NEURONS, means)
-    rates = model(counts_of().float(), "new", None, prompt="neuron").exp().mean((0, 1))
+    rates = model(counts_of().float(), "neuron", None, "new").exp().mean((0, 1))
     np.testing.assert_allclose(rates.detach(), means, rtol=0.25)
 
 
@@ -240,8 +236,8 @@ def test_no_neuron_is_shown_twice():
     model._maps("filled").token.data.copy_(model._maps("a").token)
     counts = counts_of()
     filled = torch.cat([counts, torch.zeros(3, N_BINS, 2, dtype=torch.float64)], dim=2)
-    expected = model(filled, "filled", None, prompt="neuron")[:, :, :10]
-    torch.testing.assert_close(model(counts, "a", None, prompt="neuron"), expected)
+    expected = model(filled, "neuron", None, "filled")[:, :, :10]
+    torch.testing.assert_close(model(counts, "neuron", None, "a"), expected)
 
 
 def test_places_grow_with_the_largest_session():
@@ -306,7 +302,7 @@ def test_a_session_is_added_in_the_models_precision(dtype, fields):
 def test_residuals_stay_exact_under_autocast(fields):
     model = small(**fields).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        tokens = model.embed(counts_of().float(), "a", None, "neuron")
+        tokens = model.embed(counts_of().float(), "neuron", None, "a")
     assert tokens.x.dtype == torch.float32
 
 
@@ -314,7 +310,7 @@ def test_a_model_compiles_in_one_piece():
     model, counts = small().float(), counts_of().float()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(
-        compiled(counts, "a", prompt="neuron"), model(counts, "a", prompt="neuron")
+        compiled(counts, "neuron", None, "a"), model(counts, "neuron", None, "a")
     )
 
 
@@ -338,7 +334,7 @@ def test_their_attention_against_a_loop(tokenizer, n_front, causal):
     ).eval()  # fmt: skip
     counts = torch.ones(2, n_bins, n_neurons)
     counts[0, -2:] = -1
-    tokens = model.embed(counts, "a", None, "causal")
+    tokens = model.embed(counts, "causal", None, "a")
     found = model_module.pattern_of(tokens, causal, model.config).allowed
     per_bin = n_patches if tokenizer == "ndt2" else 1
     length = n_front + n_bins * per_bin
@@ -420,8 +416,8 @@ def test_rotation_is_multiplication_of_complex_numbers():
 def test_rotary_has_no_learned_time_and_knows_the_order():
     model, counts = small(positions="rotary"), counts_of()
     assert model.tokenizer.time is None
-    forward = model(counts, "a", None, prompt="neuron")
-    backward = model(counts.flip(1), "a", None, prompt="neuron").flip(1)
+    forward = model(counts, "neuron", None, "a")
+    backward = model(counts.flip(1), "neuron", None, "a").flip(1)
     assert not torch.allclose(forward, backward)
 
 
@@ -552,8 +548,8 @@ def test_one_neuron_of_each_trial_can_be_read_out(name, fields):
     model, counts = small(**fields), counts_of(batch=4)
     mask = scheme(name).draw(counts, REGIONS, 0.3, torch.Generator().manual_seed(1))
     neurons = torch.tensor([0, 9, 4, 9])
-    whole = model.predict(counts, name, mask, "a")
-    one = model.predict(counts, name, mask, "a", neurons)
+    whole = model.predict_log_rates(counts, name, mask, "a")
+    one = model.predict_log_rates(counts, name, mask, "a", neurons)
     assert one.shape == (4, N_BINS)
     torch.testing.assert_close(one, whole[torch.arange(4), :, neurons], atol=1e-12, rtol=0)
 
@@ -568,7 +564,7 @@ def test_a_model_that_does_not_see_the_mask_takes_hidden_for_silent(fields):
     nobody = torch.zeros_like(counts, dtype=torch.bool)
     third = nobody.clone()
     third[:, :, 3] = True
-    hidden, shown = (model(counts, "a", Mask(m, m), prompt="neuron") for m in (third, nobody))
+    hidden, shown = (model(counts, "neuron", Mask(m, m), "a") for m in (third, nobody))
     assert torch.equal(hidden, shown) != model.sees_mask
 
 
@@ -576,7 +572,9 @@ def test_predict_leaves_the_model_as_it_was(sessions):
     model = small(dropout=0.5).train()
     counts = counts_of()
     nothing = torch.zeros(counts.shape, dtype=torch.bool)
-    first, second = (model.predict(counts, "neuron", Mask(nothing, nothing), "a") for _ in range(2))
+    first, second = (
+        model.predict_log_rates(counts, "neuron", Mask(nothing, nothing), "a") for _ in range(2)
+    )
     assert torch.equal(first, second) and model.training and not first.requires_grad
 
 
@@ -584,7 +582,7 @@ def test_a_model_never_trained_causally_is_not_used_causally():
     model, counts = small(causal=False), counts_of()
     nothing = torch.zeros(counts.shape, dtype=torch.bool)
     full, causal = (
-        model.predict(counts, "causal", Mask(nothing, nothing, causal=c), "a")
+        model.predict_log_rates(counts, "causal", Mask(nothing, nothing, causal=c), "a")
         for c in (False, True)
     )
     assert torch.equal(full, causal)

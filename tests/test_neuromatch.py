@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from test_steinmetz import NAME, K, write_folder
 
 from mtm.session import SessionError
-from mtm.sources import steinmetz
-from mtm.sources.neuromatch import load_bundle
+from mtm.data import steinmetz
+from mtm.data.neuromatch import load_bundle
 
 REAL = Path(__file__).parents[2] / "shared/data/steinmetz2019"
 

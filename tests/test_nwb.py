@@ -24,7 +24,7 @@ from hypothesis import strategies as st  # noqa: E402
 from pynwb import behavior as nwb_behavior  # noqa: E402
 
 from mtm.session import Session, SessionError  # noqa: E402
-from mtm.sources import nwb  # noqa: E402
+from mtm.data import nwb  # noqa: E402
 
 REAL = Path(__file__).parents[2] / "shared/data/A2929-200711.nwb"
 N, K, WINDOW = 6, 40, (-0.2, 0.6)

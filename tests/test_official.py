@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from mtm import from_official, hub, official
-from mtm.sources.ibl import PAPER_EIDS
+from mtm import from_official, checkpoint as hub, official
+from mtm.data.ibl import PAPER_EIDS
 
 
 def theirs(tokens=True, ndt2=False):
@@ -114,7 +114,7 @@ def test_their_ndt2_with_tokens_in_front():
     counts = torch.poisson(torch.ones(2, 5, 3))
     for row, name in enumerate(TWO):
         shown = torch.cat([counts, counts[..., :1]], dim=2)[..., : TWO[name]]
-        tokens = model.embed(shown, name, None, "inter-region").x
+        tokens = model.embed(shown, "inter-region", None, name).x
         assert torch.equal(tokens[0, 0], embedder["embed_session"].weight[row])
         assert torch.equal(tokens[0, 1], embedder["embed_prompt"].weight[2])
         filled = torch.cat([counts, counts[..., [0 if TWO[name] == 4 else 1]]], dim=2)

@@ -16,7 +16,7 @@ import pytest
 
 import mtm
 from mtm import MtM, MtMConfig, Session, cli, from_pretrained, prepare, push_to_hub
-from mtm.sources import ibl, nwb
+from mtm.data import ibl, nwb
 
 PACKAGE = Path(mtm.__file__).parent
 ROOT = PACKAGE.parent
@@ -122,7 +122,7 @@ def refuse(event, arguments):
 
 sys.addaudithook(refuse)
 import mtm, mtm.cli
-from mtm.sources import huggingface, ibl, neuromatch, nwb, steinmetz
+from mtm.data import huggingface, ibl, neuromatch, nwb, steinmetz
 
 (session,) = mtm.simulate(1, 30, 8, seed=0)
 model = mtm.fit(session, depth=1, epochs=1, progress=False).model

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtm import MtM, MtMConfig, Session, Sessions, fit, load, parallel, simulate
-from mtm.batches import Batch
+from mtm import MtM, MtMConfig, Session, Sessions, fit, load, distributed as parallel, simulate
+from mtm.training import Batch
 from mtm.masks import MaskSampler
 from mtm.recipes import TrainConfig
-from mtm.run import states
-from mtm.train import _learning, accumulate
+from mtm.checkpoint import states
+from mtm.training import _learning, accumulate
 
 SETTINGS = ["--depth", "1", "--epochs", "4", "--validations", "4", "--batch-size", "8"]
 SETTINGS += ["--device", "cpu", "--batches-per-step", "6"]
@@ -128,7 +128,7 @@ def test_what_is_said_to_learn_in_a_step_is_what_gets_a_gradient(schemes, fields
         for session in sessions[:2]:
             counts = torch.from_numpy(session.counts).float()
             mask = sampler.draw(name, counts, torch.from_numpy(session.region_codes))
-            batches.append(Batch(counts, session.name, mask, name))
+            batches.append(Batch(counts, name, mask, session.name))
         accumulate(model, batches, TrainConfig())
         learning = _learning(model, [(batch.session, name) for batch in batches])
         assert {id(p) for p in learning} == {

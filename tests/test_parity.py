@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from mtm import Mask, Session, evaluate, metrics
-from mtm.batches import Batch
+from mtm.training import Batch
 from mtm.masks import MTM_SCHEMES
 from mtm.official import _their_key, from_official
 from mtm.recipes import TrainConfig
-from mtm.train import accumulate
+from mtm.training import accumulate
 
 FILES = {"ndt1_prompt.pt": 12, "ndt1_no_prefix.pt": 6, "ndt2_no_prefix.pt": 6}
 
@@ -49,7 +49,7 @@ def batch(case):
     hidden, target = (case[key][..., :n].bool() for key in ("input_mask", "target_mask"))
     real = case["time_attn_mask"].bool()[:, :, None]  # padded bins are not scored
     mask = Mask(hidden, target & real, causal=case["mode"] == "causal")
-    return Batch(case["spikes"][..., :n].float(), eid(case), mask, case["mode"])
+    return Batch(case["spikes"][..., :n].float(), case["mode"], mask, eid(case))
 
 
 def test_log_rates_equal_the_authors(fixture):
@@ -164,7 +164,7 @@ def test_forward_prediction_equals_the_authors(scored):
     hidden = torch.zeros(session.counts.shape, dtype=torch.bool)
     hidden[:, bins] = True
     counts = torch.from_numpy(session.counts).float()
-    log_rates = model.predict(counts, "causal", Mask(hidden, hidden, True), session.name)
+    log_rates = model.predict_log_rates(counts, "causal", Mask(hidden, hidden, True), session.name)
     predicted, observed = log_rates[:, bins].numpy(), session.counts[:, bins]
     conditions = np.stack([session.behaviour[key] for key in ("choice", "reward", "block")], axis=1)
     table = {
@@ -188,7 +188,7 @@ def test_their_causal_mode_leaks_and_ours_does_not(fixture):
     for leak in (True, False):
         object.__setattr__(model.config, "leak", leak)
         before, after = (
-            model(x, session, Mask(nothing, nothing, True), prompt)[:, :-1]
+            model(x, prompt, Mask(nothing, nothing, True), session)[:, :-1]
             for x in (counts, future)
         )
         assert torch.equal(before, after) != leak

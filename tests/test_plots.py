@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtm import Report, evaluate, mean_rates, oracle, plots
-from mtm.tasks import TASKS
+from mtm.prediction import TASKS
 
 
 @pytest.fixture

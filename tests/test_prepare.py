@@ -185,7 +185,7 @@ def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
         "import sys, types, numpy as np\n"
         "sys.modules['mtm'] = stub = types.ModuleType('mtm')\n"  # no torch: it takes seconds
         f"stub.__path__, stub.__version__ = {list(mtm.__path__)}, '0'\n"
-        "from mtm.prepare import prepare\n"
+        "from mtm.data.collection import prepare\n"
         "from mtm.session import Session\n"
         "def load(i):\n"
         "    return Session(np.random.default_rng(i).poisson(1, (200, 50, 200)), name=str(i))\n"

@@ -18,9 +18,9 @@ from mtm import (
     oracle,
     score_table,
 )
-from mtm.predict import predict_held_out
+from mtm.prediction import predict_held_out
 from mtm.report import Mean, TaskScores, mean_of
-from mtm.tasks import TASKS
+from mtm.prediction import TASKS
 
 
 def table(session, seed, scores, regions, spikes=None):

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from mtm import Session, fit, load, save, simulate, train
-from mtm.hub import read_config
+from mtm import Session, fit, load, save, simulate, training as train
+from mtm.checkpoint import read_config
 from mtm.masks import MTM_SCHEMES
-from mtm.run import StateError, read_state, states
+from mtm.checkpoint import StateError, read_state, states
 
 ALONE = {"batch_size": 8, "batches_per_step": 1}
 SHORT = {"epochs": 4, "validations": 3, "progress": False, "device": "cpu", **ALONE}
@@ -97,7 +97,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import mtm
-from mtm.run import states
+from mtm.checkpoint import states
 
 folder, kills = sys.argv[1], int(sys.argv[2])
 sessions = mtm.simulate(2, 60, 12, seed=3, mean_rate=30.0, bin_size=0.1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mtm import Session, SessionError, Sessions, evaluate, fit
-from mtm.sessions import Entry
+from mtm.data.collection import Entry
 
 
 def make(name, seed=0, n_trials=30, n_neurons=12, **fields):
@@ -223,8 +223,8 @@ def test_counts_above_255_train_too():
     session = make("wide")
     session = Session((session.counts * 9000.0).clip(max=65_535), session.regions, "wide")
     assert session.counts.dtype == np.uint16 and session.counts.max() > np.iinfo(np.int16).max
-    from mtm.batches import SessionData
-    from mtm.train import TrainConfig
+    from mtm.training import SessionData
+    from mtm.training import TrainConfig
 
     cpu = torch.device("cpu")
     data = SessionData(session, TrainConfig(), cpu)
@@ -279,7 +279,7 @@ def test_training_keeps_counts_where_they_are(tmp_path):
     code = (
         "import re, sys, torch\n"
         "from mtm import Sessions\n"
-        "from mtm.batches import SessionData\nfrom mtm.train import TrainConfig\n"
+        "from mtm.training import SessionData\nfrom mtm.training import TrainConfig\n"
         "def own():\n"
         "    status = open('/proc/self/status').read()\n"
         "    return int(re.search(r'RssAnon:\\s+(\\d+)', status)[1]) / 1e3\n"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mtm import evaluate, mean_rates, oracle
-from mtm.simulate import CIRCUIT, simulate
-from mtm.tasks import TASKS
+from mtm.simulation import CIRCUIT, simulate
+from mtm.prediction import TASKS
 
 
 def test_same_seed_same_data_whatever_else_is_made():

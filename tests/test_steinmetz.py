@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtm.session import Session, SessionError
-from mtm.sources import steinmetz
+from mtm.data import steinmetz
 
 NAME = "Cori_2016-12-14"
 K, N, S = 9, 6, 4000

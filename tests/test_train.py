@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from mtm import MtM, MtMConfig, SessionError, decode, evaluate, fit, hub, save
-from mtm.batches import Batch, SessionData, steps_of
+from mtm import MtM, MtMConfig, SessionError, checkpoint as hub, decode, evaluate, fit, save
+from mtm.training import Batch, SessionData, steps_of
 from mtm.masks import MTM_SCHEMES, Mask, MaskSampler
 from mtm.recipes import RECIPES, TrainConfig, recipe
 from mtm.session import Session
-from mtm.train import (
+from mtm.training import (
     _parameter_groups,
     _passes,
     accumulate,
@@ -360,7 +360,7 @@ def batches_of(sessions, schemes=("neuron", "causal", "intra-region", "temporal"
         session = sessions[i % len(sessions)]
         counts = torch.from_numpy(session.counts[i : i + 5 + i]).double()
         mask = sampler.draw(name, counts, torch.from_numpy(session.region_codes))
-        batches.append(Batch(counts, session.name, mask, name))
+        batches.append(Batch(counts, name, mask, session.name))
     return batches
 
 

@@ -8,8 +8,8 @@ from contextlib import redirect_stderr
 import pytest
 import torch
 
-from mtm import MtMConfig, evaluate, fit, plots, simulate, watch
-from mtm.watch import flat, write_history
+from mtm import MtMConfig, evaluate, fit, plots, simulate, training as watch
+from mtm.training import flat, write_history
 
 SHORT = {"epochs": 4, "validations": 4, "device": "cpu", "batch_size": 8, "batches_per_step": 1}
 

@@ -10,7 +10,7 @@ Read in this order::
 """
 
 from mtm.bwb.files import BUILDS, Entry, download, list_sessions, load_session, ts2_windows
-from mtm.bwb.simulated import write_session
+from mtm.data.synthetic import write_session
 
 __all__ = [
     "BUILDS",

@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 
-from mtm.decode import CHOICE_PENALTIES, FOLDS, TRACE_PENALTIES, fitted
+from mtm.decoding import CHOICE_PENALTIES, FOLDS, TRACE_PENALTIES, fitted
 
 LOWEST = float(np.log(1e-9))  # of a log-rate or log-probability: that of 0 would be infinite
 

@@ -39,11 +39,11 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from mtm.atlas import LEVELS
 from mtm.binning import n_bins, ordered_samples
+from mtm.checkpoint import extra
 from mtm.checks import one_of
-from mtm.download import download as fetch
-from mtm.extras import extra
+from mtm.data.download import download as fetch
+from mtm.data.regions import LEVELS
 from mtm.session import Session, SessionError, Split
 
 BUCKET = "https://brain-wide-bench.s3.amazonaws.com"
@@ -152,7 +152,7 @@ def download(
 
     The file becomes ``<folder>/<build>/ibl_brain_wide_bench_2026/<regime>/<uuid>.h5``, as in the
     bucket, so that the builds stay apart and the benchmark's own code finds it. What is there
-    already is downloaded again only if the benchmark has made it anew; see `mtm.download.download`,
+    already is downloaded again only if the benchmark has made it anew; see `mtm.data.download.download`,
     also for what it raises.
 
     Args:

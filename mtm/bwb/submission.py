@@ -29,7 +29,6 @@ from safetensors.numpy import save_file
 from sklearn.metrics import r2_score
 from tqdm import tqdm
 
-from mtm.atomic import replacing
 from mtm.bwb.decoders import LOWEST, decode_classes, decode_counts, decode_traces
 from mtm.bwb.files import SUITES
 from mtm.bwb.tasks import (
@@ -46,12 +45,13 @@ from mtm.bwb.tasks import (
     trials,
     truth,
 )
-from mtm.decode import FOLDS, principal_axes
+from mtm.checkpoint import replacing
+from mtm.decoding import FOLDS, principal_axes
 from mtm.masks import Mask, scheme
 from mtm.model import MtM
-from mtm.predict import Model, call_predictor, in_batches, require_finite, trials_at_once
+from mtm.prediction import Model, call_predictor, in_batches, require_finite, trials_at_once
 from mtm.session import SessionError
-from mtm.train import Fit
+from mtm.training import Fit
 
 FIRST_SEED, LEAST_SEEDS = 43, 3
 SCORER = "0.1.0"  # version of the scorer whose files these are
@@ -77,7 +77,7 @@ def predict_windows(
     """Log-rates that a predictor gives in windows of 1 s, each gathered when it is needed.
 
     Args:
-        predictor: a model, or ``predict(counts, scheme, mask, session)``; see `mtm.predict`.
+        predictor: a model, or ``predict(counts, scheme, mask, session)``; see `mtm.prediction`.
         recording: from `read`.
         starts: (W,) of the windows, seconds.
         prompt: masking scheme whose prompt, and direction of attention, is used.
@@ -360,7 +360,7 @@ def require_untaught(models: dict[int, Model], recording: Recording) -> None:
 
     The two suites split a recording in different ways: training time of one is test time of the
     other. Models and baselines keep fingerprints of what they learned from; see
-    `mtm.predict.require_unseen`.
+    `mtm.prediction.require_unseen`.
 
     Raises:
         SessionError: naming session, number of windows, and remedy.

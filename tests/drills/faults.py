@@ -61,8 +61,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import mtm  # noqa: E402
 from mtm import bwb, download, hub  # noqa: E402
 from mtm import run as runs  # noqa: E402
-from mtm.hub import CheckpointError  # noqa: E402
-from mtm.run import StateError  # noqa: E402
+from mtm.checkpoint import CheckpointError  # noqa: E402
+from mtm.checkpoint import StateError  # noqa: E402
 from mtm.session import SessionError  # noqa: E402
 
 TIMINGS = ("seconds", "trials_per_second", "tokens_per_second", "memory_gb")  # differ run by run
@@ -582,7 +582,7 @@ def _kinds(folder: Path) -> dict[str, Kind]:
         read = mtm.load(folder)
         counts = torch.ones(1, read.config.n_bins, 12)
         mask = mtm.Mask(counts < 0, counts < 0, causal=False)
-        predicted = read.predict(counts, "neuron", mask, read.session_names[0])
+        predicted = read.predict_log_rates(counts, "neuron", mask, read.session_names[0])
         whole = {k: (v.dtype, v.tolist()) for k, v in read.state_dict().items()}
         info = hub.read_config(folder).get("info")
         return repr([read.config, read.session_names, read.summary(), whole, info, predicted.shape])
@@ -766,7 +766,7 @@ def drill_memory(folder: Path, quick: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     session = mtm.simulate(1, 60, 12, seed=3, mean_rate=30.0, bin_size=0.1)[0]
     model = mtm.MtM(mtm.MtMConfig(depth=1, bin_size=0.1, **SIZES), {session.name: 12}).eval()
-    tasks = [*mtm.tasks.TASKS, "choice"]
+    tasks = [*mtm.prediction.TASKS, "choice"]
     usual = mtm.evaluate(model, session, tasks=tasks)
     for fits in (1, 3, 7):
         plain = mtm.evaluate(model, session, tasks=tasks, batch_size=fits)
@@ -799,7 +799,7 @@ def drill_memory(folder: Path, quick: bool) -> dict[str, Any]:
 @contextlib.contextmanager
 def _narrow(fits: int, error: Exception) -> Iterator[list[int]]:
     """Within, a model predicts at most so many trials at once; yields the sizes it refused."""
-    whole, refused = mtm.MtM.predict, []
+    whole, refused = mtm.MtM.predict_log_rates, []
 
     @functools.wraps(whole)
     def narrow(self: mtm.MtM, counts: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
@@ -808,11 +808,11 @@ def _narrow(fits: int, error: Exception) -> Iterator[list[int]]:
             raise error
         return whole(self, counts, *rest, **options)
 
-    mtm.MtM.predict = narrow
+    mtm.MtM.predict_log_rates = narrow
     try:
         yield refused
     finally:
-        mtm.MtM.predict = whole
+        mtm.MtM.predict_log_rates = whole
 
 
 def _difference(one: mtm.Report, other: mtm.Report) -> float:
@@ -1019,7 +1019,7 @@ def _ask_nwb(fault: str, place: Path) -> Question:
     import h5py
     import remfile
 
-    from mtm.sources import nwb
+    from mtm.data import nwb
 
     nwb.TIMEOUT = PATIENCE
     remfile.RemFile._num_request_retries = 1  # two tries of its nine, for the time
@@ -1038,7 +1038,7 @@ def _ask_one(part: str, fault: str, place: Path) -> Question:
     import one.params
     import test_ibl
 
-    from mtm.sources import ibl
+    from mtm.data import ibl
 
     class Faulty(test_ibl.Alyx):
         """IBL's server, of which a part is faulty."""

@@ -58,7 +58,7 @@ with contextlib.redirect_stderr(io.StringIO()), instrumented(include=["mtm"]):  
     import mtm
     from mtm import binning, cli, hub, masks, metrics, official, recipes, run
     from mtm.bwb.tasks import mean_recall, poisson_scores
-    from mtm.sources import huggingface
+    from mtm.data import huggingface
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
@@ -662,13 +662,13 @@ def hidden_values(draw: Draw) -> None:
     )
     value = draw(st.sampled_from([0.0, 1.0, 65535.0, math.inf, math.nan]))
     other = torch.where(mask.hidden, value, counts)
-    shown, changed = (model.predict(x, name, mask, "any") for x in (counts, other))
+    shown, changed = (model.predict_log_rates(x, name, mask, "any") for x in (counts, other))
     check(torch.equal(shown, changed), "hidden values reach the output")
     if mask.causal:
         bin_ = draw(st.integers(0, n_bins - 1))
         later = counts.clone()
         later[:, bin_ + 1 :] += 3
-        ahead = model.predict(later, name, mask, "any")
+        ahead = model.predict_log_rates(later, name, mask, "any")
         check(
             torch.equal(shown[:, : bin_ + 1], ahead[:, : bin_ + 1]), "the future reaches the past"
         )
@@ -815,7 +815,7 @@ def model_config(draw: Draw) -> None:
     with refusing("session 'any'"):  # the authors' NDT2 takes no fewer than a patch
         model = mtm.MtM(made, {"any": 3}).train(draw(st.booleans()))
     prompt = draw(st.none() | TEXT)
-    out = model(torch.ones(2, made.n_bins, 3), "any", None, prompt)
+    out = model(torch.ones(2, made.n_bins, 3), prompt, None, "any")
     check(out.shape == (2, made.n_bins, 3) and out.isfinite().all(), "output")
 
 
@@ -1066,7 +1066,9 @@ def alf_folder(draw: Draw) -> None:
         neurons={"probe": draw(st.lists(st.just("probe00") | TEXT, min_size=n, max_size=n))},
     )
     with refusing("session 'any', "):
-        folder = mtm.alf.write_alf(made, FOLDER / "alf" / str(draw(st.integers(0, 10**9))))
+        folder = mtm.data.synthetic.write_alf(
+            made, FOLDER / "alf" / str(draw(st.integers(0, 10**9)))
+        )
     spikes = np.load(next(folder.rglob("spikes.times.npy")))
     check((np.diff(spikes) >= 0).all() and np.isfinite(spikes).all(), "spike times")
     shutil.rmtree(folder)

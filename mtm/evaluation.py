@@ -1,4 +1,4 @@
-"""Hide parts of the test trials, predict them, score the predictions: the six tasks of `mtm.tasks`.
+"""Hide parts of the test trials, predict them, score the predictions: the six tasks of `mtm.prediction`.
 
 Source: arXiv 2407.14668, section 4.
 """
@@ -12,17 +12,18 @@ import numpy as np
 from scipy.special import logsumexp
 
 from mtm import metrics
-from mtm.decode import decodable, decode
-from mtm.predict import (
+from mtm.decoding import decodable, decode
+from mtm.prediction import (
+    TASKS,
     Predicts,
     checked_split_seed,
     predict_held_out,
     predictor_of,
+    queries_of,
     require_unseen,
 )
 from mtm.report import Report, TaskScores
 from mtm.session import Session, SessionError
-from mtm.tasks import TASKS, queries_of
 
 CONDITIONS = ("choice", "reward", "block")
 """Behaviours that make up a trial's condition in PSTH R2."""
@@ -48,7 +49,7 @@ def evaluate(
             names has one for each.
         session: the recording, or several, one after the other: :class:`mtm.Sessions` are read
             from disk in turn.
-        tasks: some of :data:`mtm.tasks.TASKS`, and names of behaviours. Default: all that the
+        tasks: some of :data:`mtm.prediction.TASKS`, and names of behaviours. Default: all that the
             session and the predictor allow. Of several sessions, those that lack a behaviour are
             left out there.
         trials: indices of the scored trials. Default: the test trials of ``session.split``.

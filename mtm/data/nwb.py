@@ -39,8 +39,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mtm.binning import ordered_samples
-from mtm.download import public, time_limit
-from mtm.extras import extra
+from mtm.checkpoint import extra
+from mtm.data.download import public, time_limit
 from mtm.session import Session, SessionError, has_region
 
 REGION_SOURCES = (

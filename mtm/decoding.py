@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from mtm.masks import Mask, scheme
-from mtm.predict import (
+from mtm.prediction import (
     Model,
     Predicts,
     call_predictor,
@@ -99,12 +99,12 @@ def decode(
     trials in which it is 1 are fitted and scored, as in the paper.
 
     Args:
-        predictor: as in :func:`mtm.evaluate.evaluate`.
+        predictor: as in :func:`mtm.evaluate`.
         session: the recording.
         behaviours: names; default ``choice`` where known, and all behaviours of shape (K, T).
         region: let the predictor see this region only, and decode from its neurons.
         split_seed: of ``session.split``; default the one the model was trained with, else 0.
-        batch_size, allow_seen: as in :func:`mtm.evaluate.evaluate`.
+        batch_size, allow_seen: as in :func:`mtm.evaluate`.
 
     Returns:
         behaviour -> :class:`Decoded`.

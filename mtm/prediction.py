@@ -26,8 +26,56 @@ from mtm import metrics
 from mtm.masks import Mask
 from mtm.model import MtM
 from mtm.session import Session, SessionError
-from mtm.tasks import TASKS, queries_of
-from mtm.train import Fit
+from mtm.training import Fit
+
+TASKS = {
+    "co-smoothing": "neuron",
+    "forward-prediction": "causal",
+    "inter-region": "inter-region",
+    "intra-region": "intra-region",
+}
+"""Each activity task, and the masking scheme that trains for it (whose prompt is shown)."""
+
+
+def forward_bins(n_bins: int) -> tuple[int, int]:
+    """The bins that forward prediction hides: the last 10 %, at least one; (start, stop)."""
+    return n_bins - max(1, round(0.1 * n_bins)), n_bins
+
+
+def queries_of(
+    task: str, session: Session, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """What to hide and score in turn: hidden (Q, N), scored (Q, N) bool, and the bins of both.
+
+    Args:
+        task: one of :data:`TASKS`.
+        session: the recording.
+        wanted: (N,) bool, neurons to score; regional tasks take those with a label.
+
+    Raises:
+        ValueError: for an unknown task.
+        SessionError: where there is no neuron to score.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    codes = session.region_codes
+    labelled = codes >= 0
+    if not (wanted & labelled if task.endswith("region") else wanted).any():
+        raise SessionError(f"session {session.name!r}, {task}: no neuron to score")
+    eye = np.eye(session.n_neurons, dtype=bool)
+    if task == "forward-prediction":
+        everything = np.ones((1, session.n_neurons), dtype=bool)
+        return everything, wanted[None], forward_bins(session.n_bins)
+    if task == "co-smoothing":
+        hidden = scored = eye[wanted]
+    elif task == "inter-region":
+        hidden = codes[None] == np.unique(codes[wanted & labelled])[:, None]
+        scored = hidden & wanted
+    else:
+        scored = eye[wanted & labelled]
+        hidden = scored | (codes[None] != codes[scored.argmax(axis=1)][:, None])
+    return hidden, scored, (0, session.n_bins)
+
 
 TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}
 """Tokens of a batch, unless another size is asked for: what was fastest on a CPU, whose cache does
@@ -39,7 +87,7 @@ OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", 
 class Predictor(Protocol):
     """Whatever can fill in hidden activity."""
 
-    def predict(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
+    def predict_log_rates(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
         """Log-rates (B, T, N) for counts (B, T, N) in which ``mask.hidden`` entries are 0."""
 
 
@@ -63,7 +111,7 @@ def predictor_of(predictor: Predicts | Mapping[str, Predicts], name: str) -> Pre
     if isinstance(predictor, Tensor):
         return predictor.cpu().numpy()
     if not isinstance(predictor, np.ndarray):
-        require_signature(getattr(predictor, "predict", predictor))
+        require_signature(getattr(predictor, "predict_log_rates", predictor))
     return predictor
 
 
@@ -161,7 +209,7 @@ def predict_held_out(
     Args:
         predictor: see :func:`mtm.evaluate`.
         session: the recording.
-        task: one of :data:`mtm.tasks.TASKS`.
+        task: one of :data:`mtm.prediction.TASKS`.
         trials: (K',) indices; default the test trials, as in :func:`mtm.evaluate`.
         wanted: (N,) bool, neurons to score; default all.
         batch_size: see :func:`mtm.evaluate`.
@@ -353,7 +401,7 @@ def in_batches(
 def takes_neurons(predictor: Model) -> bool:
     """Whether a predictor can be asked for one neuron of each trial, with ``neurons`` (B,)."""
     try:
-        predict: Any = getattr(predictor, "predict", predictor)
+        predict: Any = getattr(predictor, "predict_log_rates", predictor)
         signature = inspect.signature(predict)
     except (TypeError, ValueError):  # some built-in functions have none
         return False
@@ -390,7 +438,7 @@ def call_predictor(
     Raises:
         ValueError: when their shape is another.
     """
-    predict: Any = getattr(predictor, "predict", predictor)
+    predict: Any = getattr(predictor, "predict_log_rates", predictor)
     one_each = {} if neurons is None else {"neurons": neurons}
     predicted = predict(counts, scheme, mask, name, **one_each)
     predicted = torch.as_tensor(predicted, device=counts.device)

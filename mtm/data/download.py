@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mtm.atomic import room_for
+from mtm.checkpoint import room_for
 
 ATTEMPTS, WAIT = 4, 1.0  # tries without a new byte; seconds before the second, then doubled
 CHUNK = 1 << 20  # bytes

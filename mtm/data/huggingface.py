@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import numpy as np
 from scipy.sparse import csr_array
 
-from mtm.extras import extra
+from mtm.checkpoint import extra
 from mtm.session import Session, SessionError, Split, reading
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}

@@ -2,7 +2,7 @@
 
 Facts about the files are from the authors' notes ("data files" in the wiki of their repository
 nsteinme/steinmetz-et-al-2019, as quoted in NWB conversions of the data; its issues 1 and 2; its
-findMoveTimes.m). Neuromatch's copy of the recordings is read by `mtm.sources.neuromatch`.
+findMoveTimes.m). Neuromatch's copy of the recordings is read by `mtm.data.neuromatch`.
 
 A session's behaviours, where NaN = missing:
 
@@ -11,7 +11,7 @@ A session's behaviours, where NaN = missing:
 - ``go-cue-time``, ``response-time``, ``feedback-time`` (K,): s from the event aligned to.
 - ``reaction-time`` (K,): s from the stimulus to the onset of the first wheel move detected later
   than 0.1 s before the stimulus, if before the feedback.
-- ``wheel-speed`` (K, T) rad/s: as in `mtm.sources.ibl`; the encoder has 1,440 ticks a turn.
+- ``wheel-speed`` (K, T) rad/s: as in `mtm.data.ibl`; the encoder has 1,440 ticks a turn.
 - ``face-motion-energy`` (K, T), arbitrary units, averaged in each bin.
 
 Repairs: unsorted spikes are sorted; a trial without the event is left out; infinite values of a

@@ -1,7 +1,7 @@
 """International Brain Laboratory recordings through ONE: an eid in, a Session out.
 
 Only ONE-api and iblatlas are needed, not ibllib. The same code reads the public server and a folder
-on disk (downloaded, or written by `mtm.alf`), because it asks ONE for nothing but lists of datasets
+on disk (downloaded, or written by `mtm.data.synthetic`), because it asks ONE for nothing but lists of datasets
 and datasets. Facts about IBL's own pipeline are from ibllib (``brainbox.io.one``,
 ``brainbox.behavior.wheel``) and from MtM's data preparation; where those lose or mix up data, this
 does not.
@@ -32,13 +32,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from mtm.atlas import LEVELS, acronyms, within
 from mtm.binning import ordered_samples, wheel_speed
+from mtm.checkpoint import extra
 from mtm.checks import one_of
-from mtm.download import time_limit
-from mtm.extras import extra
-from mtm.prepare import Prepared
-from mtm.prepare import prepare as run
+from mtm.data.collection import Prepared
+from mtm.data.collection import prepare as run
+from mtm.data.download import time_limit
+from mtm.data.regions import LEVELS, acronyms, within
 from mtm.session import Session, SessionError
 
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
@@ -99,7 +99,7 @@ def connect(
     """A ONE on a folder, or, with credentials, on IBL's public server. Never asks anything.
 
     With ``cache_dir`` alone, ONE works in local mode: no network, no account, nothing written. The
-    folder needs ONE's tables (``sessions.pqt``, ``datasets.pqt``): `mtm.alf.index_alf` makes them
+    folder needs ONE's tables (``sessions.pqt``, ``datasets.pqt``): `mtm.data.synthetic.index_alf` makes them
     for an ALF tree, ``one.save_cache()`` for what a server's ONE has downloaded.
 
     With credentials, ONE logs in at ``base_url`` and downloads what is loaded into ``cache_dir``,
@@ -135,13 +135,13 @@ def connect(
                 ) from None
     if cache_dir is None:
         raise ValueError(
-            "pass cache_dir, a folder with ONE's tables (mtm.alf.index_alf makes them), or "
+            "pass cache_dir, a folder with ONE's tables (mtm.data.synthetic.index_alf makes them), or "
             f"username and password, or token: accounts are made at {base_url}/signup"
         )
     for table in ("sessions.pqt", "datasets.pqt"):
         if not (Path(cache_dir) / table).is_file():
             raise FileNotFoundError(
-                f"{Path(cache_dir) / table} is missing; on an ALF tree, run `from mtm.alf import "
+                f"{Path(cache_dir) / table} is missing; on an ALF tree, run `from mtm.data.synthetic import "
                 f"index_alf; index_alf({str(cache_dir)!r})`, or pass credentials to download"
             )
     return api.One(cache_dir=Path(cache_dir), mode="local")

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from mtm.checkpoint import extra
 from mtm.checks import one_of
-from mtm.extras import extra
 from mtm.session import Session, SessionError, has_region
 
 LEVELS = ("Allen", "Beryl", "Cosmos")

@@ -13,30 +13,344 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import heapq
+import importlib.util
+import math
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from mtm import parallel
-from mtm.batches import Batch, SessionData, Trials, home_of, steps_of, steps_per_epoch
-from mtm.device import autocast, compiled, peak_memory, pick_device, setup_of
+from mtm import distributed
+from mtm.checkpoint import History, Run, best_entry, without_nan, write_history
 from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
-from mtm.metrics import LOG2
-from mtm.model import AS_PUBLISHED, MtM, MtMConfig
+from mtm.metrics import LOG2, log_mean
+from mtm.model import AS_PUBLISHED, SOFTENING, MtM, MtMConfig
 from mtm.recipes import TrainConfig, changed, recipe
-from mtm.run import Run
 from mtm.session import Session, SessionError, require_alike
-from mtm.watch import History, Progress, Watch, best_entry, without_nan
+
+COMPONENT_BINS = 20_000  # of training trials from which they are taken
+
+
+class Batch(NamedTuple):
+    """What a model is shown of one session in a step: the arguments of ``MtM.forward``."""
+
+    counts: Tensor
+    scheme: str | None
+    mask: Mask
+    session: str
+
+    def split(self, size: int) -> list[Batch]:
+        """Pieces of ``size`` trials."""
+        parts = zip(
+            *(x.split(size) for x in (self.counts, self.mask.hidden, self.mask.target)), strict=True
+        )
+        return [
+            Batch(counts, self.scheme, Mask(hidden, target, self.mask.causal), self.session)
+            for counts, hidden, target in parts
+        ]
+
+
+class SessionData:
+    """A session as training needs it: counts as small integers, trials of each part, the null."""
+
+    def __init__(
+        self,
+        session: Session,
+        config: TrainConfig,
+        device: torch.device,
+        home: torch.device | None = None,
+    ) -> None:
+        split, home = session.split(config.split_seed), home or device
+        self.name, self.device = session.name, device
+        self.n_bins, self.bin_size = session.n_bins, session.bin_size
+        self.n_neurons = session.n_neurons
+        # Shared with the session, not copied, unless its home is another device: counts that are
+        # on disk stay there. torch cannot index uint16; int16 holds the same bits.
+        self.wide = session.counts.dtype == np.uint16
+        counts = np.require(session.counts, requirements=["C", "W", "A"])
+        self.counts = torch.from_numpy(counts.view(np.int16 if self.wide else np.uint8))
+        self.counts = self.counts.to(home)
+        self.regions = torch.from_numpy(session.region_codes).to(device)
+        self.n_regions = len(session.region_names)
+        self.train, self.val = split.train, torch.from_numpy(split.val).to(home)
+        null = log_mean(session.counts[split.train])  # (N,)
+        spikes = np.rint(np.exp(null) * len(split.train) * session.n_bins).astype(np.int64)
+        prints = session.fingerprints(split.train)
+        self.prints = prints[prints != 0]
+        told = (spikes, split.train, split.val)  # whole numbers, the same on every machine
+        self.digest = hashlib.sha256(b"".join(x.tobytes() for x in told)).hexdigest()[:16]
+        self.null = torch.from_numpy(null).float().to(device)
+
+    def batch(self, trials: Tensor | np.ndarray) -> Tensor:
+        """Counts of some trials, (B, T, N) float32, on the device."""
+        trials = torch.as_tensor(trials)
+        counts = _sent(self.counts[_sent(trials, self.counts.device)], self.device)
+        return (counts.int() & 0xFFFF if self.wide else counts).float()
+
+    def components(self, n: int) -> Tensor:
+        """Principal components of the scaled counts of training trials, (N, n), or as there are.
+
+        Smoothed over time, as what neurons share is slower than their spikes.
+        """
+        some = self.train[:: math.ceil(len(self.train) * self.n_bins / COMPONENT_BINS)]
+        mean = self.null.exp()
+        x = (self.batch(some) - mean) * (mean + SOFTENING).rsqrt()  # (K', T, N)
+        x = F.avg_pool1d(x.transpose(1, 2), 5, 1, 2, count_include_pad=False)  # over 5 bins
+        x = x.transpose(1, 2).flatten(0, 1)
+        return torch.pca_lowrank(x, min(n, *x.shape), niter=4)[2]
+
+
+Trials = tuple[SessionData, np.ndarray]
+"""A session, and indices of some of its trials."""
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without waiting for what the device has to do before."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def home_of(sessions: list[Session], device: torch.device) -> torch.device:
+    """Where counts are while a model trains: on its device, if they fill at most half of it."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if sum(session.counts.nbytes for session in sessions) > free / 2:
+            return torch.device("cpu")
+    return device
+
+
+def steps_per_epoch(data: Sequence[SessionData], config: TrainConfig) -> int:
+    """Steps that show every training trial once."""
+    n_batches = sum(math.ceil(len(session.train) / config.batch_size) for session in data)
+    return math.ceil(n_batches / config.batches_per_step)
+
+
+def steps_of(
+    data: list[SessionData], config: TrainConfig, order: np.random.Generator
+) -> Iterator[list[Trials]]:
+    """One epoch: every training trial once, in batches of one session, composed anew each time.
+
+    A step takes ``batches_per_step`` batches, of different sessions as long as there are any.
+    """
+    batches = []
+    for session in data:
+        trials = order.permutation(session.train)
+        cuts = range(config.batch_size, len(trials), config.batch_size)
+        batches += [(session, batch) for batch in np.split(trials, cuts)]
+    queues: dict[str, deque[tuple[int, Trials]]] = {session.name: deque() for session in data}
+    for place, i in enumerate(order.permutation(len(batches))):
+        queues[batches[i][0].name].append((place, batches[i]))
+    heads = [(queue[0][0], name) for name, queue in queues.items() if queue]
+    heapq.heapify(heads)
+    while heads:
+        chosen: list[Trials] = []
+        others: list[tuple[int, str]] = []
+        while len(chosen) < config.batches_per_step and (heads or others):
+            if not heads:  # fewer sessions are left than a step takes: again the first of each
+                heads, others = others, []
+                heapq.heapify(heads)
+            name = heapq.heappop(heads)[1]
+            chosen.append(queues[name].popleft()[1])
+            if queues[name]:
+                others.append((queues[name][0][0], name))
+        for head in others:
+            heapq.heappush(heads, head)
+        yield chosen
+
+
+def pick_device() -> torch.device:
+    """The GPU where torch sees one (CUDA, else Apple's MPS), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """bf16 on GPUs that compute in it (Ampere and later; older ones only emulate it, slowly)."""
+    usable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    on = usable if precision == "auto" else precision == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def setup_of(device: torch.device, home: torch.device, config: TrainConfig) -> str:
+    """What a run computes on and how, in a line."""
+    bf16 = autocast(device, config.precision)._enabled
+    parts = [f"training on {device}", "bf16" if bf16 else "float32"]
+    if device.type == "cpu":
+        parts.insert(1, f"threads: {torch.get_num_threads()}")
+    if device.type == "cuda":
+        parts[0] += f" ({torch.cuda.get_device_name(device)})"
+        parts.append("counts " + ("on the GPU" if home == device else "sent batch by batch"))
+    if config.compile != "none":
+        parts.append(f"torch.compile {config.compile}")
+    if distributed.processes() > 1:
+        parts.append(f"{distributed.processes()} processes")
+    return ", ".join(parts)
+
+
+@contextmanager
+def compiled(model: MtM, config: TrainConfig) -> Iterator[None]:
+    """Within, the encoder is compiled, if the settings say so.
+
+    Only the encoder: its shapes are those of all sessions, where the maps in and out have a width
+    for each, and would be compiled for each.
+    """
+    if config.compile == "none":
+        yield
+        return
+    vars(model)["encode"] = torch.compile(model.encode, mode=config.compile)  # of this one alone
+    try:
+        # Few graphs a model, but torch counts them for all models of a process together, and
+        # silently stops compiling at 8. (Before torch 2.7 the limit had another name.)
+        known = hasattr(torch._dynamo.config, "recompile_limit")
+        limit = "recompile_limit" if known else "cache_size_limit"
+        with torch._dynamo.config.patch({limit: 64}):
+            yield
+    finally:
+        del model.encode
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Most memory in use so far, GB: of the GPU, else of this process; None where not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+SILENCE = 30.0  # seconds after which a log gets another line
+
+
+class Progress:
+    """A bar in a terminal; in a notebook one line that is written over; lines at times in logs.
+
+    A notebook that was run for a book then shows that one line, with the result.
+
+    Args:
+        epochs: until the end.
+        show: nothing is shown otherwise.
+        setup: what the run computes on and how; the first line.
+    """
+
+    def __init__(self, epochs: int, show: bool, setup: str) -> None:
+        ipython = sys.modules.get("IPython")
+        shell = ipython.get_ipython() if ipython else None
+        self.epochs, self.show, self.line = epochs, show, None
+        self.spoken = time.monotonic()
+        if show and shell is not None and type(shell).__name__ != "TerminalInteractiveShell":
+            from IPython.display import display
+
+            self.line = display({"text/plain": setup}, raw=True, display_id=True)
+        elif show:
+            print(setup, file=sys.stderr)
+        quiet = self.line is not None or not show or not sys.stderr.isatty()
+        self.bar = tqdm(total=epochs, unit="epoch", disable=quiet, leave=False)
+
+    def update(self, epoch: int, history: History) -> None:
+        """Say how far training is."""
+        score = f"validation {history[-1]['mean']:.3f} bits per spike" if history else ""
+        self.bar.update(epoch - self.bar.n)
+        self.bar.set_postfix_str(score)
+        said = f"epoch {epoch} of {self.epochs}  {score}"
+        if self.line is not None:
+            self.line.update({"text/plain": said}, raw=True)
+        elif self.show and self.bar.disable and time.monotonic() - self.spoken > SILENCE:
+            print(said, file=sys.stderr, flush=True)
+            self.spoken = time.monotonic()
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
+
+    def close(self, summary: str) -> None:
+        """Leave the summary in the place of the bar."""
+        self.stop()
+        if self.line is not None:
+            self.line.update({"text/plain": summary}, raw=True)
+        elif self.show:
+            print(summary, file=sys.stderr)
+
+
+class Watch:
+    """Passes on what each validation found, to whatever looks on.
+
+    Args:
+        progress: the bar or line.
+        folder: where ``history.jsonl`` is written, a line a validation, and, where the package
+            tensorboard is installed, the same for TensorBoard in ``tensorboard/``; None = nowhere.
+        history: of a run that goes on; it is written again, for the case that it was killed
+            before it could write the last entry.
+        listener: called with the history after each validation.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        folder: Path | None = None,
+        history: Sequence[dict[str, Any]] = (),
+        listener: Callable[[History], Any] | None = None,
+    ) -> None:
+        self.progress, self.folder, self.listener, self.board = progress, folder, listener, None
+        if folder is not None and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=0)
+        if folder is not None:
+            write_history(folder, list(history))
+        for entry in history:
+            self._show(entry)
+
+    def validated(self, history: History) -> None:
+        """Pass on the history, whose last entry is new."""
+        if self.folder is not None:
+            write_history(self.folder, history)
+        self._show(history[-1])
+        if self.listener is not None:
+            self.listener(history)
+
+    def _show(self, entry: dict[str, Any]) -> None:
+        if self.board is not None:
+            for name, value in flat(entry).items():
+                self.board.add_scalar(name, value, entry["step"])
+            self.board.flush()
+
+    def close(self, summary: str) -> None:
+        """The end of the run."""
+        self.progress.close(summary)
+        if self.board is not None:
+            self.board.close()
+
+
+def flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a history entry under one name each, as ``validation/neuron``."""
+    found: dict[str, float] = {}
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}/")
+        elif value is not None:
+            found[prefix + key] = value
+    return found
+
 
 VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
 VALIDATION_MASKS = 4  # of a batch, where the regions do not say how many
@@ -75,9 +389,9 @@ class Fit:
         """Where the model is."""
         return self.model.device
 
-    def predict(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
+    def predict_log_rates(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
         """As :meth:`mtm.model.MtM.predict`: a fit can be evaluated as its model."""
-        return self.model.predict(counts, scheme, mask, session)
+        return self.model.predict_log_rates(counts, scheme, mask, session)
 
     @property
     def best(self) -> dict[str, Any]:
@@ -180,7 +494,7 @@ def _watch(
     listener: Callable[[History], Any] | None,
 ) -> Watch:
     """What looks on; of several processes, at the first alone."""
-    if parallel.rank() > 0:
+    if distributed.rank() > 0:
         return Watch(Progress(config.epochs, False, setup))
     if run.step >= config.epochs * per_epoch or _patience_is_over(run.history, config):
         setup = f"the run in {run.folder} is finished already"
@@ -264,11 +578,11 @@ def _passes(
 def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
     if not sessions:
         raise SessionError("no session to train on")
-    if config.batches_per_step < parallel.processes():
+    if config.batches_per_step < distributed.processes():
         raise ValueError(
             f"batches_per_step={config.batches_per_step} leaves some of "
-            f"{parallel.processes()} processes without a batch; set it to a multiple of "
-            f"{parallel.processes()}, or start fewer"
+            f"{distributed.processes()} processes without a batch; set it to a multiple of "
+            f"{distributed.processes()}, or start fewer"
         )
     require_alike(sessions)
     regional = [name for name in config.schemes if scheme(name).needs_regions]
@@ -379,9 +693,9 @@ def _loop(model: MtM, data: list[SessionData], config: TrainConfig, run: Run, wa
     optimizer, sampler = _optimizer(model, config), _sampler(model, config)
     per_epoch = steps_per_epoch(data, config)
     phases = _Phases(model, data, config, per_epoch)
-    parallel.spread(model.state_dict().values())
+    distributed.spread(model.state_dict().values())
     run.restore(model, optimizer)
-    parallel.agree("steps taken", run.step, model.device)
+    distributed.agree("steps taken", run.step, model.device)
     start, speed = time.perf_counter() - run.seconds, Speed(model)
     first, done = divmod(run.step, per_epoch)
     for epoch in range(first + 1, config.epochs + 1):
@@ -439,10 +753,10 @@ def _take_step(
 
     With several processes, each computes the gradient of every so many-th batch.
     """
-    torch.manual_seed(seed_of(config.seed, "dropout", step, parallel.rank()))
+    torch.manual_seed(seed_of(config.seed, "dropout", step, distributed.rank()))
     if config.compile != "none":
         torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs hold is free
-    mine = range(parallel.rank(), len(chosen), parallel.processes())
+    mine = range(distributed.rank(), len(chosen), distributed.processes())
     places, batches = [], []
     for place, (session, trials) in enumerate(chosen):
         sampler.reseed(seed_of(config.seed, "masks", step, place))
@@ -451,11 +765,11 @@ def _take_step(
         if place in mine:
             counts = session.batch(trials)
             mask = sampler.draw(name, counts, session.regions)
-            batches.append(Batch(counts, session.name, mask, name))
+            batches.append(Batch(counts, name, mask, session.name))
     losses = torch.zeros(len(chosen), device=model.device)
     losses[mine.start :: mine.step] = accumulate(model, batches, config, len(chosen))
     learning = _learning(model, places)
-    parallel.add_up(learning, losses)
+    distributed.add_up(learning, losses)
     if config.clip is not None:
         torch.nn.utils.clip_grad_norm_(learning, config.clip)
     optimizer.step()
@@ -597,10 +911,10 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
     """
     model.eval()
     found = torch.zeros(len(config.schemes), len(data), 2, device=model.device)  # gain, spikes
-    for i in range(parallel.rank(), len(data), parallel.processes()):
+    for i in range(distributed.rank(), len(data), distributed.processes()):
         for s, name in enumerate(config.schemes):
             found[s, i] = _validation_gain(model, data[i], name, config)
-    found = parallel.total(found).cpu().double()
+    found = distributed.total(found).cpu().double()
     for s, i in (~torch.isfinite(found).all(dim=2)).nonzero().tolist():
         raise FloatingPointError(
             f"predictions of session {data[i].name!r}, scheme {config.schemes[s]!r}, in the "
@@ -631,7 +945,7 @@ def _validation_gain(model: MtM, session: SessionData, name: str, config: TrainC
         for regions in turns:
             mask = sampler.draw(name, counts, regions)
             with autocast(model.device, config.precision):
-                log_rates = model(counts, session.name, mask, prompt=name).float()
+                log_rates = model(counts, name, mask, session.name).float()
             found[0] += masked_loss(null, counts, mask.target, "sum")
             found[0] -= masked_loss(log_rates, counts, mask.target, "sum")
             found[1] += (counts * mask.target).sum()

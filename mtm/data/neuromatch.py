@@ -3,9 +3,9 @@
 They are ``steinmetz_part0.npz`` to ``part2``; facts about them are from the code that made them
 (MouseLand/steinmetz2019_NMA). Much is already chosen: clusters annotated 2 or 3 that fired in a
 trial, 10 ms counts around stimulus onset.
-The archive itself is read by `mtm.sources.steinmetz`; a session has the same name from both.
+The archive itself is read by `mtm.data.steinmetz`; a session has the same name from both.
 
-The behaviours are those of `mtm.sources.steinmetz`, where NaN = missing, but for these:
+The behaviours are those of `mtm.data.steinmetz`, where NaN = missing, but for these:
 
 - ``go-cue-time``, ``response-time``, ``feedback-time`` (K,): s from the stimulus.
 - ``reaction-time`` (K,): s from the stimulus to the first 10 ms in which the wheel turned by over
@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from mtm.binning import n_bins
+from mtm.data.steinmetz import TICK, outcomes
 from mtm.session import Session, SessionError, reading
-from mtm.sources.steinmetz import TICK, outcomes
 
 FRAME, FRAMES, ONSET = 0.01, 250, 50  # s a frame, frames a trial, the stimulus' frame
 OUTCOMES = ("response", "feedback_type", "contrast_left", "contrast_right")
