@@ -10,7 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtm import Mask, MtM, MtMConfig, evaluate, from_pretrained, checkpoint as hub, load, save, simulate
+from mtm import (
+    Mask,
+    MtM,
+    MtMConfig,
+    evaluate,
+    from_pretrained,
+    checkpoint as hub,
+    load,
+    save,
+    simulate,
+)
 from mtm.model import AS_PUBLISHED
 
 

@@ -6,11 +6,10 @@ Read in this order::
     tasks       what its tasks ask: windows, targets, scores
     decoders    behaviour from what a model predicts, in the forms that it asks for
     submission  predictions as its scorer reads them, checked and packed
-    simulated   simulated animals as such files
 """
 
 from mtm.bwb.files import BUILDS, Entry, download, list_sessions, load_session, ts2_windows
-from mtm.data.synthetic import write_session
+from mtm.data.synthetic import write_bwb_session as write_session
 
 __all__ = [
     "BUILDS",
