@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import importlib
 import json
 import math
 import os
@@ -23,7 +22,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +32,8 @@ from torch import Tensor
 
 from mtm import distributed
 from mtm.model import MtM, MtMConfig
+from mtm.session import atomic_write as replacing
+from mtm.session import optional as extra
 
 HISTORY = "history.jsonl"
 
@@ -64,19 +64,6 @@ def without_nan(value: Any) -> Any:
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What systems say where no more can be written: disk full, quota used up, file too large."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A hidden place beside ``path`` to write to; what was written then moves to ``path`` at once.
-
-    Folders are made if need be. When writing fails, what was at ``path`` stays as it was.
-
-    Raises:
-        OSError: where the disk is full, naming the file and the remedy.
-    """
-    with replacing_all([path]) as (partial,):
-        yield partial
 
 
 @contextmanager
@@ -111,24 +98,6 @@ def room_for(*paths: Path) -> Iterator[None]:
             f"{os.strerror(error.errno)}; free some space there, or write to another place",
             " and ".join(map(str, paths)),
         ) from error
-
-
-def extra(module: str, name: str) -> ModuleType:
-    """A module that comes with an optional extra of this package.
-
-    Args:
-        module: to import.
-        name: of the extra, as in ``pip install "mtm-neural[name]"``.
-
-    Raises:
-        ImportError: saying which extra brings it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
-            raise  # it is there, and lacks something itself
-        raise ImportError(f'{module} is missing: pip install "mtm-neural[{name}]"') from error
 
 
 FORMAT = "mtm-model"

@@ -7,13 +7,16 @@ that the code after it can trust it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import importlib
 import json
 import math
 import os
 import re
 import struct
 import textwrap
+import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +24,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from mtm.binning import bin_spikes, bin_trace, cluster_ids, places_of
-from mtm.checkpoint import replacing
 from mtm.checks import is_number
 
 FORMAT = "mtm-session"
@@ -48,6 +51,47 @@ MOST_SHARED = 0.1  # of the windows' time, before a random split is called into 
 def has_region(label: str) -> bool:
     """Whether a label is that of a region, and not one of :data:`UNLABELLED`."""
     return label.lower() not in UNLABELLED
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Write a file as a whole or not at all.
+
+    Yields a temporary path beside ``path``, which replaces ``path`` at the end of the context.
+    Folders are created. If writing fails, what was at ``path`` stays.
+
+    Raises:
+        OSError: for a full disk, naming the file and the remedy.
+    """
+    path = Path(path)
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # before the move, or a power cut could leave an empty file
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        problem = f"{os.strerror(error.errno)}; free some space there, or write to another place"
+        raise OSError(error.errno, problem, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def optional(module: str, extra: str) -> ModuleType:
+    """Import a module that an optional extra of this package installs.
+
+    Raises:
+        ImportError: naming the extra to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+            raise  # the module is there, and lacks something itself
+        raise ImportError(f'{module} is missing: pip install "mtm-neural[{extra}]"') from error
 
 
 class SessionError(ValueError):
@@ -546,7 +590,7 @@ class Session:
         if self.rates is not None:
             arrays["rates"] = self.rates
         arrays["counts"] = np.ascontiguousarray(self.counts)  # trial after trial
-        with replacing(path) as partial, open(partial, "wb") as file:
+        with atomic_write(path) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)  # no array here can hold objects
         return path
 
