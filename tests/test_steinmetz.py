@@ -1,22 +1,27 @@
-"""ALF folders against brute-force counting, and ways to break them."""
+"""The archive and Neuromatch's copy against brute-force counting; no pickle runs code."""
 
+import io
+import os
+import pickle
 import shutil
 import uuid
 import warnings
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtm.session import Session, SessionError
 from mtm.data import steinmetz
+from mtm.data.steinmetz import load_bundle
+from mtm.session import Session, SessionError
 
 NAME = "Cori_2016-12-14"
+REAL = Path(__file__).parents[2] / "shared/data/steinmetz2019"
 K, N, S = 9, 6, 4000
-slow_files = settings(
-    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+AREAS = ["VISp", "VISp", "CA1", "root", "MOs", "CA3", "DG", "LP"]
 
 
 def make_arrays():
@@ -32,7 +37,6 @@ def make_arrays():
         "clusters.probes": np.array([0.0, 0, 0, 1, 1, 0]),
         "clusters.depths": 20.0 * np.arange(N),
         "clusters._phy_annotation": np.array([1.0, 2, 3, 3, 1, 2]),
-        "channels.site": np.arange(8.0),
         "trials.visualStim_times": stimulus,
         "trials.goCue_times": stimulus + 0.6,
         "trials.response_times": stimulus + 1.1,
@@ -51,9 +55,6 @@ def make_arrays():
     early, late = stimulus - 0.3, stimulus + 0.2 + 0.05 * np.arange(K)
     arrays["wheelMoves.intervals"] = np.sort(np.concatenate([early, late]))[:, None] + [0.0, 0.1]
     return arrays
-
-
-AREAS = ["VISp", "VISp", "CA1", "root", "MOs", "CA3", "DG", "LP"]
 
 
 def write_folder(folder, arrays=None):
@@ -87,35 +88,31 @@ def variant(folder, tmp_path):
                 np.save(path, change(np.load(path)) if callable(change) else change)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", RuntimeWarning)
             return steinmetz.load_session(copy, **options)
 
     return load
 
 
-def brute_force(times, clusters, events, window, bin_size, ids):
+def brute_force(arrays, events, window, bin_size):
+    times, clusters = arrays["spikes.times"], arrays["spikes.clusters"]
     bins = round((window[1] - window[0]) / bin_size)
-    counts = np.zeros((len(events), bins, len(ids)), int)
+    counts = np.zeros((len(events), bins, N), int)
     for k, event in enumerate(events):
         for b in range(bins):
             start = event + window[0] + b * bin_size
             inside = clusters[(times >= start) & (times < start + bin_size)]
-            counts[k, b] = [np.sum(inside == i) for i in ids]
+            counts[k, b] = np.bincount(inside, minlength=N)
     return counts
+
+
+# ----------------------------------------------------------------------------------- the archive
 
 
 def test_folder_gives_the_session(folder, recwarn):
     arrays = {name: values[:, 0] for name, values in make_arrays().items()}
     session = steinmetz.load_session(folder)
     assert not recwarn.list
-    expected = brute_force(
-        arrays["spikes.times"],
-        arrays["spikes.clusters"],
-        arrays["trials.visualStim_times"],
-        (-0.5, 1.5),
-        0.02,
-        range(N),
-    )
+    expected = brute_force(arrays, arrays["trials.visualStim_times"], (-0.5, 1.5), 0.02)
     np.testing.assert_array_equal(session.counts, expected)
     assert (session.name, session.subject, session.window) == (NAME, "Cori", (-0.5, 1.5))
     # Peak channels count from 1.
@@ -146,212 +143,303 @@ def test_events_units_and_trials(folder):
     arrays = {name: values[:, 0] for name, values in make_arrays().items()}
     every = steinmetz.load_session(folder)
     good = steinmetz.load_session(folder, units="good", trial_filter="included")
-    kept = np.flatnonzero(arrays["trials.included"])
-    ids = [1, 2, 3, 5]
+    kept, ids = np.flatnonzero(arrays["trials.included"]), [1, 2, 3, 5]
     np.testing.assert_array_equal(good.counts, every.counts[np.ix_(kept, range(100), ids)])
     np.testing.assert_array_equal(good.neurons["cluster"], ids)
     np.testing.assert_array_equal(good.trial_ids, kept)
     assert good.n_recorded == K and good.provenance["trials"]["not included"] == K - len(kept)
     grid = {"window": (-0.2, 0.3), "bin_size": 0.1}
     cue = steinmetz.load_session(folder, align="goCue_times", **grid)
-    expected = brute_force(
-        *(arrays["spikes.times"], arrays["spikes.clusters"], arrays["trials.goCue_times"]),
-        *grid.values(),
-        range(N),
-    )
+    expected = brute_force(arrays, arrays["trials.goCue_times"], *grid.values())
     np.testing.assert_array_equal(cue.counts, expected)
     np.testing.assert_allclose(cue.behaviour["response-time"], 0.5)
     np.testing.assert_allclose(cue.behaviour["reaction-time"], every.behaviour["reaction-time"])
-    with pytest.raises(ValueError, match="units must be"):
-        steinmetz.load_session(folder, units="best")
-    with pytest.raises(ValueError, match="trial_filter must be"):
-        steinmetz.load_session(folder, trial_filter="good")
+    for options, message in (
+        ({"units": "best"}, "units must be"),
+        ({"trial_filter": "good"}, "trial_filter must be"),
+        ({"align": "lunch_times"}, r"align to one of \['feedback_times', 'goCue_times'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            steinmetz.load_session(folder, **options)
 
 
-def test_first_column_of_timestamps_from_0_or_1(variant):
-    energy = np.arange(1600.0)
-    for stamps, shift in (
+@pytest.mark.parametrize(
+    ("stamps", "shift"),
+    [
         ([[1, 0], [1600, 39.975]], 0),
         ([[0, 0], [1599, 39.975]], 0),
         ([[0, 0], [800, 20], [1599, 39.975]], 0),
         ([[11, 0.25], [1600, 39.975]], 0),  # from 1, the first frames' times unknown
         ([[10, 0.25], [1599, 39.975]], 0),
         ([[0, 1.0], [1599, 40.975]], 1),
-    ):
-        read = variant({"face.motionEnergy": energy, "face.timestamps": np.array(stamps, float)})
-        middle = 3 + 3.7 * np.arange(K)[:, None] + read.times + 0.01
-        np.testing.assert_allclose(
-            read.behaviour["face-motion-energy"], 40 * (middle - shift), rtol=1e-4
-        )
+    ],
+)
+def test_timestamps_number_samples_from_0_or_1(variant, stamps, shift):
+    stamps = np.array(stamps, float)
+    read = variant({"face.motionEnergy": np.arange(1600.0), "face.timestamps": stamps})
+    middle = 3 + 3.7 * np.arange(K)[:, None] + read.times + 0.01
+    energy = read.behaviour["face-motion-energy"]
+    np.testing.assert_allclose(energy, 40 * (middle - shift), rtol=1e-4)
 
 
-def test_repairs(variant, folder):
+def test_what_a_recording_may_lack(variant, folder, tmp_path):
     every = steinmetz.load_session(folder)
     order = np.random.default_rng(0).permutation(S)
     shuffled = variant({"spikes.times": lambda t: t[order], "spikes.clusters": lambda c: c[order]})
     np.testing.assert_array_equal(shuffled.counts, every.counts)
-    flat = variant({name: lambda v: v.ravel() for name in ("spikes.times", "trials.included")})
-    np.testing.assert_array_equal(flat.counts, every.counts)
-    lost = variant(
-        {"trials.visualStim_times": lambda t: np.where(np.arange(K)[:, None] == 4, np.nan, t)}
-    )
-    np.testing.assert_array_equal(lost.counts, np.delete(every.counts, 4, axis=0))
-    assert lost.provenance["trials"]["without visualStim_times"] == 1
-    endless = variant(
-        {
-            name: lambda t: np.where(np.arange(K)[:, None] == 4, np.inf, t)
-            for name in ("trials.visualStim_times", "trials.goCue_times")
-        },
-    )
-    np.testing.assert_array_equal(endless.counts, lost.counts)
-    assert np.isfinite(endless.behaviour["go-cue-time"]).all()
+    for missing in (np.nan, np.inf):
+        drop = {"trials.visualStim_times": lambda t: np.where(t == t[4], missing, t)}  # noqa: B023
+        lost = variant(drop)
+        np.testing.assert_array_equal(lost.counts, np.delete(every.counts, 4, axis=0))
+        assert lost.provenance["trials"]["without visualStim_times"] == 1
     outside = variant({"clusters.peakChannel": np.array([0, 3, np.nan, 99, 8, 4.0])})
     assert outside.regions.tolist() == ["", "CA1", "", "", "LP", "root"]
-    before = variant({"spikes.times": lambda t: t - 5})  # times before 0 are before the clock's 0
-    assert before.counts.sum() > 0
-    many = variant({"spikes.times": np.full(300, 3.01), "spikes.clusters": np.zeros(300, int)})
-    assert many.counts.dtype == np.uint16 and many.counts.max() == 300
-
-
-def test_what_is_missing_is_absent(folder, tmp_path):
-    arrays = make_arrays()
     needed = ("spikes.times", "spikes.clusters", "clusters.peakChannel", "trials.visualStim_times")
-    bare = write_folder(tmp_path / "Cori_1", {name: arrays[name] for name in needed})
+    bare = write_folder(tmp_path / "Cori_1", {name: make_arrays()[name] for name in needed})
     with pytest.warns(UserWarning) as caught:
         session = steinmetz.load_session(bare)
     assert ["wheel-speed" in str(w.message) for w in caught] == [True, False]
     assert session.behaviour == {} and set(session.neurons) == {"cluster", "channel", "allen"}
-    for name in needed:
-        lacks = write_folder(tmp_path / name / NAME, {k: v for k, v in arrays.items() if k != name})
-        with pytest.raises(SessionError, match=f"'{NAME}', {name}.npy: (no such|cannot be read)"):
-            steinmetz.load_session(lacks)
 
 
-first = np.arange(K)[:, None] == 0
-UNREAD = "cannot be read"
 BAD = {
-    "no table": ({"channels.brainLocation.tsv": None}, f"tsv: {UNREAD}"),
-    "not a table": ({"channels.brainLocation.tsv": b"\xff\xfe\x00"}, f"tsv: {UNREAD}"),
-    "no acronyms": ({"channels.brainLocation.tsv": b"a\tb\n1\t2\n"}, f"tsv: {UNREAD}"),
-    "only a head": ({"channels.brainLocation.tsv": b"allen_ontology\n"}, "site.npy: 8 rows, but 0"),
-    "short row": ({"channels.brainLocation.tsv": b"a\tallen_ontology\n1\n"}, f"tsv: {UNREAD}"),
-    "few channels": ({"channels.brainLocation.tsv": b"allen_ontology\nCA1\n"}, "site.npy: 8 rows"),
-    "no clusters": ({"clusters.peakChannel": np.zeros((0, 1))}, "npy: 6 rows, but 0"),
-    "depths": ({"clusters.depths": np.zeros(N - 1)}, "depths.npy: 5 rows, but 6"),
-    "texts": ({"clusters.depths": np.full(N, "x")}, f"depths.npy: {UNREAD}"),
-    "objects": ({"clusters.depths": np.full(N, None)}, f"depths.npy: {UNREAD}"),
-    "two columns": ({"clusters.depths": np.zeros((N, 2))}, f"depths.npy: {UNREAD}"),
-    "a scalar": ({"spikes.times": np.float64(3)}, f"spikes.times.npy: {UNREAD}"),
-    "fewer clusters": ({"spikes.clusters": lambda c: c[:-1]}, "clusters.npy: 3999 rows, but 4000"),
+    "no spikes": ({"spikes.times": None}, "spikes.times.npy: cannot be read"),
+    "no table": ({"channels.brainLocation.tsv": None}, "tsv: cannot be read"),
+    "not a table": ({"channels.brainLocation.tsv": b"\xff\xfe\x00"}, "tsv: cannot be read"),
+    "pickled": ({"clusters.depths": np.full(N, None)}, "depths.npy: cannot be read"),
+    "truncated": ({"spikes.times": b"\x93NUMPY\x01\x00"}, "spikes.times.npy: cannot be read"),
+    "fewer clusters": ({"spikes.clusters": lambda c: c[:-1]}, "3999 rows, but 4000"),
     "id too large": ({"spikes.clusters": lambda c: c + 1}, r"ids \[6\] are not among the 6"),
-    "negative id": ({"spikes.clusters": lambda c: c.astype(int) - 1}, r"ids \[-1\] are not"),
-    "half an id": ({"spikes.clusters": lambda c: c / 2}, r"ids \[0.5, 1.5, 2.5\] are not"),
-    "huge id": ({"spikes.clusters": lambda c: c + 2.0**40}, r"ids \[109951162777.* are not"),
-    "infinite id": ({"spikes.clusters": np.full(S, np.inf)}, r"ids \[inf\] are not"),
-    "NaN id": ({"spikes.clusters": np.full(S, np.nan)}, r"ids \[nan\] are not"),
-    "no spikes": ({"spikes.times": [], "spikes.clusters": []}, "no spike falls"),
     "other clock": ({"spikes.times": lambda t: t + 1000}, "no spike falls"),
-    "no trials": ({n: np.zeros((0, 1)) for n in make_arrays() if "trials" in n}, "no trial of 0"),
     "all NaN": ({"trials.visualStim_times": np.full(K, np.nan)}, "no trial of 9"),
-    "fewer trials": ({"trials.response_choice": np.zeros(K - 1)}, "choice.npy: 8 rows, but 9"),
-    "choice 2": ({"trials.response_choice": np.full(K, 2)}, "choice: values .* -1, 0 or 1"),
-    "feedback": ({"trials.feedbackType": np.full(K, 0.5)}, "Type: values other than -1, 0 or 1"),
-    "contrast": ({"trials.visualStim_contrastLeft": np.full(K, 50)}, "other than from 0 to 1"),
-    "contrast < 0": ({"trials.visualStim_contrastRight": np.full(K, -1)}, "other than from 0"),
-    "one column": ({"wheelMoves.intervals": np.zeros(5)}, f"intervals.npy: {UNREAD}"),
-    "one anchor": ({"wheel.timestamps": np.zeros((1, 2))}, "wheel.timestamps.npy: no rising"),
-    "falling": ({"wheel.timestamps": lambda a: a[::-1]}, "no rising"),
-    "NaN anchor": ({"wheel.timestamps": lambda a: a * [1, np.nan]}, "no rising"),
-    "endless anchors": (
-        {"wheel.timestamps": np.array([[0, 0], [9, np.inf], [12, np.inf]])},
-        "no ri",
-    ),
-    "infinite anchor": ({"wheel.timestamps": lambda a: a + [[0, 0], [0, np.inf]]}, "no rising"),
-    "times only": ({"wheel.timestamps": np.arange(4000.0)}, f"timestamps.npy: {UNREAD}"),
-    "past the end": ({"wheel.timestamps": lambda a: a + [9, 0]}, "of 4000 samples"),
-    "before 0": ({"face.timestamps": lambda a: a - [2, 0]}, "of 1600 samples"),
-    "too slow": ({"wheel.timestamps": lambda a: a * [1, 100]}, "of 4000 samples"),
-    "no wheel": ({"wheel.position": np.full(4000, np.nan)}, f"wheel.position.npy: {UNREAD}"),
+    "fewer trials": ({"trials.response_choice": np.zeros(K - 1)}, "choice.npy: .*8 rows, but 9"),
+    "falling": ({"wheel.timestamps": lambda a: a[::-1]}, "wheel.timestamps.npy: .*must rise"),
+    "no wheel": ({"wheel.position": np.full(4000, np.nan)}, "wheel times must span"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_files_are_named(variant, case):
     changes, message = BAD[case]
-    with pytest.raises(SessionError, match=f"session '{NAME}', .*{message}"):
+    with pytest.raises(SessionError, match=f"session '{NAME}'.*{message}"):
         variant(changes)
-
-
-def test_bad_options_are_named(variant, tmp_path):
-    for options, message in (
-        ({"align": "lunch_times"}, r"align to one of \['feedback_times', 'goCue_times'"),
-        ({"align": "../x"}, "align to one of"),
-        ({"window": (1, 0)}, "window"),
-        ({"bin_size": 0.03}, "bin_size"),
-    ):
-        with pytest.raises(SessionError, match=f"'{NAME}', .*{message}"):
-            variant({}, **options)
-    missing = {"clusters._phy_annotation": None, "trials.included": None}
-    for option, file in (("units", "_phy_annotation"), ("trial_filter", "included")):
-        value = {"units": "good", "trial_filter": "included"}[option]
-        with pytest.raises(SessionError, match=f"{file}.npy: cannot be read .*No such file"):
-            variant(missing, **{option: value})
-        with pytest.raises(SessionError, match="no trial of 9 is left|no neurons in it"):
-            variant({k: lambda v: np.zeros(len(v)) for k in missing}, **{option: value})
-    for absent in (tmp_path / "absent", tmp_path / ("x" * 300), f"{tmp_path}/a\0b"):
-        with pytest.raises(SessionError, match="no such folder"):
-            steinmetz.load_session(absent)
-
-
-def test_spikes_without_a_time_are_left_out(folder, tmp_path, variant):
-    copy = shutil.copytree(folder, tmp_path / NAME)
-    times = np.load(copy / "spikes.times.npy").ravel()
-    np.save(copy / "spikes.times.npy", np.r_[np.inf, times[1:-1], np.nan])
-    with pytest.warns(UserWarning, match="spikes.times: left out 2 without time"):
-        read = steinmetz.load_session(copy)
-    assert read.counts.sum() in variant({}).counts.sum() - np.arange(3)
-
-
-@settings(slow_files, max_examples=75)
-@given(st.data())
-def test_truncated_files_are_named_or_a_session(folder, data):
-    files = sorted(file.name for file in folder.iterdir())
-    path = folder / data.draw(st.sampled_from(files))
-    whole = path.read_bytes()
-    length = int(data.draw(st.floats(0, 1, exclude_max=True)) * len(whole))
-    try:
-        path.write_bytes(whole[:length])
-        if path.suffix == ".npy" or length < len(whole) - 3:
-            message = f"'{NAME}', .*download it again"
-            with pytest.raises(SessionError, match=message):
-                steinmetz.load_session(folder, units="good", trial_filter="included")
-    finally:
-        path.write_bytes(whole)
 
 
 NUMBER = st.floats() | st.integers(-3, 3) | st.floats(0, 40)
 
 
-@settings(slow_files, max_examples=75)
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.data())
 def test_whatever_is_in_a_file_a_session_or_an_error(folder, data):
     files = sorted(file.name for file in folder.iterdir() if file.suffix == ".npy")
     path = folder / data.draw(st.sampled_from(files))
     whole = path.read_bytes()
     array = np.load(path).astype(float)
-    if data.draw(st.booleans()):
-        array = array[: data.draw(st.integers(0, len(array)))]
+    array = array[: data.draw(st.integers(0, len(array)))]
     for value in data.draw(st.lists(NUMBER, max_size=3)) if array.size else ():
         array.ravel()[data.draw(st.integers(0, array.size - 1))] = value
-    kind = data.draw(st.sampled_from([float, np.float32, np.int64, bool, np.complex64, "U4"]))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            np.save(path, array.astype(kind))
-            warnings.simplefilter("error", RuntimeWarning)
+            np.save(path, array.astype(data.draw(st.sampled_from([float, np.float32, np.int64]))))
             session = steinmetz.load_session(folder, bin_size=0.1)
         assert session.counts.shape[1:] == (20, N)
     except SessionError as error:
         assert NAME in str(error)
     finally:
         path.write_bytes(whole)
+
+
+# ------------------------------------------------------------------------------ Neuromatch's copy
+
+
+def make_entry(name="Cori", date="2016-12-14", k=5, n=4):
+    """A session as steinmetz_NMA.ipynb makes one."""
+    rng = np.random.default_rng(1)
+    return {
+        "spks": rng.poisson(0.1, (n, k, 250)).astype(np.int8),
+        "wheel": rng.integers(-9, 10, (1, k, 250)).astype(np.int8),
+        "pupil": rng.normal(size=(3, k, 250)),
+        "face": rng.normal(size=(1, k, 250)).astype(np.float32),
+        "response": np.resize([-1.0, 1, 0], k),
+        "response_time": rng.uniform(0.5, 2, (k, 1)),
+        "contrast_right": np.resize([1.0, 0, 0], k),
+        "contrast_left": np.resize([0.5, 0.25, 0], k),
+        "brain_area": np.array(["VISp", "CA1", "root", "CA1"])[:n],
+        "feedback_time": rng.uniform(0.5, 2, (k, 1)),
+        "feedback_type": np.resize([1.0, -1], k),
+        "gocue": rng.uniform(0.5, 1, (k, 1)),
+        "mouse_name": name,
+        "date_exp": date,
+        "reaction_time": np.column_stack([[170, np.inf, *[200] * (k - 2)], np.ones(k)]),
+    }
+
+
+def write_bundle(path, *entries):
+    np.savez_compressed(path, dat=np.array(entries, dtype=object))
+    return path
+
+
+def write_pickle(path, content):
+    """An npz whose dat.npy goes on, after its header, with these bytes."""
+    header = io.BytesIO()
+    kind = {"descr": "|O", "fortran_order": False, "shape": (1,)}
+    np.lib.format.write_array_header_1_0(header, kind)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("dat.npy", header.getvalue() + content)
+    return path
+
+
+def test_bundle_gives_sessions(tmp_path):
+    entries = [make_entry(), make_entry("Hench", "2017-06-15", k=7)]
+    path = write_bundle(tmp_path / "steinmetz_part0.npz", *entries)
+    sessions = load_bundle(path)
+    assert [s.name for s in sessions] == [NAME, "Hench_2017-06-15"]
+    assert [s.subject for s in sessions] == ["Cori", "Hench"]
+    for session, entry in zip(sessions, entries, strict=True):
+        k = len(entry["response"])
+        expected = entry["spks"][..., :200].reshape(4, k, 100, 2).sum(-1).transpose(1, 2, 0)
+        np.testing.assert_array_equal(session.counts, expected)
+        assert session.regions.tolist() == entry["brain_area"].tolist()
+        found = session.behaviour
+        turned = np.abs(entry["wheel"][0, :, :200].reshape(k, 100, 2).sum(-1, dtype=int))
+        np.testing.assert_allclose(found["wheel-speed"], turned * 2 * np.pi / 1440 / 0.02)
+        face = entry["face"][0, :, :200].reshape(k, 100, 2).mean(-1)
+        np.testing.assert_allclose(found["face-motion-energy"], face, atol=1e-6)
+        np.testing.assert_array_equal(found["choice"], entry["response"])
+        contrast = entry["contrast_right"] - entry["contrast_left"]
+        np.testing.assert_array_equal(found["contrast"], contrast)
+        np.testing.assert_array_equal(found["reward"], entry["feedback_type"] > 0)
+        for field, label in (("gocue", "go-cue-time"), ("response_time", "response-time")):
+            np.testing.assert_array_equal(found[label], entry[field][:, 0])
+        np.testing.assert_allclose(found["reaction-time"], [0.17, np.nan, *[0.2] * (k - 2)])
+    grid = {"window": (0.0, 0.4), "bin_size": 0.04}
+    (second,) = load_bundle(path, index=1, **grid)
+    expected = entries[1]["spks"][..., 50:90].reshape(4, 7, 10, 4).sum(-1).transpose(1, 2, 0)
+    np.testing.assert_array_equal(second.counts, expected)
+    assert [s.name for s in load_bundle(path, index=[1, 0])] == [second.name, NAME]
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_pickles_of_every_age(tmp_path, protocol):
+    entry = make_entry() | {"bin_size": np.float64(0.01)}
+    entry["brain_area"] = entry["brain_area"].astype(object)
+    content = pickle.dumps(np.array([entry], dtype=object), protocol=protocol)
+    if protocol < 4:  # NumPy 1 called its modules so; in protocol 4, names have a length before
+        content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    (read,) = load_bundle(write_pickle(tmp_path / "a.npz", content))
+    (expected,) = load_bundle(write_bundle(tmp_path / "b.npz", make_entry()))
+    np.testing.assert_array_equal(read.counts, expected.counts)
+    np.testing.assert_array_equal(read.regions, expected.regions)
+
+
+def test_bundle_and_archive_agree(tmp_path):
+    """The same recording from both origins: same name, same counts, same signs."""
+    folder = write_folder(tmp_path / NAME)
+    archive = steinmetz.load_session(folder, units="good", bin_size=0.01, window=(-0.5, 2.0))
+    entry = make_entry(k=K, n=archive.n_neurons)
+    entry["spks"] = archive.counts.transpose(2, 0, 1).astype(np.int8)
+    entry["brain_area"] = archive.regions
+    for key, name in list(steinmetz.COLUMNS.items())[:4]:
+        entry[key] = np.load(folder / f"trials.{name}.npy")[:, 0]
+    (bundled,) = load_bundle(write_bundle(tmp_path / "b.npz", entry))
+    again = steinmetz.load_session(folder, units="good")
+    assert (bundled.name, bundled.subject) == (again.name, again.subject)
+    np.testing.assert_array_equal(bundled.counts, again.counts)
+    for key in ("choice", "contrast", "reward"):
+        np.testing.assert_array_equal(bundled.behaviour[key], again.behaviour[key])
+    assert set(bundled.behaviour) == set(again.behaviour)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent")
+def test_real_recording(tmp_path):
+    """As Neuromatch has it; counts are known from 0 to 0.4 s, the wheel from -0.5 to 2 s."""
+    file = sorted(REAL.glob("*.npz"))[0]
+    with np.load(file) as real:
+        real = dict(real)
+    k, n = real["spikes_10ms"].shape[:2]
+    entry = make_entry(*file.stem.split("_")[1:], k=k, n=1) | {
+        "spks": np.zeros((n, k, 250), np.int8),
+        "wheel": real["wheel_10ms"][None],
+        "brain_area": real["region"],
+        "response": real["choice"].astype(float),
+        "contrast_left": real["contrast_left"],
+        "contrast_right": real["contrast_right"],
+        "feedback_type": real["feedback"].astype(float),
+        "reaction_time": np.column_stack([real["reaction_time_ms"], real["choice"]]),
+    }
+    entry["spks"][..., 50:90] = real["spikes_10ms"].transpose(1, 0, 2)
+    np.savez(tmp_path / "part0.npz", dat=[entry])
+    (session,) = load_bundle(tmp_path / "part0.npz", window=(0, 0.4))
+    assert session.name == NAME and session.counts.dtype == np.uint8
+    expected = real["spikes_10ms"].reshape(k, n, 20, 2).sum(-1).transpose(0, 2, 1)
+    np.testing.assert_array_equal(session.counts, expected)
+    found = session.behaviour
+    assert 1 < np.percentile(found["wheel-speed"], 99) < 50  # rad/s, as of a mouse
+    went = (found["choice"] != 0) & (found["contrast"] != 0)
+    correct = (found["choice"] == -np.sign(found["contrast"]))[went]
+    np.testing.assert_array_equal(correct, found["reward"][went] == 1)
+    assert 0.1 < np.nanmedian(found["reaction-time"]) < 1
+
+
+def test_bad_bundles_and_options_are_named(tmp_path):
+    path = write_bundle(tmp_path / "b.npz", make_entry(), {"mouse_name": "x", "date_exp": "y"})
+    for options, message in (
+        ({"index": 1}, r"b.npz\[1\]'.*spks"),
+        ({"index": 2}, r"b.npz\[2\]'.*IndexError"),
+        ({"bin_size": 0.015}, "bins of bin_size"),
+        ({"bin_size": 0.005}, "multiples of 0.01"),
+        ({"window": (-0.505, 1.495)}, "multiples of 0.01"),
+        ({"window": (0.2, 2.2)}, "the window within"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_bundle(path, **options)
+    np.savez(tmp_path / "other.npz", data=np.arange(3))
+    (tmp_path / "text.npz").write_text("hello")
+    for name in ("other", "text", "absent"):
+        with pytest.raises(SessionError, match=f"{name}.npz', dat: cannot be read"):
+            load_bundle(tmp_path / f"{name}.npz")
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_no_pickle_runs_anything(tmp_path):
+    mark = tmp_path / "ran"
+    evil = [
+        Evil(os.system, f"touch {mark}"),
+        Evil(exec, f"open({str(mark)!r}, 'w')"),
+        Evil(open, str(mark), "w"),
+        Evil(getattr, "text", "format"),
+        Evil(np.save, str(mark), np.zeros(1)),
+        Evil(np.memmap, str(mark), "u1", "w+", 0, (9,)),
+        Evil(pickle.loads, b"N."),
+        Evil(__import__, "os"),
+    ]
+    for bad in evil:
+        for place in (bad, make_entry() | {"spks": bad}, {"x": [np.array([bad], dtype=object)]}):
+            path = tmp_path / "evil.npz"
+            np.savez(path, dat=np.array([place, None], dtype=object))
+            with pytest.raises(SessionError, match="asks for .*, which no array needs"):
+                load_bundle(path)
+            assert not mark.exists()
+    for content in (  # names asked for by other ways
+        b"cnumpy.lib.format\nopen_memmap\n.",
+        b"cnumpy\ndtype.__class__\n.",
+        b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.tofile\x93.",
+        b"\x80\x02\x82\x01.",  # the extension registry
+        b"cnumpy._core.multiarray\n_reconstruct\nN}X\x08\x00\x00\x00__code__Ns\x86b.",
+    ):
+        with pytest.raises(SessionError, match="dat: cannot be read"):
+            load_bundle(write_pickle(tmp_path / "evil.npz", content))

@@ -1,1 +1,1 @@
-"""Recordings from elsewhere as a Session: ibl (ONE), nwb, steinmetz, neuromatch, huggingface."""
+"""Recordings from elsewhere as a Session (ibl, nwb, steinmetz, huggingface), and many on disk."""

@@ -1,48 +1,57 @@
-"""Recordings of Steinmetz et al. 2019 (Nature 576:266): folders of 10.6084/m9.figshare.9598406.
+"""Recordings of Steinmetz et al. 2019 (Nature 576:266).
 
-Facts about the files are from the authors' notes ("data files" in the wiki of their repository
-nsteinme/steinmetz-et-al-2019, as quoted in NWB conversions of the data; its issues 1 and 2; its
-findMoveTimes.m). Neuromatch's copy of the recordings is read by `mtm.data.neuromatch`.
+`load_session` reads a folder of the archive (10.6084/m9.figshare.9598406), `load_bundle` the copy
+that Neuromatch Academy distributes (``steinmetz_part0.npz`` to ``part2``), in which much is already
+chosen: clusters annotated 2 or 3 that fired in a trial, 10 ms counts around stimulus onset. A
+session has the same name from both. Facts about the files are from the authors' notes ("data files"
+in the wiki of their repository nsteinme/steinmetz-et-al-2019; its issues 1 and 2; its
+findMoveTimes.m) and from the code that made the copy (MouseLand/steinmetz2019_NMA).
 
-A session's behaviours, where NaN = missing:
+Behaviour of a session, NaN = missing:
 
 - ``choice`` (K,): -1 right, +1 left, 0 no-go, as recorded: +1 is correct where the left contrast is
   higher; ``contrast``: right minus left, -1..1; ``reward``: 1 or 0.
 - ``go-cue-time``, ``response-time``, ``feedback-time`` (K,): s from the event aligned to.
 - ``reaction-time`` (K,): s from the stimulus to the onset of the first wheel move detected later
-  than 0.1 s before the stimulus, if before the feedback.
-- ``wheel-speed`` (K, T) rad/s: as in `mtm.data.ibl`; the encoder has 1,440 ticks a turn.
+  than 0.1 s before the stimulus, if before the feedback; in the copy, to the first 10 ms in which
+  the wheel turned by over 5 ticks.
+- ``wheel-speed`` (K, T) rad/s: as in `mtm.data.ibl`; in the copy, the net turn in the bin.
 - ``face-motion-energy`` (K, T), arbitrary units, averaged in each bin.
 
-Repairs: unsorted spikes are sorted; a trial without the event is left out; infinite values of a
-trial are missing; a cluster whose peak channel has no row in ``channels.brainLocation.tsv`` has no
-region (with a warning); NaN and infinite samples of wheel and face are interpolated across. Without
-its file, a behaviour is absent; for wheel and face with a warning. Passive trials, pupil, licks and
-LFP are not read.
+Trials without the event are left out. Where a file or field is missing, its behaviour is too.
+Passive trials, pupil, licks and LFP are not read.
 """
 
 from __future__ import annotations
 
-import csv
-import os
+import io
+import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from mtm.binning import ordered_samples, wheel_speed
-from mtm.checks import one_of
+from mtm.binning import n_bins, ordered_samples, wheel_speed
 from mtm.session import Session, SessionError, reading
 
-TICK = 2 * np.pi / 1440  # rad
+TICK = 2 * np.pi / 1440  # rad; the wheel's encoder has 1,440 ticks a turn
 GOOD = 2  # annotations: 1 multi-unit, 2 good, 3 unsorted; their analyses include 2 and 3
-LONGEST_SAMPLE = 0.2  # s; across longer gaps, binning interpolates nothing
-CONTRASTS = ("visualStim_contrastLeft", "visualStim_contrastRight")
-OUTCOMES = ("response_choice", "feedbackType", *CONTRASTS)
 TIMES = {"goCue": "go-cue-time", "response": "response-time", "feedback": "feedback-time"}
 TRACES = {"wheel-speed": "wheel.position", "face-motion-energy": "face.motionEnergy"}
+COLUMNS = {  # of the copy -> of the archive
+    "response": "response_choice",
+    "feedback_type": "feedbackType",
+    "contrast_left": "visualStim_contrastLeft",
+    "contrast_right": "visualStim_contrastRight",
+    "gocue": "goCue_times",
+    "response_time": "response_times",
+    "feedback_time": "feedback_times",
+}
+FRAME, FRAMES, ONSET = 0.01, 250, 50  # of the copy: s a frame, frames a trial, stimulus' frame
 
 
 def load_session(
@@ -74,30 +83,27 @@ def load_session(
         SessionError: naming the session, the file and the remedy.
         ValueError: for an unknown ``units`` or ``trial_filter``.
     """
-    one_of("units", units, (None, "good"))
-    one_of("trial_filter", trial_filter, (None, "included"))
+    if units not in (None, "good"):
+        raise ValueError(f"units must be None or 'good', got {units!r}")
+    if trial_filter not in (None, "included"):
+        raise ValueError(f"trial_filter must be None or 'included', got {trial_filter!r}")
     files = _Folder(folder)
     trials, counted = _trials(files, align, trial_filter)
     neurons = _clusters(files)
     n = len(neurons["channel"])
     keep = np.ones(n, bool) if units is None else files.array("clusters._phy_annotation", n) >= GOOD
     times = files.array("spikes.times")
-    clusters = files.array("spikes.clusters", len(times))
-    if np.all((clusters == np.floor(clusters)) & (np.abs(clusters) < 2**31)):
-        clusters = clusters.astype(np.int32)
-    if not (timed := np.isfinite(times)).all():
-        files.warn(f"spikes.times: left out {np.sum(~timed)} without time")
     session = Session.from_spike_times(
-        times[timed],
-        clusters[timed],
+        times,
+        files.array("spikes.clusters", len(times)).astype(np.int64),
         trials[align],
         clusters=np.arange(n),
         regions=neurons["allen"],
         window=window,
         bin_size=bin_size,
         traces=_traces(files),
-        behaviour=_behaviour(files, trials, trials[align]),
-        trial_ids=trials["row"],
+        behaviour=_behaviour(trials, trials[align]) | _reaction_times(files, trials),
+        trial_ids=trials["row"].astype(np.int64),
         n_recorded=counted["recorded"],
         name=files.name,
         subject=files.name.partition("_")[0],
@@ -108,56 +114,88 @@ def load_session(
     return session if keep.all() else session.select(neurons=keep)
 
 
-def outcomes(
-    session: str, columns: Mapping[str, np.ndarray], names: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Behaviours choice, reward and contrast (K,), as far as there are columns (K,) for them.
+def load_bundle(
+    path: str | Path,
+    *,
+    index: int | Sequence[int] | None = None,
+    window: tuple[float, float] = (-0.5, 1.5),
+    bin_size: float = 0.02,
+) -> list[Session]:
+    """Load sessions from a file of Neuromatch Academy, ``steinmetz_part0.npz`` to ``part2``.
 
-    ``names``: the columns of choice, feedback, left contrast, right contrast.
+    The files hold pickles, which can run any code when `numpy.load` opens them. Here they are read
+    by an unpickler that rebuilds arrays and refuses everything else.
+
+    Args:
+        path: the file.
+        index: which of its sessions, from 0: one or several. Default: all.
+        window: (start, stop) around stimulus onset, seconds: multiples of 0.01 in -0.5..2.0.
+        bin_size: seconds, a multiple of 0.01: counts of 10 ms are added up.
+
+    Returns:
+        the sessions, in the order of the file or of ``index``; ``regions`` are Allen acronyms, of
+        which Neuromatch keeps some coarser than the archive.
+
+    Raises:
+        SessionError: for a damaged file, or one that asks for anything but arrays.
+        ValueError: for a ``window`` or ``bin_size`` that does not fit frames of 10 ms.
     """
-    for name in names:
-        values, sign = columns.get(name, np.zeros(0)), name in names[:2]
-        fine = np.isin(values, (-1, 0, 1)) if sign else (values >= 0) & (values <= 1)
-        if not np.all(fine | np.isnan(values)):
-            problem = f"values other than {'-1, 0 or 1' if sign else 'from 0 to 1'}"
-            raise SessionError(f"session {session!r}, {name}: {problem}; download it again")
-    choice, feedback, left, right = (columns.get(name) for name in names)
-    found = {} if choice is None else {"choice": choice}
-    if feedback is not None:
+    frames = _frames(window, bin_size)
+    path = Path(path)
+    with reading(path.name, "dat"):
+        entries = _entries(path)
+    chosen = range(len(entries)) if index is None else np.atleast_1d(index).tolist()
+    sessions = []
+    for number in chosen:
+        with reading(f"{path.name}[{number}]", "fields"):
+            fields = _fields(entries[number], *frames)
+            origin = {"origin": "Neuromatch Academy", "file": path.name}
+            fields |= {"window": window, "bin_size": bin_size, "provenance": origin}
+            sessions.append(Session(**fields))
+    return sessions
+
+
+def _behaviour(
+    trials: Mapping[str, np.ndarray], event: np.ndarray | float
+) -> dict[str, np.ndarray]:
+    """Behaviour with one value per trial (K,), from the archive's columns (K,)."""
+    found = {}
+    if "response_choice" in trials:
+        found["choice"] = trials["response_choice"]
+    if (feedback := trials.get("feedbackType")) is not None:
         found["reward"] = np.where(np.isnan(feedback), np.nan, feedback > 0)
+    left, right = (trials.get(f"visualStim_contrast{side}") for side in ("Left", "Right"))
     if left is not None and right is not None:
         found["contrast"] = right - left
-    return found
+    times = {label: f"{key}_times" for key, label in TIMES.items()}
+    return found | {label: trials[key] - event for label, key in times.items() if key in trials}
+
+
+# ----------------------------------------------------------------------------------- the archive
 
 
 class _Folder:
-    """The files of one session."""
+    """The files of one session of the archive."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.path, self.name = Path(folder), os.path.basename(os.path.abspath(folder))
-        if not os.path.isdir(folder):
-            raise SessionError(
-                f"session {self.name!r}: no such folder; unpack the archive's .tar and pass the "
-                "path of the folder of one session"
-            )
-
-    def fail(self, name: str, problem: str) -> NoReturn:
-        raise SessionError(f"session {self.name!r}, {name}.npy: {problem}")
+        self.path = Path(folder)
+        self.name = self.path.resolve().name
+        if not self.path.is_dir():
+            raise SessionError(f"{folder}: no such folder; pass the unpacked folder of one session")
 
     def warn(self, problem: str) -> None:
         warnings.warn(f"session {self.name!r}: {problem}", UserWarning, stacklevel=4)
 
     def has(self, name: str) -> bool:
-        return os.path.isfile(self.path / f"{name}.npy")
+        return (self.path / f"{name}.npy").is_file()
 
     def array(self, name: str, n: int | None = None, width: int = 1) -> np.ndarray:
-        """Numbers (n,), or (n, width), float64. The archive has (n, 1) for (n,)."""
+        """Numbers (n,), or (n, width), float64. The archive stores (n, 1) for (n,)."""
         with reading(self.name, f"{name}.npy"):
             array = np.load(self.path / f"{name}.npy", allow_pickle=False)
-            array = array.astype(np.float64, casting="same_kind")  # no text, no complex numbers
-            array = array.reshape(len(array), width)
-        if n is not None and len(array) != n:
-            self.fail(name, f"{len(array)} rows, but {n} in others; download it again")
+            array = array.astype(np.float64).reshape(len(array), width)
+            if n is not None and len(array) != n:
+                raise ValueError(f"{len(array)} rows, but {n} in other files")
         return array[:, 0] if width == 1 else array
 
 
@@ -167,9 +205,9 @@ def _trials(
     """Columns (K,) of the trials to use, with their ``row``; number of trials, and why dropped."""
     events = sorted(file.name[7:-4] for file in files.path.glob("trials.*_times.npy"))
     if align not in events:
-        files.fail(f"trials.{align}", f"no such event; align to one of {events}")
+        raise SessionError(f"session {files.name!r}: no event {align!r}; align to one of {events}")
     n = len(files.array(f"trials.{align}"))
-    names = (*OUTCOMES, *(f"{key}_times" for key in TIMES), "visualStim_times", align)
+    names = {*COLUMNS.values(), "visualStim_times", align}
     present = [name for name in names if files.has(f"trials.{name}")]
     trials = {name: files.array(f"trials.{name}", n) for name in present}
     trials = {name: np.where(np.isfinite(v), v, np.nan) for name, v in trials.items()}
@@ -180,45 +218,36 @@ def _trials(
         counted["not included"] = int(np.sum(keep & ~included))
         keep &= included
     if not keep.any():
-        files.fail(f"trials.{align}", f"no trial of {n} is left; other align or trial_filter=None")
+        raise SessionError(f"session {files.name!r}: no trial of {n} has {align} and is included")
     return {"row": np.flatnonzero(keep)} | {key: v[keep] for key, v in trials.items()}, counted
 
 
-def _behaviour(
-    files: _Folder, trials: Mapping[str, np.ndarray], event: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Behaviour with one value a trial, (K,), as far as there are files for it."""
-    found = outcomes(files.name, trials, OUTCOMES)
-    for key, label in TIMES.items():
-        if f"{key}_times" in trials:
-            found[label] = trials[f"{key}_times"] - event
-    if {"visualStim_times", "feedback_times"} <= set(trials) and files.has("wheelMoves.intervals"):
-        stimulus = trials["visualStim_times"]
-        onsets = files.array("wheelMoves.intervals", width=2)[:, 0]
-        onsets = np.append(np.sort(onsets[np.isfinite(onsets)]), np.inf)
-        first = onsets[np.searchsorted(onsets[:-1], stimulus - 0.1, side="right")]
-        during = first < trials["feedback_times"]
-        found["reaction-time"] = np.where(during, first - stimulus, np.nan)
-    return found
+def _reaction_times(files: _Folder, trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The behaviour reaction-time (K,), where the files for it are there."""
+    needed = {"visualStim_times", "feedback_times"}
+    if not (needed <= set(trials) and files.has("wheelMoves.intervals")):
+        return {}
+    stimulus = trials["visualStim_times"]
+    onsets = files.array("wheelMoves.intervals", width=2)[:, 0]
+    onsets = np.append(np.sort(onsets[np.isfinite(onsets)]), np.inf)
+    first = onsets[np.searchsorted(onsets[:-1], stimulus - 0.1, side="right")]
+    during = first < trials["feedback_times"]
+    return {"reaction-time": np.where(during, first - stimulus, np.nan)}
 
 
 def _clusters(files: _Folder) -> dict[str, np.ndarray]:
     """Columns (N,) of all clusters: row of the peak channel, region, and what else there is."""
     with reading(files.name, "channels.brainLocation.tsv"):
-        with open(files.path / "channels.brainLocation.tsv", encoding="utf-8", newline="") as file:
-            table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            acronyms = np.array([row["allen_ontology"].strip() for row in table], dtype=np.str_)
-    if files.has("channels.site"):  # shows a table that was cut short
-        files.array("channels.site", len(acronyms))
+        # Without keep_default_na, pandas would take some texts for missing values.
+        options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "quoting": 3}
+        table = pd.read_csv(files.path / "channels.brainLocation.tsv", sep="\t", **options)
+        acronyms = table["allen_ontology"].str.strip().to_numpy(dtype=np.str_)
     peak = files.array("clusters.peakChannel")  # counts from 1 (issue 1)
     known = np.isin(peak, np.arange(1, len(acronyms) + 1))
     if not known.all():
-        files.warn(
-            f"{np.sum(~known)} of {len(peak)} clusters have a peak channel outside the "
-            f"{len(acronyms)} rows of channels.brainLocation.tsv, so no region"
-        )
+        files.warn(f"{np.sum(~known)} of {len(peak)} clusters lie on no listed channel: no region")
     row = np.where(known, peak - 1, -1).astype(np.int64)
-    columns = {"channel": row, "allen": np.append(acronyms, "")[row]}  # -1: the last
+    columns = {"channel": row, "allen": np.append(acronyms, "")[row]}  # -1: the last, no region
     for key, name in (("probe", "probes"), ("depth", "depths"), ("annotation", "_phy_annotation")):
         if files.has(f"clusters.{name}"):
             columns[key] = files.array(f"clusters.{name}", len(peak))
@@ -234,27 +263,95 @@ def _traces(files: _Folder) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             files.warn(f"no {name}.npy with {anchors}.npy; the session has no behaviour {key!r}")
             continue
         samples = files.array(name)
-        times, samples = ordered_samples(_sample_times(files, anchors, len(samples)), samples)
-        if key == "wheel-speed":
-            with reading(files.name, f"{name}.npy"):
+        with reading(files.name, f"{anchors}.npy"):
+            sampled = _sample_times(files.array(anchors, width=2), len(samples))
+            times, samples = ordered_samples(sampled, samples)
+            if key == "wheel-speed":
                 times, samples = wheel_speed(times, samples * TICK)
         traces[key] = times, samples
     return traces
 
 
-def _sample_times(files: _Folder, name: str, n: int) -> np.ndarray:
+def _sample_times(anchors: np.ndarray, n: int) -> np.ndarray:
     """Time of each of n samples, (n,) s, from anchors (m, 2): sample number, time.
 
     Between anchors times are interpolated; beyond them they are unknown: NaN. The notes number
-    samples from 1 to n; those who read the files (Neuromatch's code, NWB conversions) take them as
-    indices from 0. So the anchors decide: from 1 where the last is n and the first at least 1,
-    else from 0; wrong by one sample at most.
+    samples from 1, those who read the files from 0. So the anchors decide: from 1 where the last is
+    n and the first at least 1, else from 0; wrong by one sample at most.
     """
-    number, time = files.array(name, width=2).T
-    rising = len(time) > 1 and np.isfinite(number).all() and np.isfinite(time).all()
-    rising = rising and np.all(np.diff(number) > 0) and np.all(np.diff(time) > 0)
-    fits = rising and number[0] >= 0 and number[-1] <= n
-    if not fits or time[-1] - time[0] > LONGEST_SAMPLE * n:
-        files.fail(name, f"no rising sample numbers and times of {n} samples; download it again")
+    number, time = anchors.T
+    if not (np.all(np.diff(number) > 0) and np.all(np.diff(time) > 0)):
+        raise ValueError("sample numbers and times must rise")
     first = 1 if number[-1] == n and number[0] >= 1 else 0
     return np.interp(np.arange(first, first + n), number, time, left=np.nan, right=np.nan)
+
+
+# ------------------------------------------------------------------------------ Neuromatch's copy
+
+
+def _frames(window: tuple[float, float], bin_size: float) -> tuple[int, int, int]:
+    """First frame of the window, number of bins, frames per bin."""
+    bins = n_bins(window, bin_size)
+    exact = np.array([ONSET + window[0] / FRAME, bin_size / FRAME])
+    first, width = np.round(exact).astype(int).tolist()
+    whole = np.allclose(exact, (first, width), rtol=0, atol=1e-6)
+    if not whole or first < 0 or first + bins * width > FRAMES:
+        raise ValueError(
+            f"bin_size {bin_size} and the start of window {tuple(window)} must be multiples of "
+            "0.01 s, and the window within (-0.5, 2.0) s"
+        )
+    return first, bins, width
+
+
+def _fields(entry: Mapping[str, Any], first: int, bins: int, width: int) -> dict[str, Any]:
+    """Fields of a `Session` from one dictionary of the file."""
+    n, k, _ = np.shape(entry["spks"])
+
+    def binned(field: str, *shape: int) -> np.ndarray:
+        """Frames, ``shape`` (..., FRAMES), added up in bins: (..., T)."""
+        frames = np.reshape(entry[field], (*shape, FRAMES))[..., first : first + bins * width]
+        return frames.reshape(*shape, bins, width).sum(axis=-1)
+
+    fields = [field for field in COLUMNS if field in entry]  # (k,) or (k, 1)
+    columns = {COLUMNS[f]: np.asarray(entry[f], np.float64).reshape(k) for f in fields}
+    behaviour = _behaviour(columns, 0.0)
+    if "reaction_time" in entry:  # ms and direction; infinite: none
+        seconds = np.reshape(entry["reaction_time"], (k, 2))[:, 0] / 1000
+        behaviour["reaction-time"] = np.where(np.isinf(seconds), np.nan, seconds)
+    if "wheel" in entry:
+        behaviour["wheel-speed"] = np.abs(binned("wheel", k)) * TICK / (width * FRAME)
+    if "face" in entry:
+        behaviour["face-motion-energy"] = binned("face", k) / width
+    return {
+        "counts": binned("spks", n, k).transpose(1, 2, 0),
+        "regions": entry["brain_area"],
+        "name": f"{entry['mouse_name']}_{entry['date_exp']}",
+        "subject": entry["mouse_name"],
+        "behaviour": behaviour,
+        "neurons": {"allen": entry["brain_area"]},
+    }
+
+
+def _entries(path: Path) -> list[Mapping[str, Any]]:
+    """The sessions' dictionaries."""
+    with zipfile.ZipFile(path) as archive:
+        file = io.BytesIO(archive.read("dat.npy"))
+    np.lib.format.read_magic(file)
+    np.lib.format.read_array_header_1_0(file)
+    return _Unpickler(file).load().ravel().tolist()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Rebuilds arrays, and refuses whatever else a pickle asks for, so that no code is run."""
+
+    ALLOWED = {
+        *(("numpy._core.multiarray", name) for name in ("_reconstruct", "scalar")),
+        *(("numpy", name) for name in ("ndarray", "dtype")),
+        ("_codecs", "encode"),  # bytes, in old pickles
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core.", "numpy._core.")  # NumPy 1
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+        return super().find_class(module, name)
