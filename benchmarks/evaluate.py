@@ -34,13 +34,14 @@ import torch
 
 from mtm import evaluate
 from mtm.masks import Mask
-from mtm.model import AS_PUBLISHED, MtM, MtMConfig
+from mtm.model import MtM, MtMConfig
 from mtm.prediction import _plan, predict_held_out
 from mtm.session import Session
 from mtm.prediction import TASKS, queries_of
 
 N_TRIALS, N_BINS, BIN_SIZE, N_NEURONS, N_REGIONS = 120, 100, 0.02, 700, 8
 MEAN_RATE, SPREAD = 4.0, 1.6  # Hz; standard deviation of the log rates
+PUBLISHED = {"positions": "learned", "input_counts": "raw"}  # the authors' options
 DEPTHS = {"small": 2, "paper": 5}
 FEW = {"small": 16, "paper": 3}  # neurons scored by both on a CPU
 
@@ -117,8 +118,10 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         few = session.n_neurons if device.type == "cuda" else FEW[options.model]
     scored = np.random.default_rng(1).permutation(session.n_neurons)[:few]
     wanted = np.isin(np.arange(session.n_neurons), scored)
-    config = MtMConfig.from_depth(DEPTHS[options.model], **AS_PUBLISHED)
-    model = MtM(config, {session.name: session.n_neurons}).to(device).eval()
+    config = MtMConfig.from_depth(DEPTHS[options.model], **PUBLISHED)
+    model = MtM(config, session.n_bins, {session.name: session.n_neurons}, init="paper")
+    model.split_seed = 0
+    model = model.to(device).eval()
     whole = device.type == "cuda" or options.small or options.model == "small"
     ours = {task: activity(model, session, task) if whole else {} for task in TASKS}
     if not whole:  # find out what memory it takes before the plain loop does
@@ -210,8 +213,10 @@ def whole_report(options: argparse.Namespace) -> dict[str, object]:
     """Seconds of `evaluate(model, session)`, task by task: what a user waits for."""
     torch.manual_seed(0)
     session = recording(options.small, fold=5)
-    config = MtMConfig.from_depth(DEPTHS["small"], **AS_PUBLISHED)
-    model = MtM(config, {session.name: session.n_neurons}).to(options.device).eval()
+    config = MtMConfig.from_depth(DEPTHS["small"], **PUBLISHED)
+    model = MtM(config, session.n_bins, {session.name: session.n_neurons}, init="paper")
+    model.split_seed = 0
+    model = model.to(options.device).eval()
     seconds: dict[str, float] = {}
     for task in [*TASKS, "choice", "trace"]:
         how = {"tasks": [task], "progress": True}

@@ -49,7 +49,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import mtm
 from mtm import train
 from mtm.masks import SCHEMES, register
-from mtm.model import AS_PUBLISHED, MtMConfig
+from mtm.model import MtMConfig
 from mtm.plots import BLUE
 from mtm.recipes import RECIPES
 from mtm.report import Mean, mean_of
@@ -57,6 +57,7 @@ from mtm.report import Mean, mean_of
 SEARCH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05")
 TEST = ("03_Cori_2016-12-18", "09_Hench_2017-06-16", "ibl_DY_016_2020-09-12_probe00")  # fmt: skip
 OURS, BASE = "ours", "ours, hiding 0.3"
+PUBLISHED = {"positions": "learned", "input_counts": "raw"}  # the authors' options
 AGAIN = "causal again"  # drawn as often as each of the others
 AVERAGE = 0.99  # decay of the running average of the weights, a step
 
@@ -146,12 +147,8 @@ def variants() -> dict[str, tuple[dict[str, Any], Trick | None]]:
     half = {"ratios": dict.fromkeys(shares, 0.6)}
     plain: dict[str, dict[str, Any]] = {
         BASE: {},
-        "counts as they are": {"input_transform": "raw"},
-        "log(1 + count)": {"input_transform": "log1p"},
+        "counts as they are": {"input_counts": "raw"},
         "learned time embedding": {"positions": "learned"},
-        "hidden: a learned number": {"hidden_input": "token"},
-        "hidden: an indicator": {"hidden_input": "indicator"},
-        "maps start at random": {"components": 0},
         "one mask a step": {"batch_size": 16, "batches_per_step": 1},
         "8 masks a step": {"batch_size": 2, "batches_per_step": 8},
         "half the learning rate": {"lr": ours.lr / 2},
@@ -173,9 +170,8 @@ def variants() -> dict[str, tuple[dict[str, Any], Trick | None]]:
         "no session token": {"session_token": False},
         "no prompt": {"prompt": False},
         "causal twice as often": {"schemes": (*ours.schemes, AGAIN)},
-        "the authors' options": AS_PUBLISHED,
-        "the authors' options, two layers": {**AS_PUBLISHED, "depth": 2},
-        "the authors' options, two layers and leak": {**AS_PUBLISHED, "depth": 2, "leak": True},
+        "the authors' options": {**PUBLISHED, "init": "paper"},
+        "the authors' options, two layers": {**PUBLISHED, "init": "paper", "depth": 2},
     }
     tricks: dict[str, tuple[dict[str, Any], Trick]] = {
         "neurons weigh alike": ({}, neurons_alike),
@@ -187,16 +183,15 @@ def variants() -> dict[str, tuple[dict[str, Any], Trick | None]]:
 
 def trained(changes: dict[str, Any], trick: Trick | None = None, config: str = "mtm") -> Method:
     """A recipe with changes, at depth 1 unless they say another."""
-    sizes = {f.name for f in fields(MtMConfig)} - {"init"}
+    sizes = {f.name for f in fields(MtMConfig)}
     of_model = {name: value for name, value in changes.items() if name in sizes}
     of_training = {name: value for name, value in changes.items() if name not in sizes}
     settings = train.changed(RECIPES[config], of_training)
     if settings.init == "paper":
-        of_model = AS_PUBLISHED | of_model
-    of_model["init"] = settings.init
+        of_model = PUBLISHED | of_model
 
     def make(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
-        model = MtMConfig.from_depth(**({"depth": 1, "n_bins": sessions[0].n_bins} | of_model))
+        model = MtMConfig.from_depth(**({"depth": 1} | of_model))
         how = {"config": replace(settings, seed=seed), "progress": False}
         if trick is None:
             return mtm.fit(sessions, model, **how)

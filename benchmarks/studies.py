@@ -71,7 +71,7 @@ class Prompted:
 
     def __init__(self, model: mtm.MtM, prompt: str) -> None:
         self.model, self.prompt = model, prompt
-        self.device, self.sees_mask, self.seen = model.device, model.sees_mask, model.seen
+        self.device, self.seen = model.device, model.seen
 
     def predict(
         self, counts: Any, scheme: str, mask: Any, session: str, neurons: Any = None

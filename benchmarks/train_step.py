@@ -49,7 +49,7 @@ from mtm.training import _optimizer, _parameter_groups, accumulate, masked_loss
 
 NEURONS = (548, 601, 652)
 N_BINS, N_REGIONS = 100, 8
-THEIR_INPUT = {"positions": "learned", "input_transform": "raw"}
+THEIR_INPUT = {"positions": "learned", "input_counts": "raw"}
 MODELS = {"ndt1": THEIR_INPUT, "ndt2": {"tokenizer": "ndt2", **THEIR_INPUT}}
 SMALL = {"depth": 1, "width": 32, "heads": 2, "mlp_width": 64, "stitch_width": 40}
 RECIPE = RECIPES["mtm"]
@@ -193,7 +193,7 @@ class Bench:
         self.options, self.name, self.batch = options, name, batch
         self.device = torch.device(options.device)
         self.config = MtMConfig(**MODELS[name], **(SMALL if options.small else {}))
-        self.model = MtM(self.config, {str(n): n for n in NEURONS}).to(self.device).train()
+        self.model = MtM(self.config, N_BINS, {str(n): n for n in NEURONS}).to(self.device).train()
         self.optimizer = _optimizer(self.model, RECIPE)
         self.sampler = MaskSampler(MTM_SCHEMES, device=self.device)
         self.trials = torch.randperm(batch, device=self.device)
@@ -245,11 +245,11 @@ class Plain(nn.Module):
 
     def forward(self, counts: Tensor, session: str, mask: Mask, prompt: str) -> Tensor:
         """Log-rates (B, T, N) of counts (B, T, N)."""
-        model, maps = self.model, self.model._maps(session)
-        x = model.tokenizer(counts.masked_fill(mask.hidden, 0)[:, :, None], maps)
-        front = torch.stack([maps.token, model.prompt[model.config.prompts.index(prompt)]])
-        x = self.embed_dropout(torch.cat([front.expand(len(x), -1, -1), x], dim=1))
-        bins = torch.arange(N_BINS).repeat_interleave(model.tokenizer.n_patches(maps))
+        model, layers = self.model, self.model.session_layers(session)
+        x = model.tokenizer(counts.masked_fill(mask.hidden, 0), layers)
+        prefix = torch.stack([layers.token, model.prompt_tokens[model.prompts.index(prompt)]])
+        x = self.embed_dropout(torch.cat([prefix.expand(len(x), -1, -1), x], dim=1))
+        bins = torch.arange(N_BINS).repeat_interleave(model.tokenizer.n_patches(layers))
         bins = torch.cat([torch.tensor([-1, -1]), bins])
         allowed = bins[:, None] >= bins if mask.causal else torch.ones(len(bins), len(bins)).bool()
         if mask.causal and model.config.tokenizer == "ndt1":
@@ -258,7 +258,7 @@ class Plain(nn.Module):
         for layer in model.layers:
             x = x + self.attend(layer.norm1(x), layer.attention, allowed)
             x = x + self.dropout(layer.down(F.gelu(layer.up(layer.norm2(x)))))
-        return model.tokenizer.read_out(model.norm(x)[:, 2:], maps)
+        return model.tokenizer.read_out(model.norm(x)[:, 2:], layers)
 
     def attend(self, x: Tensor, attention: nn.Module, allowed: Tensor) -> Tensor:
         """Self-attention of (B, L, D)."""

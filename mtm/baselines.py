@@ -727,9 +727,9 @@ def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficie
 
 
 RATIOS = (0.1, 0.3)  # shares that the transformers may hide
-OPTIONS: dict[str, Any] = {"positions": "learned", "input_transform": "raw"}
+OPTIONS: dict[str, Any] = {"positions": "learned", "input_counts": "raw"}
 SETTINGS: dict[str, Any] = {"epochs": 100, "batch_size": 16, "batches_per_step": 1}
-SETTINGS |= {"weight_decay": 0.01, "components": 0}
+SETTINGS |= {"weight_decay": 0.01}
 """Of the transformers. With our recipe temporal masking, which is not trained for it, hardly fills
 in a single neuron or a region (`benchmarks/results/claims.md`)."""
 
@@ -747,19 +747,12 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What evaluation needs to know of a fitted baseline."""
-
-    split_seed: int
-    bin_size: float
-
-
 class Baseline(ABC):
     """What the fitted baselines share: one map for each session and scheme, behind ``predict``.
 
     Attributes:
-        config: the split it was fitted on, and the width of the bins.
+        split_seed: of the split it was fitted on.
+        bin_size: of the bins, seconds.
         maps: (session, scheme) -> its map.
         seen: session -> fingerprints of the trials it was fitted on, which evaluation refuses.
         chosen: (session, scheme) -> what was chosen, and its score: bits per spike over the
@@ -772,7 +765,7 @@ class Baseline(ABC):
     def __init__(self, sessions: Session | Sequence[Session], split_seed: int = 0) -> None:
         sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
         _check(sessions)
-        self.config = Settings(split_seed, sessions[0].bin_size)
+        self.split_seed, self.bin_size = split_seed, sessions[0].bin_size
         self.shapes = {s.name: s.counts.shape[1:] for s in sessions}
         self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
         self.maps: dict[tuple[str, str], Any] = {}
@@ -993,7 +986,7 @@ def _best(
 ) -> Fit:
     """Of models that hide other shares, the one with most bits per spike on validation trials."""
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
-    model = MtMConfig.from_depth(n_bins=sessions[0].n_bins, **sizes, **OPTIONS)
+    model = MtMConfig.from_depth(**sizes, **OPTIONS)
     how = SETTINGS | {"schemes": (scheme,), "prompt": False, "split_seed": split_seed}
     runs = []
     for ratio in ratios:

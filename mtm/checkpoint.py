@@ -17,21 +17,19 @@ import time
 import uuid
 import warnings
 import zlib
-from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
 from mtm import distributed
-from mtm.model import MtM, MtMConfig
+from mtm.model import CheckpointError, MtM
+from mtm.official import OfficialMtM
 from mtm.session import atomic_write as replacing
 from mtm.session import optional as extra
 
@@ -101,7 +99,7 @@ def room_for(*paths: Path) -> Iterator[None]:
 
 
 FORMAT = "mtm-model"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 CHECKSUM = "crc32"
 
@@ -110,10 +108,6 @@ SHIPPED = Path(__file__).parent / "weights"
 
 :meta hide-value:
 """
-
-
-class CheckpointError(ValueError):
-    """A folder that does not hold a readable model of this package; the message says why."""
 
 
 def save(model: Any, folder: str | Path, info: dict[str, Any] | None = None) -> Path:
@@ -134,12 +128,7 @@ def save(model: Any, folder: str | Path, info: dict[str, Any] | None = None) -> 
     description = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
-        "model": model.config.to_dict(),
-        "sessions": {
-            name: maps.n_neurons
-            for name, maps in zip(model.session_names, model.sessions.values(), strict=True)
-        },
-        "seen": {name: b64encode(prints.tobytes()).decode() for name, prints in model.seen.items()},
+        "model": model.settings(),
         "info": info or {},
     }
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -200,20 +189,13 @@ def load(folder: str | Path) -> MtM:
 
 def _without_weights(description: dict[str, Any], tensors: Mapping[str, Tensor]) -> MtM:
     """The model that is described, whose weights take no memory yet."""
-    sizes = {field.name for field in fields(MtMConfig)}
-    known = set(description["model"])
-    if missing := sorted(sizes - known):  # a default need not be what was saved
-        raise ValueError(f"{CONFIG} lacks of a model's fields: {', '.join(missing)}")
-    if strange := sorted(known - sizes):
-        raise ValueError(f"{CONFIG} has fields that no model has: {', '.join(strange)}")
+    settings = description["model"]
     layers = {key.split(".")[1] for key in tensors if key.startswith("layers.")}
-    if description["model"]["depth"] != len(layers):  # before so many are made
+    if settings["config"]["depth"] != len(layers):  # before so many are made
         raise ValueError(f"{WEIGHTS} has {len(layers)} layers, but {CONFIG} says otherwise")
     with torch.device("meta"):  # no memory is taken before the sizes are known to fit
-        model = MtM(MtMConfig(**description["model"]), description["sessions"])
-    for name, prints in description.get("seen", {}).items():
-        model.seen[name] = np.frombuffer(b64decode(prints), dtype=np.int64)
-    return model
+        kind = OfficialMtM if settings["class"] == "official" else MtM
+        return kind.from_settings(settings)
 
 
 def _require_weights_of(model: MtM, tensors: Mapping[str, Tensor], path: Path) -> None:

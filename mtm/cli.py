@@ -32,8 +32,8 @@ from mtm.data.regions import LEVELS
 from mtm.decoding import decodable, decode_by_region
 from mtm.evaluation import evaluate
 from mtm.masks import SCHEMES
-from mtm.model import AS_PUBLISHED, MtM, MtMConfig
 from mtm.model import CHOICES as MODEL_CHOICES
+from mtm.model import MtM, MtMConfig
 from mtm.prediction import checked_split_seed, mean_rates, oracle
 from mtm.recipes import CHOICES as TRAIN_CHOICES
 from mtm.recipes import RECIPES, TrainConfig, recipe
@@ -106,13 +106,14 @@ def run_prepare(options: argparse.Namespace) -> None:
 
 def _prepare_ibl(options: argparse.Namespace, how: dict[str, Any]) -> Prepared:
     """Sessions that ONE knows: all it finds, or those of a list."""
+    from mtm import official
     from mtm.data import ibl
 
     if not options.username and not options.recordings.is_dir():
         raise FileNotFoundError(f"{options.recordings} is not a folder")
     one = ibl.connect(options.recordings, username=options.username)
-    lists = {"paper": ibl.PAPER_EIDS, "held-out": ibl.HELD_OUT_EIDS}
-    lists["repeated-site"] = ibl.REPEATED_SITE_EIDS
+    lists = {"paper": official.PAPER_EIDS, "held-out": official.HELD_OUT_EIDS}
+    lists["repeated-site"] = official.REPEATED_SITE_EIDS
     terms = {key: getattr(options, key) for key in IBL_TERMS}
     if options.eids and any(terms.values()):
         raise ValueError("--eids names the sessions; it goes with no search for others")
@@ -157,7 +158,7 @@ def _train(options: argparse.Namespace, device: torch.device) -> None:
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)}
     changes = {key: value for key, value in given.items() if value is not KEEP}
     config = recipe(options.recipe, **changes)
-    sizes = _sizes(options, sessions[0].n_bins, config.init)
+    sizes = _sizes(options, config.init)
     start: MtM | MtMConfig = sizes
     if options.start:
         start = checkpoint.load(options.start)
@@ -186,7 +187,7 @@ def _train(options: argparse.Namespace, device: torch.device) -> None:
     print(f"model of {n_parameters:,} parameters in {options.out}")
 
 
-def _sizes(options: argparse.Namespace, n_bins: int, init: str) -> MtMConfig:
+def _sizes(options: argparse.Namespace, init: str) -> MtMConfig:
     """Of a new model."""
     fields = ("depth", "tokenizer", "patch_size")
     given = {key: getattr(options, key) for key in fields if getattr(options, key) is not None}
@@ -199,8 +200,8 @@ def _sizes(options: argparse.Namespace, n_bins: int, init: str) -> MtMConfig:
     if options.patch_size and options.tokenizer != "ndt2":
         raise ValueError("--patch-size: only --tokenizer ndt2 has patches")
     depth = given.pop("depth", 5 if options.recipe == "paper" else 2)
-    theirs = AS_PUBLISHED if init == "paper" else {}
-    return MtMConfig.from_depth(depth, n_bins=n_bins, **theirs, **given)
+    theirs = {"positions": "learned", "input_counts": "raw"} if init == "paper" else {}
+    return MtMConfig.from_depth(depth, **theirs, **given)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

@@ -1,38 +1,39 @@
-"""The whole model in this one file: embed, encode, read out.
+"""The model: spike counts to tokens, a transformer encoder, tokens to log-rates.
 
-MtM (arXiv 2407.14668, section 3) is one transformer encoder between two pairs of maps that know
-about neurons. There are two ways to cut a trial of counts (B, T, N) into tokens (B, L, D):
+MtM (arXiv 2407.14668, section 3) is one transformer encoder between layers that know about
+neurons. A trial of counts (B, T, N) becomes tokens (B, L, D) in one of two ways:
 
-=========  ====================================  =====================================  ===========
-tokenizer  a token is                            whose maps                             L
-=========  ====================================  =====================================  ===========
-``ndt1``   one bin of all neurons                each session's own ("stitching")       T
-``ndt2``   one bin of P neurons in a row         shared by all; a neuron is told by     T ceil(N/P)
-                                                 its place
-=========  ====================================  =====================================  ===========
+=========  ================================  ==================================  =============
+tokenizer  a token is                        layers that know about neurons      tokens a trial
+=========  ================================  ==================================  =============
+``ndt1``   one bin of all neurons            each session's own stitcher and     T
+                                             readout
+``ndt2``   one bin of a patch of P neurons   shared; a bias for each neuron      T ceil(N / P)
+=========  ================================  ==================================  =============
 
-In front of them stand a session token, which says whose brain it is, and a prompt token, which says
-what masking scheme is on. Out come log-rates (B, T, N).
+A prefix of two tokens comes first: the session token (whose recording this is) and the prompt token
+(which masking scheme is on). Out come log-rates (B, T, N).
 
-- Hidden entries are taken out before anything sees them. Of a neuron's count the model is shown how
-  far it is from the neuron's mean, so what stands in a hidden entry's place, 0, is the mean. (In
-  the authors' code it is a silent bin, and a region that is hidden one that fell silent.)
-- Causal mode: a token attends to tokens of the same and of earlier bins, the two in front to no
-  bin. No path, however many layers deep, leads from a later bin to an earlier output. (In
-  the authors' code it does, by way of the tokens in front; for NDT2 the bins are mixed up, too.)
-- Initialisation: each neuron's readout bias is its log mean count, learned tokens start small, and
-  a session's map starts by looking at the principal components of its training trials. (A learned
-  time embedding starts as slow and fast waves.) A new model therefore predicts the mean rates,
-  knows which neurons go together, and learns from there; ``init="paper"`` starts as the authors'
-  code.
+Where this differs from the authors' code:
+
+- Input: a count is scaled by the mean and spread of its neuron, so that the 0 that takes the place
+  of a hidden entry stands for the mean. (In their code it is a bin without spikes.)
+- Causal mode: a token attends to tokens of its own and earlier bins, and the prefix to no bin. No
+  path, through any number of layers, leads from a later bin to an earlier output. (In their code
+  one does, by way of the prefix.)
+- Initialisation: the readout starts at each neuron's log mean count, tokens start small, and a
+  stitcher starts at the principal components of its session. A new model therefore predicts the
+  mean rates and learns from there. ``init="paper"`` starts as the authors' code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -40,102 +41,91 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtm.checks import check_types, checked, one_of
 from mtm.masks import MTM_SCHEMES, Mask
+from mtm.masks import scheme as known_scheme
+from mtm.metrics import log_mean
 
-TOKEN_STD = 0.05  # of session and prompt tokens
-POSITION_SCALE = 0.3  # amplitude of time and space embeddings
-QUERIES = 160  # of a trial that attend at once, on CPUs
+TOKEN_STD = 0.05  # initial standard deviation of session and prompt tokens
+POSITION_SCALE = 0.3  # initial amplitude of time and space embeddings
+READOUT_SCALE = 0.1  # factor on initial readout weights: predictions start near the mean rates
 SOFTENING = 0.1  # added to a mean count, so that rare spikes are not scaled up without bound
-COMPONENTS_SCALE = 3.0  # of the principal components that a session's map starts with
-READOUT_SCALE = 0.1  # of the readout weights, so that a new model predicts close to the mean rates
+COMPONENTS = 32  # principal components that a new stitcher starts with
+COMPONENTS_SCALE = 3.0  # their amplitude
+COMPONENT_BINS = 20_000  # at most this many bins of training trials are used to compute them
 
 CHOICES = {
     "tokenizer": ("ndt1", "ndt2"),
-    "positions": ("learned", "rotary"),
-    "hidden_input": ("zeros", "token", "indicator"),
-    "input_transform": ("scaled", "raw", "log1p"),
-    "init": ("mtm", "paper"),
+    "positions": ("rotary", "learned"),
+    "input_counts": ("scaled", "raw"),
 }
 
-AS_PUBLISHED: dict[str, Any] = {
-    "init": "paper",
-    "positions": "learned",
-    "hidden_input": "zeros",
-    "input_transform": "raw",
-}
-"""The authors' options."""
+
+class CheckpointError(ValueError):
+    """A file or folder that does not hold a readable model; the message says why."""
 
 
 @dataclass(frozen=True)
 class MtMConfig:
-    """Sizes and options of a model. The sizes are the paper's, the options those that did best.
+    """Sizes and options of a model. The default sizes are the paper's, the options our best.
 
-    ``input_transform="scaled"`` shows counts as (count - mean) / sqrt(mean + 0.1), by each neuron's
-    mean count in the training trials; the authors show ``"raw"`` counts.
-
-    ``hidden_input`` is what stands where an entry is hidden: ``"zeros"`` (the paper); ``"token"``,
-    a number that each neuron learns; ``"indicator"``, zeros, and a second input channel that tells
-    a hidden entry from a visible one. ``positions="rotary"`` turns queries and keys by their bin
-    instead of adding a learned embedding of it.
+    Args:
+        tokenizer: ``"ndt1"``, one token for each bin, or ``"ndt2"``, one for each bin and patch.
+        width: D, width of a token.
+        depth: number of transformer layers.
+        heads: attention heads; ``width`` must be a multiple.
+        mlp_width: hidden width of a layer's MLP.
+        stitch_width: S, width that the stitchers of ndt1 map all sessions to.
+        patch_size: P, neurons of an ndt2 patch.
+        dropout: probability in attention and MLP.
+        embed_dropout: probability on the tokens.
+        positions: of time: ``"rotary"`` (Su et al. 2021) or ``"learned"`` embeddings (the authors).
+        input_counts: ``"scaled"``, (count - mean) / sqrt(mean + 0.1) with each neuron's mean count
+            in the training trials, or ``"raw"`` (the authors).
+        session_token: whether each session has a token in the prefix.
     """
 
-    tokenizer: str = "ndt1"  # "ndt1": a token a bin; "ndt2": a token a bin and patch of neurons
-    n_bins: int = 100  # T, time bins of a trial
-    bin_size: float = 0.02  # seconds
-    width: int = 512  # D, width of a token
-    depth: int = 5  # transformer layers
+    tokenizer: str = "ndt1"
+    width: int = 512
+    depth: int = 5
     heads: int = 8
     mlp_width: int = 1024
-    stitch_width: int = 668  # S, width that ndt1 maps all sessions to
-    patch_size: int = 128  # P, neurons of an ndt2 token
-    n_patches: int = 6  # places of patches that ndt2 knows; grows with larger sessions
-    dropout: float = 0.4  # of attention and MLP
-    embed_dropout: float = 0.2  # of the tokens
-    positions: str = "rotary"  # of time: "learned" (the authors) or "rotary"
-    hidden_input: str = "zeros"  # "zeros", "token" or "indicator"
-    input_transform: str = "scaled"  # of the counts: "scaled", "raw" (the authors) or "log1p"
-    prompts: tuple[str, ...] = MTM_SCHEMES  # schemes with a prompt token; () = no prompt
-    causal: bool = True  # trained with causal attention too; if not, `predict` never uses it
+    stitch_width: int = 668
+    patch_size: int = 128
+    dropout: float = 0.4
+    embed_dropout: float = 0.2
+    positions: str = "rotary"
+    input_counts: str = "scaled"
     session_token: bool = True
-    split_seed: int | None = 0  # of the splits it was trained on; None = not known (imported)
-    init: str = "mtm"  # "mtm" or "paper"
-    leak: bool = False  # the authors' attention and patches, for checkpoints of theirs only
 
     def __post_init__(self) -> None:
-        check_types(self)
-        if len(set(self.prompts)) < len(self.prompts):
-            raise ValueError(f"prompts must be a list of different names, got {self.prompts!r}")
-        if not self.bin_size > 0:
-            raise ValueError(f"bin_size must be above 0, in seconds, got {self.bin_size}")
-        sizes = ("n_bins", "width", "depth", "heads", "mlp_width", "stitch_width")
-        for name in (*sizes, "patch_size", "n_patches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("width", "depth", "heads", "mlp_width", "stitch_width", "patch_size"):
+            size = operator.index(getattr(self, name))  # a plain int, which JSON can hold
+            object.__setattr__(self, name, size)
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         for name in ("dropout", "embed_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
+                )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        for name, known in CHOICES.items():
-            one_of(name, getattr(self, name), known)
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise ValueError(
                 f"rotary positions need an even width for each head, got {self.width} / "
                 f"{self.heads}; choose other heads or positions='learned'"
             )
-        if self.leak and any(getattr(self, name) != value for name, value in AS_PUBLISHED.items()):
-            raise ValueError(
-                f"leak is for the authors' checkpoints only, which have {AS_PUBLISHED}"
-            )
 
     @classmethod
-    def from_depth(cls, depth: int, **fields: Any) -> MtMConfig:
-        """Sizes that go with a number of layers; ``from_depth(5)`` is the paper's model.
+    def from_depth(cls, depth: int, **fields: Any) -> Self:
+        """Sizes that go with a number of layers; those of ``from_depth(5)`` are the paper's.
 
         Width, heads and dropout grow with depth. ``fields`` sets any field by hand.
         """
-        if checked("depth", depth, "int") < 1:
+        if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         heads = max(1, round(1.6 * depth))
         width = 64 * heads
@@ -150,162 +140,161 @@ class MtMConfig:
         }
         return cls(**{**sizes, **fields})
 
-    @property
-    def channels(self) -> int:
-        """C, numbers that the model is shown of each entry: its count, and whether it is hidden."""
-        return 2 if self.hidden_input == "indicator" else 1
-
-    def to_dict(self) -> dict[str, object]:
-        """The fields as JSON can hold them."""
-        return {**asdict(self), "prompts": list(self.prompts)}
+    @classmethod
+    def published(cls, **fields: Any) -> Self:
+        """The authors' model: the paper's sizes, learned positions and raw counts."""
+        return cls(**{"positions": "learned", "input_counts": "raw", **fields})
 
 
-# ------------------------------------------------------------------ from counts to tokens, and back
+# ---------------------------------------------------------------- layers of one session
 
 
-class Tokens(NamedTuple):
-    """Tokens of a batch of trials, those in front first.
+class SessionLayers(nn.Module):
+    """What belongs to one session alone: its stitcher, readout and session token.
 
-    Attributes:
-        x: (B, L, D).
-        bins: (L,) the bin of each token, -1 for those in front.
-        n_front: how many stand in front: session token, prompt token.
-        absent: (B, L) bool, tokens of nothing but padding; with ``leak`` only, else None.
+    With the ndt2 tokenizer, whose layers are shared by all sessions, there is a bias for each
+    neuron in the place of stitcher and readout.
     """
 
-    x: Tensor
-    bins: Tensor
-    n_front: int
-    absent: Tensor | None = None
-
-
-class SessionMaps(nn.Module):
-    """What belongs to one session alone: the maps of its neurons in and out, and its token."""
-
-    mean: Tensor
+    mean: Tensor  # (N,) mean count of each neuron, by which the input is scaled
 
     def __init__(self, n_neurons: int, config: MtMConfig) -> None:
         super().__init__()
         self.n_neurons = n_neurons
         if config.tokenizer == "ndt1":
-            self.stitch = nn.Linear(config.channels * n_neurons, config.stitch_width)
+            self.stitcher = nn.Linear(n_neurons, config.stitch_width)
             self.readout = nn.Linear(config.width, n_neurons)
-        elif not config.leak:  # the authors' NDT2 has nothing of a neuron's own
+        else:
             self.bias = nn.Parameter(torch.zeros(n_neurons))
-        if config.hidden_input == "token":
-            self.fill = nn.Parameter(torch.zeros(n_neurons))
         self.token = nn.Parameter(torch.zeros(config.width)) if config.session_token else None
-        if config.input_transform == "scaled":
+        if config.input_counts == "scaled":
             self.register_buffer("mean", torch.zeros(n_neurons))
 
     @torch.no_grad()
-    def start_at(self, means: Tensor, config: MtMConfig) -> None:
-        """Let a new model predict each neuron's mean count (N,), and fill in what is hidden."""
-        if config.input_transform == "scaled":
-            self.mean.copy_(means)
-        if config.init == "paper":
-            return
-        if config.tokenizer == "ndt1":
+    def init_from_means(self, means: Tensor) -> None:
+        """Make a new model predict each neuron's mean count (N,)."""
+        if hasattr(self, "readout"):
             self.readout.weight.mul_(READOUT_SCALE)
-        (self.readout.bias if config.tokenizer == "ndt1" else self.bias).copy_(means.log())
-        if config.hidden_input == "token" and config.input_transform != "scaled":
-            self.fill.copy_(means.log1p() if config.input_transform == "log1p" else means)
+            self.readout.bias.copy_(means.log())
+        else:
+            self.bias.copy_(means.log())
 
     @torch.no_grad()
-    def look_at(self, components: Tensor) -> None:
-        """Let each output of the map start at a direction of the counts, (N, R), or its reverse."""
-        components = components.to(self.stitch.weight)  # they come from where the counts are
-        place = torch.arange(len(self.stitch.weight), device=components.device)
-        sign = 1 - 2 * (place // components.shape[1] % 2)
-        directions = sign[:, None] * components.T[place % components.shape[1]]  # (S, N)
-        self.stitch.weight[:, : len(components)] += COMPONENTS_SCALE * directions
+    def init_from_components(self, components: Tensor) -> None:
+        """Add directions of the counts (N, R), in turn and with both signs, to stitcher outputs."""
+        n_outputs, n_components = len(self.stitcher.weight), components.shape[1]
+        output = torch.arange(n_outputs)
+        # Outputs 0..R-1 get the components, R..2R-1 their negatives, and so on.
+        sign = 1 - 2 * (output // n_components % 2)
+        directions = sign[:, None] * components.T[output % n_components]  # (S, N)
+        self.stitcher.weight += COMPONENTS_SCALE * directions
 
 
-class Bins(nn.Module):
-    """The NDT1 tokenizer: one token a bin. All sessions are stitched to one width first."""
+def principal_components(counts: np.ndarray, means: Tensor, n_components: int) -> Tensor:
+    """Principal components (N, R) of scaled training counts (K, T, N); fewer where data are few."""
+    n_trials, n_bins, _ = counts.shape
+    some = counts[:: math.ceil(n_trials * n_bins / COMPONENT_BINS)]  # every so many-th trial
+    x = torch.from_numpy(some.astype(np.float32))
+    x = (x - means) * (means + SOFTENING).rsqrt()
+    # What neurons share is slower than their spikes: average over 5 bins.
+    x = F.avg_pool1d(x.transpose(1, 2), 5, stride=1, padding=2, count_include_pad=False)
+    x = x.transpose(1, 2).flatten(0, 1)  # (K T, N)
+    return torch.pca_lowrank(x, min(n_components, *x.shape), niter=4)[2]
 
-    def __init__(self, config: MtMConfig) -> None:
+
+# ---------------------------------------------------------------- from counts to tokens, and back
+
+
+class BinTokenizer(nn.Module):
+    """The NDT1 tokenizer: one token for each bin. Stitchers map all sessions to one width first."""
+
+    def __init__(self, config: MtMConfig, n_bins: int, init: str) -> None:
         super().__init__()
-        hidden_width = 2 * config.stitch_width
-        self.embed_spikes = nn.Linear(config.stitch_width, hidden_width)
-        self.project = nn.Linear(hidden_width, config.width)
-        self.time = time_embedding(config)
+        self.embed_spikes = nn.Linear(config.stitch_width, 2 * config.stitch_width)
+        self.project = nn.Linear(2 * config.stitch_width, config.width)
+        self.time = time_embedding(config, n_bins, init)
 
-    def forward(self, x: Tensor, maps: SessionMaps) -> Tensor:
-        """What is shown of each entry, (B, T, C, N), to tokens (B, T, D)."""
-        x = maps.stitch(x.flatten(2))  # (B, T, S)
+    def forward(self, x: Tensor, layers: SessionLayers) -> Tensor:
+        """Masked input (B, T, N) to tokens (B, T, D)."""
+        x = layers.stitcher(x)  # (B, T, S)
         x = self.project(F.softsign(self.embed_spikes(x)))  # (B, T, D)
         return x if self.time is None else x + self.time
 
-    def read_out(self, x: Tensor, maps: SessionMaps, neurons: Tensor | None = None) -> Tensor:
-        """Tokens (B, T, D) to log-rates (B, T, N); (B, T) of a neuron for each trial (B,)."""
-        return maps.readout(x) if neurons is None else read_out_one(x, maps.readout, neurons)
+    def read_out(self, x: Tensor, layers: SessionLayers, neurons: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, D) to log-rates (B, T, N); with ``neurons`` (B,), to (B, T)."""
+        return layers.readout(x) if neurons is None else read_out_one(x, layers.readout, neurons)
 
-    def n_patches(self, maps: SessionMaps) -> int:
+    def n_patches(self, layers: SessionLayers) -> int:
         """Tokens of a bin."""
         return 1
 
+    def grow(self, n_neurons: int) -> None:
+        """Nothing here depends on the size of the largest session."""
 
-class Patches(nn.Module):
-    """The NDT2 tokenizer: one token a bin and patch of neurons, with an embedding of both places.
 
-    The last patch is filled up with zeros, and what is read out there is cut off.
+class PatchTokenizer(nn.Module):
+    """The NDT2 tokenizer: one token for each bin and patch of neurons, with embeddings of both.
+
+    The last patch of a bin is filled up with zeros, and its surplus outputs are cut off.
     """
 
-    def __init__(self, config: MtMConfig) -> None:
+    def __init__(self, config: MtMConfig, n_bins: int, init: str) -> None:
         super().__init__()
-        self.n_bins, self.patch_size, self.leak = config.n_bins, config.patch_size, config.leak
-        channels = config.channels * config.patch_size
-        self.embed_spikes = nn.Linear(channels, 2 * channels)
-        self.project = nn.Linear(2 * channels, config.width)
-        self.space = nn.Parameter(torch.randn(config.n_patches, config.width))
+        self.n_bins, self.patch_size = n_bins, config.patch_size
+        self.embed_spikes = nn.Linear(config.patch_size, 2 * config.patch_size)
+        self.project = nn.Linear(2 * config.patch_size, config.width)
+        # One row for each place of a patch in a bin. The table grows with the sessions.
+        self.space = nn.Parameter(torch.empty(0, config.width))
         self.space_norm = nn.LayerNorm(config.width)
-        self.time = time_embedding(config)
+        self.time = time_embedding(config, n_bins, init)
         self.time_norm = None if self.time is None else nn.LayerNorm(config.width)
         self.readout = nn.Linear(config.width, config.patch_size)
-        if config.init != "paper":
+        if init != "paper":
             for norm in (self.space_norm, self.time_norm or self.space_norm):
                 nn.init.constant_(norm.weight, POSITION_SCALE)
             self.readout.weight.data.mul_(READOUT_SCALE)
-            nn.init.zeros_(self.readout.bias)
+            nn.init.zeros_(self.readout.bias)  # each neuron has a bias of its own
 
-    def forward(self, x: Tensor, maps: SessionMaps) -> Tensor:
-        """What is shown of each entry, (B, T, C, N), to tokens (B, T x patches, D)."""
-        n_patches, n_neurons = self.n_patches(maps), maps.n_neurons
-        x = F.pad(x, (0, n_patches * self.patch_size - n_neurons))
-        if self.leak:  # the authors fill up a patch with the end of the one before it
-            missing = -n_neurons % self.patch_size
-            end = n_neurons - n_neurons % self.patch_size
-            x[..., n_neurons : n_neurons + missing] = x[..., end - missing : end]
-        x = x.unflatten(3, (n_patches, self.patch_size))  # (B, T, C, patches, P)
-        x = x.transpose(2, 3).flatten(3)  # (B, T, patches, C P)
+    def forward(self, x: Tensor, layers: SessionLayers) -> Tensor:
+        """Masked input (B, T, N) to tokens (B, T x patches, D)."""
+        n_patches = self.n_patches(layers)
+        x = F.pad(x, (0, n_patches * self.patch_size - layers.n_neurons))
+        return self.embed_patches(x.unflatten(2, (n_patches, self.patch_size)))
+
+    def embed_patches(self, x: Tensor) -> Tensor:
+        """Patches (B, T, patches, P) to tokens (B, T x patches, D), with both embeddings added."""
         x = self.project(F.softsign(self.embed_spikes(x)))  # (B, T, patches, D)
-        x = x + self.space_norm(self.space[:n_patches])
+        x = x + self.space_norm(self.space[: x.shape[2]])
         if self.time is not None and self.time_norm is not None:
             x = x + self.time_norm(self.time)[:, None]
         return x.flatten(1, 2)
 
-    def read_out(self, x: Tensor, maps: SessionMaps, neurons: Tensor | None = None) -> Tensor:
-        """Tokens (B, T x patches, D) to log-rates (B, T, N); (B, T) of a neuron for each trial."""
+    def read_out(self, x: Tensor, layers: SessionLayers, neurons: Tensor | None = None) -> Tensor:
+        """Tokens (B, T x patches, D) to log-rates (B, T, N); with ``neurons`` (B,), to (B, T)."""
+        x = x.unflatten(1, (self.n_bins, -1))  # (B, T, patches, D)
         if neurons is None:
-            x = self.readout(x).unflatten(1, (self.n_bins, -1))  # (B, T, patches, P)
-            x = x.flatten(2)[..., : maps.n_neurons]  # (B, T, N)
-            return x if self.leak else x + maps.bias
+            x = self.readout(x).flatten(2)  # (B, T, patches x P)
+            return x[..., : layers.n_neurons] + layers.bias
         trials = torch.arange(len(x), device=x.device)
-        x = x.unflatten(1, (self.n_bins, -1))[trials, :, neurons // self.patch_size]  # (B, T, D)
-        x = read_out_one(x, self.readout, neurons % self.patch_size)
-        return x if self.leak else x + maps.bias[neurons, None]
+        x = x[trials, :, neurons // self.patch_size]  # (B, T, D), each neuron's own patch
+        return read_out_one(x, self.readout, neurons % self.patch_size) + layers.bias[neurons, None]
 
-    def n_patches(self, maps: SessionMaps) -> int:
-        """Tokens of a bin. The authors fill up smaller sessions to as many as the largest has."""
-        return len(self.space) if self.leak else math.ceil(maps.n_neurons / self.patch_size)
+    def n_patches(self, layers: SessionLayers) -> int:
+        """Tokens of a bin."""
+        return math.ceil(layers.n_neurons / self.patch_size)
 
     def grow(self, n_neurons: int) -> None:
-        """Make places, at random, for a session that is larger than all before."""
+        """Add random places for a session that is larger than all before."""
         missing = math.ceil(n_neurons / self.patch_size) - len(self.space)
         if missing > 0:
             new = torch.randn(missing, self.space.shape[1]).to(self.space)
             self.space = nn.Parameter(torch.cat([self.space.detach(), new]))
+
+
+TOKENIZERS: dict[str, type[BinTokenizer | PatchTokenizer]] = {
+    "ndt1": BinTokenizer,
+    "ndt2": PatchTokenizer,
+}
 
 
 def read_out_one(x: Tensor, readout: nn.Linear, rows: Tensor) -> Tensor:
@@ -314,240 +303,23 @@ def read_out_one(x: Tensor, readout: nn.Linear, rows: Tensor) -> Tensor:
     return torch.baddbmm(bias, x, weight)[..., 0]
 
 
-# ------------------------------------------------------------------------------------ the encoder
+# ---------------------------------------------------------------- positions in time
 
 
-class Pattern(NamedTuple):
-    """Which token may look at which: all, by ``causal`` the earlier ones, or the ``allowed``.
-
-    Attributes:
-        causal: lower-triangular, which needs no matrix and keeps the fastest kernels.
-        allowed: (L, L), or (B, 1, L, L) with leak; bool, True = query (row) may look at key.
-        rotation: cosines and sines (L, D / heads / 2) for rotary positions.
-    """
-
-    causal: bool = False
-    allowed: Tensor | None = None
-    rotation: tuple[Tensor, Tensor] | None = None
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """As ``F.dropout``, several times faster on a CPU."""
-    if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    return Dropout.apply(x, p)
-
-
-class Dropout(torch.autograd.Function):
-    """Dropout on a CPU, which draws its factors again for the gradient instead of keeping them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        """Any shape, to the same: a share ``p`` of the entries is 0, the others are scaled up."""
-        ctx.p, ctx.seed = p, int(torch.randint(2**62, ()))
-        return _factors(x, ctx).mul_(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Gradient of ``x``, in its shape; none of ``p``."""
-        return _factors(gradient, ctx).mul_(gradient), None
-
-
-def _factors(like: Tensor, ctx: Any) -> Tensor:
-    factors = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return keep_(factors, ctx.p, torch.Generator().manual_seed(ctx.seed))
-
-
-def keep_(
-    factors: Tensor, p: float, generator: torch.Generator | None = None, bits: Tensor | None = None
-) -> Tensor:
-    """Fill a tensor with what dropout multiplies with: 0 with probability p, else 1 / (1 - p).
-
-    torch draws a number for each entry. Here 64 random bits decide on eight entries, which makes p
-    a multiple of 1 / 256: the one below or above, at random, so that on average p is as asked.
-    ``bits`` is int64 memory to draw them in, one for each eight entries or more.
-    """
-    n_entries = factors.numel()
-    n_draws = math.ceil(n_entries / 8)
-    bits = torch.empty(n_draws, dtype=torch.int64) if bits is None else bits[:n_draws]
-    dropped = min(255, int(256 * p + float(torch.rand((), generator=generator))))
-    bits.random_(-(2**63), None, generator=generator)
-    torch.ge(bits.view(torch.int8)[:n_entries].view(factors.shape), dropped - 128, out=factors)
-    return factors.mul_(256 / (256 - dropped))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, p: float) -> Tensor:
-    """Weighted means of the values, (B, heads, L, d) each; ``p`` is the dropout of the weights."""
-    if p == 0 or q.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=pattern.allowed, dropout_p=p, is_causal=pattern.causal
-        )
-    allowed = pattern.allowed
-    if pattern.causal:
-        allowed = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
-    bias = None if allowed is None else torch.where(allowed, 0.0, -math.inf).to(q.dtype)
-    return DroppedAttention.apply(q / math.sqrt(q.shape[-1]), k, v, bias, p)
-
-
-class DroppedAttention(torch.autograd.Function):
-    """Attention with dropout of its weights, for CPUs, where torch has no fused kernel for it.
-
-    Block by block the weights stay in the cache, and in the same memory. They are made again for
-    the gradient instead of kept, which would take 2 GB for the paper's NDT2.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, p: float) -> Tensor:
-        """As :func:`attend`, with queries that are scaled, and what is added to the scores."""
-        ctx.save_for_backward(q, k, v, bias)
-        ctx.p, ctx.seed = p, int(torch.randint(2**62, ()))
-        out = torch.empty_like(q)
-        for queries, keys, _, weights, factors in _blocks(q, k, bias, p, ctx.seed):
-            out[queries] = torch.bmm(weights.mul_(factors), v[keys])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of queries, keys and values (B, heads, L, d)."""
-        q, k, v, bias = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, keys, scratch, weights, factors in _blocks(q, k, bias, ctx.p, ctx.seed):
-            torch.bmm(gradient[queries], v[keys].transpose(1, 2), out=scratch).mul_(factors)
-            dv[keys] += torch.bmm(factors.mul_(weights).transpose(1, 2), gradient[queries])
-            torch._softmax_backward_data(scratch, weights, -1, q.dtype, grad_input=factors)
-            dq[queries] = torch.bmm(factors, k[keys])
-            dk[keys] += torch.bmm(factors.transpose(1, 2), q[queries])
-        return dq, dk, dv, None, None
-
-
-def _blocks(
-    q: Tensor, k: Tensor, bias: Tensor | None, p: float, seed: int
-) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...], Tensor, Tensor, Tensor]]:
-    """Blocks of a trial's queries, with the keys up to the last that one of them may look at.
-
-    Yields: the place of the queries, and of the keys, in (B, heads, L, d); scratch memory, weights
-    before dropout and its factors, (heads, queries, keys), overwritten by those of the next block.
-    """
-    n_trials, heads, length, _ = q.shape
-    size = math.ceil(length / math.ceil(length / QUERIES))  # blocks alike in size
-    generator = torch.Generator().manual_seed(seed)  # forward and backward drop the same
-    memory = [q.new_empty(heads * min(size, length) * length) for _ in range(3)]
-    bits = torch.empty(math.ceil(len(memory[0]) / 8), dtype=torch.int64)
-    ends = [length] * math.ceil(length / size)
-    if bias is not None:
-        seen = [rows.isfinite().any(dim=-2) for rows in bias.split(size, dim=-2)]
-        ends = [int(keys.nonzero()[:, -1].max()) + 1 for keys in seen]
-    for b in range(n_trials):
-        for start, end in zip(range(0, length, size), ends, strict=True):
-            queries = (b, slice(None), slice(start, start + size))
-            keys = (b, slice(None), slice(end))
-            shape = (heads, min(size, length - start), end)
-            scores, weights, factors = (x[: math.prod(shape)].view(shape) for x in memory)
-            torch.bmm(q[queries], k[keys].transpose(1, 2), out=scores)
-            if bias is not None:
-                scores += (bias if bias.ndim == 2 else bias[b])[..., queries[2], keys[2]]
-            torch.softmax(scores, dim=-1, out=weights)
-            yield queries, keys, scores, weights, keep_(factors, p, generator, bits)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-        self.dropout = dropout
-
-    def forward(self, x: Tensor, pattern: Pattern) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        q, k, v = (
-            part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, D / heads)
-            for part in (self.query, self.key, self.value)
-        )
-        if pattern.rotation is not None:
-            q, k = (rotate(part, *pattern.rotation) for part in (q, k))
-        x = attend(q, k, v, pattern, self.dropout if self.training else 0.0)
-        x = x.transpose(1, 2).flatten(2)  # (B, L, D)
-        return self.out(dropout(x, self.dropout, self.training))
-
-
-class Layer(nn.Module):
-    """A pre-norm transformer layer."""
-
-    def __init__(self, config: MtMConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.width)
-        self.attention = Attention(config.width, config.heads, config.dropout)
-        self.norm2 = nn.LayerNorm(config.width)
-        self.up = nn.Linear(config.width, config.mlp_width)
-        self.down = nn.Linear(config.mlp_width, config.width)
-        self.dropout = config.dropout
-
-    def forward(self, x: Tensor, pattern: Pattern) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        x = x + self.attention(self.norm1(x), pattern)
-        inner = F.gelu(self.up(self.norm2(x)))  # (B, L, mlp_width)
-        return x + dropout(self.down(inner), self.dropout, self.training)
-
-
-# ------------------------------------------------------------------- who may look at whom, and when
-
-
-def pattern_of(tokens: Tokens, causal: bool, config: MtMConfig) -> Pattern:
-    """Who may look at whom in a batch of tokens."""
-    turns = None
-    if config.positions == "rotary":
-        turns = rotation(tokens.bins, config.width // config.heads)
-    if tokens.absent is not None:
-        allowed = leak(tokens, tokens.absent, config.n_bins, causal)
-        return Pattern(allowed=allowed, rotation=turns)
-    if causal and config.tokenizer == "ndt2":  # tokens of one bin see each other
-        return Pattern(allowed=tokens.bins[:, None] >= tokens.bins, rotation=turns)
-    return Pattern(causal=causal, rotation=turns)
-
-
-def leak(tokens: Tokens, absent: Tensor, n_bins: int, causal: bool) -> Tensor:
-    """What the authors' code allows, (B, 1, L, L), for checkpoints that were trained with it.
-
-    In causal mode the tokens in front look at every bin and every bin at them, which leads from the
-    future to the past from the second layer on; and a token's number modulo T is taken for its
-    bin, which is another one's in NDT2. Padding is looked at by nobody but itself.
-    """
-    device, length = tokens.bins.device, len(tokens.bins)
-    allowed = torch.ones(length, length, dtype=torch.bool, device=device)
-    if causal:
-        number = torch.arange(length - tokens.n_front, device=device) % n_bins
-        allowed[tokens.n_front :, tokens.n_front :] = number[:, None] >= number
-    own = torch.eye(length, dtype=torch.bool, device=device)
-    return ((allowed & ~absent[:, None]) | own)[:, None]
-
-
-def padding(counts: Tensor, bins: Tensor, n_patches: int, config: MtMConfig) -> Tensor:
-    """Tokens without a bin or a neuron, (B, L): the authors pad short trials with -1."""
-    absent = (counts < 0).all(dim=2)[:, bins.clamp(min=0)]  # (B, L)
-    place = torch.arange(config.n_bins * n_patches, device=bins.device) % n_patches
-    place = F.pad(place, (len(bins) - len(place), 0))
-    return (absent | (place * config.patch_size >= counts.shape[2])) & (bins >= 0)
-
-
-def time_embedding(config: MtMConfig) -> nn.Parameter | None:
-    """A learned vector for each bin, (T, D), where it starts; None with rotary positions."""
+def time_embedding(config: MtMConfig, n_bins: int, init: str) -> nn.Parameter | None:
+    """A learned vector for each bin, (T, D), at its start; None with rotary positions."""
     if config.positions == "rotary":
         return None
-    if config.init == "paper":
-        return nn.Parameter(torch.randn(config.n_bins, config.width))
-    return nn.Parameter(POSITION_SCALE * waves(config.n_bins, config.width))
+    if init == "paper":
+        return nn.Parameter(torch.randn(n_bins, config.width))
+    return nn.Parameter(POSITION_SCALE * waves(n_bins, config.width))
 
 
 def waves(n_bins: int, width: int) -> Tensor:
     """Sines and cosines of the bin's number, (n_bins, width): near bins get similar embeddings.
 
-    A start for the learned time embedding. From random ones a model has to find out first which
-    bins are neighbours; from these it can begin with smoothing.
+    From a random start a model first has to find out which bins are neighbours; from this one it
+    can begin with smoothing.
     """
     half = torch.arange((width + 1) // 2) / ((width + 1) // 2)
     periods = 4.0 * (n_bins / 2.0) ** half  # geometric, from 4 bins to twice the trial
@@ -556,9 +328,9 @@ def waves(n_bins: int, width: int) -> Tensor:
 
 
 def rotation(bins: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, (L, width / 2), of the angles that each bin turns its tokens by.
+    """Cosines and sines, (L, width / 2), of the angle by which each bin turns its tokens.
 
-    Source: Su et al. 2021 (RoPE). The tokens in front are one bin ahead of the first.
+    Source: Su et al. 2021 (RoPE). The prefix counts as the bin before the first.
     """
     speed = 10_000.0 ** (-torch.arange(0, width, 2, device=bins.device) / width)
     angle = bins[:, None] * speed
@@ -575,38 +347,142 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-# -------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------- the encoder
+
+
+class Tokens(NamedTuple):
+    """Tokens of a batch of trials, and which of them attend to which.
+
+    Attributes:
+        x: (B, L, D), the prefix first.
+        bins: (L,) the bin of each token, -1 for the prefix.
+        causal: each token attends to itself and those before it only. Needs no mask tensor, which
+            keeps the fastest attention kernels.
+        allowed: bool, (L, L) or broadcastable to (B, heads, L, L): query (row) may attend to key
+            (column). None: all may, or ``causal`` decides.
+    """
+
+    x: Tensor
+    bins: Tensor
+    causal: bool = False
+    allowed: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tokens, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Tokens to (B, L, D); ``turns`` are the cosines and sines of rotary positions."""
+        q, k, v = (
+            part(tokens.x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, d)
+            for part in (self.query, self.key, self.value)
+        )
+        if turns is not None:
+            q, k = rotate(q, *turns), rotate(k, *turns)
+        x = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=tokens.allowed,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            is_causal=tokens.causal,
+        )
+        return self.dropout(self.out(x.transpose(1, 2).flatten(2)))  # heads side by side again
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer: attention, then an MLP, each added to its input."""
+
+    def __init__(self, config: MtMConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attention = Attention(config.width, config.heads, config.dropout)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.up = nn.Linear(config.width, config.mlp_width)
+        self.down = nn.Linear(config.mlp_width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tokens, turns: tuple[Tensor, Tensor] | None = None) -> Tokens:
+        """Tokens to tokens of the same bins."""
+        x = tokens.x + self.attention(tokens._replace(x=self.norm1(tokens.x)), turns)
+        x = x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        return tokens._replace(x=x)
+
+
+# ---------------------------------------------------------------- the model
 
 
 class MtM(nn.Module):
-    """Multi-task masking model of many sessions.
+    """A model of the activity of one or many sessions.
 
     Args:
         config: sizes and options.
-        sessions: name -> number of neurons, whose mean counts are not known and count as 0;
-            :meth:`add_session` takes them, and :func:`mtm.fit` does so.
+        n_bins: T, time bins of a trial.
+        sessions: name -> number of neurons, to begin with; see :meth:`add_session`.
+        bin_size: of a time bin, seconds.
+        prompts: masking schemes with a prompt token; () = no prompt tokens.
+        causal: whether it is trained with causal attention too. If not, predictions never use it.
+        init: how weights start: ``"mtm"``, or ``"paper"``, as in the authors' code.
 
     Attributes:
-        seen: session -> fingerprints (n,) int64 of the trials it was trained on
-            (:meth:`mtm.Session.fingerprints`), by which evaluation refuses them.
+        split_seed: seed of the splits it was trained on; None = not known.
+        seen: session -> fingerprints (n,) int64 of its training trials
+            (:meth:`mtm.Session.fingerprints`), by which evaluation recognises them.
     """
 
-    def __init__(self, config: MtMConfig, sessions: Mapping[str, int] | None = None) -> None:
+    tokenizers: Mapping[str, type[BinTokenizer | PatchTokenizer]] = TOKENIZERS
+
+    def __init__(
+        self,
+        config: MtMConfig,
+        n_bins: int,
+        sessions: Mapping[str, int] | None = None,
+        *,
+        bin_size: float = 0.02,
+        prompts: Sequence[str] = MTM_SCHEMES,
+        causal: bool = True,
+        init: str = "mtm",
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.tokenizer = Bins(config) if config.tokenizer == "ndt1" else Patches(config)
-        self.prompt = nn.Parameter(torch.empty(len(config.prompts), config.width))
+        if init not in ("mtm", "paper"):
+            raise ValueError(f"init must be 'mtm' or 'paper', got {init!r}")
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list of names, got {prompts!r}")
+        self.config, self.n_bins, self.bin_size = config, n_bins, bin_size
+        self.prompts, self.causal, self.init = tuple(prompts), causal, init
+        self.split_seed: int | None = None
+        self.seen: dict[str, np.ndarray] = {}
+        self.tokenizer = self.tokenizers[config.tokenizer](config, n_bins, init)
+        self.prompt_tokens = nn.Parameter(torch.empty(len(self.prompts), config.width))
         layers = [Layer(config) for _ in range(config.depth)]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.width)
         self.sessions = nn.ModuleDict()
         self._keys: dict[str, str] = {}  # session name -> key in self.sessions
-        self.seen: dict[str, np.ndarray] = {}
-        self._initialise(layers)
+        self._init_encoder(layers)
         for name, n_neurons in (sessions or {}).items():
             self.add_session(name, n_neurons)
 
-    # ------------------------------------------------------------------ forward
+    def _init_encoder(self, layers: Sequence[Layer]) -> None:
+        """Scale residual branches down with depth, as T-Fixup does; draw prompt tokens."""
+        nn.init.normal_(self.prompt_tokens, std=1.0 if self.init == "paper" else TOKEN_STD)
+        scale = 0.67 * self.config.depth**-0.25
+        with torch.no_grad():
+            for layer in layers:
+                for linear in (layer.attention.out, layer.up, layer.down):
+                    linear.weight.mul_(scale)
+                layer.attention.value.weight.mul_(scale * math.sqrt(2))
+
+    # ------------------------------------------------------------ forward
 
     def forward(
         self,
@@ -620,9 +496,10 @@ class MtM(nn.Module):
 
         Args:
             counts: (B, T, N) spike counts of trials of one session.
+            scheme: the masking scheme whose prompt token is shown; one without a prompt token, or
+                None, shows none.
+            mask: what to hide, and whether attention is causal. None hides nothing.
             session: its name.
-            mask: what to hide, and whether attention is causal. Default: nothing is hidden.
-            prompt: the scheme whose prompt token is shown; a scheme without one shows none.
             neurons: (B,) index of the one neuron of each trial that is wanted. Default: all.
 
         Returns:
@@ -630,267 +507,265 @@ class MtM(nn.Module):
 
         Raises:
             KeyError: for a session that was never added.
-            ValueError: when the counts' shape does not fit the session or the model.
+            ValueError: for an unknown scheme, or counts of another shape than the session's.
         """
-        causal = mask is not None and mask.causal
-        tokens = self.embed(counts, scheme, mask, session)  # (B, L, D)
-        x = self.encode(tokens, causal)  # (B, L, D)
-        return self.read_out(x, session, neurons)  # (B, T, N) or (B, T)
+        tokens = self.embed(counts, scheme, mask, session)
+        return self.read_out(self.encode(tokens), session, neurons)
 
     def embed(self, counts: Tensor, scheme: str | None, mask: Mask | None, session: str) -> Tokens:
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
-        maps = self._maps(session)
-        self._check(counts, session, maps)
-        n_patches = self.tokenizer.n_patches(maps)  # tokens of a bin
-        x = self.tokenizer(self._show(counts, mask, maps), maps)  # (B, L, D)
-        x = x.to(self.norm.weight.dtype)  # with autocast too, residuals stay exact
-        bins = torch.arange(self.config.n_bins, device=x.device)
-        bins = bins.repeat_interleave(n_patches)  # (L,)
-        front: list[Tensor] = [] if maps.token is None else [maps.token]
-        if scheme in self.config.prompts:
-            front.append(self.prompt[self.config.prompts.index(scheme)])
-        if front:
-            x = torch.cat([torch.stack(front).to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-            bins = F.pad(bins, (len(front), 0), value=-1)
-        x = dropout(x, self.config.embed_dropout, self.training)
-        absent = padding(counts, bins, n_patches, self.config) if self.config.leak else None
-        return Tokens(x, bins, len(front), absent)
+        layers = self.session_layers(session)
+        if tuple(counts.shape[1:]) != (self.n_bins, layers.n_neurons):
+            raise ValueError(
+                f"session {session!r}: counts have shape {tuple(counts.shape)}, the model needs "
+                f"(trials, {self.n_bins} bins, {layers.n_neurons} neurons)"
+            )
+        x = self.tokenizer(self.masked_input(counts, mask, layers), layers)
+        x = x.to(self.norm.weight.dtype)  # residuals keep full precision under autocast
+        prefix = self.prefix(scheme, layers)  # (0 to 2, D)
+        x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, L, D)
+        bins = torch.arange(self.n_bins, device=x.device)
+        bins = bins.repeat_interleave(self.tokenizer.n_patches(layers))
+        bins = F.pad(bins, (len(prefix), 0), value=-1)  # (L,)
+        x = F.dropout(x, self.config.embed_dropout, self.training)
+        causal = mask is not None and mask.causal
+        if causal and self.config.tokenizer == "ndt2":
+            # Tokens of one bin attend to each other, which no lower triangle says.
+            return Tokens(x, bins, allowed=bins[:, None] >= bins)
+        # Tokens are in order of time, so causal attention is lower-triangular. The prefix comes
+        # first and attends to no bin: nothing passes from later to earlier bins through it.
+        return Tokens(x, bins, causal)
 
-    def encode(self, tokens: Tokens, causal: bool) -> Tensor:
-        """Transformer layers and the final norm; (B, L, D) -> (B, L, D)."""
-        x, pattern = tokens.x, pattern_of(tokens, causal, self.config)
+    def masked_input(self, counts: Tensor, mask: Mask | None, layers: SessionLayers) -> Tensor:
+        """Counts as the tokenizer gets them, (B, T, N): scaled, and 0 where they are hidden."""
+        x = counts.to(self.norm.weight.dtype)
+        if self.config.input_counts == "scaled":
+            x = (x - layers.mean) * (layers.mean + SOFTENING).rsqrt()
+        return x if mask is None else x.masked_fill(mask.hidden, 0)
+
+    def prefix(self, scheme: str | None, layers: SessionLayers) -> Tensor:
+        """Session token and prompt token, as far as there are any, (0 to 2, D)."""
+        tokens: list[Tensor] = [] if layers.token is None else [layers.token]
+        if scheme in self.prompts:
+            tokens.append(self.prompt_tokens[self.prompts.index(scheme)])
+        elif scheme is not None:
+            known_scheme(scheme)  # an unknown name is an error, not a missing prompt
+        return torch.stack(tokens) if tokens else self.prompt_tokens[:0]
+
+    def encode(self, tokens: Tokens) -> Tensor:
+        """Transformer layers and the final norm: tokens to (B, L, D)."""
+        turns = None
+        if self.config.positions == "rotary":
+            turns = rotation(tokens.bins, self.config.width // self.config.heads)
         for layer in self.layers:
-            x = layer(x, pattern)
-        return self.norm(x)
+            tokens = layer(tokens, turns)
+        return self.norm(tokens.x)
 
     def read_out(self, x: Tensor, session: str, neurons: Tensor | None = None) -> Tensor:
-        """Encoded tokens (B, L, D), those in front left aside, to what :meth:`forward` returns."""
-        x = x[:, -self.n_tokens(session) :]
-        return self.tokenizer.read_out(x, self._maps(session), neurons)
+        """Encoded tokens (B, L, D), with or without the prefix, to what :meth:`forward` returns."""
+        x = x[:, -self.n_tokens(session) :]  # without the prefix
+        return self.tokenizer.read_out(x, self.session_layers(session), neurons)
 
     def forward_many(
         self, batches: Sequence[tuple[Tensor, str | None, Mask | None, str]]
     ) -> list[Tensor]:
-        """:meth:`forward` of several batches, with one pass through the encoder where possible.
+        """Run :meth:`forward` on several batches, each of one session.
+
+        Batches with equally many tokens and the same attention pass through the encoder together,
+        which keeps large accelerators busy.
 
         Args:
-            batches: the arguments of :meth:`forward`, for a session each. Those whose tokens are
-                equally many and attend alike are encoded together, which keeps large accelerators
-                busy.
+            batches: the arguments (counts, scheme, mask, session) of :meth:`forward`.
 
         Returns:
             log-rates of each batch, the same as from one call after the other.
         """
         embedded = [self.embed(*batch) for batch in batches]
-        alike: dict[tuple[int, int, bool], list[int]] = {}
-        for i, (tokens, (_, _, mask, _)) in enumerate(zip(embedded, batches, strict=True)):
+        groups: dict[tuple[int, int, bool], list[int]] = {}
+        for i, (tokens, (_, _, mask, session)) in enumerate(zip(embedded, batches, strict=True)):
             causal = mask is not None and mask.causal
-            alike.setdefault((len(tokens.bins), tokens.n_front, causal), []).append(i)
+            groups.setdefault((len(tokens.bins), self.n_tokens(session), causal), []).append(i)
         log_rates: dict[int, Tensor] = {}
-        for (_, _, causal), members in alike.items():
-            parts = [embedded[i] for i in members]
-            joined = parts[0]._replace(x=torch.cat([part.x for part in parts]))
-            if absent := [part.absent for part in parts if part.absent is not None]:
-                joined = joined._replace(absent=torch.cat(absent))
-            x = self.encode(joined, causal).split([len(part.x) for part in parts])
-            for i, part in zip(members, x, strict=True):
+        for members in groups.values():
+            joined = torch.cat([embedded[i].x for i in members])
+            x = self.encode(embedded[members[0]]._replace(x=joined))
+            parts = x.split([len(embedded[i].x) for i in members])
+            for i, part in zip(members, parts, strict=True):
                 log_rates[i] = self.read_out(part, batches[i][3])
         return [log_rates[i] for i in range(len(batches))]
-
-    def _show(self, counts: Tensor, mask: Mask | None, maps: SessionMaps) -> Tensor:
-        """What the model gets to see of each entry, (B, T, N) -> (B, T, C, N)."""
-        x = counts.to(self.norm.weight.dtype)
-        if self.config.input_transform == "log1p":
-            x = x.log1p()
-        elif self.config.input_transform == "scaled":
-            x = (x - maps.mean) * (maps.mean + SOFTENING).rsqrt()
-        hidden = torch.zeros_like(x, dtype=torch.bool) if mask is None else mask.hidden
-        if self.config.hidden_input == "token":
-            x = torch.where(hidden, maps.fill, x)
-        else:
-            x = x.masked_fill(hidden, 0)
-        if self.config.hidden_input == "indicator":
-            return torch.stack([x, hidden.expand_as(x).to(x.dtype)], dim=2)
-        return x[:, :, None]
 
     @torch.no_grad()
     def predict_log_rates(
         self,
         counts: Tensor,
-        scheme: str,
-        mask: Mask,
+        scheme: str | None,
+        mask: Mask | None,
         session: str,
         neurons: Tensor | None = None,
     ) -> Tensor:
-        """Log-rates (B, T, N) without dropout and gradients: the predictor interface of `evaluate`.
+        """Run :meth:`forward` without dropout and gradients: the predictor that `evaluate` needs.
 
-        Args:
-            counts: (B, T, N).
-            scheme: name of the masking scheme, which picks the prompt.
-            mask: what is hidden, and whether attention is causal.
-            session: name.
-            neurons: (B,) index of the one neuron of each trial that is wanted; returns (B, T).
+        A model that was not trained with causal attention predicts without it.
         """
         was_training = self.training
         self.eval()
-        mask = Mask(mask.hidden, mask.target, mask.causal and self.config.causal)
+        if mask is not None:
+            mask = Mask(mask.hidden, mask.target, mask.causal and self.causal)
         try:
             return self(counts, scheme, mask, session, neurons)
         finally:
             self.train(was_training)
 
-    @property
-    def sees_mask(self) -> bool:
-        """Whether a hidden entry is shown as anything but an entry without a spike."""
-        return self.config.hidden_input != "zeros" or self.config.input_transform == "scaled"
-
-    # ----------------------------------------------------------------- sessions
+    # ------------------------------------------------------------ sessions
 
     def add_session(
         self,
         name: str,
         n_neurons: int,
-        mean_counts: np.ndarray | Tensor | None = None,
+        counts: np.ndarray | Tensor | None = None,
         token: str = "new",
-        components: Tensor | None = None,
     ) -> None:
-        """Make maps and a token for a recording the model has not seen.
+        """Make layers and a token for a recording that the model does not know.
 
         Args:
-            name: unique key of the session; two sessions with equally many neurons stay apart.
+            name: unique name of the session; two sessions with equally many neurons stay apart.
             n_neurons: N.
-            mean_counts: (N,) each neuron's mean count a bin on the training trials, all above 0,
-                where its readout starts, and by which counts are scaled. Without it biases start as
-                torch starts them, as with ``init="paper"``, and the means count as 0.
+            counts: (K', T, N) spike counts of its training trials. Their means scale the input.
+                Unless ``init="paper"``, the readout starts at the means and the stitcher at the
+                principal components. Without counts, the means are taken as 0.
             token: where the session token starts: ``"new"``, at random as in the paper, or
                 ``"mean"``, at the mean of the other sessions'.
-            components: (N, R) directions that an ndt1 map in starts to look at, as the principal
-                components of the training trials. Default: none.
 
         Raises:
-            ValueError: when the name is taken, a mean count is not above 0, or there is no other
-                session to take the mean of.
+            ValueError: when the name is taken, counts have another shape, or there is no other
+                session to take the mean token of.
         """
         if name in self._keys:
             raise ValueError(f"session {name!r} is in the model already")
-        if checked(f"session {name!r}: n_neurons", n_neurons, "int") < 1:
-            raise ValueError(f"session {name!r} needs at least 1 neuron, got {n_neurons}")
         if token not in ("new", "mean"):
             raise ValueError(f"session {name!r}: token must be 'new' or 'mean', got {token!r}")
-        size, places = self.config.patch_size, self.config.n_patches
-        ndt2 = self.config.tokenizer == "ndt2"
-        if self.config.leak and ndt2 and not size <= n_neurons <= size * places:
-            raise ValueError(
-                f"session {name!r} has {n_neurons} neurons; the authors' NDT2 takes {size} (one "
-                f"patch) to {size * places} ({places} patches)"
-            )
-        if components is not None and len(components) != n_neurons:
-            raise ValueError(
-                f"session {name!r}: components must be ({n_neurons}, any number), got "
-                f"{tuple(components.shape)}"
-            )
-        maps = SessionMaps(n_neurons, self.config)
-        if maps.token is not None and token == "mean":
+        layers = SessionLayers(n_neurons, self.config)
+        if layers.token is not None and token == "new":
+            nn.init.normal_(layers.token, std=1.0 if self.init == "paper" else TOKEN_STD)
+        elif layers.token is not None:
             if not self.sessions:
                 raise ValueError(
                     f"session {name!r}: no other session to take the mean token of; use token='new'"
                 )
-            others = [token.detach() for token in self._tokens()]
-            maps.token.data.copy_(torch.stack(others).mean(dim=0))
-        elif maps.token is not None:
-            nn.init.normal_(maps.token, std=1.0 if self.config.init == "paper" else TOKEN_STD)
-        if mean_counts is not None:
-            means = torch.as_tensor(mean_counts, dtype=torch.float32)
-            if means.shape != (n_neurons,) or not bool((means > 0).all()):
+            layers.token.data.copy_(torch.stack(self._session_tokens()).mean(dim=0))
+        if counts is not None:
+            counts = counts.cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
+            if counts.ndim != 3 or counts.shape[2] != n_neurons:
                 raise ValueError(
-                    f"session {name!r}: mean_counts must be ({n_neurons},) and above 0; count a "
-                    "silent neuron as half a spike"
+                    f"session {name!r}: counts must be (trials, bins, {n_neurons} neurons), got "
+                    f"{counts.shape}"
                 )
-            maps.start_at(means, self.config)
-        if isinstance(self.tokenizer, Patches):
-            self.tokenizer.grow(n_neurons)
-        elif components is not None:
-            maps.look_at(components)
-        self._keys[name] = self._key(name)
-        self.sessions[self._keys[name]] = maps.to(self.norm.weight)
+            self._init_from_counts(layers, counts)
+        self.tokenizer.grow(n_neurons)
+        # Names of modules may not hold a dot, nor be the name of an attribute of ModuleDict.
+        self._keys[name] = "session:" + quote(name, safe=" ").replace(".", "%2E")
+        self.sessions[self._keys[name]] = layers.to(self.norm.weight)
 
-    def n_tokens(self, session: str) -> int:
-        """Tokens of a trial, without those in front."""
-        return self.config.n_bins * self.tokenizer.n_patches(self._maps(session))
+    def _init_from_counts(self, layers: SessionLayers, counts: np.ndarray) -> None:
+        """Start the layers of a session at the statistics of its training trials (K', T, N)."""
+        means = torch.from_numpy(log_mean(counts)).float().exp()  # a silent neuron: half a spike
+        if self.config.input_counts == "scaled":
+            layers.mean.copy_(means)
+        if self.init == "paper":
+            return
+        layers.init_from_means(means)
+        if self.config.tokenizer == "ndt1":
+            layers.init_from_components(principal_components(counts, means, COMPONENTS))
+
+    def session_layers(self, name: str) -> SessionLayers:
+        """The layers of one session.
+
+        Raises:
+            KeyError: for a session that was never added; the message lists the known ones.
+        """
+        layers = self.sessions[self._keys[name]] if name in self._keys else None
+        if not isinstance(layers, SessionLayers):
+            raise KeyError(
+                f"the model does not know session {name!r}; it knows: "
+                f"{', '.join(self.session_names) or 'none'}. fit(session, model) adds it"
+            )
+        return layers
+
+    def _session_tokens(self) -> list[Tensor]:
+        tokens = (self.session_layers(name).token for name in self.session_names)
+        return [token.detach() for token in tokens if token is not None]
 
     @property
     def session_names(self) -> list[str]:
-        """Names of the sessions the model has maps for."""
+        """Names of the sessions that the model knows."""
         return list(self._keys)
+
+    def n_tokens(self, session: str) -> int:
+        """Tokens of a trial of the session, without the prefix."""
+        return self.n_bins * self.tokenizer.n_patches(self.session_layers(session))
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live."""
+        """Where the parameters are."""
         return self.norm.weight.device
 
-    @staticmethod
-    def _key(name: str) -> str:
-        # Module names may not hold a dot, nor be a name that ModuleDict itself uses.
-        return "session:" + quote(name, safe=" ").replace(".", "%2E")
+    # ------------------------------------------------------------ description
 
-    def _maps(self, session: str) -> SessionMaps:
-        maps = self.sessions[self._keys[session]] if session in self._keys else None
-        if not isinstance(maps, SessionMaps):
-            known = ", ".join(self.session_names) or "none"
-            raise KeyError(
-                f"the model knows no session {session!r}; it knows: {known}. fit(session, model) "
-                "goes on with it on a new one"
-            )
-        return maps
+    def settings(self) -> dict[str, Any]:
+        """Everything about the model but its weights, as JSON can hold it."""
+        layers = {name: self.session_layers(name) for name in self.session_names}
+        return {
+            "class": "mtm",
+            "config": asdict(self.config),
+            "n_bins": self.n_bins,
+            "bin_size": self.bin_size,
+            "prompts": list(self.prompts),
+            "causal": self.causal,
+            "init": self.init,
+            "split_seed": self.split_seed,
+            "sessions": {name: each.n_neurons for name, each in layers.items()},
+            "seen": {name: b64encode(each.tobytes()).decode() for name, each in self.seen.items()},
+        }
 
-    def _tokens(self) -> list[nn.Parameter]:
-        tokens = (self._maps(name).token for name in self.session_names)
-        return [token for token in tokens if token is not None]
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """The model that :meth:`settings` describes, with new weights."""
+        given = {**settings, "config": MtMConfig(**settings["config"])}
+        for key in ("class", "split_seed", "seen"):  # what is no argument of the constructor
+            del given[key]
+        model = cls(**given)
+        model.split_seed = settings["split_seed"]
+        model.seen = {
+            name: np.frombuffer(b64decode(each), dtype=np.int64)
+            for name, each in settings["seen"].items()
+        }
+        return model
 
-    def _check(self, counts: Tensor, session: str, maps: SessionMaps) -> None:
-        expected = (self.config.n_bins, maps.n_neurons)
-        if counts.ndim != 3 or tuple(counts.shape[1:]) != expected:
-            raise ValueError(
-                f"session {session!r}: counts have shape {tuple(counts.shape)}, the model needs "
-                f"(trials, {expected[0]} bins, {expected[1]} neurons)"
-            )
-
-    # -------------------------------------------------------------------- sizes
+    def n_parameters(self) -> dict[str, Any]:
+        """Number of parameters: ``core``, all tokens included, and ``sessions``, name -> layers."""
+        sizes = {}
+        for name in self.session_names:
+            layers = self.session_layers(name)
+            sizes[name] = sum(p.numel() for p in layers.parameters() if p is not layers.token)
+        total = sum(p.numel() for p in self.parameters())
+        return {"core": total - sum(sizes.values()), "sessions": sizes}
 
     def summary(self) -> str:
         """Number of parameters of each part and of each session, as a table."""
-        config, sizes = self.config, self.n_parameters()
+        sizes = self.n_parameters()
         parts: dict[str, Iterable[Tensor]] = {
             "tokenizer": self.tokenizer.parameters(),
-            "prompt tokens": [self.prompt],
-            "session tokens": self._tokens(),
-            f"layers ({config.depth})": self.layers.parameters(),
+            "prompt tokens": [self.prompt_tokens],
+            "session tokens": self._session_tokens(),
+            f"layers ({self.config.depth})": self.layers.parameters(),
             "final norm": self.norm.parameters(),
         }
         rows = {name: sum(p.numel() for p in part) for name, part in parts.items()}
         rows["core, all of these"] = sizes["core"]
         for name, size in sizes["sessions"].items():
-            rows[f"session {name!r}, {self._maps(name).n_neurons} neurons"] = size
+            rows[f"session {name!r}, {self.session_layers(name).n_neurons} neurons"] = size
         rows["total"] = sum(p.numel() for p in self.parameters())
         wide = max(map(len, rows))
-        title = f"MtM with the {config.tokenizer} tokenizer, width {config.width}; parameters"
-        return "\n".join([title, *(f"  {name:<{wide}} {n:>12,}" for name, n in rows.items())])
-
-    def n_parameters(self) -> dict[str, Any]:
-        """Number of parameters: ``core``, all tokens included, and ``sessions``, name -> maps."""
-        sizes = {}
-        for name in self.session_names:
-            maps = self._maps(name)
-            sizes[name] = sum(p.numel() for p in maps.parameters() if p is not maps.token)
-        total = sum(p.numel() for p in self.parameters())
-        return {"core": total - sum(sizes.values()), "sessions": sizes}
-
-    def _initialise(self, layers: Sequence[Layer]) -> None:
-        """Residual branches shrink with depth (as T-Fixup); prompt tokens start small."""
-        nn.init.normal_(self.prompt, std=1.0 if self.config.init == "paper" else TOKEN_STD)
-        scale = 0.67 * self.config.depth**-0.25
-        with torch.no_grad():
-            for layer in layers:
-                for linear in (layer.attention.out, layer.up, layer.down):
-                    linear.weight.mul_(scale)
-                layer.attention.value.weight.mul_(scale * math.sqrt(2))
+        title = f"MtM with the {self.config.tokenizer} tokenizer, width {self.config.width}"
+        lines = [f"  {name:<{wide}} {n:>12,}" for name, n in rows.items()]
+        return "\n".join([f"{title}; parameters", *lines])

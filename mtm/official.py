@@ -1,12 +1,16 @@
 """Checkpoints of the authors' code, as models of this package that compute the same.
 
-Those are pickles, which can run any code when they are opened the usual way. Here all classes and
-functions that they name are replaced by inert stand-ins, but for those that put tensors,
-dictionaries and sets together.
+:class:`OfficialMtM` computes as their code does, leaks and padding included, and exists for their
+checkpoints alone: train new models with :class:`mtm.MtM`.
+
+Their checkpoints are pickles, which can run any code when they are opened the usual way. Here all
+classes and functions that a pickle names are replaced by inert stand-ins, except for those that
+rebuild tensors, dictionaries and sets.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 from collections import OrderedDict
@@ -15,14 +19,158 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mtm.checkpoint import CheckpointError
-from mtm.data.ibl import PAPER_EIDS
-from mtm.masks import MTM_SCHEMES
-from mtm.model import AS_PUBLISHED, MtM, MtMConfig
+from mtm.masks import MTM_SCHEMES, Mask
+from mtm.model import (
+    BinTokenizer,
+    CheckpointError,
+    MtM,
+    MtMConfig,
+    PatchTokenizer,
+    SessionLayers,
+    Tokens,
+)
 
+SESSIONS_OF_THE_PAPER = json.loads((Path(__file__).parent / "paper_sessions.json").read_text())
+PAPER_EIDS: tuple[str, ...] = tuple(SESSIONS_OF_THE_PAPER["paper"])
+"""The sessions of the MtM paper, as the authors' repository lists them (``target_eids.txt``): rows
+of its session embedding, in order. They are 40, 35 to pretrain on and the 5 of `HELD_OUT_EIDS`,
+where the paper speaks of 39, 34 and 5; which one it left out is not written down.
+
+:meta hide-value:
+"""
+HELD_OUT_EIDS: tuple[str, ...] = tuple(SESSIONS_OF_THE_PAPER["held_out"])
+"""The five sessions that the paper holds out of pretraining (``test_re_eids.txt``), first of
+`PAPER_EIDS`. In the authors' ``ibl_100_eids.txt`` three of them are among the sessions to train on.
+
+:meta hide-value:
+"""
+REPEATED_SITE_EIDS: tuple[str, ...] = tuple(SESSIONS_OF_THE_PAPER["repeated_site"])
+"""The repeated-site sessions as the authors list them (``ibl_repro_ephys_eids.txt``), 83 (the paper
+says 48): in each, one probe was aimed at the same place, through VISa/am, CA1, DG, LP and PO.
+
+:meta hide-value:
+"""
+ABLATION_EID: str = SESSIONS_OF_THE_PAPER["ablation"]
+"""The one session of the paper's ablations (its Tables 1 and 3).
+
+:meta hide-value:
+"""
+
+# ---------------------------------------------------------------- the model, as their code has it
+
+
+class OfficialPatchTokenizer(PatchTokenizer):
+    """Their NDT2 tokenizer: all sessions have as many patches as there are places."""
+
+    def forward(self, x: Tensor, layers: SessionLayers) -> Tensor:
+        """Masked input (B, T, N) to tokens (B, T x places, D)."""
+        n_neurons, n_places = layers.n_neurons, len(self.space)
+        # The last patch is filled up with the neurons before it, which it then shows twice.
+        missing = -n_neurons % self.patch_size
+        end = n_neurons - n_neurons % self.patch_size
+        x = torch.cat([x, x[..., end - missing : end]], dim=-1)
+        x = F.pad(x, (0, n_places * self.patch_size - x.shape[-1]))
+        return self.embed_patches(x.unflatten(2, (n_places, self.patch_size)))
+
+    def n_patches(self, layers: SessionLayers) -> int:
+        """Tokens of a bin, those without a neuron included."""
+        return len(self.space)
+
+
+class OfficialMtM(MtM):
+    """A model whose attention, padding and patches are those of the authors' code.
+
+    In causal mode it leaks: a prediction of a bin depends on later bins. Trials that are shorter
+    than ``n_bins`` are filled up with -1.
+
+    Args:
+        n_places: patches that their NDT2 has a space embedding for.
+    """
+
+    tokenizers: Mapping[str, type[BinTokenizer | PatchTokenizer]] = {
+        "ndt1": BinTokenizer,
+        "ndt2": OfficialPatchTokenizer,
+    }
+
+    def __init__(
+        self,
+        config: MtMConfig,
+        n_bins: int,
+        sessions: Mapping[str, int] | None = None,
+        *,
+        n_places: int = 6,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, n_bins, **options)
+        self.n_places = n_places
+        self.tokenizer.grow(n_places * config.patch_size)
+        for name, n_neurons in (sessions or {}).items():
+            self.add_session(name, n_neurons)
+
+    def add_session(
+        self,
+        name: str,
+        n_neurons: int,
+        counts: np.ndarray | Tensor | None = None,
+        token: str = "new",
+    ) -> None:
+        """As :meth:`mtm.MtM.add_session`; their NDT2 limits how many neurons a session has."""
+        if self.config.tokenizer == "ndt2":
+            size = self.config.patch_size
+            if not size <= n_neurons <= size * self.n_places:
+                raise ValueError(
+                    f"session {name!r} has {n_neurons} neurons; the authors' NDT2 takes {size} "
+                    f"(one patch) to {size * self.n_places} ({self.n_places} patches)"
+                )
+        super().add_session(name, n_neurons, counts, token)
+        if self.config.tokenizer == "ndt2":  # where a neuron has nothing of its own
+            self.session_layers(name).bias.requires_grad_(False).zero_()
+
+    def embed(self, counts: Tensor, scheme: str | None, mask: Mask | None, session: str) -> Tokens:
+        """Counts (B, T, N), -1 where padded, to tokens that attend as in the authors' code."""
+        tokens = super().embed(counts, scheme, mask, session)
+        causal = mask is not None and mask.causal
+        length = len(tokens.bins)
+        allowed = torch.ones(length, length, dtype=torch.bool, device=counts.device)
+        n_prefix = length - self.n_tokens(session)
+        if causal:
+            # The prefix attends to every bin and every bin to the prefix, which from the second
+            # layer on leads from the future to the past. And the number of a token modulo T is
+            # taken for its bin, which in NDT2 is another one's.
+            number = torch.arange(length - n_prefix, device=counts.device) % self.n_bins
+            allowed[n_prefix:, n_prefix:] = number[:, None] >= number
+        own = torch.eye(length, dtype=torch.bool, device=counts.device)
+        absent = self._absent(counts, n_prefix, session)[:, None]  # (B, 1, L)
+        # Nothing attends to padding but itself.
+        return tokens._replace(causal=False, allowed=((allowed & ~absent) | own)[:, None])
+
+    def _absent(self, counts: Tensor, n_prefix: int, session: str) -> Tensor:
+        """Tokens of padded bins, or of places without a neuron, (B, L) bool."""
+        n_patches = self.n_tokens(session) // self.n_bins
+        absent = (counts < 0).all(dim=2)[:, :, None]  # (B, T, 1)
+        first = torch.arange(n_patches, device=counts.device) * self.config.patch_size
+        absent = absent | (first >= counts.shape[2])  # (B, T, patches)
+        return F.pad(absent.flatten(1), (n_prefix, 0), value=False)
+
+    def forward_many(
+        self, batches: Sequence[tuple[Tensor, str | None, Mask | None, str]]
+    ) -> list[Tensor]:
+        """Run :meth:`forward` on several batches, one after the other."""
+        return [self(*batch) for batch in batches]
+
+    def settings(self) -> dict[str, Any]:
+        """Everything about the model but its weights, as JSON can hold it."""
+        return {**super().settings(), "class": "official", "n_places": self.n_places}
+
+
+# ---------------------------------------------------------------- import of a checkpoint
+
+# Their names of our parts.
 THEIRS = {
     "tokenizer.embed_spikes": "encoder.embedder.embed_spikes",
     "tokenizer.project": "encoder.embedder.projection",
@@ -54,12 +202,11 @@ def from_official(
     heads: int | None = None,
     causal: bool | None = None,
     eids: Sequence[str] = PAPER_EIDS,
-) -> MtM:
-    """The authors' NDT1 (stitched) or NDT2 as a model of ours that computes the same.
+) -> OfficialMtM:
+    """Load the authors' NDT1 (stitched) or NDT2 as a model that computes the same.
 
-    Their attention leaks the future in causal mode, so that the model has ``config.leak`` on; it
-    understands their padding (-1) too. What weights do not show is taken as in their released
-    settings: learned positions, softsign, GELU, input scale 1.
+    What weights do not show is taken as in their released settings: learned positions, softsign,
+    GELU, input scale 1.
 
     Args:
         checkpoint: their state dict or module, or a file with one of them.
@@ -71,7 +218,7 @@ def from_official(
 
     Returns:
         on the CPU, in evaluation mode. Which trials it was trained on is not known: to evaluate it
-        say ``split_seed=0``, and mind that its training trials may be among that split's test
+        pass ``split_seed=0``, and mind that its training trials may be among that split's test
         trials, unless the session was held out.
 
     Raises:
@@ -104,29 +251,31 @@ def _imported(
     heads: int | None,
     causal: bool | None,
     eids: Sequence[str],
-) -> MtM:
+) -> OfficialMtM:
     """The model of a state dict, and of what else is known of theirs."""
     if attributes.get("use_rope"):
         raise CheckpointError("the checkpoint has rotary positions, which this cannot import")
     try:
-        config = _official_config(checkpoint, heads or attributes.get("n_heads") or 8, causal)
+        model = _without_weights(checkpoint, heads or attributes.get("n_heads") or 8, causal)
     except ValueError as error:
         raise CheckpointError(f"cannot read this checkpoint: {error}") from error
-    if config.session_token and len(checkpoint[TOKENS]) != len(eids):
+    if TOKENS in checkpoint and len(checkpoint[TOKENS]) != len(eids):
         raise CheckpointError(
             f"{TOKENS} has {len(checkpoint[TOKENS])} rows for {len(eids)} sessions; pass the names "
             "of the rows as eids"
         )
-    if strangers := [name for name in sessions if config.session_token and name not in eids]:
+    if strangers := [name for name in sessions if TOKENS in checkpoint and name not in eids]:
         raise KeyError(f"session {strangers[0]!r} has no row in their session embedding; see eids")
     try:
-        model = MtM(config, sessions)
+        for name, n_neurons in sessions.items():
+            model.add_session(name, n_neurons)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     left = dict(checkpoint)
     tensors, wrong = {}, []
     for key, own in model.state_dict().items():
-        if own.numel() == 0:  # no prompts
+        # No prompts, or the bias of a neuron, which their NDT2 does not have.
+        if own.numel() == 0 or (key.startswith("sessions.") and key.split(".")[2] == "bias"):
             tensors[key] = own
             continue
         theirs, row = _their_key(key, model, eids)
@@ -138,7 +287,7 @@ def _imported(
             wrong.append(f"{theirs} {found}, needed: {tuple(own.shape)}")
         else:
             tensors[key] = value
-    unused = [key for key in left if _is_spare(key, config)]
+    unused = [key for key in left if _is_spare(key, model.config)]
     wrong += [f"{key} is unknown" for key in left if key not in unused]
     if wrong:
         raise CheckpointError("the checkpoint does not fit: " + "; ".join(wrong))
@@ -148,8 +297,8 @@ def _imported(
     return model.eval()
 
 
-def _official_config(tensors: Mapping[str, Tensor], heads: int, causal: bool | None) -> MtMConfig:
-    """Sizes from the shapes of their weights."""
+def _without_weights(tensors: Mapping[str, Tensor], heads: int, causal: bool | None) -> OfficialMtM:
+    """A model without sessions, with sizes from the shapes of their weights."""
     ndt2 = SPACE in tensors
     time = TIME if ndt2 else TIME_NDT1
     spikes, norm, up = (
@@ -167,43 +316,44 @@ def _official_config(tensors: Mapping[str, Tensor], heads: int, causal: bool | N
         raise CheckpointError("their NDT1 without stitching cannot be imported: it has no stitcher")
     numbers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}
     inputs = tensors[spikes].shape[1]
-    sizes: dict[str, Any] = {"stitch_width": inputs}
-    if ndt2:
-        sizes = {"patch_size": inputs, "n_patches": len(tensors[SPACE])}
-    return MtMConfig(
+    config = MtMConfig.published(
         tokenizer="ndt2" if ndt2 else "ndt1",
-        n_bins=len(tensors[time]),
         width=len(tensors[norm]),
         depth=len(numbers),
         heads=heads,
         mlp_width=len(tensors[up]),
+        session_token=TOKENS in tensors,
+        **{"patch_size" if ndt2 else "stitch_width": inputs},
+    )
+    return OfficialMtM(
+        config,
+        len(tensors[time]),
+        n_places=len(tensors[SPACE]) if ndt2 else 0,
         prompts=MTM_SCHEMES if PROMPT in tensors else (),
         causal=PROMPT in tensors if causal is None else causal,
-        session_token=TOKENS in tensors,
-        split_seed=None,
-        leak=True,
-        **AS_PUBLISHED,
-        **sizes,
+        init="paper",
     )
 
 
 def _their_key(key: str, model: MtM, eids: Sequence[str]) -> tuple[str, int | None]:
     """The authors' name of one of our parameters, and its row where they keep many in a table."""
     ndt2 = model.config.tokenizer == "ndt2"
-    if key in ("prompt", "tokenizer.time", "tokenizer.space"):
+    if key in ("prompt_tokens", "tokenizer.time", "tokenizer.space"):
         time = TIME if ndt2 else TIME_NDT1
-        return {"prompt": PROMPT, "tokenizer.time": time, "tokenizer.space": SPACE}[key], None
+        return {"prompt_tokens": PROMPT, "tokenizer.time": time, "tokenizer.space": SPACE}[
+            key
+        ], None
     part, kind = key.rsplit(".", 1)
     if part.startswith("layers."):
         _, number, inner = part.split(".", 2)
         return f"encoder.layers.{number}.{THEIRS_IN_LAYER[inner]}.{kind}", None
     if part.startswith("sessions."):
-        names = {model._key(name): name for name in model.session_names}
+        names = {key: name for name, key in model._keys.items()}
         session = key.split(".")[1]
         if kind == "token":
             return TOKENS, list(eids).index(names[session])
-        n = model.sessions[session].n_neurons
-        if part.endswith("stitch"):
+        n = model.session_layers(names[session]).n_neurons
+        if part.endswith("stitcher"):
             return f"encoder.stitcher.stitcher_dict.{n}.{kind}", None
         return f"stitch_decoder.stitch_decoder_dict.{n}.{kind}", None
     return f"{(THEIRS | THEIRS_NDT2)[part]}.{kind}", None

@@ -126,15 +126,15 @@ def checked_split_seed(
         SessionError: when a model was trained on bins of another width.
         ValueError: when a model was trained on another split, or on one that nobody knows.
     """
-    config = getattr(getattr(predictor, "model", predictor), "config", None)  # of what wraps one
-    bin_size = getattr(config, "bin_size", session.bin_size)
+    model = getattr(predictor, "model", predictor)  # of what wraps one
+    bin_size = getattr(model, "bin_size", session.bin_size)
     if abs(bin_size - session.bin_size) > 1e-9:
         raise SessionError(
             f"session {session.name!r} has bins of {session.bin_size} s, the model was trained on "
             f"bins of {bin_size} s"
         )
-    trained = getattr(config, "split_seed", None)
-    if split_seed is None and hasattr(config, "split_seed") and trained is None:
+    trained = getattr(model, "split_seed", None)
+    if split_seed is None and hasattr(model, "split_seed") and trained is None:
         raise ValueError(
             "it is not known which trials this model was trained on; split_seed=0 scores it on the "
             "test trials of that split, some of which it may have learned from"

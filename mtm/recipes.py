@@ -52,8 +52,6 @@ class TrainConfig:
         seed: of weights, masks, dropout and the order of batches.
         split_seed: of ``Session.split``.
         init: how a new model starts, see ``MtMConfig``.
-        components: principal components of a session's training trials that its new map in starts
-            to look at (ndt1 only); 0 = none.
         precision: "float32", "bf16" (matrix products in bfloat16, weights in float32), or "auto":
             bf16 on GPUs that compute in it.
         compile: mode of ``torch.compile`` for the encoder, which all sessions share; or "none".
@@ -85,7 +83,6 @@ class TrainConfig:
     seed: int = 0
     split_seed: int = 0
     init: str = "mtm"
-    components: int = 32
     precision: str = "auto"
     compile: str = "none"
 
@@ -109,9 +106,8 @@ class TrainConfig:
             raise ValueError(f"div_factor must be above 0, got {self.div_factor}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be above 0 or None, got {self.clip}")
-        for name in ("components", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
         for name in ("micro_batch", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
@@ -133,7 +129,6 @@ RECIPES = {
         seed=42,
         ratios={},
         init="paper",
-        components=0,
     ),
 }
 """Settings by name, ``mtm`` for ours and ``paper`` for those of the authors' code."""

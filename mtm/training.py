@@ -22,7 +22,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,11 +37,9 @@ from mtm import distributed
 from mtm.checkpoint import History, Run, best_entry, without_nan, write_history
 from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2, log_mean
-from mtm.model import AS_PUBLISHED, SOFTENING, MtM, MtMConfig
+from mtm.model import MtM, MtMConfig
 from mtm.recipes import TrainConfig, changed, recipe
 from mtm.session import Session, SessionError, require_alike
-
-COMPONENT_BINS = 20_000  # of training trials from which they are taken
 
 
 class Batch(NamedTuple):
@@ -100,17 +98,10 @@ class SessionData:
         counts = _sent(self.counts[_sent(trials, self.counts.device)], self.device)
         return (counts.int() & 0xFFFF if self.wide else counts).float()
 
-    def components(self, n: int) -> Tensor:
-        """Principal components of the scaled counts of training trials, (N, n), or as there are.
-
-        Smoothed over time, as what neurons share is slower than their spikes.
-        """
-        some = self.train[:: math.ceil(len(self.train) * self.n_bins / COMPONENT_BINS)]
-        mean = self.null.exp()
-        x = (self.batch(some) - mean) * (mean + SOFTENING).rsqrt()  # (K', T, N)
-        x = F.avg_pool1d(x.transpose(1, 2), 5, 1, 2, count_include_pad=False)  # over 5 bins
-        x = x.transpose(1, 2).flatten(0, 1)
-        return torch.pca_lowrank(x, min(n, *x.shape), niter=4)[2]
+    def training_counts(self) -> np.ndarray:
+        """Counts of the training trials, (K', T, N)."""
+        counts = self.counts[torch.from_numpy(self.train).to(self.counts.device)].cpu().numpy()
+        return counts.view(np.uint16) if self.wide else counts
 
 
 Trials = tuple[SessionData, np.ndarray]
@@ -422,9 +413,8 @@ def fit(
     Args:
         sessions: with distinct names, and the same bins and window.
         model: a model to go on with, which stays as it is: a copy learns, sessions it does not know
-            are added, and what it knows of others may get worse. Or the sizes of a new one, whose
-            ``prompts``, ``causal``, ``init``, ``split_seed`` and ``bin_size`` follow the settings
-            and the data. Default: ``MtMConfig.from_depth(depth)``.
+            are added, and what it knows of others may get worse. Or the sizes of a new one.
+            Default: ``MtMConfig.from_depth(depth)``.
         config: settings, or the name of a recipe: "mtm" (default) or "paper".
         depth: of a new model; default 2.
         device: default: a GPU where there is one.
@@ -603,19 +593,12 @@ def _build(
         if config.tune != "all":
             raise ValueError(f"tune={config.tune!r} needs a trained model to start from")
         if model is None:
-            theirs = AS_PUBLISHED if config.init == "paper" else {}
-            model = MtMConfig.from_depth(depth or 2, n_bins=data[0].n_bins, **theirs)
-        if model.n_bins != data[0].n_bins:
-            raise SessionError(
-                f"session {data[0].name!r} has {data[0].n_bins} bins, the model's sizes say "
-                f"{model.n_bins}; pass n_bins={data[0].n_bins} to MtMConfig"
-            )
-        if model.init not in ("mtm", config.init):
-            raise ValueError(
-                f"how a model starts is a setting of training: pass init={model.init!r} to fit"
-            )
-        sizes = replace(model, bin_size=data[0].bin_size)
-        model = MtM(_fit_to_schemes(sizes, config))
+            paper = {"positions": "learned", "input_counts": "raw"}
+            theirs = paper if config.init == "paper" else {}
+            model = MtMConfig.from_depth(depth or 2, **theirs)
+        prompts, causal = _needs_of(config)
+        options: dict[str, Any] = {"prompts": prompts, "causal": causal, "init": config.init}
+        model = MtM(model, data[0].n_bins, bin_size=data[0].bin_size, **options)
     else:
         _check_model(model, config)
         if config.tune == "maps" and model.config.tokenizer == "ndt2":
@@ -625,50 +608,41 @@ def _build(
                 "they start; use 'all' or 'maps-then-all'",
                 stacklevel=3,
             )
-        if abs(model.config.bin_size - data[0].bin_size) > 1e-9:
+        if abs(model.bin_size - data[0].bin_size) > 1e-9:
             raise SessionError(
                 f"session {data[0].name!r} has bins of {data[0].bin_size} s, the model was trained "
-                f"on bins of {model.config.bin_size} s"
+                f"on bins of {model.bin_size} s"
             )
+    model.split_seed = config.split_seed
     for session in data:
         if session.name not in model.session_names:
-            looks = model.config.tokenizer == "ndt1" and model.config.init != "paper"
-            looks = looks and config.components > 0
-            components = session.components(config.components) if looks else None
-            means = session.null.exp()
-            model.add_session(session.name, session.n_neurons, means, config.token, components)
+            counts = session.training_counts()
+            model.add_session(session.name, session.n_neurons, counts, config.token)
         known = model.seen.get(session.name, session.prints)
         model.seen[session.name] = np.union1d(known, session.prints)
     return model
 
 
-def _fit_to_schemes(sizes: MtMConfig, config: TrainConfig) -> MtMConfig:
-    """Prompts for the schemes that are trained, none where there is but one to tell apart."""
+def _needs_of(config: TrainConfig) -> tuple[tuple[str, ...], bool]:
+    """Prompts for the schemes that are trained, none where there is but one; causal attention."""
     prompted = tuple(name for name in config.schemes if scheme(name).prompt)
     use = config.prompt and len(config.schemes) > 1
-    causal = any(scheme(name).causal for name in config.schemes)
-    return replace(
-        sizes,
-        prompts=prompted if use else (),
-        causal=causal,
-        split_seed=config.split_seed,
-        init=config.init,
-    )
+    return prompted if use else (), any(scheme(name).causal for name in config.schemes)
 
 
 def _check_model(model: MtM, config: TrainConfig) -> None:
     """A model that is trained on must be able to do what the new settings ask."""
-    wanted = _fit_to_schemes(model.config, config)
-    if missing := set(wanted.prompts) - set(model.config.prompts):
+    prompts, causal = _needs_of(config)
+    if missing := set(prompts) - set(model.prompts):
         raise ValueError(
             f"the model has no prompt for {', '.join(sorted(missing))}; train it with the schemes "
-            f"it knows ({', '.join(model.config.prompts) or 'no prompts'}), or with prompt=False"
+            f"it knows ({', '.join(model.prompts) or 'no prompts'}), or with prompt=False"
         )
-    if wanted.causal and not model.config.causal:
+    if causal and not model.causal:
         raise ValueError("the model was never trained causally; train a new one for that scheme")
-    if model.config.split_seed not in (None, config.split_seed):
+    if model.split_seed not in (None, config.split_seed):
         raise ValueError(
-            f"the model was trained on the split of seed {model.config.split_seed}, not "
+            f"the model was trained on the split of seed {model.split_seed}, not "
             f"{config.split_seed}: its training trials would become test trials"
         )
 
@@ -780,10 +754,10 @@ def _take_step(
 def _learning(model: MtM, places: Sequence[tuple[str, str]]) -> list[torch.nn.Parameter]:
     """Parameters that a step on these sessions and schemes gives a gradient."""
     sessions = sorted({session for session, _ in places})
-    parts = [model.tokenizer, model.layers, model.norm, *map(model._maps, sessions)]
+    parts = [model.tokenizer, model.layers, model.norm, *map(model.session_layers, sessions)]
     found = [parameter for part in parts for parameter in part.parameters()]
-    if any(name in model.config.prompts for _, name in places):
-        found.append(model.prompt)
+    if any(name in model.prompts for _, name in places):
+        found.append(model.prompt_tokens)
     return [parameter for parameter in found if parameter.requires_grad]
 
 
@@ -824,7 +798,7 @@ class _Phases:
         self.config, self.per_epoch = config, per_epoch
         # The caller may have frozen some.
         self.learning = [p for p in model.parameters() if p.requires_grad]
-        self.maps = {id(p) for s in data for p in model._maps(s.name).parameters()}
+        self.maps = {id(p) for s in data for p in model.session_layers(s.name).parameters()}
         some = max(1, round(config.maps_share * config.epochs))
         self.maps_epochs = {"all": 0, "maps": config.epochs, "maps-then-all": some}[config.tune]
 
@@ -955,7 +929,12 @@ def _validation_gain(model: MtM, session: SessionData, name: str, config: TrainC
 def _description(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> dict[str, Any]:
     """What a run is; one that was killed goes on only as the same."""
     sessions = {s.name: [len(s.train), s.n_bins, s.n_neurons, s.digest] for s in data}
-    described = {"train": asdict(config), "model": model.config.to_dict(), "sessions": sessions}
+    described = {"train": asdict(config), "model": _settings_of(model), "sessions": sessions}
     # Of a model that was trained before, what tells it from others and stays so while it trains.
     known = sorted(model.session_names)
     return described | {"order of sessions": list(sessions), "known sessions": known}
+
+
+def _settings_of(model: MtM) -> dict[str, Any]:
+    """The model's settings, without what training changes."""
+    return {k: v for k, v in model.settings().items() if k not in ("sessions", "seen")}

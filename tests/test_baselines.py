@@ -304,9 +304,9 @@ def test_the_papers_baselines(small, name, tmp_path):
     again = fit_baseline(name, small[0], **how)  # each ratio's run goes on where it was
     assert again.history == result.history and again.config == result.config
     assert len(list(tmp_path.glob("*/config.json"))) == len(RATIOS) > 1
-    assert isinstance(result, Fit) and result.model.config.prompts == ()
+    assert isinstance(result, Fit) and result.model.prompts == ()
     assert result.model.config.tokenizer == name[-4:].lower()
-    assert not result.model.config.causal
+    assert not result.model.causal
     assert len(BASELINES) == 6
 
 

@@ -117,7 +117,7 @@ def test_every_variant_of_the_recipe_changes_something(small):
     assert len({json.dumps(settings, sort_keys=True) for settings in told.values()}) == len(told)
     SCHEMES.pop(recipe.AGAIN)  # of this process alone
     paper = list(recipe.contest().values())[-1].settings
-    assert paper["train"]["epochs"] == 1000 and paper["model"]["input_transform"] == "raw"
+    assert paper["train"]["epochs"] == 1000 and paper["model"]["input_counts"] == "raw"
 
 
 def test_a_trick_changes_training_and_ends_with_it(small):

@@ -812,8 +812,8 @@ def test_an_animal_that_stops_licking(exported, simulated, tmp_path):
 
 def test_a_model_with_other_bins_is_refused(simulated):
     recording = read(simulated[1])
-    config = mtm.MtMConfig.from_depth(1, n_bins=100)
-    model = mtm.MtM(config, {recording.name: len(recording.units)})
+    config = mtm.MtMConfig.from_depth(1)
+    model = mtm.MtM(config, 100, {recording.name: len(recording.units)})
     with pytest.raises(SessionError, match="takes 100 bins of 0.02 s.*--align ts2"):
         submission.predict_task(model, recording, TS2[0])
     with pytest.raises(ValueError, match="label 'a/b': use letters"):

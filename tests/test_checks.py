@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from mtm import MtMConfig, TrainConfig
+from mtm import TrainConfig
 
-BOTH = [TrainConfig, MtMConfig]
+BOTH = [TrainConfig]
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,6 @@ BOTH = [TrainConfig, MtMConfig]
         (TrainConfig, "tune", ["none", None, 0]),
         (TrainConfig, "schemes", [(), ["neuron", "neuron"], 5, None, [1]]),
         (TrainConfig, "ratios", [5, None, {"neuron": 0}, {"neuron": 1.1}, {"neuron": "x"}]),
-        (MtMConfig, "width", ["512", 512.0, None, np.nan, 0]),
-        (MtMConfig, "bin_size", [None, np.nan, 0.0, -0.02, "0.02"]),
-        (MtMConfig, "dropout", ["0", None, 1.0, np.nan]),
-        (MtMConfig, "causal", [1, "no", None]),
-        (MtMConfig, "prompts", [5, [1], ["neuron", "neuron"]]),
-        (MtMConfig, "split_seed", [0.5, "0", [0]]),
     ],
 )
 def test_what_a_field_cannot_be_is_refused_by_its_name(kind, field, values):
@@ -44,10 +38,3 @@ def test_numbers_of_numpy_become_plain_ones():
     assert (config.epochs, config.lr, config.weight_decay) == (3, 0.5, 1.0)
     assert config.prompt is False and config.clip is None
     json.dumps(vars(config))
-    assert type(MtMConfig(split_seed=np.int64(2)).split_seed) is int
-
-
-def test_a_depth_is_a_whole_number():
-    for depth in ("5", 1.5, np.nan, None, 0):
-        with pytest.raises(ValueError, match="depth must be"):
-            MtMConfig.from_depth(depth)

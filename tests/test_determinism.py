@@ -16,7 +16,7 @@ import mtm
 np.random.seed(int(sys.argv[2]))  # states of others, which nothing here may depend on
 torch.manual_seed(int(sys.argv[2]))
 [session] = mtm.simulate(1, 40, 12, seed=5, bin_size=0.1)
-sizes = mtm.MtMConfig(n_bins=20, width=32, heads=2, depth=1, mlp_width=32, stitch_width=16)
+sizes = mtm.MtMConfig(width=32, heads=2, depth=1, mlp_width=32, stitch_width=16)
 fit = mtm.fit(session, sizes, epochs=2, validations=2, progress=False, device="cpu", seed=11)
 report = mtm.evaluate(fit, session, tasks=[*mtm.prediction.TASKS, "choice", "wheel-speed"])
 print(json.dumps({

@@ -20,7 +20,6 @@ from mtm import (
     oracle,
     score_table,
 )
-from mtm.model import AS_PUBLISHED
 from mtm.prediction import predict_held_out
 from mtm.prediction import TASKS, forward_bins
 
@@ -268,10 +267,7 @@ def test_hidden_neurons_equal_the_authors(parity):
 MODELS = {
     "ndt1": {},
     "ndt2": {"tokenizer": "ndt2"},
-    "ndt2, token": {"tokenizer": "ndt2", "hidden_input": "token"},
-    "token": {"hidden_input": "token"},
-    "indicator, log1p": {"hidden_input": "indicator", "input_transform": "log1p"},
-    "rotary, scaled": {"positions": "rotary", "input_transform": "scaled"},
+    "rotary, scaled": {"positions": "rotary", "input_counts": "scaled"},
 }
 
 
@@ -289,14 +285,12 @@ def small_model(session, **fields):
     """Its output depends on every input far more than rounding does."""
     torch.manual_seed(0)
     sizes = {"width": 16, "depth": 2, "heads": 2, "mlp_width": 32, "stitch_width": 12}
-    sizes |= {"n_bins": session.n_bins, "patch_size": 4, "n_patches": 3}
-    config = MtMConfig(**(sizes | AS_PUBLISHED | fields))
-    model = MtM(config, {session.name: session.n_neurons})
-    for maps in model.sessions.values():
-        if config.input_transform == "scaled":
-            maps.mean += 0.1
-        if config.hidden_input == "token":
-            torch.nn.init.normal_(maps.fill)
+    config = MtMConfig.published(**(sizes | {"patch_size": 4} | fields))
+    sizes = {session.name: session.n_neurons}
+    model = MtM(config, session.n_bins, sizes, bin_size=session.bin_size, init="paper")
+    model.split_seed = 0
+    if config.input_counts == "scaled":
+        model.session_layers(session.name).mean += 0.1
     return model
 
 
@@ -348,7 +342,7 @@ def test_equals_one_forward_pass_for_each_neuron_and_trial(fields, task, sparse)
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"hidden_input": "token"}, {"hidden_input": "indicator"}, {"input_transform": "scaled"}],
+    [{}, {"input_counts": "scaled"}],
     ids=str,
 )
 @pytest.mark.parametrize("task", ["co-smoothing", "intra-region", "inter-region"])

@@ -23,6 +23,7 @@ pytest.importorskip("iblatlas")
 import pandas as pd  # noqa: E402
 
 import mtm  # noqa: E402
+from mtm import official  # noqa: E402
 from mtm.data.synthetic import index_alf, write_alf  # noqa: E402
 from mtm.data.regions import acronyms  # noqa: E402
 from mtm.session import Session, SessionError  # noqa: E402
@@ -903,9 +904,9 @@ def test_search(tree, tmp_path):
 
 
 def test_the_papers_sessions():
-    assert len(set(ibl.PAPER_EIDS)) == 40 and len(set(ibl.REPEATED_SITE_EIDS)) == 83
-    assert ibl.PAPER_EIDS[:5] == ibl.HELD_OUT_EIDS and ibl.ABLATION_EID in ibl.PAPER_EIDS
-    assert set(ibl.PAPER_EIDS) <= set(ibl.REPEATED_SITE_EIDS)
+    assert len(set(official.PAPER_EIDS)) == 40 and len(set(official.REPEATED_SITE_EIDS)) == 83
+    assert official.PAPER_EIDS[:5] == official.HELD_OUT_EIDS and official.ABLATION_EID in official.PAPER_EIDS
+    assert set(official.PAPER_EIDS) <= set(official.REPEATED_SITE_EIDS)
 
 
 def test_prepare_writes_what_load_session_gives(tree, read, tmp_path):

@@ -119,8 +119,8 @@ def test_what_is_said_to_learn_in_a_step_is_what_gets_a_gradient(schemes, fields
     """All processes must send the same parameters, and none that one process would leave alone."""
     sessions = simulate(3, 10, 12, seed=3, bin_size=0.1)
     prompts = tuple(name for name in schemes if name != "temporal")
-    sizes = MtMConfig.from_depth(1, n_bins=20, prompts=prompts, hidden_input="token", **fields)
-    model = MtM(sizes, {s.name: s.n_neurons for s in sessions})
+    sizes = {s.name: s.n_neurons for s in sessions}
+    model = MtM(MtMConfig.from_depth(1, **fields), 20, sizes, prompts=prompts)
     for name in schemes:
         model.zero_grad(set_to_none=True)
         sampler = MaskSampler([name])

@@ -102,7 +102,7 @@ from mtm.checkpoint import states
 folder, kills = sys.argv[1], int(sys.argv[2])
 sessions = mtm.simulate(2, 60, 12, seed=3, mean_rate=30.0, bin_size=0.1)
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports half a second's worth
-sizes = mtm.MtMConfig(n_bins=20, width=32, heads=2, depth=2, mlp_width=32, stitch_width=16)
+sizes = mtm.MtMConfig(width=32, heads=2, depth=2, mlp_width=32, stitch_width=16)
 
 
 def run(folder, save_every):

@@ -48,25 +48,6 @@ def test_every_training_trial_once_an_epoch_in_new_company(sessions):
     assert not together[0] & together[1]
 
 
-def test_components_are_what_the_neurons_share():
-    """Two slow signals, seen by all neurons; the directions are those of numpy's SVD."""
-    rng = np.random.default_rng(0)
-    weights, signals = rng.normal(size=(2, 30)), rng.normal(size=(40, 4, 2))
-    shared = np.repeat(signals, 10, axis=1) @ weights  # (40, 40, 30)
-    session = Session(rng.poisson(np.exp(0.5 + 0.3 * shared)), name="a")
-    data = SessionData(session, TrainConfig(), torch.device("cpu"))
-    assert data.components(4).shape == (30, 4)
-    found = data.components(99).numpy()
-    assert found.shape == (30, 30)
-    np.testing.assert_allclose(found.T @ found, np.eye(30), atol=1e-4)
-    counts = session.counts[session.split().train].astype(float)
-    mean = counts.mean(axis=(0, 1))
-    scaled = (counts - mean) / np.sqrt(mean + 0.1)
-    smooth = np.stack([scaled[:, max(0, t - 2) : t + 3].mean(axis=1) for t in range(40)], axis=1)
-    expected = np.linalg.svd(smooth.reshape(-1, 30), full_matrices=False)[2][:2]
-    np.testing.assert_allclose(np.linalg.svd(expected @ found[:, :2])[1], 1, atol=1e-3)
-
-
 def test_a_step_mixes_sessions_as_long_as_there_are_several(sessions):
     data = [SessionData(s, TrainConfig(), torch.device("cpu")) for s in sessions]
     few = sessions[0].select(trials=np.arange(40))
@@ -87,7 +68,7 @@ def test_a_step_mixes_sessions_as_long_as_there_are_several(sessions):
 def test_whole_batches_pass_at_once_where_they_fit(sessions, device, n_pieces):
     """All in one pass; on a CPU as many as have 5,000 tokens."""
     batches = batches_of(sessions)
-    model = MtM(MtMConfig.from_depth(1, n_bins=50), {s.name: s.n_neurons for s in sessions})
+    model = MtM(MtMConfig.from_depth(1), 50, {s.name: s.n_neurons for s in sessions})
     passes = list(_passes(model.to(device), batches, TrainConfig(), 4))
     assert [len(piece.counts) for _, piece, _ in passes[0]] == [5, 6, 7, 8]
     assert len(passes) == 1
@@ -123,15 +104,15 @@ def test_same_seed_same_weights_and_the_callers_generator_is_left_alone(sessions
     two = fit(sessions, **QUICK).model.state_dict()
     assert all(torch.equal(one[key], two[key]) for key in one)
     other = fit(sessions, **QUICK, seed=1).model.state_dict()
-    assert not torch.equal(one["prompt"], other["prompt"])
+    assert not torch.equal(one["prompt_tokens"], other["prompt_tokens"])
 
 
 def test_each_step_shows_the_prompt_of_its_scheme_and_trains(sessions, monkeypatch):
     calls, embed = [], MtM.embed
 
-    def watched(self, counts, session, mask, prompt):
+    def watched(self, counts, prompt, mask, session):
         calls.append((self.training, prompt, mask.causal, mask.hidden.float().mean().item()))
-        return embed(self, counts, session, mask, prompt)
+        return embed(self, counts, prompt, mask, session)
 
     monkeypatch.setattr(MtM, "embed", watched)
     fit(sessions, **{**QUICK, "epochs": 6})
@@ -203,16 +184,12 @@ def test_settings_that_contradict_the_model_are_refused(sessions):
     model = fit(sessions[0], **QUICK).model
     with pytest.raises(ValueError, match="depth is of a new model"):
         fit(sessions[0], model, **QUICK)
-    with pytest.raises(ValueError, match="pass init='paper' to fit"):
-        fit(sessions[0], MtMConfig.from_depth(1, n_bins=50, init="paper"), **ON)
-    with pytest.raises(SessionError, match="has 50 bins, the model's sizes say 100; pass n_bins"):
-        fit(sessions[0], MtMConfig.from_depth(1), **ON)
     with pytest.raises(TypeError, match="a folder is read by mtm.load"):
         fit(sessions[0], "folder", **ON)
 
 
 def test_maps_of_ndt2_are_next_to_nothing(sessions):
-    sizes = MtMConfig.from_depth(1, n_bins=50, tokenizer="ndt2", patch_size=16)
+    sizes = MtMConfig.from_depth(1, tokenizer="ndt2", patch_size=16)
     model = fit(sessions[0], sizes, **ON).model
     with pytest.warns(UserWarning, match="tune='maps' with ndt2 trains next to nothing"):
         fit(sessions[1], model, **ON, tune="maps")
@@ -296,17 +273,17 @@ def test_the_model_kept_is_the_best_one(sessions):
 
 def test_going_on_with_a_model_adds_sessions_it_does_not_know(sessions):
     first = fit(sessions[0], **QUICK).model
-    kept = first.sessions["session:sim-3-0"].stitch.weight.clone()
+    kept = first.sessions["session:sim-3-0"].stitcher.weight.clone()
     second = fit(sessions[1], first, **ON).model
     assert second.session_names == ["sim-3-0", "sim-3-1"]
-    assert torch.equal(second.sessions["session:sim-3-0"].stitch.weight, kept)
+    assert torch.equal(second.sessions["session:sim-3-0"].stitcher.weight, kept)
 
 
 def test_single_schemes_have_no_prompt(sessions):
     model = fit(sessions[0], schemes=("temporal",), **QUICK).model
-    assert model.config.prompts == () and not model.config.causal
-    assert fit(sessions[0], prompt=False, **QUICK).model.config.prompts == ()
-    assert len(fit(sessions[0], **QUICK).model.config.prompts) == 4
+    assert model.prompts == () and not model.causal
+    assert fit(sessions[0], prompt=False, **QUICK).model.prompts == ()
+    assert len(fit(sessions[0], **QUICK).model.prompts) == 4
 
 
 def test_paper_recipe_holds_the_authors_numbers():
@@ -371,9 +348,9 @@ NDT2 = {"tokenizer": "ndt2", "patch_size": 16}
 @pytest.mark.parametrize("loss", ["mean", "sum"])
 def test_sessions_in_one_step_equal_steps_of_one_accumulated(sessions, fields, loss):
     """Each with a mask of its own; and pieces of a batch add up to the batch."""
-    config = MtMConfig.from_depth(1, n_bins=50, heads=2, width=32, **fields)  # without dropout
+    config = MtMConfig.from_depth(1, heads=2, width=32, **fields)  # without dropout
     torch.manual_seed(0)
-    model = MtM(config, {s.name: s.n_neurons for s in sessions}).double()
+    model = MtM(config, 50, {s.name: s.n_neurons for s in sessions}).double()
     batches = batches_of(sessions)
 
     def gradients(*steps, **settings):
@@ -392,7 +369,7 @@ def test_sessions_in_one_step_equal_steps_of_one_accumulated(sessions, fields, l
 
 
 def test_a_step_of_one_session_is_the_masked_loss(sessions):
-    model = MtM(MtMConfig.from_depth(1, n_bins=50), {s.name: s.n_neurons for s in sessions})
+    model = MtM(MtMConfig.from_depth(1), 50, {s.name: s.n_neurons for s in sessions})
     for batch in batches_of(sessions):
         batch = batch._replace(counts=batch.counts.float())
         expected = masked_loss(model(*batch), batch.counts, batch.mask.target, "mean")
@@ -462,18 +439,18 @@ def test_what_the_caller_froze_stays_frozen(sessions):
 
 def test_a_new_session_can_start_with_the_mean_token(sessions):
     model = fit(sessions[0], **QUICK).model
-    known = model._maps("sim-3-0").token.detach().clone()
+    known = model.session_layers("sim-3-0").token.detach().clone()
     result = fit(sessions[1], model, **ON, token="mean", lr=1e-12)
-    torch.testing.assert_close(result.model._maps("sim-3-1").token.detach(), known)
+    torch.testing.assert_close(result.model.session_layers("sim-3-1").token.detach(), known)
 
 
 @pytest.mark.parametrize(
     "fields",
-    [NDT2, {"positions": "rotary"}, {"hidden_input": "token"}, {"hidden_input": "indicator"}],
+    [NDT2, {"positions": "learned"}, {"input_counts": "raw"}],
     ids=str,
 )
 def test_every_variant_learns_more_than_the_mean_rate(sessions, fields):
-    config = MtMConfig.from_depth(1, n_bins=50, **fields)
+    config = MtMConfig.from_depth(1, **fields)
     result = fit(sessions[0], config, epochs=15, validations=3, progress=False)
     assert result.best["mean"] > 0.01
     scores = evaluate(result, sessions[0], tasks=["inter-region"]).tasks["inter-region"]
@@ -488,7 +465,7 @@ def test_the_random_token_scheme_hides_the_models_patches(sessions, monkeypatch)
         return seen[-1]
 
     monkeypatch.setattr(MaskSampler, "draw", watched)
-    config = MtMConfig.from_depth(1, n_bins=50, tokenizer="ndt2", patch_size=12)
+    config = MtMConfig.from_depth(1, tokenizer="ndt2", patch_size=12)
     fit(sessions[0], config, epochs=1, validations=1, schemes=("random-token",), progress=False)
     for mask in seen:
         patches = mask.hidden.unflatten(2, (3, 12))
@@ -496,6 +473,6 @@ def test_the_random_token_scheme_hides_the_models_patches(sessions, monkeypatch)
 
 
 def test_a_model_config_sets_the_sizes(sessions):
-    config = MtMConfig(n_bins=50, width=32, heads=2, depth=1, mlp_width=16, stitch_width=20)
+    config = MtMConfig(width=32, heads=2, depth=1, mlp_width=16, stitch_width=20)
     model = fit(sessions[0], config, epochs=1, validations=1, progress=False).model
     assert isinstance(model, MtM) and model.config.width == 32

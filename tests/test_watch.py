@@ -69,7 +69,7 @@ def test_compiling_does_not_start_again_for_each_session(sessions, monkeypatch, 
     torch._dynamo.reset()
     compile_ = functools.partial(torch.compile, backend=backend)
     monkeypatch.setattr(torch, "compile", lambda encode, mode: compile_(encode))
-    sizes = MtMConfig.from_depth(1, n_bins=20, **fields)
+    sizes = MtMConfig.from_depth(1, **fields)
     limit = "fail_on_recompile_limit_hit"  # before torch 2.7, the cache had one
     limit = limit if hasattr(torch._dynamo.config, limit) else "fail_on_cache_limit_hit"
     with torch._dynamo.config.patch({limit: True}):

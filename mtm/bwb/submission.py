@@ -131,18 +131,16 @@ def misfit(predictor: Model, recording: Recording) -> str | None:
     if not isinstance(predictor, MtM):
         return None
     name, n = recording.name, len(recording.units)
-    maps = zip(predictor.session_names, predictor.sessions.values(), strict=True)
-    known = {other: of.n_neurons for other, of in maps}
+    known = {other: predictor.session_layers(other).n_neurons for other in predictor.session_names}
     if name not in known:
         return (f"the model does not know session {name!r}; train it on the session, or go on with "
                 "it: python -m mtm train ... --start MODEL")  # fmt: skip
     if known[name] != n:
         return (f"session {name!r} has {n} units in {recording.path} ({recording.build}), the "
                 f"model knows {known[name]}; a model is for the build it learned")  # fmt: skip
-    config = predictor.config
-    if config.n_bins != BINS or abs(config.bin_size - BIN_SIZE) > 1e-9:
-        return (f"the model takes {config.n_bins} bins of {config.bin_size} s, the benchmark has "
-                f"{BINS} of {BIN_SIZE} s; prepare the sessions with --align ts2")  # fmt: skip
+    if predictor.n_bins != BINS or abs(predictor.bin_size - BIN_SIZE) > 1e-9:
+        return (f"the model takes {predictor.n_bins} bins of {predictor.bin_size} s, the "
+                f"benchmark has {BINS} of {BIN_SIZE} s; prepare the sessions with --align ts2")  # fmt: skip
     return None
 
 

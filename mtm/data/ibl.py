@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import http.client
-import json
 import re
 import urllib.error
 import warnings
@@ -54,38 +53,6 @@ TIMEOUT = 60.0  # seconds that a server may be silent
 UNRECORDED = 0.1  # s without a spike of a whole probe that do not yet mean that it was off
 PLACE = ("lab", "subject", "date", "number")
 LATER = "check the network and try again later, or load what is on disk: connect(cache_dir) alone"
-SESSIONS_OF_THE_PAPER = json.loads((Path(__file__).parent / "paper_sessions.json").read_text())
-PAPER_EIDS: tuple[str, ...] = tuple(SESSIONS_OF_THE_PAPER["paper"])
-"""The sessions of the MtM paper, as the authors' repository lists them (``target_eids.txt``): rows
-of its session embedding, in order. All are of the repeated-site data set.
-
-What does not fit together: these are 40, 35 to pretrain on and the 5 of `HELD_OUT_EIDS`, but the
-paper speaks of 39, 34 and 5, and nothing says which one was left out (its loader takes the first
-34 that the Hub lists, and skips a session that fails to load without a word). Which 10 were its
-"10 sessions" is not written down anywhere. The paper says 48 sessions in the data set;
-`REPEATED_SITE_EIDS`, the authors' own list, has 83. The table of insertions that their data
-preparation looks sessions up in has 23 of the 40; for the other 17 it takes the table's first
-session, without a word.
-
-:meta hide-value:
-"""
-HELD_OUT_EIDS: tuple[str, ...] = tuple(SESSIONS_OF_THE_PAPER["held_out"])
-"""The five sessions that the paper holds out of pretraining (``test_re_eids.txt``), first of
-`PAPER_EIDS`. In the authors' ``ibl_100_eids.txt`` three of them are among the sessions to train on.
-
-:meta hide-value:
-"""
-REPEATED_SITE_EIDS: tuple[str, ...] = tuple(SESSIONS_OF_THE_PAPER["repeated_site"])
-"""The repeated-site sessions as the authors list them (``ibl_repro_ephys_eids.txt``), 83: in each,
-one probe was aimed at the same place, through VISa/am, CA1, DG, LP and PO.
-
-:meta hide-value:
-"""
-ABLATION_EID: str = SESSIONS_OF_THE_PAPER["ablation"]
-"""The one session of the paper's ablations (its Tables 1 and 3).
-
-:meta hide-value:
-"""
 
 
 def connect(
@@ -325,7 +292,7 @@ def prepare(
 
     Args:
         one: from `connect`.
-        eids: as from `search`, or `PAPER_EIDS`.
+        eids: as from `search`, or `mtm.official.PAPER_EIDS`.
         out, workers, overwrite, progress: as in :func:`mtm.prepare.prepare`.
         **options: of `load_session`.
 
@@ -333,7 +300,7 @@ def prepare(
         what became of each session; it prints as a table.
 
     Example:
-        >>> done = ibl.prepare(one, ibl.PAPER_EIDS, "sessions", trial_filter="reaction-time")
+        >>> done = ibl.prepare(one, official.PAPER_EIDS, "sessions", trial_filter="reaction-time")
         >>> print(done)
     """
     where: dict[str, Any] = {"cache_dir": str(one.cache_dir)}

@@ -66,7 +66,7 @@ from mtm.checkpoint import StateError  # noqa: E402
 from mtm.session import SessionError  # noqa: E402
 
 TIMINGS = ("seconds", "trials_per_second", "tokens_per_second", "memory_gb")  # differ run by run
-SIZES = {"n_bins": 20, "width": 32, "heads": 2, "mlp_width": 32, "stitch_width": 16}
+SIZES = {"width": 32, "heads": 2, "mlp_width": 32, "stitch_width": 16}
 
 
 class Tally:
@@ -287,7 +287,7 @@ def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def _kill_saving(kills: int, folder: Path, tally: Tally) -> None:
     """Two models of different sizes, and two sessions, are saved in turn to the same places."""
     torch.manual_seed(0)
-    models = [mtm.MtM(mtm.MtMConfig(depth=depth, **SIZES), {"a": 12}) for depth in (1, 2)]
+    models = [mtm.MtM(mtm.MtMConfig(depth=depth, **SIZES), 20, {"a": 12}) for depth in (1, 2)]
     sessions = _animals()
 
     def job() -> None:
@@ -392,7 +392,7 @@ def drill_disk(folder: Path, quick: bool) -> dict[str, Any]:
 def _fill(place: Path, mounted: bool) -> dict[str, Any]:
     tally = Tally()
     torch.manual_seed(0)
-    small, large = (mtm.MtM(mtm.MtMConfig(depth=1, **SIZES | {"mlp_width": width}), {"a": 12})
+    small, large = (mtm.MtM(mtm.MtMConfig(depth=1, **SIZES | {"mlp_width": width}), 20, {"a": 12})
                     for width in (32, 20_000))  # fmt: skip
     session = mtm.simulate(1, 20, 12, bin_size=0.1)[0]
     counts = np.random.default_rng(0).poisson(1.0, (200, 100, 100))
@@ -562,7 +562,7 @@ def _kinds(folder: Path) -> dict[str, Kind]:
 
     torch.manual_seed(0)
     session = mtm.simulate(1, 30, 12, seed=3, mean_rate=30.0, bin_size=0.1)[0]
-    model = mtm.MtM(mtm.MtMConfig(depth=1, **SIZES), {session.name: 12})
+    model = mtm.MtM(mtm.MtMConfig(depth=1, **SIZES), 20, {session.name: 12})
     one = session.save(folder / "session" / "one.npz")
     disk = session.save(folder / "disk" / "one.npz")
     saved, config = (hub.save(model, folder / name) for name in ("weights", "config"))
@@ -580,7 +580,7 @@ def _kinds(folder: Path) -> dict[str, Kind]:
 
     def read_model(folder: Path) -> str:
         read = mtm.load(folder)
-        counts = torch.ones(1, read.config.n_bins, 12)
+        counts = torch.ones(1, read.n_bins, 12)
         mask = mtm.Mask(counts < 0, counts < 0, causal=False)
         predicted = read.predict_log_rates(counts, "neuron", mask, read.session_names[0])
         whole = {k: (v.dtype, v.tolist()) for k, v in read.state_dict().items()}
@@ -765,7 +765,7 @@ def drill_memory(folder: Path, quick: bool) -> dict[str, Any]:
     tally, differences = Tally(), [0.0]
     torch.manual_seed(0)
     session = mtm.simulate(1, 60, 12, seed=3, mean_rate=30.0, bin_size=0.1)[0]
-    model = mtm.MtM(mtm.MtMConfig(depth=1, bin_size=0.1, **SIZES), {session.name: 12}).eval()
+    model = mtm.MtM(mtm.MtMConfig(depth=1, **SIZES), 20, {session.name: 12}, bin_size=0.1).eval()
     tasks = [*mtm.prediction.TASKS, "choice"]
     usual = mtm.evaluate(model, session, tasks=tasks)
     for fits in (1, 3, 7):
