@@ -1,14 +1,14 @@
-"""Rows of the data sets that the authors of MtM keep on the Hugging Face Hub, one set a session.
+"""Rows of the data sets that the authors of MtM keep on the Hugging Face Hub, one set per session.
 
 A row is a trial: its counts as the four parts of a sparse (CSR) matrix, its behaviour, and, the
-same in every row, what is known of session and neurons. Facts about the columns are from the
-authors' code (their ``create_dataset`` and data preparation). Two kinds of sets exist:
+same in every row, facts about session and neurons. The columns are those of the authors' code
+(``create_dataset``). Two kinds of sets exist:
 
 - ``<eid>_aligned``, splits train, val and test: trials of 2 s from 0.5 s before stimulus onset.
   The splits are the authors' and stay (`Session.given_split`); trials are not in order of time.
 - ``<eid>``, one split: consecutive chunks of the recording, without behaviour.
 
-A session's behaviours, where NaN = missing:
+Behaviour of a session, NaN = missing:
 
 - ``choice`` (K,): -1 right, +1 left, 0 none; ``block``: probability of a stimulus on the left;
   ``reward``: 1 or 0.
@@ -21,30 +21,30 @@ Their counts are bytes: one of 256 or more was cut down by 256 when they stored 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.sparse import csr_array
 
-from mtm.checkpoint import extra
+from mtm.checkpoint import extra as optional
 from mtm.session import Session, SessionError, Split, reading
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-SPARSE = tuple(f"spikes_sparse_{part}" for part in ("data", "indices", "indptr", "shape"))
+SPARSE = ("data", "indices", "indptr", "shape")
 BEHAVIOUR = ("choice", "reward", "block", "wheel-speed", "whisker-motion-energy")
-NEURONS = (
-    *(("cluster_regions", "allen"), ("cluster_channels", "channel"), ("cluster_depths", "depth")),
-    *(("cluster_uuids", "uuid"), ("good_clusters", "good")),
-)  # columns, and their names in a session
-CONSTANTS = ("binsize", "interval_len", "eid", "subject", "lab", "probe_name")
-MOST_NEURONS = 100_000  # more are damage, for which memory would not do
-AGAIN = "download the data set again"
+NEURONS = {  # column -> column of Session.neurons
+    "cluster_regions": "allen",
+    "cluster_channels": "channel",
+    "cluster_depths": "depth",
+    "cluster_uuids": "uuid",
+    "good_clusters": "good",
+}
+FACTS = ("eid", "lab", "probe_name")  # kept in the provenance
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-Columns = Mapping[str, Sequence[Any]]  # one value a row
 
 
 def load_session(folder: str | Path, **options: Any) -> Session:
@@ -56,14 +56,14 @@ def load_session(folder: str | Path, **options: Any) -> Session:
         **options: of `from_rows`.
 
     Raises:
-        SessionError: naming the session or the folder, the file or the column, and the remedy.
+        SessionError: naming the folder or the file, and the remedy.
         ImportError: without the ``[data]`` extra.
     """
-    who = options.get("name") or os.path.basename(os.path.abspath(folder))
-    with reading(who, str(folder)):
-        files = _files(who, Path(folder))
-        table = {split: _columns(who, files[split]) for split in files}
-    return _session(who, table, **options)
+    folder = Path(folder)
+    with reading(folder.name, str(folder)):
+        files = _files(folder)
+        tables = {split: pd.concat(map(_table, paths)) for split, paths in files.items()}
+    return _session(folder.name, tables, **options)
 
 
 def from_rows(
@@ -90,167 +90,115 @@ def from_rows(
     Raises:
         SessionError: naming the session, the column and the remedy.
     """
-    table: dict[str, Columns] = {}
-    for split, part in (rows if isinstance(rows, Mapping) else {"train": rows}).items():
-        with reading(name or "rows", f"split {split!r}"):
-            part = list(part)
-            keys = {key for row in part for key in row}
-            table[split] = {key: [row[key] for row in part] for key in keys}
-    return _session(name or "rows", table, start=start, name=name)
-
-
-def _fail(who: str, what: str, problem: str) -> NoReturn:
-    raise SessionError(f"session {who!r}, {what}: {problem}")
+    parts = rows if isinstance(rows, Mapping) else {"train": rows}
+    with reading(name or "rows", "rows"):
+        tables = {split: pd.DataFrame(list(part)) for split, part in parts.items()}
+    return _session(name or "rows", tables, start=start, name=name)
 
 
 def _session(
-    who: str, table: Mapping[str, Columns], *, start: float | None = None, name: str | None = None
+    source: str,
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    start: float | None = None,
+    name: str | None = None,
 ) -> Session:
-    """A session of split -> columns."""
-    columns, split = _joined(who, table)
-    known = {key: _constant(who, key, columns) for key in CONSTANTS}
-    who = name or known["eid"] or _fail(who, "eid", "no such column; pass name")
-    counts = _counts(who, columns)
-    bins = counts.shape[1]
-    with reading(who, "binsize, interval_len"):
-        bin_size = float(np.squeeze(known["binsize"]))
-        length = known["interval_len"]
-        if length is not None and not np.isclose(length, bins * bin_size):
-            raise ValueError(f"{length} s, but {bins} bins of {bin_size} s")
+    """A session of split -> table, one row per trial."""
+    order = [split for split in SPLITS if split in tables] if len(tables) > 1 else list(tables)
+    if len(order) < len(tables) or sum(map(len, tables.values())) == 0:
+        problem = f"splits {list(tables)}; need train, val and test with rows, or one split"
+        raise SessionError(f"session {source!r}: {problem}")
+    table = pd.concat([tables[split] for split in order], ignore_index=True)
+    facts = {key: table[key][0] for key in (*FACTS, "subject") if key in table}
+    who = name or facts.get("eid")
+    if not who:
+        raise SessionError(f"session {source!r}: no column eid; pass name")
+    if "eid" in table and table["eid"].nunique() > 1:
+        raise SessionError(f"session {who!r}: eid differs between rows; pass those of one session")
+    with reading(who, "spikes_sparse"):
+        counts = np.stack([_matrix(row) for row in table.to_dict("records")])
+        bin_size = float(np.squeeze(table["binsize"][0]))
+    with reading(who, "neurons"):
+        neurons = _neurons(table.iloc[0])
+    given = {}
+    if len(tables) > 1:
+        part = np.repeat([SPLITS[split] for split in order], [len(tables[s]) for s in order])
+        given["given_split"] = Split(*(np.flatnonzero(part == field) for field in Split._fields))
     if start is None:
-        start = -0.5 if "choice" in columns else 0.0
-    neurons = _neurons(who, columns)
+        start = -0.5 if "choice" in table else 0.0
     return Session(
         counts=counts,
         regions=neurons.get("allen"),
         name=who,
-        subject=str(known["subject"] or ""),
+        subject=str(facts.pop("subject", "")),
         bin_size=bin_size,
-        window=(start, start + bins * bin_size),
-        behaviour={key: _behaviour(who, key, columns[key]) for key in BEHAVIOUR if key in columns},
+        window=(start, start + counts.shape[1] * bin_size),
+        behaviour={key: _behaviour(who, key, table[key]) for key in BEHAVIOUR if key in table},
         neurons=neurons,
-        given_split=split,
-        provenance={"origin": "Hugging Face, MtM's authors", "splits": list(table)}
-        | {key: known[key] for key in ("eid", "lab", "probe_name")},
+        provenance={"origin": "Hugging Face, MtM's authors", "splits": list(tables), **facts},
+        **given,
     )
 
 
-def _joined(who: str, table: Mapping[str, Columns]) -> tuple[Columns, Split | None]:
-    """Columns of all trials, train first; and the split, where there are several."""
-    order = [split for split in SPLITS if split in table] if len(table) > 1 else list(table)
-    if len(order) < len(table) or {"val", "validation"} <= set(table):
-        _fail(who, f"splits {list(table)}", f"need train, val and test once each; {AGAIN}")
-    sizes = {split: max(map(len, table[split].values()), default=0) for split in order}
-    order = [split for split in order if sizes[split]]  # one without rows may lack columns
-    if not order:
-        _fail(who, "rows", f"none; {AGAIN}")
-    with reading(who, "columns, not the same in all splits"):
-        names = {name for split in order for name in table[split]}
-        columns = {name: [v for split in order for v in table[split][name]] for name in names}
-    part = np.repeat([SPLITS.get(split, split) for split in order], [sizes[s] for s in order])
-    parts = [np.flatnonzero(part == field) for field in Split._fields]
-    return columns, Split(*parts) if len(table) > 1 else None
+def _matrix(row: Mapping[str, Any]) -> np.ndarray:
+    """The counts (T, N) of one trial; entries given twice add up."""
+    parts = (np.asarray(row[f"spikes_sparse_{part}"]) for part in SPARSE)
+    data, indices, indptr, shape = parts
+    matrix = csr_array((data.astype(np.float32), indices, indptr), shape=tuple(map(int, shape)))
+    matrix.check_format(full_check=True)
+    return matrix.toarray()
 
 
-def _constant(who: str, key: str, columns: Columns) -> Any:
-    """The value that a column has in all rows, arrays as lists; None without the column."""
+def _behaviour(who: str, key: str, column: pd.Series) -> np.ndarray:
+    """One number per row (K,), or one per bin (K, T)."""
     with reading(who, key):
-        values = columns.get(key, [None])
-        texts = {json.dumps(value, default=lambda array: array.tolist()) for value in values}
-        if len(texts) > 1:
-            _fail(who, key, "differs between rows; pass the rows of one session")
-        return json.loads(texts.pop())
+        array = np.array([np.asarray(value, dtype=np.float64) for value in column])
+    return array.ravel() if array.size == len(array) else array  # (K, 1) too
 
 
-def _counts(who: str, columns: Columns) -> np.ndarray:
-    """The sparse matrices (T, N) of K rows as counts (K, T, N); entries given twice add up."""
-    trials = []
-    with reading(who, "spikes_sparse"):
-        for row in zip(*(columns[key] for key in SPARSE), strict=True):
-            data, indices, indptr, shape = map(_whole, row)
-            if shape[1] > MOST_NEURONS or indptr[-1] != len(data):
-                raise ValueError(f"shape {shape}, {len(data)} entries, indptr to {indptr[-1]}")
-            matrix = csr_array((data.astype(np.float32), indices, indptr), shape=tuple(shape))
-            matrix.check_format(full_check=True)
-            trials.append(matrix.toarray())
-        return np.stack(trials)
-
-
-def _whole(values: Any) -> np.ndarray:
-    """Whole numbers (n,), int64."""
-    numbers = np.asarray(values, dtype=np.float64)
-    if not np.all((np.abs(numbers) < 2**31) & (numbers == np.floor(numbers))):
-        raise ValueError("need whole numbers")
-    return numbers.astype(np.int64)
-
-
-def _behaviour(who: str, key: str, values: Sequence[Any]) -> np.ndarray:
-    """One number a row (K,), or one a bin (K, T)."""
-    with reading(who, key):
-        array = np.array([np.asarray(value, dtype=np.float64) for value in values])
-    array = array.ravel() if array.size == len(array) else array
-    fine = np.isin(array, (-1, 0, 1)) if key == "choice" else ~np.isinf(array)
-    if not np.all(fine | np.isnan(array)):
-        _fail(who, key, f"infinite values, or choices other than -1, 0 and 1; {AGAIN}")
-    return array
-
-
-def _neurons(who: str, columns: Columns) -> dict[str, np.ndarray]:
-    """The per-neuron table, column -> (N,)."""
+def _neurons(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The table of neurons, column -> (N,); it is the same in every row."""
+    columns = {label: row[key] for key, label in NEURONS.items() if key in row}
+    quality = row["cluster_qc"] if isinstance(row.get("cluster_qc"), dict) else {}
+    columns |= {key if key == "label" else f"qc-{key}": quality[key] for key in quality}
     neurons = {}
-    with reading(who, "neurons"):
-        lists = {label: _constant(who, key, columns) for key, label in NEURONS}
-        quality = _constant(who, "cluster_qc", columns) or {}
-        lists |= {key if key == "label" else f"qc-{key}": quality[key] for key in quality}
-        for label, values in lists.items():
-            if values is not None:
-                text = label in ("allen", "uuid") or any(isinstance(v, str) for v in values)
-                missing = "" if text else np.nan
-                values = [missing if v is None or v != v else v for v in values]
-                neurons[label] = np.array(values, dtype=np.str_ if text else None)
+    for label, values in columns.items():
+        array = pd.Series(list(values))
+        text = label in ("allen", "uuid") or array.dtype == object
+        neurons[label] = array.fillna("").to_numpy(np.str_) if text else array.to_numpy()
     return neurons
 
 
-def _files(who: str, folder: Path) -> dict[str, list[Path]]:
+def _files(folder: Path) -> dict[str, list[Path]]:
     """Split -> its files, in order."""
-    if os.path.isfile(folder / "dataset_dict.json"):
-        with reading(who, "dataset_dict.json"):
-            splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-        return {split: _streams(who, folder / split) for split in splits}
-    if os.path.isfile(folder / "state.json"):
-        return {"train": _streams(who, folder)}
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
+        return {split: _streams(folder / split) for split in splits}
+    if (folder / "state.json").is_file():
+        return {"train": _streams(folder)}
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet")):
         found.setdefault(re.split(r"\W", path.name)[0], []).append(path)
     for split, paths in found.items():
         parts = re.search(r"-of-(\d+)", paths[0].name)
-        if len(paths) != int(parts[1] if parts else 1):
-            _fail(who, f"split {split!r}", f"{len(paths)} files, not all its parts; {AGAIN}")
+        if parts and len(paths) != int(parts[1]):
+            raise SessionError(f"{folder}, split {split!r}: {len(paths)} of {parts[1]} files")
     if not found:
         problem = "no dataset_dict.json, state.json or .parquet file"
-        _fail(who, str(folder), f"{problem}; pass what save_to_disk wrote, or a Hub snapshot")
+        raise SessionError(f"{folder}: {problem}; pass what save_to_disk wrote, or a Hub snapshot")
     return found
 
 
-def _streams(who: str, folder: Path) -> list[Path]:
-    with reading(who, f"{folder.name}/state.json"):
-        files = json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
-        return [folder / file["filename"] for file in files]
+def _streams(folder: Path) -> list[Path]:
+    state = json.loads((folder / "state.json").read_text("utf-8"))
+    return [folder / file["filename"] for file in state["_data_files"]]
 
 
-def _columns(who: str, files: Sequence[Path]) -> Columns:
-    """The columns of all files of a split."""
-    pyarrow, parquet = extra("pyarrow", "data"), extra("pyarrow.parquet", "data")
-    tables = []
-    for path in files:
-        with reading(who, path.name):
-            if path.suffix == ".parquet":
-                tables.append(parquet.ParquetFile(path).read())
-            else:
-                content = path.read_bytes()
-                if not content.endswith(END_OF_STREAM):  # Arrow would take it for a shorter one
-                    raise ValueError("its end is missing")
-                tables.append(pyarrow.ipc.open_stream(content).read_all())
-            tables[-1].validate(full=True)
-    table = pyarrow.concat_tables(tables)
-    return {name: table[name].to_numpy() for name in table.column_names}
+def _table(path: Path) -> pd.DataFrame:
+    """The rows of one file."""
+    if path.suffix == ".parquet":
+        return optional("pyarrow.parquet", "data").ParquetFile(path).read().to_pandas()
+    content = path.read_bytes()
+    if not content.endswith(END_OF_STREAM):  # Arrow would take it for a shorter one
+        raise ValueError(f"{path.name} is cut short")
+    return optional("pyarrow", "data").ipc.open_stream(content).read_all().to_pandas()
