@@ -30,8 +30,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
-from mtm.checkpoint import extra as optional
-from mtm.session import Session, SessionError, Split, reading
+from mtm.session import Session, SessionError, Split, optional, reading
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 SPARSE = ("data", "indices", "indptr", "shape")
@@ -120,10 +119,10 @@ def _session(
         bin_size = float(np.squeeze(table["binsize"][0]))
     with reading(who, "neurons"):
         neurons = _neurons(table.iloc[0])
-    given = {}
+    given_split = None
     if len(tables) > 1:
         part = np.repeat([SPLITS[split] for split in order], [len(tables[s]) for s in order])
-        given["given_split"] = Split(*(np.flatnonzero(part == field) for field in Split._fields))
+        given_split = Split(*(np.flatnonzero(part == field) for field in Split._fields))
     if start is None:
         start = -0.5 if "choice" in table else 0.0
     return Session(
@@ -136,14 +135,13 @@ def _session(
         behaviour={key: _behaviour(who, key, table[key]) for key in BEHAVIOUR if key in table},
         neurons=neurons,
         provenance={"origin": "Hugging Face, MtM's authors", "splits": list(tables), **facts},
-        **given,
+        given_split=given_split,
     )
 
 
 def _matrix(row: Mapping[str, Any]) -> np.ndarray:
     """The counts (T, N) of one trial; entries given twice add up."""
-    parts = (np.asarray(row[f"spikes_sparse_{part}"]) for part in SPARSE)
-    data, indices, indptr, shape = parts
+    data, indices, indptr, shape = (np.asarray(row[f"spikes_sparse_{part}"]) for part in SPARSE)
     matrix = csr_array((data.astype(np.float32), indices, indptr), shape=tuple(map(int, shape)))
     matrix.check_format(full_check=True)
     return matrix.toarray()
@@ -181,8 +179,9 @@ def _files(folder: Path) -> dict[str, list[Path]]:
         found.setdefault(re.split(r"\W", path.name)[0], []).append(path)
     for split, paths in found.items():
         parts = re.search(r"-of-(\d+)", paths[0].name)
-        if parts and len(paths) != int(parts[1]):
-            raise SessionError(f"{folder}, split {split!r}: {len(paths)} of {parts[1]} files")
+        n = int(parts[1]) if parts else 1
+        if len(paths) != n:
+            raise SessionError(f"{folder}, split {split!r}: {len(paths)} of its {n} files")
     if not found:
         problem = "no dataset_dict.json, state.json or .parquet file"
         raise SessionError(f"{folder}: {problem}; pass what save_to_disk wrote, or a Hub snapshot")
