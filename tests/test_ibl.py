@@ -925,7 +925,7 @@ def test_prepare_writes_what_load_session_gives(tree, read, tmp_path):
     written = Session.load(tmp_path / "out" / f"{EID}.npz")
     np.testing.assert_array_equal(written.counts, read.counts)
     assert written.provenance["eid"] == EID
-    assert {"mtm", "options", "notes"} <= set(written.provenance["prepared"])
+    assert {"load", "options", "notes"} <= set(written.provenance["prepared"])
     assert {"revisions", "trials", "clusters dropped"} <= set(written.provenance)
     again = ibl.prepare(one, [EID], tmp_path / "out", workers=1, progress=False)
     assert again.outcomes[0].status == "there already"

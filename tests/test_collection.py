@@ -1,0 +1,304 @@
+"""Many recordings: prepared in processes and resumed; listed and chosen from without reading."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mtm
+from mtm import Session, SessionError, Sessions, evaluate, fit, prepare
+
+ALONE = {"workers": 1, "progress": False}
+
+# ------------------------------------------------------------------------------ preparing sessions
+
+
+def load(number, scale=1):
+    """A recording: a module-level function, so that it can be sent to another process."""
+    if number == 3:
+        raise SessionError(f"session {number}, spikes: none; choose another")
+    if number == 4:
+        raise KeyError("whatever")
+    if number == 5:
+        warnings.warn(f"session {number}: no wheel", UserWarning, stacklevel=1)
+    if number == 99:
+        os.kill(os.getpid(), signal.SIGKILL)
+    counts = np.random.default_rng(number).poisson(scale, (20, 4, 3))
+    return Session(counts, name=str(number), provenance={"number": number})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_recording_ends_as_a_file_or_with_a_reason(tmp_path, workers):
+    done = prepare(load, range(6), tmp_path, workers=workers, progress=False)
+    assert [path.name for path in done.paths] == ["0.npz", "1.npz", "2.npz", "5.npz"]
+    assert Sessions(done.paths).names == ["0", "1", "2", "5"]
+    made = Session.load(done.paths[3]).provenance
+    assert made["number"] == 5 and made["prepared"]["notes"] == ["session 5: no wheel"]
+    assert str(done).splitlines() == [
+        "skipped: 3",
+        "    session 3, spikes: none; choose another",
+        "skipped: 4",
+        "    KeyError: 'whatever'",
+        "written: 5",
+        "    session 5: no wheel",
+        "6 recordings: 4 written, 0 there already, 2 skipped",
+    ]
+
+
+def test_a_run_is_resumed_and_other_options_make_other_files(tmp_path):
+    def anything(number, **options):
+        return load(number)
+
+    first = prepare(anything, [0], tmp_path, **ALONE).paths[0].stat().st_mtime_ns
+    done = prepare(anything, [0, 1], tmp_path, **ALONE)
+    assert [o.status for o in done.outcomes] == ["there already", "written"]
+    assert done.paths[0].stat().st_mtime_ns == first
+    for options, status in (
+        ({"align": np.arange(2000.0)}, "written"),
+        ({"align": np.arange(2000.0)}, "there already"),
+        ({"align": np.r_[np.arange(1999.0), 0]}, "written"),
+        ({"window": (0, 1), "where": Path("x")}, "written"),
+        ({"window": (0, 1), "where": Path("x")}, "there already"),
+        ({"token": "s3cret", "url": "http://me:s3cret@host/x?s3cret"}, "written"),
+    ):
+        done = prepare(anything, [0], tmp_path, **ALONE, **options)
+        assert done.outcomes[0].status == status, options
+    assert b"s3cret" not in done.paths[0].read_bytes()
+    assert prepare(load, [1], tmp_path, **ALONE).outcomes[0].status == "written"  # another function
+    done = prepare(load, [1], tmp_path, **ALONE, overwrite=True)
+    assert done.outcomes[0].status == "written"
+
+
+def from_folder(path):
+    with np.load(path / "x.npz") as file:
+        return Session(file["counts"], provenance={"sum": int(file["counts"].sum())})
+
+
+def test_a_recording_that_changed_is_made_again(tmp_path):
+    folder, out = tmp_path / "recording", tmp_path / "out"
+    folder.mkdir()
+    for value, status in ((1, "written"), (1, "there already"), (2, "written")):
+        if status == "written":  # in place, and of the same size: the folder itself stays the same
+            np.savez(folder / "x.npz", counts=np.full((20, 2, 3), value))
+        done = prepare(from_folder, [folder], out, **ALONE)
+        assert done.outcomes[0].status == status
+        made = Session.load(out / "recording.npz")
+        assert made.provenance["sum"] == 120 * value
+        assert made.name == "recording"  # the function gave none
+
+
+def test_nothing_but_sessions_is_written_over(tmp_path):
+    path = tmp_path / "raw.npz"
+    np.savez(path, counts=np.ones((9, 2, 3)), precious=np.arange(3))
+    before = path.read_bytes()
+    done = prepare(load, {"raw": 0}, tmp_path, **ALONE, overwrite=True)
+    assert "is not written over" in done.skipped["raw"] and path.read_bytes() == before
+
+
+def test_what_concerns_every_recording_stops_the_run(tmp_path):
+    def needs(number):
+        raise ImportError("pip install something")
+
+    with pytest.raises(ImportError, match="pip install"):
+        prepare(needs, [0, 1], tmp_path, **ALONE)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bin_sise'"):
+        prepare(load, [0], tmp_path, bin_sise=0.1)
+    with pytest.raises(ValueError, match="two recordings are named 'x'"):
+        prepare(load, [Path("a/x.nwb"), Path("b/x.nwb")], tmp_path)
+    with pytest.raises(RuntimeError, match="was killed, .* fewer workers and start again"):
+        prepare(load, [0, 1, 99], tmp_path, workers=2, progress=False)
+
+
+def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
+    """The whole run is killed, again and again, until it gets through."""
+    code = (
+        "import sys, types, numpy as np\n"
+        "sys.modules['mtm'] = stub = types.ModuleType('mtm')\n"  # no torch: it takes seconds
+        f"stub.__path__ = {list(mtm.__path__)}\n"
+        "from mtm.data.collection import prepare\n"
+        "from mtm.session import Session\n"
+        "def load(i):\n"
+        "    return Session(np.random.default_rng(i).poisson(1, (200, 50, 200)), name=str(i))\n"
+        "print('ready', flush=True)\n"
+        "prepare(load, range(30), sys.argv[1], workers=1, progress=False)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    rng, kills = np.random.default_rng(0), 0
+    for attempt in range(4):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        )
+        process.stdout.readline()
+        if attempt < 3:
+            time.sleep(rng.uniform(0.05, 0.4))
+            kills += process.poll() is None
+            process.kill()
+        assert process.wait() in (0, -9)
+        for path in tmp_path.glob("*.npz"):
+            assert Session.load(path).n_trials == 200
+    assert kills and len(Sessions(tmp_path)) == 30
+    assert not list(tmp_path.glob(".*"))  # what the killed writers left behind
+
+
+# -------------------------------------------------------------------------------- listing sessions
+
+
+def make(name, seed=0, n_trials=30, n_neurons=12, **fields):
+    rng = np.random.default_rng(seed)
+    regions = np.resize(["CA1", "DG", "root"], n_neurons)
+    counts = rng.poisson(rng.uniform(0.02, 1.0, n_neurons), (n_trials, 10, n_neurons))
+    label = np.resize([1.0, 0.3], n_neurons)
+    fields = {"neurons": {"label": label, "depth": np.arange(n_neurons)}} | fields
+    return Session(counts, regions, name, subject=f"mouse {seed % 2}", **fields)
+
+
+def on_disk(session):
+    """Whether the counts lie in a mapping of a session file."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("mappings are read from /proc, which this system lacks")
+    at = session.counts.ctypes.data
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(edge, 16) for edge in line.split()[0].split("-"))
+        if start <= at < stop:
+            return line.endswith(".npz")
+    return False
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(3):
+        make(f"s{i}", i, n_trials=30 + i).save(tmp_path / f"s{i}.npz")
+    return tmp_path
+
+
+def test_listing_and_loading(folder):
+    sessions = Sessions(folder)
+    assert sessions.names == ["s0", "s1", "s2"] and len(sessions) == 3 and "s1" in sessions
+    assert isinstance(sessions[1], Session) and sessions[-1].name == "s2"
+    assert sessions["s1"].n_trials == 31 and sessions[:2].names == ["s0", "s1"]
+    assert [s.name for s in sessions] == sessions.names
+    whole = Session.load(folder / "s1.npz")
+    assert sessions.entries[1].firing_rates == pytest.approx(whole.firing_rates)
+    row = sessions.to_frame().loc[1]
+    assert row.tolist() == ["s1", "mouse 1", 31, 10, 12, 2, whole.firing_rates.mean().round(1)]
+    total = "3 sessions of 2 subjects: 93 trials, 36 neurons, 0.00 GB of counts"
+    assert sessions.summary().splitlines()[-1] == total == repr(sessions).splitlines()[-1]
+    with pytest.raises(KeyError, match="no session 's9'; there are: s0, s1, s2"):
+        sessions["s9"]
+
+
+def test_counts_stay_on_disk(folder):
+    mapped, whole = Sessions(folder)[0], Session.load(folder / "s0.npz")
+    assert on_disk(mapped) and not on_disk(whole) and not on_disk(Sessions(folder, mmap=False)[0])
+    np.testing.assert_array_equal(mapped.counts, whole.counts)
+    assert mapped.counts.flags.c_contiguous and repr(mapped) == repr(whole)
+    before = (folder / "s0.npz").read_bytes()
+    mapped.counts[:] = 7  # a copy of one's own
+    assert (folder / "s0.npz").read_bytes() == before
+
+
+def test_what_cannot_be_listed(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Sessions(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no session"):
+        Sessions(tmp_path / "empty")
+    make("s0").save(folder / "again.npz")
+    with pytest.raises(SessionError, match=r"again\.npz and .*s0\.npz both hold .* 's0'"):
+        Sessions(folder)
+    whole = (folder / "s0.npz").read_bytes()
+    for size in range(0, len(whole), len(whole) // 10):
+        (folder / "again.npz").write_bytes(whole[:size])
+        with pytest.raises(SessionError, match=r"again\.npz is not a readable session file"):
+            Sessions(folder)
+
+
+def test_choosing_neurons_against_doing_it_by_hand(folder):
+    chosen = Sessions(folder).filter(regions="CA1", min_rate=10, units={"label": 1})
+    for session in Sessions(folder):
+        keep = (session.regions == "CA1") & (session.firing_rates >= 10)
+        keep &= session.neurons["label"] == 1
+        if not keep.any():
+            assert session.name not in chosen
+            continue
+        np.testing.assert_array_equal(chosen[session.name].counts, session.counts[:, :, keep])
+        assert chosen[session.name].neurons["depth"].tolist() == np.flatnonzero(keep).tolist()
+    several = Sessions(folder).filter(units={"label": [1.0, 0.5]})
+    assert several.entries[0].neurons.tolist() == list(range(0, 12, 2))
+    deep = Sessions(folder).filter(units={"depth": lambda depth: depth > 5}).filter(regions=["DG"])
+    assert deep[0].neurons["depth"].tolist() == [7, 10]
+    assert Sessions(folder).filter(min_trials=31).names == ["s1", "s2"]
+    assert Sessions(folder).filter(min_neurons=13).names == []
+    saved = deep.save(folder / "deep")
+    assert saved.names == deep.names and on_disk(saved[0])
+    np.testing.assert_array_equal(saved[2].counts, deep[2].counts)
+    assert saved[2].split().test.tolist() == Session.load(folder / "s2.npz").split().test.tolist()
+    assert saved[0].provenance["neurons chosen"] == "2 of 12"
+    with pytest.raises(SessionError, match=r"no 'quality' among .*'label'"):
+        Sessions(folder).filter(units={"quality": 1})
+    with pytest.raises(SessionError, match=r"no neuron is in \['VISp'\]; there are \['CA1', 'DG'"):
+        Sessions(folder).filter(regions="VISp")
+    with pytest.raises(ValueError, match="has files of these names"):
+        deep.save(folder)
+    make("s0", 3, n_neurons=9).save(folder / "s0.npz")
+    with pytest.raises(SessionError, match=r"s0\.npz has changed since it was listed"):
+        deep[0]
+
+
+def test_training_from_disk_is_training_from_memory(folder):
+    options = {"depth": 1, "epochs": 2, "validations": 1, "progress": False, "schemes": ["neuron"]}
+    results = [fit(Sessions(folder, mmap=mmap), **options) for mmap in (True, False)]
+    mapped, loaded = (result.model.state_dict() for result in results)
+    assert all(torch.equal(mapped[key], value) for key, value in loaded.items())
+    reports = [evaluate(results[0], Sessions(folder, mmap=m)["s1"]) for m in (True, False)]
+    assert str(reports[0]) == str(reports[1]) and "co-smoothing" in str(reports[0])
+
+
+def test_many_sessions_are_listed_in_no_time_and_need_no_file_descriptors(tmp_path):
+    path = make("s", n_neurons=700).save(tmp_path / "s.npz")
+    start = time.perf_counter()
+    entries = [Sessions(path).entries[0] for _ in range(100)]
+    assert len(entries) == 100 and time.perf_counter() - start < 1.0
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("open files are counted in /proc, which this system lacks")
+    before = len([*descriptors.iterdir()])
+    held = [Sessions(path)[0] for _ in range(50)]
+    assert len([*descriptors.iterdir()]) < before + 5 and len(held) == 50
+
+
+def test_training_keeps_counts_where_they_are(tmp_path):
+    """Memory that a process holds of its own for 40 sessions of 7 MB each, in use for training.
+
+    Pages of the files themselves are not counted: the system takes them back when it needs memory.
+    """
+    counts = np.random.default_rng(0).poisson(0.05, (100, 100, 700)).astype(np.uint8)
+    for i in range(40):
+        Session(counts, ["CA1"] * 700, f"s{i}", subject="m").save(tmp_path / f"s{i}.npz")
+    code = (
+        "import re, sys, torch\n"
+        "from mtm import Sessions, TrainConfig\n"
+        "from mtm.training import SessionData\n"
+        "def own():\n"
+        "    status = open('/proc/self/status').read()\n"
+        "    return int(re.search(r'RssAnon:\\s+(\\d+)', status)[1]) / 1e3\n"
+        "sessions, cpu = Sessions(sys.argv[1]), torch.device('cpu')\n"
+        "before = own()\n"
+        "data = [SessionData(session, TrainConfig(), cpu) for session in sessions]\n"
+        "total = sum(float(s.batch(torch.from_numpy(s.train[:16])).sum()) for s in data)\n"
+        "print(own() - before, total > 0)\n"
+    )
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from /proc, which this system lacks")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    grown, some = done.stdout.split()
+    assert some == "True" and float(grown) < 0.25 * 280, done.stdout
