@@ -1,20 +1,15 @@
-"""One interface for whatever fills in hidden activity, and the passes that ask it to.
+"""One interface for whatever predicts hidden activity: the only file that hides entries and asks.
 
-Anything that predicts can be evaluated: a model, an array of log-rates, or a function of yours,
-``predict(counts, scheme, mask, session) -> log-rates``. Models and functions are shown counts in
-which hidden entries are zeroed; an array is taken as it is.
-
-What a predictor need not do twice, or at all, is left out, which changes no score. One that takes
-``neurons`` is asked for that output alone where one neuron a trial is scored. One that says
-``sees_mask = False`` cannot tell a hidden entry from a silent one: in co-smoothing, a trial in
-which 30 of 100 neurons never fire looks the same to it whichever of the 30 is hidden, so one pass
-predicts all of them, and 71 passes do for 100 neurons.
+A predictor is a model, a function ``(counts, scheme, mask, session) -> log-rates``, or an array of
+log-rates. Models and functions get counts in which every hidden entry is zero; an array is used as
+it is. Evaluation, decoding, figures and BrainWideBench submissions all predict through this file.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,10 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtm import metrics
-from mtm.masks import Mask
-from mtm.model import MtM
-from mtm.session import Session, SessionError
-from mtm.training import Fit
+from mtm.masks import Mask, scheme
+from mtm.session import Session, SessionError, Split
 
 TASKS = {
     "co-smoothing": "neuron",
@@ -34,7 +27,301 @@ TASKS = {
     "inter-region": "inter-region",
     "intra-region": "intra-region",
 }
-"""Each activity task, and the masking scheme that trains for it (whose prompt is shown)."""
+"""Each activity task, and the masking scheme that trains for it (whose prompt the model gets)."""
+
+TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}  # of a batch; the fastest measured on each device
+TRIALS_AT_ONCE = 256  # of a batch, for predictors without tokens
+
+
+class Predictor(Protocol):
+    """Anything with this method can be evaluated.
+
+    It may also take ``neurons`` (B,) and return the log-rates (B, T) of one neuron of each trial.
+    Optional attributes: ``device``; ``bin_size``, ``split_seed`` and ``seen`` (session name ->
+    fingerprints of training trials), which are checked; ``schemes``, those that it can predict.
+    """
+
+    def predict_log_rates(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
+        """Log-rates (B, T, N) for counts (B, T, N) in which ``mask.hidden`` entries are 0."""
+
+
+PredictorLike = Predictor | Callable[..., Any] | np.ndarray
+
+
+def as_predictor(
+    predictor: PredictorLike | Mapping[str, PredictorLike], session: Session
+) -> PredictorLike:
+    """Check a predictor, and return the one for a session: an array (K, T, N), or what to call.
+
+    Raises:
+        ValueError: for a mapping without this session, log-rates that do not fit its counts, or a
+            function with other arguments.
+        SessionError: for a model that was trained on bins of another width.
+    """
+    if isinstance(predictor, Mapping):
+        if session.name not in predictor:
+            known = ", ".join(predictor)
+            raise ValueError(f"no predictor for session {session.name!r}; there are: {known}")
+        predictor = predictor[session.name]
+    if isinstance(predictor, np.ndarray | Tensor):
+        log_rates = torch.as_tensor(predictor).detach().cpu().numpy()
+        try:
+            return np.broadcast_to(log_rates, session.counts.shape)
+        except ValueError as error:
+            raise ValueError(f"session {session.name!r}: log-rates do not fit: {error}") from None
+    try:
+        inspect.signature(_method(predictor)).bind("counts", "scheme", "mask", "session")
+    except TypeError as error:
+        raise ValueError(
+            f"a predictor is a function of (counts, scheme, mask, session): {error}"
+        ) from error
+    bin_size = _attribute(predictor, "bin_size", session.bin_size)
+    if abs(bin_size - session.bin_size) > 1e-9:
+        raise SessionError(
+            f"session {session.name!r} has bins of {session.bin_size} s, the model was trained on "
+            f"bins of {bin_size} s"
+        )
+    return predictor
+
+
+def choose_split(
+    predictor: PredictorLike,
+    session: Session,
+    split_seed: int | None = None,
+    *,
+    allow_seen: bool = False,
+) -> Split:
+    """Split a session by the seed asked for, else by the one the predictor was trained with.
+
+    Predictors without ``split_seed`` get the split of seed 0. ``allow_seen`` accepts any seed.
+
+    Raises:
+        ValueError: when the predictor was trained with another seed, or with an unknown one
+            (imported checkpoints) and none is asked for.
+    """
+    asked = 0 if split_seed is None else split_seed
+    trained = _attribute(predictor, "split_seed", asked)
+    if split_seed is None and trained is None:
+        raise ValueError(
+            "it is not known which trials this model was trained on; pass split_seed=0 to score "
+            "it on the test trials of that split, some of which may be its training trials"
+        )
+    if split_seed is not None and trained not in (None, split_seed) and not allow_seen:
+        raise ValueError(
+            f"the model was trained on the split of seed {trained}, not {split_seed}; some of the "
+            "test trials would be training trials"
+        )
+    return session.split(trained if split_seed is None else split_seed)
+
+
+def require_unseen(predictor: PredictorLike, session: Session, trials: np.ndarray) -> None:
+    """Refuse to score trials that a predictor was trained on.
+
+    They are found by their fingerprints (``predictor.seen``), whatever the session was called and
+    however it was split. Trials of fewer than ten spikes cannot be checked.
+
+    Raises:
+        ValueError: with the number of such trials.
+    """
+    scored = session.fingerprints(trials)
+    for name, trained in _attribute(predictor, "seen", {}).items():
+        n_known = int((np.isin(scored, trained) & (scored != 0)).sum())
+        if n_known:
+            raise ValueError(
+                f"session {session.name!r}: the predictor was trained on {n_known} of the "
+                f"{len(trials)} trials to be scored (in session {name!r}); score the test trials "
+                "of the split that it was trained with, or pass allow_seen=True to measure how "
+                "well it fits its training trials"
+            )
+
+
+def _method(predictor: PredictorLike) -> Any:
+    return getattr(predictor, "predict_log_rates", predictor)
+
+
+def _attribute(predictor: Any, name: str, default: Any) -> Any:
+    """An attribute of a predictor, or of the model inside it (``Fit.model``)."""
+    for owner in (predictor, getattr(predictor, "model", None)):
+        for place in (owner, getattr(owner, "config", None)):
+            if hasattr(place, name):
+                return getattr(place, name)
+    return default
+
+
+# ---------------------------------------------------------------- hiding and predicting
+
+
+def predict_in_batches(
+    predictor: PredictorLike,
+    session: str,
+    scheme: str,
+    n: int,
+    inputs: Callable[[slice], tuple[Tensor, Mask]],
+    *,
+    neurons: Tensor | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Hide entries and predict, batch by batch; halve the batch when memory runs out.
+
+    Args:
+        predictor: a model or a function.
+        session: name of the session.
+        scheme: masking scheme whose prompt a model gets.
+        n: number of forward passes.
+        inputs: from a slice of ``range(n)`` to recorded counts (B, T, N) and a mask that
+            broadcasts to them.
+        neurons: (n,) the one neuron wanted of each pass, for predictors that take it.
+        batch_size: passes at once. Default: what suits the device.
+        progress: show a bar on a terminal.
+
+    Yields:
+        the slice, and log-rates (B, T, N), or (B, T) of ``neurons``, on the predictor's device.
+
+    Raises:
+        ValueError: for log-rates of another shape, or a batch size below 1.
+        MemoryError: when memory runs out with a single trial.
+    """
+    if batch_size is None:
+        n_tokens = _attribute(predictor, "n_tokens", None)
+        tokens = TOKENS_AT_ONCE[torch.device(getattr(predictor, "device", "cpu")).type]
+        batch_size = max(1, tokens // n_tokens(session)) if n_tokens else TRIALS_AT_ONCE
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    start = 0
+    with tqdm(total=n, desc=scheme, disable=None if progress else True, leave=False) as bar:
+        while start < n:
+            batch = slice(start, min(start + batch_size, n))
+            wanted = {} if neurons is None else {"neurons": neurons[batch]}
+            try:
+                log_rates = _predict(predictor, *inputs(batch), scheme, session, wanted)
+            except (RuntimeError, MemoryError) as error:
+                # torch and numpy have no common exception for this, but all say "memory".
+                if not isinstance(error, MemoryError) and "memory" not in str(error):
+                    raise
+                if batch.stop - start == 1:
+                    raise MemoryError(
+                        f"session {session!r}: memory runs out with a single trial"
+                    ) from error
+                batch_size = (batch.stop - start) // 2
+                continue
+            yield batch, log_rates
+            bar.update(batch.stop - start)
+            start = batch.stop
+
+
+def _predict(
+    predictor: PredictorLike,
+    counts: Tensor,
+    mask: Mask,
+    scheme: str,
+    session: str,
+    wanted: dict[str, Tensor],
+) -> Tensor:
+    """Zero the hidden entries, ask the predictor, and check the shape of what it returns."""
+    counts = counts.to(getattr(predictor, "device", "cpu"))
+    hidden, target = (x.to(counts.device).expand_as(counts) for x in (mask.hidden, mask.target))
+    visible, mask = counts.masked_fill(hidden, 0), Mask(hidden, target, mask.causal)
+    with torch.no_grad():
+        log_rates = _method(predictor)(visible, scheme, mask, session, **wanted)
+    log_rates = torch.as_tensor(log_rates, device=counts.device).detach().float()
+    expected = counts.shape[: 2 if wanted else 3]
+    if log_rates.shape != expected:
+        raise ValueError(
+            f"the predictor returned shape {tuple(log_rates.shape)} for counts of shape "
+            f"{tuple(counts.shape)}; it must return a log-rate for every entry, {tuple(expected)}"
+        )
+    return log_rates
+
+
+class Queries(NamedTuple):
+    """What to hide and predict, one query after the other.
+
+    Attributes:
+        hidden: (Q, N) bool, neurons hidden in each query.
+        wanted: (Q, N) bool, neurons to predict in it; each neuron in one query at most.
+        bins: of both.
+    """
+
+    hidden: np.ndarray
+    wanted: np.ndarray
+    bins: slice
+
+
+def predict_queries(
+    predictor: PredictorLike,
+    session: Session,
+    name: str,
+    trials: np.ndarray,
+    queries: Queries,
+    **options: Any,
+) -> np.ndarray:
+    """Predict the wanted neurons, in one forward pass for each query and trial.
+
+    Args:
+        predictor: as :func:`as_predictor` returns it.
+        session: the recording.
+        name: masking scheme whose prompt a model gets; it decides whether attention is causal.
+        trials: (K',) indices.
+        queries: what to hide and predict.
+        **options: ``batch_size`` and ``progress`` of :func:`predict_in_batches`.
+
+    Returns:
+        log-rates (K', T, N) float64, NaN where nothing is wanted.
+
+    Raises:
+        ValueError: for an unknown scheme, or predictions that are NaN or infinite.
+    """
+    causal = scheme(name).causal
+    entries = slice(None), queries.bins, np.flatnonzero(queries.wanted.any(axis=0))
+    found = np.full((len(trials), session.n_bins, session.n_neurons), np.nan)
+    if isinstance(predictor, np.ndarray):
+        found[entries] = predictor[trials][entries]
+    else:
+        for row, neuron, log_rates in _ask(
+            predictor, session, name, causal, trials, queries, options
+        ):
+            found[row, queries.bins, neuron] = log_rates[:, queries.bins].cpu().numpy()
+    if not np.isfinite(found[entries]).all():
+        raise ValueError(f"session {session.name!r}: NaN or infinite log-rates were predicted")
+    return found
+
+
+def _ask(
+    predictor: PredictorLike,
+    session: Session,
+    name: str,
+    causal: bool,
+    trials: np.ndarray,
+    queries: Queries,
+    options: Mapping[str, Any],
+) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
+    """Predict batch by batch: rows of ``trials`` (M,), neurons (M,), log-rates (M, T)."""
+    # All that batches are made of is copied to the device once.
+    there = partial(torch.as_tensor, device=getattr(predictor, "device", "cpu"))
+    hidden, wanted, bins = queries
+    in_bins = np.isin(np.arange(session.n_bins), np.arange(session.n_bins)[bins])[:, None]
+    counts = there(session.counts[trials].astype(np.float32))
+    hide, target, inside = there(hidden), there(hidden & wanted), there(in_bins)
+    query, trial = np.divmod(np.arange(len(hidden) * len(trials)), len(trials))  # of each pass
+
+    def inputs(batch: slice) -> tuple[Tensor, Mask]:
+        of = there(query[batch])
+        mask = Mask(hide[of, None] & inside, target[of, None] & inside, causal)
+        return counts[there(trial[batch])], mask
+
+    # A predictor that can is asked for one neuron a pass, where each query wants one.
+    parameters = inspect.signature(_method(predictor)).parameters
+    one_each = "neurons" in parameters and (wanted.sum(axis=1) == 1).all()
+    neurons = there(wanted.argmax(axis=1)[query]) if one_each else None
+    for batch, log_rates in predict_in_batches(
+        predictor, session.name, name, len(query), inputs, neurons=neurons, **options
+    ):
+        row, neuron = np.nonzero(wanted[query[batch]])
+        yield trial[batch][row], neuron, log_rates if one_each else log_rates[row, :, neuron]
+
+
+# ---------------------------------------------------------------- the activity tasks
 
 
 def forward_bins(n_bins: int) -> tuple[int, int]:
@@ -42,144 +329,68 @@ def forward_bins(n_bins: int) -> tuple[int, int]:
     return n_bins - max(1, round(0.1 * n_bins)), n_bins
 
 
-def queries_of(
-    task: str, session: Session, wanted: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """What to hide and score in turn: hidden (Q, N), scored (Q, N) bool, and the bins of both.
-
-    Args:
-        task: one of :data:`TASKS`.
-        session: the recording.
-        wanted: (N,) bool, neurons to score; regional tasks take those with a label.
+def queries_of(task: str, session: Session, wanted: np.ndarray) -> Queries:
+    """The queries of one of :data:`TASKS` that score the neurons ``wanted`` (N,) bool.
 
     Raises:
         ValueError: for an unknown task.
-        SessionError: where there is no neuron to score.
+        SessionError: when there is no neuron to score; regional tasks need region labels.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     codes = session.region_codes
-    labelled = codes >= 0
-    if not (wanted & labelled if task.endswith("region") else wanted).any():
+    if task.endswith("region"):
+        wanted = wanted & (codes >= 0)
+    if not wanted.any():
         raise SessionError(f"session {session.name!r}, {task}: no neuron to score")
-    eye = np.eye(session.n_neurons, dtype=bool)
     if task == "forward-prediction":
-        everything = np.ones((1, session.n_neurons), dtype=bool)
-        return everything, wanted[None], forward_bins(session.n_bins)
-    if task == "co-smoothing":
-        hidden = scored = eye[wanted]
-    elif task == "inter-region":
-        hidden = codes[None] == np.unique(codes[wanted & labelled])[:, None]
-        scored = hidden & wanted
-    else:
-        scored = eye[wanted & labelled]
-        hidden = scored | (codes[None] != codes[scored.argmax(axis=1)][:, None])
-    return hidden, scored, (0, session.n_bins)
+        bins = slice(*forward_bins(session.n_bins))
+        return Queries(np.ones_like(wanted)[None], wanted[None], bins)
+    bins = slice(0, session.n_bins)
+    if task == "inter-region":  # one region a query
+        hidden = codes == np.unique(codes[wanted])[:, None]
+        return Queries(hidden, hidden & wanted, bins)
+    each = np.eye(session.n_neurons, dtype=bool)[wanted]  # one neuron a query
+    outside = codes != codes[wanted][:, None]
+    return Queries(each | outside if task == "intra-region" else each, each, bins)
 
 
-TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}
-"""Tokens of a batch, unless another size is asked for: what was fastest on a CPU, whose cache does
-not hold more; enough to keep a large GPU busy. A small one runs out of memory and takes half."""
-TRIALS_AT_ONCE = 256  # of a predictor without tokens
-OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+def predict_held_out(
+    predictor: PredictorLike | Mapping[str, PredictorLike],
+    session: Session,
+    task: str,
+    trials: np.ndarray | None = None,
+    wanted: np.ndarray | None = None,
+    *,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Predict the scored entries of a task, each while it is hidden.
 
+    Args:
+        predictor, batch_size, progress: as in :func:`mtm.evaluate`.
+        session: the recording.
+        task: one of :data:`TASKS`.
+        trials: (K',) indices. Default: the test trials, as in :func:`mtm.evaluate`.
+        wanted: (N,) bool, neurons to score. Default: all.
 
-class Predictor(Protocol):
-    """Whatever can fill in hidden activity."""
-
-    def predict_log_rates(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
-        """Log-rates (B, T, N) for counts (B, T, N) in which ``mask.hidden`` entries are 0."""
-
-
-Model = Predictor | Callable[..., Any]
-Predicts = Model | np.ndarray
-
-
-def predictor_of(predictor: Predicts | Mapping[str, Predicts], name: str) -> Predicts:
-    """The predictor of a session: the same for all, or one by the session's name.
-
-    Raises:
-        ValueError: when there is none of that name, or it does not take what a predictor is given.
+    Returns:
+        log-rates (K', T, N) float64, NaN where nothing is scored.
     """
-    if isinstance(predictor, Mapping):
-        if name not in predictor:
-            known = ", ".join(predictor)
-            raise ValueError(f"no predictor for session {name!r}; there are: {known}")
-        predictor = predictor[name]
-    if type(predictor) is Fit:
-        return predictor.model
-    if isinstance(predictor, Tensor):
-        return predictor.cpu().numpy()
-    if not isinstance(predictor, np.ndarray):
-        require_signature(getattr(predictor, "predict_log_rates", predictor))
-    return predictor
-
-
-def checked_split_seed(
-    predictor: Predicts, session: Session, split_seed: int | None, allow_seen: bool = False
-) -> int:
-    """The split to use: the one asked for, else the one the model was trained on, else that of 0.
-
-    ``allow_seen`` lets a split be asked for that the model was not trained on.
-
-    Raises:
-        SessionError: when a model was trained on bins of another width.
-        ValueError: when a model was trained on another split, or on one that nobody knows.
-    """
-    model = getattr(predictor, "model", predictor)  # of what wraps one
-    bin_size = getattr(model, "bin_size", session.bin_size)
-    if abs(bin_size - session.bin_size) > 1e-9:
-        raise SessionError(
-            f"session {session.name!r} has bins of {session.bin_size} s, the model was trained on "
-            f"bins of {bin_size} s"
-        )
-    trained = getattr(model, "split_seed", None)
-    if split_seed is None and hasattr(model, "split_seed") and trained is None:
-        raise ValueError(
-            "it is not known which trials this model was trained on; split_seed=0 scores it on the "
-            "test trials of that split, some of which it may have learned from"
-        )
-    if split_seed is None:
-        return trained or 0
-    if trained is not None and trained != split_seed and not allow_seen:
-        raise ValueError(
-            f"the model was trained on the split of seed {trained}, not {split_seed}; some of the "
-            "test trials would be ones it has learned from"
-        )
-    return split_seed
-
-
-def require_unseen(predictor: Predicts, session: Session, trials: np.ndarray) -> None:
-    """Refuse to score trials that the predictor was trained on.
-
-    Models and baselines keep a fingerprint of every trial they learned from, in whatever session it
-    was (``predictor.seen``): a recording under another name, or a split that changed, is found too.
-    A predictor without ``seen``, as a checkpoint of the authors' or a function, cannot be checked;
-    nor can trials of fewer than ten spikes.
-
-    Raises:
-        ValueError: naming how many there are.
-    """
-    seen = getattr(getattr(predictor, "model", predictor), "seen", {})
-    if not seen:
-        return
-    mine = session.fingerprints(trials)
-    known = np.isin(mine, np.concatenate(list(seen.values()))) & (mine != 0)
-    if known.any():
-        where = [name for name, prints in seen.items() if np.isin(mine[known], prints).any()]
-        raise ValueError(
-            f"session {session.name!r}: the predictor was trained on {int(known.sum())} of the "
-            f"{len(trials)} trials to be scored (in session {where[0]!r}); score the test trials "
-            "of the split that it was trained with, or pass allow_seen=True to see how well it "
-            "fits what it knows"
-        )
+    predictor = as_predictor(predictor, session)
+    trials = choose_split(predictor, session).test if trials is None else np.asarray(trials)
+    wanted = np.ones(session.n_neurons, dtype=bool) if wanted is None else wanted
+    queries, how = queries_of(task, session, wanted), {"batch_size": batch_size}
+    return predict_queries(
+        predictor, session, TASKS[task], trials, queries, progress=progress, **how
+    )
 
 
 def oracle(session: Session) -> np.ndarray:
     """Log of the true rates, (K, T, N): the best possible predictor of a simulated session.
 
     Raises:
-        SessionError: for a recording whose true rates nobody knows.
+        SessionError: for a recording, whose true rates are unknown.
     """
     if session.rates is None:
         raise SessionError(f"session {session.name!r}, rates: only simulated sessions have them")
@@ -189,272 +400,3 @@ def oracle(session: Session) -> np.ndarray:
 def mean_rates(session: Session, split_seed: int = 0) -> np.ndarray:
     """Log of each neuron's mean count over the training trials, (1, 1, N): the null predictor."""
     return metrics.log_mean(session.counts[session.split(split_seed).train])[None, None]
-
-
-# ------------------------------------------------------------------- hiding and predicting
-
-
-def predict_held_out(
-    predictor: Predicts,
-    session: Session,
-    task: str,
-    trials: np.ndarray | None = None,
-    wanted: np.ndarray | None = None,
-    *,
-    batch_size: int | None = None,
-    progress: bool = False,
-) -> np.ndarray:
-    """Log-rates of the scored entries, each predicted while it was hidden; NaN elsewhere.
-
-    Args:
-        predictor: see :func:`mtm.evaluate`.
-        session: the recording.
-        task: one of :data:`mtm.prediction.TASKS`.
-        trials: (K',) indices; default the test trials, as in :func:`mtm.evaluate`.
-        wanted: (N,) bool, neurons to score; default all.
-        batch_size: see :func:`mtm.evaluate`.
-        progress: show a bar.
-
-    Returns:
-        (K', T, N) float64.
-
-    Raises:
-        ValueError: for an unknown task, predictions of a wrong shape, or with NaN where they are
-            scored.
-        SessionError: where there is no neuron to score.
-        MemoryError: when it runs out with a single trial.
-    """
-    predictor = predictor_of(predictor, session.name)
-    if trials is None:
-        trials = session.split(checked_split_seed(predictor, session, None)).test
-    if wanted is None:
-        wanted = np.ones(session.n_neurons, dtype=bool)
-    queries, scored, bins = queries_of(task, session, wanted)
-    span, scored_neurons = slice(*bins), scored.any(axis=0)
-    if isinstance(predictor, np.ndarray):
-        known = known_log_rates(predictor, session, trials)
-        in_span = np.isin(np.arange(session.n_bins), np.arange(*bins))
-        return np.where(in_span[:, None] & scored_neurons, known, np.nan)
-    size = trials_at_once(predictor, session.name) if batch_size is None else batch_size
-    one_each = takes_neurons(predictor)
-    device = getattr(predictor, "device", torch.device("cpu"))
-    shares = one_each and not getattr(predictor, "sees_mask", True)
-    fired = session.counts[trials][:, span].any(axis=1) if shares else None
-    passes = _plan(queries, scored, len(trials), fired, device)
-    hidden = torch.from_numpy(queries).to(device)
-    counts = torch.from_numpy(session.counts[trials].astype(np.float32)).to(device)
-    log_rates = torch.full_like(counts, float("nan"))
-
-    def make(start: int, stop: int) -> None:
-        """Some of the passes. On a GPU, nothing here waits for a result."""
-        asked = slice(passes.ends[start], passes.ends[stop])
-        row, neuron, trial = passes.owner[asked] - start, passes.neuron[asked], passes.trial
-        mask = _mask(hidden[passes.query[start:stop]], row, neuron, counts.shape[1], task, span)
-        visible = counts[trial[start:stop]].masked_fill_(mask.hidden, 0)
-        one = neuron if one_each and stop - start == len(neuron) else None
-        predicted = call_predictor(predictor, visible, TASKS[task], mask, session.name, one)
-        predicted = predicted[row, span, neuron] if one is None else predicted[:, span]
-        log_rates[trial[start:stop][row], span, neuron] = predicted.detach().float()
-
-    n_passes, what = len(passes.trial), f"session {session.name!r}, {task}"
-    with tqdm(total=n_passes, desc=task, disable=None if progress else True, leave=False) as bar:
-        in_batches(make, n_passes, size, what, bar)
-    found = log_rates.cpu().numpy()
-    require_finite(found[:, span][:, :, scored_neurons], TASKS[task], session.name)
-    return found.astype(np.float64)
-
-
-def known_log_rates(log_rates: np.ndarray, session: Session, trials: np.ndarray) -> np.ndarray:
-    """Some trials of an array of log-rates, (K', T, N) float64.
-
-    Raises:
-        ValueError: when it does not fit the session's counts, or holds NaN or infinite values.
-    """
-    try:
-        fits = np.broadcast_shapes(log_rates.shape, session.counts.shape) == session.counts.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"session {session.name!r}: log-rates of shape {log_rates.shape} do not fit counts "
-            f"{session.counts.shape}"
-        )
-    known = np.broadcast_to(log_rates, session.counts.shape)[trials].astype(np.float64)
-    if not np.isfinite(known).all():
-        raise ValueError(
-            f"session {session.name!r}: the predicted log-rates hold NaN or infinite values"
-        )
-    return known
-
-
-class Passes(NamedTuple):
-    """The forward passes of a task, those for a single prediction first.
-
-    Attributes:
-        query: (P,) which of the task's queries each pass hides; on the device, as the next three.
-        trial: (P,) the trial it is shown.
-        owner: (M,) the pass of each prediction, in ascending order.
-        neuron: (M,) the neuron predicted.
-        ends: P + 1 numbers; those from ``ends[p]`` to ``ends[p + 1]`` are pass p's predictions.
-    """
-
-    query: Tensor
-    trial: Tensor
-    owner: Tensor
-    neuron: Tensor
-    ends: list[int]
-
-
-def _plan(
-    hidden: np.ndarray,
-    scored: np.ndarray,
-    n_trials: int,
-    fired: np.ndarray | None,
-    device: torch.device,
-) -> Passes:
-    """The passes that predict every scored neuron in every trial once.
-
-    Args:
-        hidden: (Q, N) bool.
-        scored: (Q, N) bool; each neuron is scored in one query.
-        n_trials: K'.
-        fired: (K', N) bool, neurons with a spike in the bins that are hidden: queries that take
-            the same spikes out of a trial share a pass. None = a pass for every query and trial.
-        device: where the passes are made.
-    """
-    pair = np.arange(n_trials * len(hidden)).reshape(n_trials, len(hidden))
-    for trial, spiking in enumerate(() if fired is None else fired):
-        taken_out = np.packbits(hidden & spiking, axis=1)  # (Q, N / 8)
-        taken_out = taken_out.view(f"V{taken_out.shape[1]}")[:, 0]  # a row is one thing to compare
-        _, first, alike = np.unique(taken_out, return_index=True, return_inverse=True)
-        pair[trial] = pair[trial, first[alike]]
-    neurons = np.flatnonzero(scored.any(axis=0))
-    taken = pair[:, scored[:, neurons].argmax(axis=0)].ravel()  # the pass of each prediction
-    made, owner, sizes = np.unique(taken, return_inverse=True, return_counts=True)
-    order = np.argsort(sizes, kind="stable")
-    owner = np.argsort(order)[owner]
-    by_owner = np.argsort(owner, kind="stable")
-    trials, queries = np.divmod(made[order], len(hidden))
-
-    def on_device(numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers).to(device)
-
-    return Passes(
-        query=on_device(queries),
-        trial=on_device(trials),
-        owner=on_device(owner[by_owner]),
-        neuron=on_device(np.tile(neurons, n_trials)[by_owner]),
-        ends=[0, *np.cumsum(sizes[order]).tolist()],
-    )
-
-
-def _mask(hidden: Tensor, row: Tensor, neuron: Tensor, n_bins: int, task: str, span: slice) -> Mask:
-    """The mask (B, T, N) of passes that hide ``hidden`` (B, N) and predict pairs (row, neuron)."""
-    target = torch.zeros_like(hidden)
-    target.index_put_((row, neuron), torch.ones((), dtype=torch.bool, device=hidden.device))
-    in_bins = torch.zeros(n_bins, 1, dtype=torch.bool, device=hidden.device)
-    in_bins[span] = True
-    hidden = hidden | target  # what any of the queries hides that share the pass
-    causal = task == "forward-prediction"
-    return Mask(hidden[:, None] & in_bins, target[:, None] & in_bins, causal)
-
-
-def trials_at_once(predictor: Model, session: str) -> int:
-    """Trials of a session (its name) to predict at once, unless another size is asked for."""
-    if not isinstance(predictor, MtM):
-        return TRIALS_AT_ONCE
-    tokens = TOKENS_AT_ONCE.get(predictor.device.type, TOKENS_AT_ONCE["cpu"])
-    return max(1, tokens // predictor.n_tokens(session))
-
-
-def in_batches(
-    make: Callable[[int, int], None], n_passes: int, size: int, what: str, bar: tqdm
-) -> None:
-    """Call ``make(start, stop)`` for all passes, ``size`` at once, fewer when memory runs out.
-
-    Raises:
-        MemoryError: when it runs out with a single one.
-        ValueError: for a size below 1.
-    """
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {size}")
-    start = 0
-    while start < n_passes:
-        stop = min(start + size, n_passes)
-        try:
-            make(start, stop)
-        except (RuntimeError, MemoryError) as error:
-            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            if not known and not any(text in str(error) for text in OUT_OF_MEMORY):
-                raise
-            if stop - start == 1:
-                raise MemoryError(
-                    f"{what}: memory runs out with a single trial; free some on this device, use "
-                    "another device or take a smaller model"
-                ) from error
-            size = (stop - start) // 2
-            continue
-        bar.update(stop - start)
-        start = stop
-
-
-def takes_neurons(predictor: Model) -> bool:
-    """Whether a predictor can be asked for one neuron of each trial, with ``neurons`` (B,)."""
-    try:
-        predict: Any = getattr(predictor, "predict_log_rates", predictor)
-        signature = inspect.signature(predict)
-    except (TypeError, ValueError):  # some built-in functions have none
-        return False
-    return "neurons" in signature.parameters
-
-
-def require_signature(predict: Any) -> None:
-    """Refuse a function that does not take what every predictor is given.
-
-    Raises:
-        ValueError: saying what that is.
-    """
-    try:
-        inspect.signature(predict).bind("counts", "scheme", "mask", "session")
-    except TypeError as error:
-        raise ValueError(
-            f"a predictor is a function of (counts, scheme, mask, session), and {predict!r} is not"
-            f": {error}"
-        ) from error
-    except ValueError:  # some built-in functions have no signature
-        return
-
-
-def call_predictor(
-    predictor: Model,
-    counts: Tensor,
-    scheme: str,
-    mask: Mask,
-    name: str,
-    neurons: Tensor | None = None,
-) -> Tensor:
-    """Log-rates (B, T, N) from a model or a function; with ``neurons`` (B,), theirs alone, (B, T).
-
-    Raises:
-        ValueError: when their shape is another.
-    """
-    predict: Any = getattr(predictor, "predict_log_rates", predictor)
-    one_each = {} if neurons is None else {"neurons": neurons}
-    predicted = predict(counts, scheme, mask, name, **one_each)
-    predicted = torch.as_tensor(predicted, device=counts.device)
-    expected = counts.shape[: 2 if one_each else 3]
-    if predicted.shape != expected:
-        raise ValueError(
-            f"the predictor returned shape {tuple(predicted.shape)} for counts of shape "
-            f"{tuple(counts.shape)}; it must return a log-rate for every entry, {tuple(expected)}"
-        )
-    return predicted
-
-
-def require_finite(log_rates: np.ndarray, scheme: str, name: str) -> None:
-    """Raise ValueError where a predictor returned NaN or infinite values."""
-    if not np.isfinite(log_rates).all():
-        raise ValueError(
-            f"the predictor returned NaN or infinite log-rates in session {name!r} "
-            f"(scheme {scheme!r})"
-        )

@@ -1,6 +1,6 @@
-"""Scores of a predictor: tables with a row for each neuron, and what is said of them.
+"""Scores of a predictor: a table for each task with a row for each neuron, and their means.
 
-A :class:`Report` holds one session and one run, or several joined: means are over neurons first,
+A :class:`Report` holds one session and one run, or several joined. Means are over neurons first,
 then over the seeds of a session, then over sessions, and each has its standard error.
 """
 
@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from mtm.checkpoint import replacing
 
-LABELS = ("session", "seed", "neuron", "region")  # columns that say what a row is
+LABELS = ("session", "seed", "neuron", "region")  # columns that identify a row
 COUNTS = ("spikes", "visible", "train_trials", "test_trials")
 
 
 class Mean(NamedTuple):
-    """A mean, its standard error (NaN where it rests on one value), and the number of values."""
+    """A mean, its standard error (NaN of a single value), and the number of values."""
 
     value: float
     error: float
@@ -34,12 +35,10 @@ class Mean(NamedTuple):
         return f"{self.value:.3f}" + ("" if np.isnan(self.error) else f" ± {self.error:.3f}")
 
 
-def mean_of(values: Any) -> Mean:
+def mean_of(values: Iterable[float]) -> Mean:
     """Mean and standard error over the values that are not NaN."""
-    values = np.asarray(values, dtype=np.float64)
-    values = values[~np.isnan(values)]
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return Mean(float(values.mean()) if len(values) else np.nan, float(error), len(values))
+    series = pd.Series(list(values), dtype=np.float64)
+    return Mean(float(series.mean()), float(series.sem()), int(series.count()))
 
 
 @dataclass(eq=False)
@@ -47,66 +46,70 @@ class TaskScores:
     """Scores of one task.
 
     Attributes:
-        table: column -> (n,). Of an activity task, a row for each neuron (and session, and seed):
+        table: of an activity task, a row for each neuron (and session, and seed), with the columns
 
             - ``session``, ``seed`` (0, 1, ... of the runs of a session), ``neuron``, ``region``;
-            - ``bits_per_spike`` (null: the neuron's mean over the scored test entries, as the
+            - ``bits_per_spike`` (null: the neuron's mean over the scored test entries, as in the
               paper), ``bits_per_spike_train_null`` (null: its mean over the training trials),
               ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known);
-            - controls, as ``bits_per_spike``: ``shuffled_trials`` (each trial has another one's
-              prediction, which keeps the mean time course), ``shuffled_neurons`` (each neuron has
-              another one's, scaled to its own mean. Where neuron 1 is given the prediction of
-              neuron 2, that was made with neuron 1 visible, and so knows some of its spikes: the
-              control is a little too good);
-            - ``gain`` and ``gain_train_null``, in bits; ``spikes`` scored; ``visible``, neurons
-              that could be seen (0: the score is that of guessing).
+            - controls in bits per spike: ``shuffled_trials`` (each trial gets another one's
+              prediction, which keeps the mean time course) and ``shuffled_neurons`` (each neuron
+              gets another one's, scaled to its own mean; a little too good, as the other one's
+              prediction was made with this neuron visible);
+            - ``gain`` and ``gain_train_null``, in bits; ``spikes`` scored; ``visible``, the number
+              of neurons that could be seen (0: the score is that of guessing).
 
-            Of a behaviour, a row for each session (and seed): its score, its controls, and
+            Of a behaviour, a row for each session (and seed): its score, its controls,
             ``train_trials`` and ``test_trials``. NaN = no score, as of a silent neuron.
         score: the column that is the task's score.
     """
 
-    table: dict[str, np.ndarray]
+    table: pd.DataFrame
     score: str = "bits_per_spike"
 
     @property
-    def neurons(self) -> np.ndarray:
-        """(n,) indices of the scored neurons, in their sessions; each once, whatever the seeds."""
-        return self.table["neuron"][self._first()]
-
-    @property
-    def session_of(self) -> np.ndarray:
-        """(n,) the session of each of `neurons`."""
-        return self.table["session"][self._first()]
-
-    @property
-    def regions(self) -> np.ndarray:
-        """(n,) the region of each of `neurons`."""
-        return self.table["region"][self._first()]
-
-    @property
-    def n_silent(self) -> int:
-        """Neurons without a spike among the scored entries; they have no score."""
-        return int((self.table["spikes"][self._first()] == 0).sum())
-
-    @property
-    def n_blind(self) -> int:
-        """Neurons that were predicted with nothing visible."""
-        return int((self.table["visible"][self._first()] == 0).sum())
+    def per_neuron(self) -> bool:
+        """Whether rows are neurons (activity tasks), not sessions (behaviours)."""
+        return "neuron" in self.table
 
     @property
     def sessions(self) -> list[str]:
         """Names of the sessions, in the order of the table."""
-        return list(dict.fromkeys(self.table["session"].tolist()))
+        return self.table["session"].unique().tolist()
+
+    @property
+    def neurons(self) -> np.ndarray:
+        """(n,) indices of the scored neurons in their sessions, each once, whatever the seeds."""
+        return self._neurons()["neuron"].to_numpy()
+
+    @property
+    def session_of(self) -> np.ndarray:
+        """(n,) the session of each of `neurons`."""
+        return self._neurons()["session"].to_numpy()
+
+    @property
+    def regions(self) -> np.ndarray:
+        """(n,) the region of each of `neurons`."""
+        return self._neurons()["region"].to_numpy()
+
+    @property
+    def n_silent(self) -> int:
+        """Neurons without a spike among the scored entries; they have no score."""
+        return int((self._neurons()["spikes"] == 0).sum())
+
+    @property
+    def n_blind(self) -> int:
+        """Neurons that were predicted with nothing visible."""
+        return int((self._neurons()["visible"] == 0).sum())
 
     def mean(self, column: str | None = None, pooled: bool = False) -> float:
         """Mean over neurons, seeds and sessions; NaN where nothing has a score.
 
         Args:
-            column: default the task's score.
+            column: of the table. Default: the task's score.
             pooled: for bits per spike, the total gain over the total spikes of a session instead of
-                the mean over its neurons: busy neurons weigh more, and what was expected of silent
-                ones counts against it, as in the Neural Latents Benchmark.
+                the mean over its neurons: busy neurons weigh more, and rates predicted for silent
+                ones lower it, as in the Neural Latents Benchmark.
         """
         return self.over("sessions", column, pooled).value
 
@@ -115,78 +118,70 @@ class TaskScores:
 
         Over neurons: their scores are averaged over seeds; the errors of several sessions add up as
         those of independent means do. Over seeds: of the means over sessions, for the seeds that
-        every session has. A single session, or seed, has no error.
+        every session has. A single session or seed has no error, nor have neurons of a behaviour.
 
         Raises:
-            ValueError: for another ``what``, or what cannot be pooled.
+            ValueError: for another ``what``, an unknown column, or a score that cannot be pooled.
         """
-        if what == "neurons":
-            if pooled:
-                raise ValueError("pooled scores have no error over neurons")
-            parts = [mean_of(self.by_neuron(name, column)) for name in self.sessions]
-            parts = [part for part in parts if part.n]
-            if not parts:
-                return mean_of([])
-            error = np.sqrt(sum(part.error**2 for part in parts)) / len(parts)
-            value = np.mean([part.value for part in parts])
-            return Mean(float(value), float(error), sum(part.n for part in parts))
-        runs = [self._runs(name, column, pooled) for name in self.sessions]
-        runs = [run for run in runs if run]
+        runs = self._runs(column, pooled)
         if what == "sessions":
-            return mean_of([np.mean(list(run.values())) for run in runs])
-        if what != "seeds":
+            return mean_of(runs.groupby("session").mean())
+        if what == "seeds":
+            return mean_of(runs.unstack("session").dropna().mean(axis=1))
+        if what != "neurons":
             raise ValueError(f"over must be 'neurons', 'sessions' or 'seeds', got {what!r}")
-        common = [seed for seed in runs[0] if all(seed in run for run in runs)] if runs else []
-        return mean_of([np.mean([run[seed] for run in runs]) for seed in common])
+        if pooled:
+            raise ValueError("pooled scores have no error over neurons")
+        if not self.per_neuron:
+            return Mean(self.mean(column), np.nan, 0)
+        each = self._by_neuron(column).groupby("session").agg(["mean", "sem", "count"])
+        each = each[each["count"] > 0]
+        variance = (each["sem"] ** 2).sum(skipna=False) / max(len(each), 1) ** 2
+        error = np.sqrt(variance) if len(each) else np.nan
+        return Mean(float(each["mean"].mean()), float(error), int(each["count"].sum()))
 
     def by_session(self, column: str | None = None, pooled: bool = False) -> dict[str, float]:
         """Session -> mean over neurons, then over seeds; NaN where nothing has a score."""
-        runs = {name: list(self._runs(name, column, pooled).values()) for name in self.sessions}
-        return {name: mean_of(values).value for name, values in runs.items()}
+        means = self._runs(column, pooled).groupby("session").mean()
+        return means.reindex(self.sessions).to_dict()
 
     def by_region(self, column: str | None = None) -> dict[str, Mean]:
         """Region -> mean over its neurons, of all sessions; a neuron's seeds are averaged first."""
-        column = column or self.score
-        values = np.concatenate([self.by_neuron(name, column) for name in self.sessions])
-        regions = self.regions
-        return {r: mean_of(values[regions == r]) for r in np.unique(regions).tolist()}
+        each = self._by_neuron(column)
+        regions = self._neurons().set_index(["session", "neuron"])["region"]
+        return {name: mean_of(values) for name, values in each.groupby(regions)}
 
     def by_neuron(self, session: str, column: str | None = None) -> np.ndarray:
         """(n,) the score of each scored neuron of a session, averaged over seeds."""
-        mine = self.table["session"] == session
-        values = self.table[column or self.score][mine].astype(np.float64)
-        neurons, row = np.unique(self.table["neuron"][mine], return_inverse=True)
-        scored = ~np.isnan(values)
-        n = np.bincount(row[scored], minlength=len(neurons))
-        total = np.bincount(row[scored], values[scored], minlength=len(neurons))
-        return np.where(n > 0, total / np.maximum(n, 1), np.nan)
+        return self._by_neuron(column)[session].to_numpy()
 
-    def _first(self) -> np.ndarray:
-        """A row of each neuron, session by session, in the order of `by_neuron`."""
-        rows = []
-        for name in self.sessions:
-            mine = np.flatnonzero(self.table["session"] == name)
-            rows.append(mine[np.unique(self.table["neuron"][mine], return_index=True)[1]])
-        return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-
-    def _runs(self, session: str, column: str | None, pooled: bool) -> dict[int, float]:
-        """Seed -> one number, for the seeds of a session that have a score."""
+    def _known(self, column: str | None) -> str:
+        """A column of the table, by default the score."""
         column = column or self.score
-        if pooled and not column.startswith("bits_per_spike"):
+        if column not in self.table:
+            raise ValueError(f"no column {column!r}; there are: {', '.join(self.table)}")
+        return column
+
+    def _neurons(self) -> pd.DataFrame:
+        """The rows of one run of each session; none of a behaviour."""
+        if not self.per_neuron:
+            return pd.DataFrame(columns=[*LABELS, *COUNTS])
+        return self.table.drop_duplicates(["session", "neuron"])
+
+    def _by_neuron(self, column: str | None) -> pd.Series:
+        """(session, neuron) -> score, averaged over seeds."""
+        return self.table.groupby(["session", "neuron"], sort=False)[self._known(column)].mean()
+
+    def _runs(self, column: str | None, pooled: bool = False) -> pd.Series:
+        """(session, seed) -> mean over neurons, or pooled, of the runs that have a score."""
+        column = self._known(column)
+        runs = self.table.groupby(["session", "seed"], sort=False)
+        if not pooled:
+            return runs[column].mean().dropna()
+        if not column.startswith("bits_per_spike"):
             raise ValueError(f"only bits per spike can be pooled over spikes, not {column!r}")
-        mine = self.table["session"] == session
-        numbers = {}
-        for seed in np.unique(self.table["seed"][mine]).tolist():
-            rows = mine & (self.table["seed"] == seed)
-            if pooled:
-                spikes = self.table["spikes"][rows].sum()
-                gain = self.table[column.replace("bits_per_spike", "gain")][rows].sum()
-                value = gain / spikes if spikes else np.nan
-            else:
-                value = mean_of(self.table[column][rows]).value
-            if not np.isnan(value):
-                numbers[seed] = float(value)
-        return numbers
+        gain, spikes = runs[column.replace("bits_per_spike", "gain")].sum(), runs["spikes"].sum()
+        return (gain / spikes.where(spikes > 0)).dropna()
 
 
 @dataclass(repr=False, eq=False)
@@ -195,8 +190,8 @@ class Report:
 
     Attributes:
         tasks: task or behaviour -> :class:`TaskScores`.
-        sessions: name -> ``trials`` (scored) and ``neurons`` (it has).
-        left_out: task -> why it could not be scored, for each session that it could not.
+        sessions: name -> ``trials`` (scored) and ``neurons`` (of the recording).
+        left_out: task -> why it could not be scored, for each session where it could not.
     """
 
     tasks: dict[str, TaskScores]
@@ -210,36 +205,38 @@ class Report:
 
     @classmethod
     def join(cls, reports: Sequence[Report]) -> Report:
-        """One report of several: of other sessions, or of the same with models of other seeds.
+        """Join reports of several sessions, or of one session with models of several seeds.
 
         Raises:
             ValueError: when reports of one session scored other neurons or other trials.
         """
-        tasks: dict[str, list[dict[str, np.ndarray]]] = {}
-        main: dict[str, str] = {}
-        sessions: dict[str, dict[str, int]] = {}
-        left_out: dict[str, list[str]] = {}
+        joined = cls({}, {})
+        reasons: dict[str, dict[str, None]] = {}  # keys: each reason once, in order
         for report in reports:
-            for name, scores in report.tasks.items():
-                parts = tasks.setdefault(name, [])
-                parts.append(_as_next_seed(scores.table, parts))
-                main[name] = scores.score
-            sessions |= report.sessions
+            for task, scores in report.tasks.items():
+                table = scores.table
+                if task in joined.tasks:
+                    before = joined.tasks[task].table
+                    table = pd.concat([before, _next_seeds(before, table)], ignore_index=True)
+                joined.tasks[task] = TaskScores(table, scores.score)
+            joined.sessions |= report.sessions
             for task, reason in report.left_out.items():
-                left_out.setdefault(task, []).append(reason)
-        joined = {name: TaskScores(_stacked(parts), main[name]) for name, parts in tasks.items()}
-        reasons = {task: "; ".join(dict.fromkeys(all_of)) for task, all_of in left_out.items()}
-        return cls(joined, sessions, reasons)
+                reasons.setdefault(task, {})[reason] = None
+        joined.left_out = {task: "; ".join(each) for task, each in reasons.items()}
+        return joined
 
     def n_dropped(self, task: str) -> int:
         """Neurons of the scored sessions that were not scored: no label, or not asked for."""
         scores = self.tasks[task]
+        if not scores.per_neuron:
+            return 0
         return sum(self.sessions[s]["neurons"] for s in scores.sessions) - len(scores.neurons)
 
     def share(self, ceiling: Report, column: str = "bits_per_spike_train_null") -> dict[str, float]:
         """Task -> score as a share of another report's, such as the oracle's.
 
-        With the honest null, the default, the mean rates have a share of 0 by construction.
+        With the honest null, the default, the mean rates have a share of 0 by construction. Tasks
+        without this column in both reports are left out.
 
         Raises:
             ValueError: when the two reports are of other sessions.
@@ -250,27 +247,34 @@ class Report:
                 f"{', '.join(ceiling.sessions)}"
             )
         shares = {}
-        for task in [t for t in self.tasks if column in self.tasks[t].table and t in ceiling.tasks]:
-            best = ceiling.tasks[task].mean(column)
-            shares[task] = self.tasks[task].mean(column) / best if best else float("nan")
+        for task in [t for t in self.tasks if t in ceiling.tasks]:
+            ours, best = self.tasks[task], ceiling.tasks[task]
+            if column in ours.table and column in best.table:
+                best_mean = best.mean(column)
+                shares[task] = ours.mean(column) / best_mean if best_mean else float("nan")
         return shares
 
+    def to_frame(self) -> pd.DataFrame:
+        """One table of all tasks, with a column ``task``; NaN where a task lacks a column."""
+        tables = {task: scores.table for task, scores in self.tasks.items()}
+        return pd.concat(tables, names=["task"]).reset_index("task").reset_index(drop=True)
+
     def to_dict(self) -> dict[str, Any]:
-        """Task -> means, errors and counts, as JSON can hold them (NaN = None).
+        """Task -> means, errors and counts for JSON (NaN = None).
 
         Of a task: a mean for each column; ``pooled_...``; ``errors``, over what -> column -> the
         standard error; counts of neurons; ``regions``, region -> [mean, error, neurons].
         """
         summary = {}
         for task, scores in self.tasks.items():
-            columns = [c for c in scores.table if c not in (*LABELS, *COUNTS) and c[:4] != "gain"]
-            activity = "spikes" in scores.table
+            left = (*LABELS, *COUNTS, "gain", "gain_train_null")
+            columns = [column for column in scores.table if column not in left]
             numbers: dict[str, Any] = {column: _plain(scores.mean(column)) for column in columns}
             numbers["errors"] = {
                 kind: {column: _plain(scores.over(kind, column).error) for column in columns}
-                for kind in ["neurons"] * activity + ["sessions", "seeds"]
+                for kind in ["neurons"] * scores.per_neuron + ["sessions", "seeds"]
             }
-            if activity:
+            if scores.per_neuron:
                 for column in ("bits_per_spike", "bits_per_spike_train_null"):
                     numbers[f"pooled_{column}"] = _plain(scores.mean(column, pooled=True))
                 regions = scores.by_region().items()
@@ -285,11 +289,9 @@ class Report:
         return summary
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """All of it as JSON, to six decimals; written to ``path`` if there is one."""
+        """All of it as JSON, to six decimals; also written to ``path``, if there is one."""
         tables = {
-            task: {
-                column: [_plain(v) for v in values.tolist()] for column, values in s.table.items()
-            }
+            task: {name: [_plain(v) for v in s.table[name].tolist()] for name in s.table}
             for task, s in self.tasks.items()
         }
         scores = {task: s.score for task, s in self.tasks.items()}
@@ -304,24 +306,22 @@ class Report:
 
     @classmethod
     def from_json(cls, source: str | Path) -> Report:
-        """Read what :meth:`to_json` gave: a file, or its text."""
+        """Read what :meth:`to_json` wrote: a file, or its text."""
         text = str(source) if str(source).lstrip().startswith("{") else Path(source).read_text()
         content = json.loads(text)
         tasks = {}
-        for task, table in content["tables"].items():
-            columns = {
-                key: np.array([np.nan if v is None else v for v in values])
-                for key, values in table.items()
-            }
-            tasks[task] = TaskScores(columns, content["scores"][task])
+        for task, columns in content["tables"].items():
+            table = pd.DataFrame(columns)
+            table = table.apply(lambda c: c.fillna(np.nan).astype(float) if c.isna().any() else c)
+            tasks[task] = TaskScores(table, content["scores"][task])
         return cls(tasks, content["sessions"], content["left_out"])
 
     def __str__(self) -> str:
         names = list(self.sessions)
         who = f"session {names[0]!r}" if len(names) == 1 else f"{len(names)} sessions"
         lines = [f"{who}, {self.n_trials} trials; gain in bits per spike, mean over neurons"]
-        activity = {task: s for task, s in self.tasks.items() if "spikes" in s.table}
-        lines += [_table(list(activity), self._rows(activity))] if activity else []
+        activity = {task: s for task, s in self.tasks.items() if s.per_neuron}
+        lines += [_text(list(activity), self._rows(activity))] if activity else []
         for task in [t for t in self.tasks if t not in activity]:
             scores = self.tasks[task]
             others = [c for c in scores.table if c not in (*LABELS, *COUNTS, scores.score)]
@@ -337,32 +337,25 @@ class Report:
 
     def _rows(self, activity: Mapping[str, TaskScores]) -> dict[str, list[str]]:
         """The rows of the printed table."""
-
-        def row(cell: Callable[..., float]) -> list[str]:
-            return [_number(cell(scores)) for scores in activity.values()]
-
+        scores = list(activity.values())
         rows = {}
-        nulls = {"over their test mean": "bits_per_spike"}
-        nulls["over their training mean"] = "bits_per_spike_train_null"
-        for title, column in nulls.items():
-            rows[title] = row(lambda s, c=column: s.mean(c))
-            indent = "  " if column == "bits_per_spike" else "   "  # rows need different names
+        nulls = {"bits_per_spike": "test", "bits_per_spike_train_null": "training"}
+        for indent, (column, part) in zip(("  ", "   "), nulls.items(), strict=True):
+            rows[f"over their {part} mean"] = [_number(s.mean(column)) for s in scores]
             for kind in ("neurons", "sessions", "seeds"):
-                errors = row(lambda s, c=column, kind=kind: s.over(kind, c).error)
-                if any(cell != "-" for cell in errors):
-                    rows[f"{indent}± over {kind}"] = errors
-            rows[f"{indent}all spikes pooled"] = row(lambda s, c=column: s.mean(c, pooled=True))
-            if column == "bits_per_spike":
-                rows["  trials shuffled"] = row(lambda s: s.mean("shuffled_trials"))
-                rows["  neurons shuffled"] = row(lambda s: s.mean("shuffled_neurons"))
-        rows["neurons"] = row(lambda s: len(s.neurons))
-        rows["of them silent"] = row(lambda s: s.n_silent)
-        dropped = [self.n_dropped(task) for task in activity]
-        if any(dropped):
+                errors = [s.over(kind, column).error for s in scores]
+                if not np.isnan(errors).all():
+                    rows[f"{indent}± over {kind}"] = [_number(error) for error in errors]
+            pooled = [_number(s.mean(column, pooled=True)) for s in scores]
+            rows[f"{indent}all spikes pooled"] = pooled
+        for what in ("trials", "neurons"):
+            rows[f"{what} shuffled"] = [_number(s.mean(f"shuffled_{what}")) for s in scores]
+        rows["neurons"] = [str(len(s.neurons)) for s in scores]
+        rows["of them silent"] = [str(s.n_silent) for s in scores]
+        if any(dropped := [self.n_dropped(task) for task in activity]):
             rows["not scored"] = [str(n) for n in dropped]
-        blind = row(lambda s: s.n_blind)
-        if any(cell != "0" for cell in blind):  # their score is that of guessing
-            rows["with nothing visible"] = blind
+        if any(blind := [s.n_blind for s in scores]):  # their score is that of guessing
+            rows["with nothing visible"] = [str(n) for n in blind]
         return rows
 
 
@@ -371,84 +364,51 @@ def score_table(reports: Mapping[str, Report], column: str | None = None) -> str
 
     Args:
         reports: name -> report.
-        column: of the tables; default each task's own score.
+        column: of the tables. Default: each task's own score. "-" where a report lacks it.
 
     Raises:
         ValueError: for a column that no task has.
     """
-    tasks = [
-        task
-        for task in dict.fromkeys(task for report in reports.values() for task in report.tasks)
-        if column is None or any(column in r.tasks[task].table for r in reports.values()
-                                 if task in r.tasks)
-    ]  # fmt: skip
+    cells: dict[str, dict[str, str]] = {name: {} for name in reports}
+    for name, report in reports.items():
+        for task, scores in report.tasks.items():
+            if column is None or column in scores.table:
+                cells[name][task] = _number(scores.mean(column))
+    tasks = list(dict.fromkeys(task for row in cells.values() for task in row))
     if not tasks:
         known = {c: None for r in reports.values() for s in r.tasks.values() for c in s.table}
         raise ValueError(f"no task has a column {column!r}; there are: {', '.join(known)}")
-    rows = {
-        name: [_number(r.tasks[t].mean(column)) if t in r.tasks else "-" for t in tasks]
-        for name, r in reports.items()
-    }
-    return _table(tasks, rows)
+    return _text(tasks, {n: [row.get(t, "-") for t in tasks] for n, row in cells.items()})
 
 
-def _as_next_seed(
-    table: dict[str, np.ndarray], parts: Sequence[dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """A table whose seeds follow those that its sessions have in other tables."""
-    shift = 0
-    for part in parts:
-        same = np.isin(part["session"], table["session"])
-        if not same.any():
-            continue
-        shift = max(shift, part["seed"][same].max() + 1)
-        for name in np.unique(part["session"][same]).tolist():
-            for column in ("neuron", "spikes"):
-                if column not in table:
-                    continue
-                ours, theirs = (_of_one_run(t, name, column) for t in (part, table))
-                if not np.array_equal(ours, theirs):
-                    raise ValueError(
-                        f"session {name!r}: these reports scored other neurons or other trials, so "
-                        "they do not differ by their seeds alone; join those of the same"
-                    )
-    return table | {"seed": table["seed"] + shift}
+def _next_seeds(before: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose seeds follow those that its sessions have in another table."""
+    same = before[before["session"].isin(table["session"])]
+    if same.empty:
+        return table
+    rows = [c for c in ("neuron", "spikes") if c in table]  # the same in every run of a session
+    for name, theirs in same.groupby("session"):
+        ours = table[table["session"] == name]
+        first = (run[run["seed"] == run["seed"].iloc[0]][rows] for run in (ours, theirs))
+        if not np.array_equal(*first):
+            raise ValueError(
+                f"session {name!r}: these reports scored other neurons or other trials, so they do "
+                "not differ by their seeds alone; join those of the same"
+            )
+    return table.assign(seed=table["seed"] + same["seed"].max() + 1)
 
 
-def _of_one_run(table: dict[str, np.ndarray], session: str, column: str) -> np.ndarray:
-    mine = table["session"] == session
-    return table[column][mine & (table["seed"] == table["seed"][mine][0])]
-
-
-def _stacked(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Tables one under the other; a column that some do not have is NaN there."""
-    columns = dict.fromkeys(column for table in tables for column in table)
-    return {
-        column: np.concatenate(
-            [t[column] if column in t else np.full(len(t["session"]), np.nan) for t in tables]
-        )
-        for column in columns
-    }
-
-
-def _table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+def _text(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     heads = [column.removesuffix("-prediction") for column in columns]
-    width = max([len(name) for name in rows] + [9])
-    lines = [" " * width + "".join(f"  {head}" for head in heads)]
-    for name, cells in rows.items():
-        aligned = (f"  {c:>{len(head)}}" for c, head in zip(cells, heads, strict=True))
-        lines.append(f"{name:<{width}}" + "".join(aligned))
-    return "\n".join(lines)
+    return pd.DataFrame.from_dict(dict(rows), orient="index", columns=heads).to_string()
 
 
 def _number(value: float) -> str:
-    if isinstance(value, int):
-        return str(value)
     return "-" if np.isnan(value) else f"{value:.3f}"
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it."""
+    """A value for JSON: rounded to six decimals, None for NaN."""
     if not isinstance(value, float):
         return value
     return None if not np.isfinite(value) else round(value, 6)
