@@ -10,11 +10,11 @@ hides one query's neurons in all trials, makes one forward pass in fp32 with all
 the result, and takes the next.
 
 Ours and the plain loop are timed in turn, on the same neurons to score; all are in the input. On a
-CPU these are a random few, of which fewer passes are shared than of all. What all would take is
-therefore estimated, too: the seconds of a forward pass of one trial times all passes. On a CPU
-these are CPU seconds over threads, which other work on the machine does not lengthen. With the
-small model the whole report of all neurons is timed as well: four tasks in the test trials of 600,
-and the choice and a trace decoded, which is fitted to the other 480.
+CPU these are a random few. What all would take is therefore estimated, too: the seconds of a
+forward pass of one trial times all passes. On a CPU these are CPU seconds over threads, which other
+work on the machine does not lengthen. With the small model the whole report of all neurons is timed
+as well: four tasks in the test trials of 600, and the choice and a trace decoded, which is fitted
+to the other 480.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ import torch
 from mtm import evaluate
 from mtm.masks import Mask
 from mtm.model import MtM, MtMConfig
-from mtm.prediction import _plan, predict_held_out
+from mtm.prediction import TASKS, predict_held_out, queries_of
 from mtm.session import Session
-from mtm.prediction import TASKS, queries_of
 
 N_TRIALS, N_BINS, BIN_SIZE, N_NEURONS, N_REGIONS = 120, 100, 0.02, 700, 8
 MEAN_RATE, SPREAD = 4.0, 1.6  # Hz; standard deviation of the log rates
@@ -195,9 +194,8 @@ def all_neurons(
 
 def passes(session: Session, task: str, wanted: np.ndarray) -> int:
     """Forward passes of one trial that ours makes."""
-    hidden, scored, bins = queries_of(task, session, wanted)
-    fired = session.counts[:, slice(*bins)].any(axis=1)
-    return len(_plan(hidden, scored, session.n_trials, fired, torch.device("cpu")).trial)
+    hidden, *_ = queries_of(task, session, wanted)
+    return len(hidden) * session.n_trials
 
 
 def activity(model: MtM, session: Session, task: str) -> dict[str, float]:
@@ -237,7 +235,7 @@ def one_query_at_a_time(model: MtM, session: Session, task: str, wanted: np.ndar
     counts = torch.from_numpy(session.counts.astype(np.float32)).to(model.device)
     for neurons, scored in zip(queries, all_scored, strict=True):
         entries = torch.zeros(session.counts.shape[1:], dtype=torch.bool)
-        entries[slice(*bins)] = torch.from_numpy(neurons)
+        entries[bins] = torch.from_numpy(neurons)
         hidden = entries.to(model.device).expand(counts.shape)
         mask = Mask(hidden, hidden, causal=task == "forward-prediction")
         log_rates = model(counts, TASKS[task], mask, session.name).cpu().numpy()

@@ -73,7 +73,7 @@ class Prompted:
         self.model, self.prompt = model, prompt
         self.device, self.seen = model.device, model.seen
 
-    def predict(
+    def predict_log_rates(
         self, counts: Any, scheme: str, mask: Any, session: str, neurons: Any = None
     ) -> Any:
         """Log-rates; see `mtm.prediction`."""

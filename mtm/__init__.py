@@ -44,7 +44,7 @@ from mtm.baselines import fit_baseline
 from mtm.checkpoint import from_pretrained, load, push_to_hub, save
 from mtm.data.collection import Prepared, Sessions, prepare
 from mtm.data.regions import at_level
-from mtm.decoding import decode, decode_by_region, decode_choice, decode_trace
+from mtm.decoding import decode, decode_by_region
 from mtm.evaluation import evaluate
 from mtm.masks import Mask, MaskSampler, register
 from mtm.model import MtM, MtMConfig
@@ -74,8 +74,6 @@ __all__ = [
     "at_level",
     "decode",
     "decode_by_region",
-    "decode_choice",
-    "decode_trace",
     "evaluate",
     "fit",
     "fit_baseline",

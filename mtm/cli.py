@@ -34,7 +34,7 @@ from mtm.evaluation import evaluate
 from mtm.masks import SCHEMES
 from mtm.model import CHOICES as MODEL_CHOICES
 from mtm.model import MtM, MtMConfig
-from mtm.prediction import checked_split_seed, mean_rates, oracle
+from mtm.prediction import mean_rates, oracle
 from mtm.recipes import CHOICES as TRAIN_CHOICES
 from mtm.recipes import RECIPES, TrainConfig, recipe
 from mtm.report import Report, score_table
@@ -213,7 +213,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; name a file in it")
     _require_known(model, sessions, options.by_region)
-    seed = checked_split_seed(model, sessions[0], None)
+    seed = model.split_seed or 0
     how = {"split_seed": seed, "tasks": options.tasks, "batch_size": options.batch_size}
     reports = {
         name: evaluate(predictor, sessions, progress=True, **how)

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
 from mtm.masks import Mask, MaskSampler
-from mtm.prediction import call_predictor
+from mtm.prediction import predict_in_batches
 from mtm.report import Mean, Report, TaskScores
 from mtm.session import Session, has_region
 
@@ -164,13 +164,11 @@ def filled_in(
         seed, ratio: of the mask, as in :func:`mask`.
     """
     mask = _draw(session, name, [trial], seed, ratio)
-    device = getattr(predictor, "device", "cpu")
-    there = Mask(mask.hidden.to(device), mask.target.to(device), mask.causal)
-    counts = torch.from_numpy(session.counts[[trial]].astype(np.float32)).to(device)
-    counts = counts.masked_fill(there.hidden, 0.0)  # nobody is shown the answer
-    with torch.no_grad():
-        log_rates = call_predictor(predictor, counts, name, there, session.name)[0]
-    images = {"predicted": torch.exp(log_rates).cpu().numpy() / session.bin_size}  # (T, N), Hz
+    counts = torch.from_numpy(session.counts[[trial]].astype(np.float32))
+    ((_, log_rates),) = predict_in_batches(
+        predictor, session.name, name, 1, lambda _: (counts, mask)
+    )
+    images = {"predicted": torch.exp(log_rates[0]).cpu().numpy() / session.bin_size}  # (T, N), Hz
     if session.rates is not None:
         images["true rate"] = session.rates[trial] / session.bin_size
     target = mask.target[0].numpy()

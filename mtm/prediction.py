@@ -63,10 +63,11 @@ def as_predictor(
             known = ", ".join(predictor)
             raise ValueError(f"no predictor for session {session.name!r}; there are: {known}")
         predictor = predictor[session.name]
-    if isinstance(predictor, np.ndarray | Tensor):
-        log_rates = torch.as_tensor(predictor).detach().cpu().numpy()
+    if isinstance(predictor, Tensor):
+        predictor = predictor.detach().cpu().numpy()
+    if isinstance(predictor, np.ndarray):
         try:
-            return np.broadcast_to(log_rates, session.counts.shape)
+            return np.broadcast_to(predictor, session.counts.shape)
         except ValueError as error:
             raise ValueError(f"session {session.name!r}: log-rates do not fit: {error}") from None
     try:

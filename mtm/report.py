@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from mtm.checkpoint import replacing
+from mtm.session import atomic_write
 
 LABELS = ("session", "seed", "neuron", "region")  # columns that identify a row
 COUNTS = ("spikes", "visible", "train_trials", "test_trials")
@@ -300,7 +300,7 @@ class Report:
         text = json.dumps(content, allow_nan=False) + "\n"
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with replacing(Path(path)) as partial:
+            with atomic_write(Path(path)) as partial:
                 partial.write_text(text)
         return text
 

@@ -27,7 +27,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from sklearn.metrics import r2_score
-from tqdm import tqdm
 
 from mtm.bwb.decoders import LOWEST, decode_classes, decode_counts, decode_traces
 from mtm.bwb.files import SUITES
@@ -49,7 +48,7 @@ from mtm.checkpoint import replacing
 from mtm.decoding import FOLDS, principal_axes
 from mtm.masks import Mask, scheme
 from mtm.model import MtM
-from mtm.prediction import Model, call_predictor, in_batches, require_finite, trials_at_once
+from mtm.prediction import PredictorLike, predict_in_batches
 from mtm.session import SessionError
 from mtm.training import Fit
 
@@ -64,7 +63,7 @@ NOT_CHECKED = re.compile(r"ts3-unit_cosmos/seed_(0|[1-9]\d*)\.safetensors")  # T
 
 
 def predict_windows(
-    predictor: Model,
+    predictor: PredictorLike,
     recording: Recording,
     starts: np.ndarray,
     prompt: str,
@@ -103,30 +102,27 @@ def predict_windows(
     hide = torch.zeros(BINS, n_units, dtype=torch.bool)
     if hidden:
         hide[bins, torch.from_numpy(units)] = True
-    device = getattr(predictor, "device", torch.device("cpu"))
-    hide, kept = hide.to(device), torch.from_numpy(units).to(device)
     found = np.empty((len(starts), bins.stop - bins.start, len(units)), dtype=dtype)
+    mask = Mask(hide, hide, scheme(prompt).causal)
 
-    def make(start: int, stop: int) -> None:
-        counts = recording.counts(starts[start:stop]).astype(np.float32)
-        visible = torch.from_numpy(counts).to(device).masked_fill_(hide, 0)
-        everywhere = hide.expand(visible.shape)
-        mask = Mask(everywhere, everywhere, scheme(prompt).causal)
-        predicted = call_predictor(predictor, visible, prompt, mask, recording.name)
-        predicted = predicted[:, bins][:, :, kept].detach().float().clamp(min=LOWEST)
+    def inputs(batch: slice) -> tuple[torch.Tensor, Mask]:
+        return torch.from_numpy(recording.counts(starts[batch]).astype(np.float32)), mask
+
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    for batch, predicted in predict_in_batches(
+        predictor, recording.name, prompt, len(starts), inputs, **how
+    ):
+        log_rates = predicted[:, bins][:, :, units].clamp(min=LOWEST).cpu().numpy()
+        if not np.isfinite(log_rates).all():
+            raise ValueError(
+                f"session {recording.name!r}: NaN or infinite log-rates were predicted"
+            )
         with np.errstate(over="ignore"):  # too large for float16 is infinite
-            found[start:stop] = predicted.cpu().numpy()
-        require_finite(found[start:stop], prompt, recording.name)
-
-    size = trials_at_once(predictor, recording.name) if batch_size is None else batch_size
-    what = f"session {recording.name!r}, windows"
-    bar = {"desc": f"{recording.name[:8]} {prompt}", "disable": None if progress else True}
-    with tqdm(total=len(starts), leave=False, **bar) as shown:
-        in_batches(make, len(starts), size, what, shown)
+            found[batch] = log_rates
     return found
 
 
-def misfit(predictor: Model, recording: Recording) -> str | None:
+def misfit(predictor: PredictorLike, recording: Recording) -> str | None:
     """Why a predictor cannot predict the windows of a recording; ``None`` if it can."""
     if not isinstance(predictor, MtM):
         return None
@@ -145,7 +141,7 @@ def misfit(predictor: Model, recording: Recording) -> str | None:
 
 
 def predict_task(
-    predictor: Model,
+    predictor: PredictorLike,
     recording: Recording,
     task: str,
     *,
@@ -258,7 +254,7 @@ def save(
     return _save(path, tensors, _metadata(label, task, seed, recording) | more)
 
 
-def fingerprint(predictor: Model) -> str:
+def fingerprint(predictor: PredictorLike) -> str:
     """SHA-256 of a model's weights; "" for a predictor that is no model."""
     if not isinstance(predictor, torch.nn.Module):
         return ""
@@ -287,7 +283,7 @@ def _metadata(label: str, task: str, seed: int, recording: Recording) -> dict[st
 
 
 def export(
-    models: Model | Sequence[Model],
+    models: PredictorLike | Sequence[PredictorLike],
     files: Iterable[str | Path],
     folder: str | Path,
     label: str,
@@ -353,7 +349,7 @@ def export(
     return paths
 
 
-def require_untaught(models: dict[int, Model], recording: Recording) -> None:
+def require_untaught(models: dict[int, PredictorLike], recording: Recording) -> None:
     """Refuse models (seed -> model) that have learned from windows of the test part.
 
     The two suites split a recording in different ways: training time of one is test time of the
@@ -386,8 +382,10 @@ def checked_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def models_for(
-    recordings: Sequence[Recording], models: Sequence[Model], seeds: Sequence[int] | None = None
-) -> dict[int, Model]:
+    recordings: Sequence[Recording],
+    models: Sequence[PredictorLike],
+    seeds: Sequence[int] | None = None,
+) -> dict[int, PredictorLike]:
     """Seed -> model, of those that know all recordings of a build.
 
     Raises:
