@@ -249,7 +249,7 @@ class Plain(nn.Module):
         x = model.tokenizer(counts.masked_fill(mask.hidden, 0), layers)
         prefix = torch.stack([layers.token, model.prompt_tokens[model.prompts.index(prompt)]])
         x = self.embed_dropout(torch.cat([prefix.expand(len(x), -1, -1), x], dim=1))
-        bins = torch.arange(N_BINS).repeat_interleave(model.tokenizer.n_patches(layers))
+        bins = torch.arange(N_BINS).repeat_interleave(layers.n_patches)
         bins = torch.cat([torch.tensor([-1, -1]), bins])
         allowed = bins[:, None] >= bins if mask.causal else torch.ones(len(bins), len(bins)).bool()
         if mask.causal and model.config.tokenizer == "ndt1":

@@ -1,29 +1,18 @@
 """The model: spike counts to tokens, a transformer encoder, tokens to log-rates.
 
-MtM (arXiv 2407.14668, section 3) is one transformer encoder between layers that know about
-neurons. A trial of counts (B, T, N) becomes tokens (B, L, D) in one of two ways:
+MtM (arXiv 2407.14668, section 3) cuts a trial of counts (B, T, N) into tokens in one of two ways:
 
-=========  ================================  ==================================  =============
-tokenizer  a token is                        layers that know about neurons      tokens a trial
-=========  ================================  ==================================  =============
-``ndt1``   one bin of all neurons            each session's own stitcher and     T
-                                             readout
-``ndt2``   one bin of a patch of P neurons   shared; a bias for each neuron      T ceil(N / P)
-=========  ================================  ==================================  =============
+=========  ==============================  ===================================  ===============
+tokenizer  a token is                      layers that know about neurons       tokens of a bin
+=========  ==============================  ===================================  ===============
+``ndt1``   one bin of all neurons          each session's stitcher and readout  1
+``ndt2``   one bin of a patch of neurons   shared; a bias for each neuron       ceil(N / P)
+=========  ==============================  ===================================  ===============
 
-A prefix of two tokens comes first: the session token (whose recording this is) and the prompt token
-(which masking scheme is on). Out come log-rates (B, T, N).
-
-Where this differs from the authors' code:
-
-- Input: a count is scaled by the mean and spread of its neuron, so that the 0 that takes the place
-  of a hidden entry stands for the mean. (In their code it is a bin without spikes.)
-- Causal mode: a token attends to tokens of its own and earlier bins, and the prefix to no bin. No
-  path, through any number of layers, leads from a later bin to an earlier output. (In their code
-  one does, by way of the prefix.)
-- Initialisation: the readout starts at each neuron's log mean count, tokens start small, and a
-  stitcher starts at the principal components of its session. A new model therefore predicts the
-  mean rates and learns from there. ``init="paper"`` starts as the authors' code.
+The session token (whose recording it is) and the prompt token (which masking scheme is on) come
+first. Differences from the authors' code: counts are scaled by each neuron's mean, so that the 0 in
+the place of a hidden entry stands for the mean and not for silence; causal mode does not leak; and
+a new model predicts the mean rates (``init="paper"`` starts as theirs).
 """
 
 from __future__ import annotations
@@ -51,7 +40,7 @@ READOUT_SCALE = 0.1  # factor on initial readout weights: predictions start near
 SOFTENING = 0.1  # added to a mean count, so that rare spikes are not scaled up without bound
 COMPONENTS = 32  # principal components that a new stitcher starts with
 COMPONENTS_SCALE = 3.0  # their amplitude
-COMPONENT_BINS = 20_000  # at most this many bins of training trials are used to compute them
+COMPONENT_BINS = 20_000  # most bins of training trials from which they are computed
 
 CHOICES = {
     "tokenizer": ("ndt1", "ndt2"),
@@ -66,57 +55,35 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class MtMConfig:
-    """Sizes and options of a model. The default sizes are the paper's, the options our best.
+    """Sizes and options of a model. The default sizes are the paper's, the options our best."""
 
-    Args:
-        tokenizer: ``"ndt1"``, one token for each bin, or ``"ndt2"``, one for each bin and patch.
-        width: D, width of a token.
-        depth: number of transformer layers.
-        heads: attention heads; ``width`` must be a multiple.
-        mlp_width: hidden width of a layer's MLP.
-        stitch_width: S, width that the stitchers of ndt1 map all sessions to.
-        patch_size: P, neurons of an ndt2 patch.
-        dropout: probability in attention and MLP.
-        embed_dropout: probability on the tokens.
-        positions: of time: ``"rotary"`` (Su et al. 2021) or ``"learned"`` embeddings (the authors).
-        input_counts: ``"scaled"``, (count - mean) / sqrt(mean + 0.1) with each neuron's mean count
-            in the training trials, or ``"raw"`` (the authors).
-        session_token: whether each session has a token in the prefix.
-    """
-
-    tokenizer: str = "ndt1"
-    width: int = 512
-    depth: int = 5
-    heads: int = 8
-    mlp_width: int = 1024
-    stitch_width: int = 668
-    patch_size: int = 128
-    dropout: float = 0.4
-    embed_dropout: float = 0.2
-    positions: str = "rotary"
-    input_counts: str = "scaled"
+    tokenizer: str = "ndt1"  # "ndt1": a token for each bin; "ndt2": for each bin and patch
+    width: int = 512  # D, of a token
+    depth: int = 5  # transformer layers
+    heads: int = 8  # attention heads; width must be a multiple
+    mlp_width: int = 1024  # hidden units of a layer's MLP
+    stitch_width: int = 668  # S, to which the stitchers of ndt1 map all sessions
+    patch_size: int = 128  # P, neurons of an ndt2 token
+    dropout: float = 0.4  # in attention and MLP
+    embed_dropout: float = 0.2  # of the tokens
+    positions: str = "rotary"  # of time: "rotary", or "learned" embeddings (the authors)
+    input_counts: str = "scaled"  # (count - mean) / sqrt(mean + 0.1), or "raw" (the authors)
     session_token: bool = True
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "mlp_width", "stitch_width", "patch_size"):
-            size = operator.index(getattr(self, name))  # a plain int, which JSON can hold
-            object.__setattr__(self, name, size)
+            size = operator.index(getattr(self, name))
+            object.__setattr__(self, name, size)  # a plain int, which JSON can hold
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        for name in ("dropout", "embed_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
-                )
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        if self.positions == "rotary" and self.width // self.heads % 2:
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+        unit = self.heads * (2 if self.positions == "rotary" else 1)  # rotation acts on pairs
+        if self.width % unit:
             raise ValueError(
-                f"rotary positions need an even width for each head, got {self.width} / "
-                f"{self.heads}; choose other heads or positions='learned'"
+                f"width {self.width} must be a multiple of {unit}, for {self.heads} heads with "
+                f"{self.positions} positions"
             )
 
     @classmethod
@@ -125,8 +92,6 @@ class MtMConfig:
 
         Width, heads and dropout grow with depth. ``fields`` sets any field by hand.
         """
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
         heads = max(1, round(1.6 * depth))
         width = 64 * heads
         sizes: dict[str, Any] = {
@@ -146,67 +111,64 @@ class MtMConfig:
         return cls(**{"positions": "learned", "input_counts": "raw", **fields})
 
 
-# ---------------------------------------------------------------- layers of one session
-
-
 class SessionLayers(nn.Module):
-    """What belongs to one session alone: its stitcher, readout and session token.
+    """What belongs to one session alone: stitcher, readout and session token.
 
-    With the ndt2 tokenizer, whose layers are shared by all sessions, there is a bias for each
-    neuron in the place of stitcher and readout.
+    With ndt2, whose layers all sessions share, a bias for each neuron replaces the first two.
     """
 
     mean: Tensor  # (N,) mean count of each neuron, by which the input is scaled
 
     def __init__(self, n_neurons: int, config: MtMConfig) -> None:
         super().__init__()
-        self.n_neurons = n_neurons
+        self.n_neurons, self.n_patches = n_neurons, 1  # n_patches: tokens of a bin
         if config.tokenizer == "ndt1":
             self.stitcher = nn.Linear(n_neurons, config.stitch_width)
             self.readout = nn.Linear(config.width, n_neurons)
         else:
+            self.n_patches = math.ceil(n_neurons / config.patch_size)
             self.bias = nn.Parameter(torch.zeros(n_neurons))
         self.token = nn.Parameter(torch.zeros(config.width)) if config.session_token else None
         if config.input_counts == "scaled":
             self.register_buffer("mean", torch.zeros(n_neurons))
 
     @torch.no_grad()
-    def init_from_means(self, means: Tensor) -> None:
-        """Make a new model predict each neuron's mean count (N,)."""
-        if hasattr(self, "readout"):
-            self.readout.weight.mul_(READOUT_SCALE)
-            self.readout.bias.copy_(means.log())
-        else:
-            self.bias.copy_(means.log())
+    def init_from_counts(self, counts: np.ndarray, init: str) -> None:
+        """Start at the statistics of training trials (K, T, N): see :meth:`MtM.add_session`."""
+        log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike
+        if hasattr(self, "mean"):
+            self.mean.copy_(log_means.exp())
+        if init == "paper":
+            return
+        if hasattr(self, "bias"):
+            self.bias.copy_(log_means)
+            return
+        self.readout.weight.mul_(READOUT_SCALE)
+        self.readout.bias.copy_(log_means)
+        # Each output of the stitcher starts at a component: outputs 0 to R-1 at the R components
+        # in turn, R to 2R-1 at their negatives, and so on.
+        components = principal_components(counts, log_means.exp())  # (N, R)
+        turn, component = divmod(np.arange(len(self.stitcher.weight)), components.shape[1])
+        sign = torch.from_numpy(1.0 - 2.0 * (turn % 2)).float()
+        self.stitcher.weight += COMPONENTS_SCALE * sign[:, None] * components.T[component]
 
-    @torch.no_grad()
-    def init_from_components(self, components: Tensor) -> None:
-        """Add directions of the counts (N, R), in turn and with both signs, to stitcher outputs."""
-        n_outputs, n_components = len(self.stitcher.weight), components.shape[1]
-        output = torch.arange(n_outputs)
-        # Outputs 0..R-1 get the components, R..2R-1 their negatives, and so on.
-        sign = 1 - 2 * (output // n_components % 2)
-        directions = sign[:, None] * components.T[output % n_components]  # (S, N)
-        self.stitcher.weight += COMPONENTS_SCALE * directions
 
-
-def principal_components(counts: np.ndarray, means: Tensor, n_components: int) -> Tensor:
-    """Principal components (N, R) of scaled training counts (K, T, N); fewer where data are few."""
+def principal_components(counts: np.ndarray, means: Tensor) -> Tensor:
+    """Principal components (N, R) of scaled training counts (K, T, N)."""
     n_trials, n_bins, _ = counts.shape
     some = counts[:: math.ceil(n_trials * n_bins / COMPONENT_BINS)]  # every so many-th trial
-    x = torch.from_numpy(some.astype(np.float32))
-    x = (x - means) * (means + SOFTENING).rsqrt()
-    # What neurons share is slower than their spikes: average over 5 bins.
+    x = (torch.from_numpy(some.astype(np.float32)) - means) * (means + SOFTENING).rsqrt()
+    # What neurons share changes more slowly than their spikes: average over 5 bins.
     x = F.avg_pool1d(x.transpose(1, 2), 5, stride=1, padding=2, count_include_pad=False)
     x = x.transpose(1, 2).flatten(0, 1)  # (K T, N)
-    return torch.pca_lowrank(x, min(n_components, *x.shape), niter=4)[2]
+    return torch.pca_lowrank(x, min(COMPONENTS, *x.shape), niter=4)[2]
 
 
 # ---------------------------------------------------------------- from counts to tokens, and back
 
 
 class BinTokenizer(nn.Module):
-    """The NDT1 tokenizer: one token for each bin. Stitchers map all sessions to one width first."""
+    """The NDT1 tokenizer: a token for each bin. Stitchers map all sessions to one width first."""
 
     def __init__(self, config: MtMConfig, n_bins: int, init: str) -> None:
         super().__init__()
@@ -224,16 +186,9 @@ class BinTokenizer(nn.Module):
         """Tokens (B, T, D) to log-rates (B, T, N); with ``neurons`` (B,), to (B, T)."""
         return layers.readout(x) if neurons is None else read_out_one(x, layers.readout, neurons)
 
-    def n_patches(self, layers: SessionLayers) -> int:
-        """Tokens of a bin."""
-        return 1
-
-    def grow(self, n_neurons: int) -> None:
-        """Nothing here depends on the size of the largest session."""
-
 
 class PatchTokenizer(nn.Module):
-    """The NDT2 tokenizer: one token for each bin and patch of neurons, with embeddings of both.
+    """The NDT2 tokenizer: a token for each bin and patch of neurons, with embeddings of both.
 
     The last patch of a bin is filled up with zeros, and its surplus outputs are cut off.
     """
@@ -243,7 +198,7 @@ class PatchTokenizer(nn.Module):
         self.n_bins, self.patch_size = n_bins, config.patch_size
         self.embed_spikes = nn.Linear(config.patch_size, 2 * config.patch_size)
         self.project = nn.Linear(2 * config.patch_size, config.width)
-        # One row for each place of a patch in a bin. The table grows with the sessions.
+        # A row for each place of a patch in a bin: see `grow`.
         self.space = nn.Parameter(torch.empty(0, config.width))
         self.space_norm = nn.LayerNorm(config.width)
         self.time = time_embedding(config, n_bins, init)
@@ -257,17 +212,13 @@ class PatchTokenizer(nn.Module):
 
     def forward(self, x: Tensor, layers: SessionLayers) -> Tensor:
         """Masked input (B, T, N) to tokens (B, T x patches, D)."""
-        n_patches = self.n_patches(layers)
-        x = F.pad(x, (0, n_patches * self.patch_size - layers.n_neurons))
-        return self.embed_patches(x.unflatten(2, (n_patches, self.patch_size)))
-
-    def embed_patches(self, x: Tensor) -> Tensor:
-        """Patches (B, T, patches, P) to tokens (B, T x patches, D), with both embeddings added."""
+        x = F.pad(x, (0, layers.n_patches * self.patch_size - x.shape[2]))
+        x = x.unflatten(2, (-1, self.patch_size))  # (B, T, patches, P)
         x = self.project(F.softsign(self.embed_spikes(x)))  # (B, T, patches, D)
-        x = x + self.space_norm(self.space[: x.shape[2]])
+        x = x + self.space_norm(self.space[: layers.n_patches])
         if self.time is not None and self.time_norm is not None:
             x = x + self.time_norm(self.time)[:, None]
-        return x.flatten(1, 2)
+        return x.flatten(1, 2)  # bin by bin
 
     def read_out(self, x: Tensor, layers: SessionLayers, neurons: Tensor | None = None) -> Tensor:
         """Tokens (B, T x patches, D) to log-rates (B, T, N); with ``neurons`` (B,), to (B, T)."""
@@ -276,34 +227,20 @@ class PatchTokenizer(nn.Module):
             x = self.readout(x).flatten(2)  # (B, T, patches x P)
             return x[..., : layers.n_neurons] + layers.bias
         trials = torch.arange(len(x), device=x.device)
-        x = x[trials, :, neurons // self.patch_size]  # (B, T, D), each neuron's own patch
+        x = x[trials, :, neurons // self.patch_size]  # (B, T, D), the patch of each neuron
         return read_out_one(x, self.readout, neurons % self.patch_size) + layers.bias[neurons, None]
 
-    def n_patches(self, layers: SessionLayers) -> int:
-        """Tokens of a bin."""
-        return math.ceil(layers.n_neurons / self.patch_size)
-
-    def grow(self, n_neurons: int) -> None:
+    def grow(self, n_patches: int) -> None:
         """Add random places for a session that is larger than all before."""
-        missing = math.ceil(n_neurons / self.patch_size) - len(self.space)
-        if missing > 0:
-            new = torch.randn(missing, self.space.shape[1]).to(self.space)
+        if n_patches > len(self.space):
+            new = torch.randn(n_patches - len(self.space), self.space.shape[1]).to(self.space)
             self.space = nn.Parameter(torch.cat([self.space.detach(), new]))
-
-
-TOKENIZERS: dict[str, type[BinTokenizer | PatchTokenizer]] = {
-    "ndt1": BinTokenizer,
-    "ndt2": PatchTokenizer,
-}
 
 
 def read_out_one(x: Tensor, readout: nn.Linear, rows: Tensor) -> Tensor:
     """One output for each trial: tokens (B, T, D) and rows (B,) of the readout, to (B, T)."""
     bias, weight = readout.bias[rows, None, None], readout.weight[rows, :, None]
     return torch.baddbmm(bias, x, weight)[..., 0]
-
-
-# ---------------------------------------------------------------- positions in time
 
 
 def time_embedding(config: MtMConfig, n_bins: int, init: str) -> nn.Parameter | None:
@@ -318,8 +255,7 @@ def time_embedding(config: MtMConfig, n_bins: int, init: str) -> nn.Parameter | 
 def waves(n_bins: int, width: int) -> Tensor:
     """Sines and cosines of the bin's number, (n_bins, width): near bins get similar embeddings.
 
-    From a random start a model first has to find out which bins are neighbours; from this one it
-    can begin with smoothing.
+    From a random start a model first has to find out which bins are neighbours.
     """
     half = torch.arange((width + 1) // 2) / ((width + 1) // 2)
     periods = 4.0 * (n_bins / 2.0) ** half  # geometric, from 4 bins to twice the trial
@@ -328,9 +264,9 @@ def waves(n_bins: int, width: int) -> Tensor:
 
 
 def rotation(bins: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, (L, width / 2), of the angle by which each bin turns its tokens.
+    """Cosines and sines, (L, width / 2), of the angles by which bins turn their tokens (RoPE).
 
-    Source: Su et al. 2021 (RoPE). The prefix counts as the bin before the first.
+    Source: Su et al. 2021. The prefix counts as the bin before the first.
     """
     speed = 10_000.0 ** (-torch.arange(0, width, 2, device=bins.device) / width)
     angle = bins[:, None] * speed
@@ -351,21 +287,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Tokens(NamedTuple):
-    """Tokens of a batch of trials, and which of them attend to which.
+    """Tokens of a batch of trials, and which of them attend to which."""
 
-    Attributes:
-        x: (B, L, D), the prefix first.
-        bins: (L,) the bin of each token, -1 for the prefix.
-        causal: each token attends to itself and those before it only. Needs no mask tensor, which
-            keeps the fastest attention kernels.
-        allowed: bool, (L, L) or broadcastable to (B, heads, L, L): query (row) may attend to key
-            (column). None: all may, or ``causal`` decides.
-    """
-
-    x: Tensor
-    bins: Tensor
-    causal: bool = False
-    allowed: Tensor | None = None
+    x: Tensor  # (B, L, D), the prefix first
+    bins: Tensor  # (L,) the bin of each token, -1 for the prefix
+    causal: bool = False  # lower-triangular attention, which needs no mask tensor: the fast kernels
+    allowed: Tensor | None = None  # (L, L) or (B, 1, L, L) bool: query (row) may attend to key
 
 
 class Attention(nn.Module):
@@ -373,12 +300,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, tokens: Tokens, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Tokens to (B, L, D); ``turns`` are the cosines and sines of rotary positions."""
@@ -388,13 +311,9 @@ class Attention(nn.Module):
         )
         if turns is not None:
             q, k = rotate(q, *turns), rotate(k, *turns)
+        p = self.dropout.p if self.training else 0.0  # of the attention weights
         x = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=tokens.allowed,
-            dropout_p=self.dropout.p if self.training else 0.0,
-            is_causal=tokens.causal,
+            q, k, v, attn_mask=tokens.allowed, dropout_p=p, is_causal=tokens.causal
         )
         return self.dropout(self.out(x.transpose(1, 2).flatten(2)))  # heads side by side again
 
@@ -434,12 +353,11 @@ class MtM(nn.Module):
         init: how weights start: ``"mtm"``, or ``"paper"``, as in the authors' code.
 
     Attributes:
-        split_seed: seed of the splits it was trained on; None = not known.
-        seen: session -> fingerprints (n,) int64 of its training trials
-            (:meth:`mtm.Session.fingerprints`), by which evaluation recognises them.
+        split_seed: of the splits it was trained on (:meth:`mtm.Session.split`); None = not known.
+        seen: session -> :meth:`mtm.Session.fingerprints` of its training trials, (n,) int64.
     """
 
-    tokenizers: Mapping[str, type[BinTokenizer | PatchTokenizer]] = TOKENIZERS
+    tokenizers: Mapping[str, type[Any]] = {"ndt1": BinTokenizer, "ndt2": PatchTokenizer}
 
     def __init__(
         self,
@@ -455,34 +373,25 @@ class MtM(nn.Module):
         super().__init__()
         if init not in ("mtm", "paper"):
             raise ValueError(f"init must be 'mtm' or 'paper', got {init!r}")
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts must be a list of names, got {prompts!r}")
         self.config, self.n_bins, self.bin_size = config, n_bins, bin_size
         self.prompts, self.causal, self.init = tuple(prompts), causal, init
         self.split_seed: int | None = None
         self.seen: dict[str, np.ndarray] = {}
+        self.token_std = 1.0 if init == "paper" else TOKEN_STD
         self.tokenizer = self.tokenizers[config.tokenizer](config, n_bins, init)
-        self.prompt_tokens = nn.Parameter(torch.empty(len(self.prompts), config.width))
-        layers = [Layer(config) for _ in range(config.depth)]
-        self.layers = nn.ModuleList(layers)
+        self.prompt_tokens = nn.Parameter(self.token_std * torch.randn(len(prompts), config.width))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.sessions = nn.ModuleDict()
         self._keys: dict[str, str] = {}  # session name -> key in self.sessions
-        self._init_encoder(layers)
+        scale = 0.67 * config.depth**-0.25  # of residual branches, as in T-Fixup
+        for key, weight in self.layers.named_parameters():
+            if key.endswith(("out.weight", "up.weight", "down.weight")):
+                weight.data.mul_(scale)
+            elif key.endswith("value.weight"):
+                weight.data.mul_(scale * math.sqrt(2))
         for name, n_neurons in (sessions or {}).items():
             self.add_session(name, n_neurons)
-
-    def _init_encoder(self, layers: Sequence[Layer]) -> None:
-        """Scale residual branches down with depth, as T-Fixup does; draw prompt tokens."""
-        nn.init.normal_(self.prompt_tokens, std=1.0 if self.init == "paper" else TOKEN_STD)
-        scale = 0.67 * self.config.depth**-0.25
-        with torch.no_grad():
-            for layer in layers:
-                for linear in (layer.attention.out, layer.up, layer.down):
-                    linear.weight.mul_(scale)
-                layer.attention.value.weight.mul_(scale * math.sqrt(2))
-
-    # ------------------------------------------------------------ forward
 
     def forward(
         self,
@@ -496,7 +405,7 @@ class MtM(nn.Module):
 
         Args:
             counts: (B, T, N) spike counts of trials of one session.
-            scheme: the masking scheme whose prompt token is shown; one without a prompt token, or
+            scheme: masking scheme whose prompt token is shown. One without a prompt token, or
                 None, shows none.
             mask: what to hide, and whether attention is causal. None hides nothing.
             session: its name.
@@ -504,10 +413,6 @@ class MtM(nn.Module):
 
         Returns:
             log-rates, (B, T, N); with ``neurons``, (B, T).
-
-        Raises:
-            KeyError: for a session that was never added.
-            ValueError: for an unknown scheme, or counts of another shape than the session's.
         """
         tokens = self.embed(counts, scheme, mask, session)
         return self.read_out(self.encode(tokens), session, neurons)
@@ -524,16 +429,16 @@ class MtM(nn.Module):
         x = x.to(self.norm.weight.dtype)  # residuals keep full precision under autocast
         prefix = self.prefix(scheme, layers)  # (0 to 2, D)
         x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, L, D)
-        bins = torch.arange(self.n_bins, device=x.device)
-        bins = bins.repeat_interleave(self.tokenizer.n_patches(layers))
-        bins = F.pad(bins, (len(prefix), 0), value=-1)  # (L,)
         x = F.dropout(x, self.config.embed_dropout, self.training)
+        bins = torch.arange(self.n_bins, device=x.device)
+        bins = bins.repeat_interleave(layers.n_patches)
+        bins = F.pad(bins, (len(prefix), 0), value=-1)  # (L,)
         causal = mask is not None and mask.causal
         if causal and self.config.tokenizer == "ndt2":
-            # Tokens of one bin attend to each other, which no lower triangle says.
+            # Tokens of one bin attend to each other, which a lower triangle does not allow.
             return Tokens(x, bins, allowed=bins[:, None] >= bins)
         # Tokens are in order of time, so causal attention is lower-triangular. The prefix comes
-        # first and attends to no bin: nothing passes from later to earlier bins through it.
+        # first and attends to no bin: nothing passes through it from later to earlier bins.
         return Tokens(x, bins, causal)
 
     def masked_input(self, counts: Tensor, mask: Mask | None, layers: SessionLayers) -> Tensor:
@@ -549,7 +454,7 @@ class MtM(nn.Module):
         if scheme in self.prompts:
             tokens.append(self.prompt_tokens[self.prompts.index(scheme)])
         elif scheme is not None:
-            known_scheme(scheme)  # an unknown name is an error, not a missing prompt
+            known_scheme(scheme)  # raises for a misspelt name, which would mean no prompt
         return torch.stack(tokens) if tokens else self.prompt_tokens[:0]
 
     def encode(self, tokens: Tokens) -> Tensor:
@@ -562,23 +467,17 @@ class MtM(nn.Module):
         return self.norm(tokens.x)
 
     def read_out(self, x: Tensor, session: str, neurons: Tensor | None = None) -> Tensor:
-        """Encoded tokens (B, L, D), with or without the prefix, to what :meth:`forward` returns."""
-        x = x[:, -self.n_tokens(session) :]  # without the prefix
+        """Encoded tokens (B, L, D), with or without prefix, to what :meth:`forward` returns."""
+        x = x[:, -self.n_tokens(session) :]
         return self.tokenizer.read_out(x, self.session_layers(session), neurons)
 
     def forward_many(
         self, batches: Sequence[tuple[Tensor, str | None, Mask | None, str]]
     ) -> list[Tensor]:
-        """Run :meth:`forward` on several batches, each of one session.
+        """Log-rates of several batches, each of one session, as from :meth:`forward`.
 
-        Batches with equally many tokens and the same attention pass through the encoder together,
-        which keeps large accelerators busy.
-
-        Args:
-            batches: the arguments (counts, scheme, mask, session) of :meth:`forward`.
-
-        Returns:
-            log-rates of each batch, the same as from one call after the other.
+        Batches (counts, scheme, mask, session) with equally many tokens and the same attention
+        pass through the encoder together, which keeps large accelerators busy.
         """
         embedded = [self.embed(*batch) for batch in batches]
         groups: dict[tuple[int, int, bool], list[int]] = {}
@@ -603,7 +502,7 @@ class MtM(nn.Module):
         session: str,
         neurons: Tensor | None = None,
     ) -> Tensor:
-        """Run :meth:`forward` without dropout and gradients: the predictor that `evaluate` needs.
+        """Log-rates as from :meth:`forward`, without dropout and gradients.
 
         A model that was not trained with causal attention predicts without it.
         """
@@ -616,8 +515,6 @@ class MtM(nn.Module):
         finally:
             self.train(was_training)
 
-    # ------------------------------------------------------------ sessions
-
     def add_session(
         self,
         name: str,
@@ -628,71 +525,50 @@ class MtM(nn.Module):
         """Make layers and a token for a recording that the model does not know.
 
         Args:
-            name: unique name of the session; two sessions with equally many neurons stay apart.
+            name: a name that no other session has.
             n_neurons: N.
-            counts: (K', T, N) spike counts of its training trials. Their means scale the input.
-                Unless ``init="paper"``, the readout starts at the means and the stitcher at the
-                principal components. Without counts, the means are taken as 0.
-            token: where the session token starts: ``"new"``, at random as in the paper, or
-                ``"mean"``, at the mean of the other sessions'.
-
-        Raises:
-            ValueError: when the name is taken, counts have another shape, or there is no other
-                session to take the mean token of.
+            counts: (K, T, N) spike counts of its training trials. Their means scale the input.
+                Unless ``init="paper"``, predictions start at the means, and the stitcher at the
+                principal components. Default: means of 0, and a random start.
+            token: the session token starts ``"new"``, at random, or at the ``"mean"`` of others.
         """
         if name in self._keys:
             raise ValueError(f"session {name!r} is in the model already")
-        if token not in ("new", "mean"):
-            raise ValueError(f"session {name!r}: token must be 'new' or 'mean', got {token!r}")
+        if token != "new" and (token != "mean" or not self.sessions):
+            raise ValueError(f"token must be 'new', or 'mean' if there are others; got {token!r}")
         layers = SessionLayers(n_neurons, self.config)
-        if layers.token is not None and token == "new":
-            nn.init.normal_(layers.token, std=1.0 if self.init == "paper" else TOKEN_STD)
-        elif layers.token is not None:
-            if not self.sessions:
-                raise ValueError(
-                    f"session {name!r}: no other session to take the mean token of; use token='new'"
-                )
-            layers.token.data.copy_(torch.stack(self._session_tokens()).mean(dim=0))
+        if layers.token is not None:
+            start = self.token_std * torch.randn(self.config.width)
+            if token == "mean":
+                start = torch.stack(self._session_tokens()).mean(dim=0)
+            layers.token.data.copy_(start)
         if counts is not None:
-            counts = counts.cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
+            counts = np.asarray(counts.cpu() if isinstance(counts, Tensor) else counts)
             if counts.ndim != 3 or counts.shape[2] != n_neurons:
                 raise ValueError(
                     f"session {name!r}: counts must be (trials, bins, {n_neurons} neurons), got "
                     f"{counts.shape}"
                 )
-            self._init_from_counts(layers, counts)
-        self.tokenizer.grow(n_neurons)
-        # Names of modules may not hold a dot, nor be the name of an attribute of ModuleDict.
+            layers.init_from_counts(counts, self.init)
+        if self.config.tokenizer == "ndt2":
+            self.tokenizer.grow(layers.n_patches)
+        # Names of modules may not hold a dot, nor be an attribute of ModuleDict, as "keys" is.
         self._keys[name] = "session:" + quote(name, safe=" ").replace(".", "%2E")
         self.sessions[self._keys[name]] = layers.to(self.norm.weight)
 
-    def _init_from_counts(self, layers: SessionLayers, counts: np.ndarray) -> None:
-        """Start the layers of a session at the statistics of its training trials (K', T, N)."""
-        means = torch.from_numpy(log_mean(counts)).float().exp()  # a silent neuron: half a spike
-        if self.config.input_counts == "scaled":
-            layers.mean.copy_(means)
-        if self.init == "paper":
-            return
-        layers.init_from_means(means)
-        if self.config.tokenizer == "ndt1":
-            layers.init_from_components(principal_components(counts, means, COMPONENTS))
-
     def session_layers(self, name: str) -> SessionLayers:
-        """The layers of one session.
-
-        Raises:
-            KeyError: for a session that was never added; the message lists the known ones.
-        """
-        layers = self.sessions[self._keys[name]] if name in self._keys else None
-        if not isinstance(layers, SessionLayers):
+        """The layers of one session; raises KeyError with the names that are known."""
+        if name not in self._keys:
+            known = ", ".join(self._keys) or "none"
             raise KeyError(
-                f"the model does not know session {name!r}; it knows: "
-                f"{', '.join(self.session_names) or 'none'}. fit(session, model) adds it"
+                f"the model does not know session {name!r}; it knows: {known}. Training on the "
+                "session, fit(session, model), adds it"
             )
+        layers: Any = self.sessions[self._keys[name]]
         return layers
 
     def _session_tokens(self) -> list[Tensor]:
-        tokens = (self.session_layers(name).token for name in self.session_names)
+        tokens = (self.session_layers(name).token for name in self._keys)
         return [token.detach() for token in tokens if token is not None]
 
     @property
@@ -702,49 +578,40 @@ class MtM(nn.Module):
 
     def n_tokens(self, session: str) -> int:
         """Tokens of a trial of the session, without the prefix."""
-        return self.n_bins * self.tokenizer.n_patches(self.session_layers(session))
+        return self.n_bins * self.session_layers(session).n_patches
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.norm.weight.device
 
-    # ------------------------------------------------------------ description
-
     def settings(self) -> dict[str, Any]:
         """Everything about the model but its weights, as JSON can hold it."""
-        layers = {name: self.session_layers(name) for name in self.session_names}
+        plain = ("n_bins", "bin_size", "causal", "init", "split_seed")
         return {
             "class": "mtm",
             "config": asdict(self.config),
-            "n_bins": self.n_bins,
-            "bin_size": self.bin_size,
             "prompts": list(self.prompts),
-            "causal": self.causal,
-            "init": self.init,
-            "split_seed": self.split_seed,
-            "sessions": {name: each.n_neurons for name, each in layers.items()},
+            **{key: getattr(self, key) for key in plain},
+            "sessions": {name: self.session_layers(name).n_neurons for name in self._keys},
             "seen": {name: b64encode(each.tobytes()).decode() for name, each in self.seen.items()},
         }
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """The model that :meth:`settings` describes, with new weights."""
-        given = {**settings, "config": MtMConfig(**settings["config"])}
-        for key in ("class", "split_seed", "seen"):  # what is no argument of the constructor
-            del given[key]
-        model = cls(**given)
+        others = ("class", "split_seed", "seen")  # what is no argument of the constructor
+        given = {key: value for key, value in settings.items() if key not in others}
+        model = cls(**{**given, "config": MtMConfig(**settings["config"])})
         model.split_seed = settings["split_seed"]
-        model.seen = {
-            name: np.frombuffer(b64decode(each), dtype=np.int64)
-            for name, each in settings["seen"].items()
-        }
+        for name, each in settings["seen"].items():
+            model.seen[name] = np.frombuffer(b64decode(each), dtype=np.int64)
         return model
 
     def n_parameters(self) -> dict[str, Any]:
         """Number of parameters: ``core``, all tokens included, and ``sessions``, name -> layers."""
         sizes = {}
-        for name in self.session_names:
+        for name in self._keys:
             layers = self.session_layers(name)
             sizes[name] = sum(p.numel() for p in layers.parameters() if p is not layers.token)
         total = sum(p.numel() for p in self.parameters())
@@ -752,7 +619,7 @@ class MtM(nn.Module):
 
     def summary(self) -> str:
         """Number of parameters of each part and of each session, as a table."""
-        sizes = self.n_parameters()
+        core, sessions = self.n_parameters().values()
         parts: dict[str, Iterable[Tensor]] = {
             "tokenizer": self.tokenizer.parameters(),
             "prompt tokens": [self.prompt_tokens],
@@ -760,12 +627,12 @@ class MtM(nn.Module):
             f"layers ({self.config.depth})": self.layers.parameters(),
             "final norm": self.norm.parameters(),
         }
-        rows = {name: sum(p.numel() for p in part) for name, part in parts.items()}
-        rows["core, all of these"] = sizes["core"]
-        for name, size in sizes["sessions"].items():
-            rows[f"session {name!r}, {self.session_layers(name).n_neurons} neurons"] = size
-        rows["total"] = sum(p.numel() for p in self.parameters())
-        wide = max(map(len, rows))
+        rows = [(name, sum(p.numel() for p in part)) for name, part in parts.items()]
+        rows += [("core, all of these", core)]
+        for name, size in sessions.items():
+            rows += [(f"session {name!r}, {self.session_layers(name).n_neurons} neurons", size)]
+        rows += [("total", core + sum(sessions.values()))]
+        wide = max(len(name) for name, _ in rows)
         title = f"MtM with the {self.config.tokenizer} tokenizer, width {self.config.width}"
-        lines = [f"  {name:<{wide}} {n:>12,}" for name, n in rows.items()]
+        lines = [f"  {name:<{wide}} {size:>12,}" for name, size in rows]
         return "\n".join([f"{title}; parameters", *lines])

@@ -10,7 +10,7 @@ import torch
 from mtm import Mask, MtM, Session, evaluate, metrics
 from mtm.training import Batch
 from mtm.masks import MTM_SCHEMES
-from mtm.official import _their_key, from_official
+from mtm.official import their_key, from_official
 from mtm.recipes import TrainConfig
 from mtm.training import accumulate
 
@@ -73,7 +73,7 @@ def test_losses_and_gradients_equal_the_authors(fixture):
         for key, parameter in model.named_parameters():
             if parameter.grad is None or parameter.numel() == 0:
                 continue
-            name, row = _their_key(key, model, fixture["eid_order"])
+            name, row = their_key(key, model, fixture["eid_order"])
             expected = theirs["grads"][name] if row is None else theirs["grads"][name][row]
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-4, msg=name)
             compared.add(name)
@@ -115,7 +115,7 @@ def test_nine_steps_of_training_follow_the_authors(fixture):
         # A key's bias cancels in the softmax: its gradient is rounding, which Adam blows up.
         ours_alone = key.startswith("sessions.") and key.count(".") == 2 and "bias" in key
         if value.numel() and not key.endswith("key.bias") and not ours_alone:
-            name, row = _their_key(key, model, fixture["eid_order"])
+            name, row = their_key(key, model, fixture["eid_order"])
             expected = trajectory["final_state_dict"][name]
             expected = expected if row is None else expected[row]
             torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4, msg=name)
