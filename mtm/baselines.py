@@ -1,27 +1,26 @@
-"""What a user would otherwise pick, behind the interface that the model has.
+"""Baselines: the methods a user would otherwise pick, with the same interface as the model.
 
 =======================  =======================================================================
-PSTH                     the training trials' time course, smoothed and shrunk to the mean
-ridge                    linear: each neuron from the others, its future from its past
-low-rank GLM             the same through a few latents and with a Poisson likelihood
+PSTH                     mean time course of the training trials, smoothed and shrunk
+ridge                    linear regression of each neuron on the others, of its future on the past
+low-rank GLM             Poisson regression through a few latent variables
 reduced-rank regression  the low-rank GLM of several sessions, which share temporal filters
-temporal NDT1            our model, trained with temporal masking alone
-random-token NDT2        our model of patches, trained with random-token masking alone
+temporal NDT1            our transformer, trained with temporal masking only
+random-token NDT2        our transformer on patches, trained with random-token masking only
 =======================  =======================================================================
 
-All learn from training trials alone. What a regression has to choose (widths, windows, penalties,
-ranks) it chooses on validation trials. So do the two transformers choose the epoch, and how much
-they hide; the rest of their settings suits them. The regressions are in ``mtm.baselines``.
+Parameters are fitted on training trials; hyperparameters (smoothing, windows, penalties, ranks, the
+share that a transformer hides, its best epoch) are chosen on validation trials. Inputs of the
+regressions are residuals, ``(count - PSTH) / sqrt(mean + population mean)``, summed over windows.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from mtm import metrics
+from mtm.checkpoint import save
 from mtm.evaluation import evaluate
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.model import MtMConfig
@@ -37,726 +37,587 @@ from mtm.prediction import TASKS, forward_bins
 from mtm.session import Session, SessionError, require_alike
 from mtm.training import Fit, fit
 
-WIDTHS = (0.0, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # s.d. of the smoothing of PSTHs, bins
-PRIORS = (3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e9)  # spikes that the mean counts as, in a PSTH
-AROUND = ((0, 0), (1, 1), (2, 3), (4, 7), (0, None))  # windows: distances in bins, None: the trial
-LAGS = {
+# Grids of hyperparameters. Windows are (smallest, largest) distances in bins; None: whole trial.
+SMOOTHING_WIDTHS = (0.0, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # s.d. of the PSTH kernel, bins
+PRIOR_SPIKES = (3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e9)  # weight of the mean rate in a PSTH
+AROUND = ((0, 0), (1, 1), (2, 3), (4, 7), (0, None))  # before and after the predicted bin
+RIDGE_WINDOWS = {  # those of AROUND that a ridge regression uses
     "same bin and trial": [0, 4],
     "up to 1 bin and trial": [0, 1, 4],
     "up to 7 bins and trial": [0, 1, 2, 3, 4],
 }
-"""Which of those windows ridge regressions may look at; one of them is chosen."""
-PAST = ((0, 0), (1, 2), (3, 6), (7, 14), (0, None))  # windows: bins back from the last known one
-COMPONENTS = (4, 16, 32)  # of the population, whose past forward prediction may look at
-RANKS = (8, 32, 64)  # numbers of latents
-BURST = 6.0  # largest input
-STEPS = 40  # of L-BFGS at each penalty of the low-rank GLM
-VOTES = 5  # spikes expected on the validation trials; neurons with fewer have no say in a choice
+PAST = ((0, 0), (1, 2), (3, 6), (7, 14), (0, None))  # before the last visible bin
+COMPONENTS = (4, 16, 32)  # of the population, inputs of forward prediction
+RANKS = (8, 32, 64)  # of the low-rank GLM
+LARGEST_INPUT = 6.0
+LBFGS_STEPS = 40  # at each penalty of the low-rank GLM
+MIN_SPIKES = 5  # expected in the validation trials, for a neuron to count in a choice
+
+# Settings of the transformers; they suit temporal masking better than the recipe "mtm".
+RATIOS = (0.1, 0.3)
+OPTIONS: dict[str, Any] = {"positions": "learned", "input_counts": "raw"}
+SETTINGS: dict[str, Any] = {"epochs": 100, "batch_size": 16, "batches_per_step": 1}
+SETTINGS |= {"weight_decay": 0.01}
 
 
-# ---------------------------------------------------------------------------- what all share
+# ------------------------------------------------------------------------- parts shared by all
 
 
 def psth(session: Session, split_seed: int = 0) -> np.ndarray:
-    """Log of the mean count of each bin over the training trials, (1, T, N).
+    """Log of each neuron's mean count per bin over the training trials, (1, T, N).
 
-    Smoothed over time with a Gaussian, and shrunk to the neuron's mean the more, the fewer spikes
-    it fired; both by as much as predicts the validation trials best.
+    Smoothed over time with a Gaussian and shrunk towards the neuron's mean, both by as much as
+    predicts the validation trials best.
     """
     split = session.split(split_seed)
     train, val = (torch.from_numpy(session.counts[part]).double() for part in split[:2])
     null = torch.from_numpy(metrics.log_mean(session.counts[split.train]))
     mean, spikes = null.exp(), train.sum((0, 1))
     bins = torch.arange(session.n_bins).double()
-    distance = bins[:, None] - bins
     best, found = -np.inf, null.expand(session.n_bins, -1)
-    for width in WIDTHS:
-        kernel = torch.exp(-0.5 * (distance / max(width, 1e-3)) ** 2)
+    for width in SMOOTHING_WIDTHS:
+        kernel = torch.exp(-0.5 * ((bins[:, None] - bins) / max(width, 1e-3)) ** 2)
         smooth = kernel / kernel.sum(1, keepdim=True) @ train.mean(0)
-        for prior in PRIORS:
-            own = spikes / (spikes + prior)
-            log_rates = (mean + own * (smooth - mean)).log()
-            if (score := bits(log_rates.expand_as(val), val, null)) > best:
+        for prior in PRIOR_SPIKES:
+            weight = spikes / (spikes + prior)  # neurons with few spikes are shrunk more
+            log_rates = (mean + weight * (smooth - mean)).log()
+            if (score := validation_score(log_rates.expand_as(val), val, null)) > best:
                 best, found = score, log_rates
     return found[None].numpy()
 
 
-def bits(log_rates: Tensor, counts: Tensor, null: Tensor) -> float:
-    """Bits per spike over the null (N,), mean over neurons with enough spikes to expect."""
-    flat = (-1, counts.shape[-1])
-    log_rates, counts = log_rates.reshape(flat), counts.reshape(flat)
-    gain = (counts * (log_rates - null) - log_rates.exp() + null.exp()).sum(0)
-    spikes = counts.sum(0)
-    fired = spikes > 0
-    votes = fired & (null.exp() * len(counts) >= VOTES)
-    votes = votes if votes.any() else fired
-    return float((gain[votes] / spikes[votes]).mean() / metrics.LOG2) if votes.any() else 0.0
+def validation_score(log_rates: Tensor, counts: Tensor, null: Tensor) -> float:
+    """Bits per spike over the null model (N,), mean over neurons with enough expected spikes."""
+    flat = (1, -1, counts.shape[-1])
+    bits = metrics.bits_per_spike(log_rates.reshape(flat), counts.reshape(flat), null)
+    fired = ~np.isnan(bits)
+    enough = fired & (null.exp() * (counts.numel() / len(null)) >= MIN_SPIKES).numpy()
+    used = enough if enough.any() else fired
+    return float(bits[used].mean()) if used.any() else 0.0
 
 
-def climb(score: Callable[[float], float], start: float, factor: float = 3.0) -> float:
-    """Of ``start * factor**k``, the value with the best score; ends where both sides are worse."""
+def search_penalty(score: Callable[[float], float], start: float) -> tuple[float, float]:
+    """Best score and its penalty: hill climbing on the grid ``start * 3**k``."""
     scores = {0: score(start)}
     for step in (1, -1):
         k = max(scores, key=scores.__getitem__)
         while abs(k) < 15 and k + step not in scores:
-            scores[k + step] = score(start * factor ** (k + step))
+            scores[k + step] = score(start * 3.0 ** (k + step))
             if scores[k + step] < scores[k] + 1e-5:
                 break
             k += step
-    return start * factor ** max(scores, key=scores.__getitem__)
+    k = max(scores, key=scores.__getitem__)
+    return scores[k], start * 3.0**k
 
 
-def windows(
-    n_bins: int,
-    bounds: Sequence[tuple[int, int | None]],
-    past: bool = False,
-    dtype: torch.dtype = torch.float64,
+def window_matrices(
+    n_bins: int, windows: Sequence[tuple[int, int | None]], past: bool = False
 ) -> Tensor:
-    """Sums over windows of bins as matrices, (L, T, T), each over the root of its size.
-
-    Args:
-        n_bins: T.
-        bounds: smallest and largest distance in bins; None = the whole trial.
-        past: of bins before and up to the present one only.
-        dtype: of the matrices.
-    """
-    lag = torch.arange(n_bins)[:, None] - torch.arange(n_bins)  # row: where, column: from where
+    """Matrices (L, T, T) that sum over windows of bins and divide by the root of their size."""
+    lag = torch.arange(n_bins)[:, None] - torch.arange(n_bins)  # row minus column
     distance = lag if past else lag.abs()
     rows = []
-    for low, high in bounds:
+    for low, high in windows:
         high = n_bins if high is None else high
         size = (high - low + 1) * (1 if past else 2) - (not past and low == 0)
         rows.append(((distance >= low) & (distance <= high)) / min(size, n_bins) ** 0.5)
-    return torch.stack(rows).to(dtype)
+    return torch.stack(rows)
 
 
 def residuals(counts: Tensor, rates: Tensor, scale: Tensor) -> Tensor:
-    """Counts (K, T, N) as inputs: what is above the rates (T, N), scaled; bursts are cut."""
-    return ((counts - rates) / scale).clamp(max=BURST)
+    """Inputs of the regressions (K, T, N): counts minus rates (T, N), scaled; bursts are cut."""
+    return ((counts - rates) / scale).clamp(max=LARGEST_INPUT)
 
 
-def principal(x: Tensor, n: int) -> Tensor:
-    """The n directions (N, n) of most covariance between a bin and the bins around it."""
-    around = windows(x.shape[1], ((1, 3),)).to(x.dtype)[0] @ x
-    shared = x.flatten(0, 1).T @ around.flatten(0, 1)
-    _, vectors = torch.linalg.eigh((shared + shared.T).double())
+def shared_directions(x: Tensor, n: int) -> Tensor:
+    """The n directions (N, n) of largest covariance between a bin and its neighbours."""
+    neighbours = window_matrices(x.shape[1], ((1, 3),)).to(x.dtype)[0] @ x
+    covariance = x.flatten(0, 1).T @ neighbours.flatten(0, 1)
+    _, vectors = torch.linalg.eigh((covariance + covariance.T).double())
     return vectors.flip(1)[:, :n].to(x.dtype)
 
 
 class Data:
-    """A session as the fits take it.
+    """A session, prepared for fitting.
 
     Attributes:
-        rates: (T, N) PSTH, counts a bin.
-        null: (N,) log of the mean count.
-        most: (N,) largest count of a bin in training.
-        scale: (N,) by which residuals are divided.
-        codes: (N,) region; a neuron without a label is a region by itself.
-        regions: the members of each labelled region.
-        counts: part -> (K', T, N).
-        inputs: part -> (K', T, N) scaled residuals.
+        rates: (T, N) PSTH, counts per bin; ``null`` (N,) log of the mean count per bin.
+        largest: (N,) largest count of a bin in the training trials, the limit of predictions.
+        scale: (N,) divisor of the residuals.
+        regions: members of each region; ``alone``, the neurons without a region.
+        counts: "train" or "val" -> (K', T, N); ``inputs``, their residuals.
     """
 
     def __init__(self, session: Session, split_seed: int, dtype: torch.dtype) -> None:
         split = session.split(split_seed)
-        _, self.n_bins, self.n_neurons = session.counts.shape
-        self.name = session.name
+        self.name, self.n_bins, self.n_neurons = session.name, session.n_bins, session.n_neurons
         self.rates = torch.from_numpy(np.exp(psth(session, split_seed)[0])).to(dtype)
         self.null = torch.from_numpy(metrics.log_mean(session.counts[split.train])).to(dtype)
-        mean = self.null.exp()
-        most = session.counts[split.train].max(axis=(0, 1))
-        self.most = torch.from_numpy(most).to(dtype).clamp(min=1)
-        self.scale = (mean + mean.mean()).sqrt()  # the second: a rare spike is no huge input
+        largest = session.counts[split.train].max(axis=(0, 1))
+        self.largest = torch.from_numpy(largest).to(dtype).clamp(min=1)
+        self.link, mean = Link(self.rates, self.largest), self.null.exp()
+        self.scale = (mean + mean.mean()).sqrt()  # the population mean keeps rare spikes small
         codes = torch.from_numpy(session.region_codes)
-        self.labelled = codes >= 0
-        self.codes = torch.where(self.labelled, codes, len(codes) + torch.arange(len(codes)))
-        self.regions = [(codes == code).nonzero()[:, 0] for code in codes[self.labelled].unique()]
-        members = [*self.regions, (~self.labelled).nonzero()[:, 0]]
-        self.unsorted = torch.cat(members).argsort()  # from sorted by region to as recorded
+        self.regions = [(codes == c).nonzero()[:, 0] for c in codes[codes >= 0].unique()]
+        self.alone = (codes < 0).nonzero()[:, 0]
         parts = {"train": split.train, "val": split.val}
         self.counts = {p: torch.from_numpy(session.counts[i]).to(dtype) for p, i in parts.items()}
-        self.inputs = {
-            part: residuals(c, self.rates, self.scale) for part, c in self.counts.items()
-        }
+        self.inputs = {p: residuals(c, self.rates, self.scale) for p, c in self.counts.items()}
 
-    def seen(self, scheme: str, neurons: Tensor) -> Tensor:
-        """Which neurons each of ``neurons`` (B,) is predicted from, (B, N) bool."""
-        same = self.codes == self.codes[neurons][:, None]
-        itself = torch.arange(self.n_neurons) == neurons[:, None]
+    def visible(self, scheme: str) -> Tensor:
+        """(N, N) bool: whether the neuron of a column may see the neuron of a row."""
+        itself = torch.eye(self.n_neurons, dtype=torch.bool)
+        same = itself.clone()  # a neuron without a region is a region of its own
+        for members in self.regions:
+            same[members[:, None], members] = True
         return {"neuron": ~itself, "inter-region": ~same, "intra-region": same & ~itself}[scheme]
-
-    def without_trials(self) -> Data:
-        """What is left when the trials are not needed any more."""
-        left = copy.copy(self)
-        left.counts = left.inputs = {}
-        return left
 
 
 class Link(NamedTuple):
-    """From predicted changes ``delta`` to log-rates, none above the largest count in training.
+    """Function from predicted changes to log-rates, limited by the largest count.
 
-    With a gain changes are counts, ``log(max(rates + gain * delta, floor * rates))``; without, they
-    are of the log-rate, ``log(rates) + delta``.
+    With a gain, changes are counts: ``log(max(rates + gain * delta, floor * rates))``. Without,
+    they are changes of the log-rate: ``log(rates) + delta``.
     """
 
-    rates: Tensor  # (T, N), or as delta
-    most: Tensor  # (N,)
+    rates: Tensor  # (T, N), or the shape of the changes
+    largest: Tensor  # (N,)
     gain: Tensor | None = None  # (N,)
     floor: float = 0.0
 
-    def __call__(self, delta: Tensor, neurons: Tensor | None = None) -> Tensor:
-        """Of delta (..., N), or (B, T) for ``neurons`` (B,)."""
-        rates, most, gain = self.rates, self.most, self.gain
-        if neurons is not None:
-            rates, most = rates.T[neurons], most[neurons, None]
-            gain = None if gain is None else gain[neurons, None]
-        if gain is None:
-            return torch.minimum(rates.log() + delta, most.log())
-        return torch.minimum(torch.maximum(rates + gain * delta, self.floor * rates), most).log()
+    def __call__(self, delta: Tensor) -> Tensor:
+        """Log-rates (..., N) of changes (..., N)."""
+        if self.gain is None:
+            return torch.minimum(self.rates.log() + delta, self.largest.log())
+        counts = torch.maximum(self.rates + self.gain * delta, self.floor * self.rates)
+        return torch.minimum(counts, self.largest).log()
 
 
-Tuned = tuple[float, Link]  # score, and what it was reached with
+Tuned = tuple[float, Link]  # validation score, and the link that reaches it
+
+
+Found = tuple[str, str, "Regression", str, float]
+"""Session, scheme, fitted map, what was chosen, validation score."""
 
 
 def tune_gain(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> Tuned:
-    """Gain and floor of counts predicted linearly; the gain may be smaller at low rates."""
-    mean, best = null.exp(), (-np.inf, link._replace(floor=0.2))
+    """Choose gain and floor for linear predictions; the gain may be smaller for low rates."""
 
-    def tried(**changes: Any) -> Tuned:
-        found = best[1]._replace(**changes)
-        return bits(found(delta), counts, null), found
+    def scored(candidate: Link) -> Tuned:
+        return validation_score(candidate(delta), counts, null), candidate
 
-    for prior in (0.0, 0.03, 0.1, 0.3, 1.0):  # of the population's mean count
-        for strength in (0.6, 0.8, 1.0, 1.25, 1.6):
-            gain = strength * mean / (mean + prior * mean.mean())
-            best = max(best, tried(gain=gain), key=lambda found: found[0])
-    others = [tried(floor=floor) for floor in (0.05, 0.1, 0.3, 0.5)]
-    return max(best, *others, key=lambda found: found[0])
+    mean = null.exp()
+    candidates = [
+        link._replace(gain=strength * mean / (mean + prior * mean.mean()), floor=0.2)
+        for prior in (0.0, 0.03, 0.1, 0.3, 1.0)
+        for strength in (0.6, 0.8, 1.0, 1.25, 1.6)
+    ]
+    best = max(map(scored, candidates), key=itemgetter(0))
+    floors = [scored(best[1]._replace(floor=floor)) for floor in (0.05, 0.1, 0.3, 0.5)]
+    return max(best, *floors, key=itemgetter(0))
 
 
 def keep_log(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> Tuned:
-    """The score of changes of the log-rate, which need no more."""
-    return bits(link(delta), counts, null), link
+    """Score predictions of the log-rate, which have nothing to tune."""
+    return validation_score(link(delta), counts, null), link
 
 
-# ------------------------------------------------------ ridge: neurons from other neurons
+@dataclass
+class Regression:
+    """Fitted map from the visible entries of a trial to log-rates.
 
-
-def without_own(inverse: Tensor, weights: Tensor, n_lags: int) -> Tensor:
-    """Ridge weights (N L, M) of M neurons, their own L features left out: exact.
-
-    ``inverse`` is A = (Phi'Phi + penalty I)^-1 and ``weights`` A Phi'Y. To hold block n of column
-    n at zero takes w - A[:, n] A[n, n]^-1 w[n].
+    Attributes:
+        scale: (N,) of the residuals.
+        windows: (L, T, T).
+        weights: (H, N, L, N) from neuron and window to neuron, zero where it may not see the other;
+            one map (H = 1), or if ``causal`` one for each number of bins ahead.
+        bias: (H, N).
+        link: from changes to log-rates.
     """
-    n = weights.shape[1]
-    each = torch.arange(n)
-    blocks = inverse.view(n, n_lags, n, n_lags)[each, :, each]  # (N, L, L)
-    own = weights.view(n, n_lags, n)[each, :, each]  # (N, L)
-    shift = torch.linalg.solve(blocks, own)
-    left = weights - torch.einsum("fnl,nl->fn", inverse.view(-1, n, n_lags), shift)
-    left.view(n, n_lags, n)[each, :, each] = 0
-    return left
 
-
-def without_regions(
-    inverse: Tensor, weights: Tensor, n_lags: int, regions: Sequence[Tensor]
-) -> Tensor:
-    """As :func:`without_own` for whole regions; other columns stay as they are."""
-    left = weights.clone()
-    for members in regions:
-        block = (members[:, None] * n_lags + torch.arange(n_lags)).ravel()
-        shift = torch.linalg.solve(inverse[block][:, block], weights[block][:, members])
-        left[:, members] -= inverse[:, block] @ shift
-        left[block[:, None], members] = 0
-    return left
-
-
-def within_regions(
-    gram: Tensor, cross: Tensor, penalty: float, n_lags: int, regions: Sequence[Tensor]
-) -> Tensor:
-    """Ridge weights (N L, N) of each neuron from the others of its region."""
-    weights = torch.zeros_like(cross)
-    for members in regions:
-        block = (members[:, None] * n_lags + torch.arange(n_lags)).ravel()
-        inverse = _inverse(gram[block][:, block], penalty)
-        own = without_own(inverse, inverse @ cross[block][:, members], n_lags)
-        weights[block[:, None], members] = own
-    return weights
-
-
-def linear_maps(
-    gram: Tensor, cross: Tensor, penalty: float, n_lags: int, data: Data
-) -> dict[str, Tensor]:
-    """Each scheme's ridge weights (N L, N) from Phi'Phi and Phi'Y."""
-    inverse = _inverse(gram, penalty)
-    weights = inverse @ cross
-    maps = {"neuron": without_own(inverse, weights, n_lags)}
-    if data.regions:
-        others = without_regions(inverse, weights, n_lags, data.regions)
-        maps["inter-region"] = torch.where(data.labelled, others, maps["neuron"])
-        maps["intra-region"] = within_regions(gram, cross, penalty, n_lags, data.regions)
-    return maps
-
-
-def _inverse(gram: Tensor, penalty: float) -> Tensor:
-    shifted = gram + penalty * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-
-
-@dataclass
-class Linear:
-    """Ridge weights that turn visible neurons into log-rates."""
-
-    rates: Tensor  # (T, N)
-    scale: Tensor  # (N,)
-    windows: Tensor  # (L, T, T)
-    weights: Tensor  # (N, L, N), zero where a neuron may not look
+    scale: Tensor
+    windows: Tensor
+    weights: Tensor
+    bias: Tensor
     link: Link
+    causal: bool = False
 
-    def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
-        """Log-rates (B, T, N) of counts that are 0 where hidden; of ``neurons`` (B,), (B, T)."""
-        inputs = residuals(counts, self.rates, self.scale)
-        if neurons is None:
-            parts = torch.stack([inputs @ self.weights[:, i] for i in range(len(self.windows))])
-            return self.link((self.windows[:, None] @ parts).sum(0))
-        parts = torch.bmm(inputs, self.weights[..., neurons].permute(2, 0, 1))  # (B, T, L)
-        return self.link(torch.einsum("lts,bsl->bt", self.windows, parts), neurons)
+    def __call__(self, counts: Tensor, first: Tensor, neurons: Tensor | None) -> Tensor:
+        """Log-rates (B, T, N); with ``neurons`` (B,), only those of theirs are valid.
 
-
-def features(x: Tensor, ops: Tensor) -> Tensor:
-    """(K, T, N) residuals to (K T, N L) windows of them, those of a neuron side by side."""
-    return torch.einsum("lts,ksn->ktnl", ops, x).flatten(2).flatten(0, 1)
-
-
-_Found = tuple[float, Link, Tensor, Tensor, str, float]  # score, link, weights, ops, lags, penalty
-
-
-def fit_linear(data: Data) -> Iterator[tuple[str, Linear, str, float]]:
-    """Scheme, map, what was chosen and its score, for each scheme that the session allows."""
-    best: dict[str, _Found] = {}
-    for name in LAGS:
-        _try_lags(data, name, best)
-    for scheme, (score, link, weights, ops, name, penalty) in best.items():
-        weights = weights.view(data.n_neurons, -1, data.n_neurons)
-        found = Linear(data.rates, data.scale, ops, weights, link._replace(rates=data.rates))
-        yield scheme, found, f"{name}; penalty {penalty:.3g}; floor {link.floor:g}", score
-
-
-def _try_lags(data: Data, name: str, best: dict[str, _Found]) -> None:
-    """Find the penalties for one choice of windows, and keep what is better than ``best``."""
-    ops, n_lags = windows(data.n_bins, AROUND)[LAGS[name]], len(LAGS[name])
-    x, counts = data.inputs["train"], data.counts["val"]
-    gram = cross = torch.zeros(())
-    targets = data.counts["train"] - data.rates
-    for some, target in zip(x.split(64), targets.split(64), strict=True):
-        phi = features(some, ops)  # of all trials, they might not fit into memory
-        gram, cross = gram + phi.T @ phi, cross + phi.T @ target.flatten(0, 1)
-    phi, link = features(data.inputs["val"], ops), Link(data.rates, data.most)
-
-    @cache
-    def scores(penalty: float) -> dict[str, float]:
-        found = {}
-        for scheme, weights in linear_maps(gram, cross, penalty, n_lags, data).items():
-            tuned = tune_gain((phi @ weights).view_as(counts), link, counts, data.null)
-            found[scheme] = tuned[0]
-            if scheme not in best or tuned[0] > best[scheme][0]:
-                best[scheme] = (*tuned, weights, ops, name, penalty)
-        return found
-
-    def score(penalty: float, scheme: str) -> float:
-        return scores(penalty)[scheme]
-
-    start = float(len(x) * data.n_bins)
-    for scheme in list(scores(start)):
-        climb(partial(score, scheme=scheme), start)
-
-
-# ------------------------------------------------------ GLM: neurons from other neurons
-
-
-@dataclass
-class LowRank:
-    """A few latents, filtered sums over the visible neurons, that move every neuron's log-rate."""
-
-    data: Data
-    scheme: str
-    rates: Tensor  # (T, N)
-    windows: Tensor  # (L, T, T)
-    inputs: Tensor  # (N, R)
-    filters: Tensor  # (L, R), of all sessions
-    outputs: Tensor  # (R, N)
-    bias: Tensor  # (N,)
-
-    @classmethod
-    def start(cls, data: Data, scheme: str, rank: int, filters: Tensor) -> LowRank:
-        """A map that changes nothing yet and looks at principal components, twice at each."""
-        x = data.inputs["train"]
-        groups = data.regions if scheme == "intra-region" else [torch.arange(data.n_neurons)]
-        inputs = torch.zeros(data.n_neurons, rank)
-        for members in groups:
-            directions = principal(x[..., members], rank // 2).repeat_interleave(2, 1)
-            inputs[members, : directions.shape[1]] = 0.1 * directions
-        zeros = torch.zeros(rank, data.n_neurons), torch.zeros(data.n_neurons)
-        ops = windows(data.n_bins, AROUND).float()
-        return cls(data, scheme, data.rates, ops, inputs, filters, *zeros)
-
-    def descend(self, penalty: float) -> float:
-        """Loss of the training trials and its gradient, which is added to the learned ones'.
-
-        Above the largest count the rate grows linearly with its logarithm, so that no step of a
-        line search is infinitely bad.
+        ``counts`` (B, T, N) are 0 where hidden, which is everywhere from bin ``first`` (B,) on.
         """
-        x, counts = self.data.inputs["train"], self.data.counts["train"]
-        log_rates = self.rates.log() + self.delta(x)
-        with torch.no_grad():
-            bounded = torch.minimum(log_rates, self.data.most.log())
-            rates = bounded.exp()
-            total = torch.dot(rates.flatten(), (log_rates - bounded + 1).flatten())
-            nll = float(total - torch.dot(counts.flatten(), log_rates.flatten()))
-        squares = penalty / 2 * (self.inputs.square().sum() + self.outputs.square().sum())
-        torch.autograd.backward([log_rates, squares], [rates - counts, None])
-        return nll + float(squares.detach())
+        x = residuals(counts.to(self.scale), self.link.rates, self.scale)
+        trial, bins = torch.arange(len(x)), torch.arange(x.shape[1])
+        if neurons is not None and not self.causal:  # much faster than all neurons
+            parts = torch.bmm(x, self.weights[0][..., neurons].permute(2, 0, 1))  # (B, T, L)
+            delta = torch.zeros_like(x)
+            delta[trial, :, neurons] = torch.einsum("lts,bsl->bt", self.windows, parts)
+            return self.link(delta + self.bias[0])
+        sums = window_sums(x, self.windows)  # (B, T, N L)
+        ahead = torch.zeros(x.shape[:2], dtype=torch.long)
+        if self.causal:  # take the sums of the last visible bin, zeros where there is none
+            known = torch.minimum(bins, first[:, None])  # (B, T): visible bins before each bin
+            sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)[trial[:, None], known]
+            ahead = (bins - known).clamp(max=len(self.weights) - 1)
+        delta = torch.empty_like(x)
+        for i, (weights, bias) in enumerate(zip(self.weights, self.bias, strict=True)):
+            delta[ahead == i] = sums[ahead == i] @ weights.flatten(0, 1) + bias
+        return self.link(delta)
 
-    def score(self) -> float:
-        """Bits per spike on validation trials."""
-        log_rates = Link(self.rates, self.data.most)(self.delta(self.data.inputs["val"]))
-        return bits(log_rates, self.data.counts["val"], self.data.null)
 
-    def frozen(self) -> LowRank:
-        """A copy that learns no more."""
-        names = ("inputs", "filters", "outputs", "bias")
-        parts = {name: getattr(self, name).detach().clone() for name in names}
-        return replace(self, data=self.data.without_trials(), **parts)
+def window_sums(x: Tensor, windows: Tensor) -> Tensor:
+    """Residuals (K, T, N) to features (K, T, N L), the L windows of a neuron side by side."""
+    return torch.einsum("lts,ksn->ktnl", windows, x).flatten(2)
 
-    def latents(self, visible: Tensor, inputs: Tensor) -> Tensor:
-        """(K, T, N') residuals and (N', R) weights to (K, T, R)."""
-        mixed = torch.einsum("lts,lr->rts", self.windows, self.filters / self.filters.norm(dim=0))
-        return torch.einsum("rts,ksr->ktr", mixed, visible @ inputs)
 
-    def itself(self, x: Tensor) -> Tensor:
-        """What each neuron adds to its own prediction, (K, T, N)."""
-        filters = self.filters / self.filters.norm(dim=0)
-        strength = filters @ (self.inputs.T * self.outputs)  # (L, N)
-        mixed = torch.einsum("lts,ln->nts", self.windows, strength)
-        return torch.bmm(mixed, x.permute(2, 1, 0)).permute(2, 1, 0)
+# --------------------------------------------------------------- ridge: neurons from other neurons
 
-    def regional(self, x: Tensor) -> Tensor:
-        """What each neuron's region, itself included, adds to its prediction; 0 without one."""
-        parts = [
-            self.latents(x[..., members], self.inputs[members]) @ self.outputs[:, members]
-            for members in self.data.regions
-        ]
-        parts.append(x.new_zeros(*x.shape[:2], int((~self.data.labelled).sum())))
-        return torch.cat(parts, -1)[..., self.data.unsorted]
+
+def ridge_weights(
+    gram: Tensor, cross: Tensor, penalty: float, among: Tensor, groups: Iterable[Tensor]
+) -> Tensor:
+    """Ridge weights (N L, N) of neurons from each other, without those of their own group; exact.
+
+    With A = (F'F + penalty I)^-1 of the features F and w = A F'Y, the weights of a group with the
+    block b of features held at zero are w - A[:, b] A[b, b]^-1 w[b].
+
+    Args:
+        gram, cross: F'F (N L, N L) and F'Y (N L, N).
+        penalty: of the squared weights.
+        among: the neurons to use; the weights of the others are 0.
+        groups: positions in ``among`` of neurons that may not see each other.
+    """
+    n_windows = len(gram) // cross.shape[1]
+    used = _columns(among, range(n_windows), n_windows)
+    shifted = gram[used][:, used] + penalty * torch.eye(len(used), dtype=gram.dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    weights = inverse @ cross[used][:, among]
+    for members in groups:
+        block = _columns(members, range(n_windows), n_windows)
+        shift = torch.linalg.solve(inverse[block][:, block], weights[block][:, members])
+        weights[:, members] -= inverse[:, block] @ shift
+        weights[block[:, None], members] = 0
+    whole = torch.zeros_like(cross)
+    whole[used[:, None], among] = weights
+    return whole
+
+
+def _columns(neurons: Tensor, windows: Sequence[int], n_windows: int) -> Tensor:
+    """Columns of the features of some neurons and windows."""
+    return (neurons[:, None] * n_windows + torch.tensor(windows)).ravel()
+
+
+def fit_ridge(data: Data) -> Iterator[Found]:
+    """One regression for each scheme that the session has regions for."""
+    windows = window_matrices(data.n_bins, AROUND).double()
+    gram = cross = torch.zeros(())
+    pairs = zip(*(part["train"].split(64) for part in (data.inputs, data.counts)), strict=True)
+    for x, counts in pairs:  # the features of all trials could fill the memory
+        features = window_sums(x, windows).flatten(0, 1)
+        gram = gram + features.T @ features
+        cross = cross + features.T @ (counts - data.rates).flatten(0, 1)
+    everyone = torch.arange(data.n_neurons)
+    parts = {"neuron": [(everyone, everyone.split(1))]}  # scheme -> (among, groups) of regressions
+    if data.regions:
+        parts["inter-region"] = [(everyone, (*data.regions, *data.alone.split(1)))]
+        parts["intra-region"] = [(m, torch.arange(len(m)).split(1)) for m in data.regions]
+
+    def fitted(scheme: str, chosen: Sequence[int], penalty: float) -> tuple[Tuned, Tensor]:
+        columns = _columns(everyone, chosen, len(windows))
+        some = gram[columns][:, columns], cross[columns], penalty
+        weights = torch.stack([ridge_weights(*some, *part) for part in parts[scheme]]).sum(0)
+        delta = window_sums(data.inputs["val"], windows[chosen]) @ weights
+        return tune_gain(delta, data.link, data.counts["val"], data.null), weights
+
+    start = float(data.counts["train"][..., 0].numel())
+    for scheme in parts:
+        tried = {
+            name: search_penalty(partial(lambda *case: fitted(*case)[0][0], scheme, chosen), start)
+            for name, chosen in RIDGE_WINDOWS.items()
+        }
+        name = max(tried, key=tried.__getitem__)
+        (score, link), weights = fitted(scheme, RIDGE_WINDOWS[name], tried[name][1])
+        weights = weights.view(1, data.n_neurons, -1, data.n_neurons)
+        used, no_bias = windows[RIDGE_WINDOWS[name]], torch.zeros_like(weights[:, 0, 0])
+        found = Regression(data.scale, used, weights, no_bias, link)
+        text = f"{name}; penalty {tried[name][1]:.3g}; floor {link.floor:g}"
+        yield data.name, scheme, found, text, score
+
+
+# -------------------------------------------------------- low-rank GLM: neurons from other neurons
+
+
+class LowRank:
+    """Parameters of a low-rank GLM of one session; see :class:`LowRankGLM` for the formula.
+
+    Outputs and bias are multiplied by ``gain``: neurons with low rates weigh less in the loss, and
+    would be learned more slowly.
+    """
+
+    def __init__(self, data: Data, scheme: str, filters: Tensor) -> None:
+        self.data, self.scheme, self.filters = data, scheme, filters  # (L, R), shared by sessions
+        rank, n, mean = filters.shape[1], data.n_neurons, data.null.exp()
+        self.windows = window_matrices(data.n_bins, AROUND).float()
+        self.gain = (mean.mean() / (mean + 0.1 * mean.mean())).sqrt()
+        self.inputs, self.outputs, self.bias = (
+            torch.zeros(n, rank),
+            torch.zeros(rank, n),
+            torch.zeros(n),
+        )
+        for members in data.regions if scheme == "intra-region" else [torch.arange(n)]:
+            x = data.inputs["train"][..., members]  # two filters for each of the directions
+            directions = shared_directions(x, rank // 2).repeat_interleave(2, 1)
+            self.inputs[members, : directions.shape[1]] = 0.1 * directions
+        self.parameters = [self.inputs, self.outputs, self.bias]
+        for parameter in self.parameters:
+            parameter.requires_grad_()
 
     def delta(self, x: Tensor) -> Tensor:
-        """Change of all log-rates, (K, T, N), for scaled residuals of that shape."""
-        labelled = self.data.labelled
-        if self.scheme == "intra-region":
-            return (self.regional(x) - self.itself(x)) * labelled + self.bias
-        full = self.latents(x, self.inputs) @ self.outputs + self.bias
+        """Change of all log-rates (K, T, N), from residuals (K, T, N).
+
+        A neuron's contribution to itself, or its region's, is computed apart and subtracted.
+        """
+        outputs = self.outputs * self.gain
+        filters = torch.einsum("lts,lr->rts", self.windows, self.filters / self.filters.norm(dim=0))
+
+        def within(members: Tensor) -> Tensor:
+            """Contribution of some neurons to each other, themselves included."""
+            latents = torch.einsum("rts,ksr->ktr", filters, x[..., members] @ self.inputs[members])
+            return latents @ outputs[:, members]
+
+        def itself(members: Tensor) -> Tensor:
+            """Contribution of some neurons, each to itself."""
+            strength = self.inputs[members].T * outputs[:, members]  # (R, N')
+            kernels = torch.einsum("rts,rn->nts", filters, strength)
+            return torch.einsum("nts,ksn->ktn", kernels, x[..., members])
+
+        everyone = torch.arange(x.shape[-1])
         if self.scheme == "neuron":
-            return full - self.itself(x)
-        alone = self.itself(x) * ~labelled if not labelled.all() else 0.0
-        return full - self.regional(x) - alone
+            return within(everyone) - itself(everyone) + self.bias * self.gain
+        order = torch.cat([*self.data.regions, self.data.alone]).argsort()
+        parts = [*map(within, self.data.regions), itself(self.data.alone)]
+        region = torch.cat(parts, -1)[..., order]
+        if self.scheme == "intra-region":
+            return region - itself(everyone) + self.bias * self.gain
+        return within(everyone) - region + self.bias * self.gain
 
-    def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
-        """Log-rates (B, T, N) of counts that are 0 where hidden; of ``neurons`` (B,), (B, T)."""
-        x, link = residuals(counts, self.rates, self.data.scale), Link(self.rates, self.data.most)
-        if neurons is None:
-            return link(self.delta(x))
-        x = x * self.data.seen(self.scheme, neurons)[:, None]
-        z = self.latents(x, self.inputs)  # (B, T, R)
-        delta = (z @ self.outputs.T[neurons, :, None])[..., 0] + self.bias[neurons, None]
-        return link(delta, neurons)
+    def loss(self, penalty: float) -> Tensor:
+        """Negative log-likelihood of the training trials and penalty.
 
+        Above the largest count, the rate continues as a linear function of its logarithm, so that
+        no step of a line search has an infinite loss.
+        """
+        log_rates = self.data.rates.log() + self.delta(self.data.inputs["train"])
+        bounded = torch.minimum(log_rates, self.data.largest.log())
+        rates = bounded.exp() * (log_rates - bounded + 1)
+        squares = self.inputs.square().sum() + self.outputs.mul(self.gain).square().sum()
+        nll = (rates - self.data.counts["train"] * log_rates).sum(dtype=torch.float64)
+        return nll + penalty / 2 * squares
 
-def fit_low_rank(
-    sessions: Sequence[Data], ranks: Sequence[int]
-) -> Iterator[tuple[str, str, LowRank, str, float]]:
-    """Session, scheme, map, what was chosen and its score; the rank is chosen for "neuron"."""
-    spikes = sum(float(data.counts["train"].sum()) for data in sessions)
-    penalty = 2.0 ** round(np.log2(2 * max(spikes, 1) ** 0.5))
-    for scheme in ("neuron", "inter-region", "intra-region"):
-        some = [data for data in sessions if data.regions or scheme == "neuron"]
-        tried = {}
-        for rank in ranks if some else ():
-            tried[rank] = _fit_rank(some, scheme, rank, penalty)
-            penalty = 2 * tried[rank][1]
-        if tried:
-            rank = max(tried, key=lambda rank: np.mean(tried[rank][0]))
-            scores, chosen, maps = tried[rank]
-            ranks, text = (rank,), f"rank {rank}; penalty {chosen:g}"
-            for data, score, found in zip(some, scores, maps, strict=True):
-                yield data.name, scheme, found, text, score
-
-
-def _fit_rank(
-    sessions: Sequence[Data], scheme: str, rank: int, penalty: float
-) -> tuple[list[float], float, list[LowRank]]:
-    """Scores, penalty and a map for each session, trained together.
-
-    From ``penalty`` on, each half as strong starts where the last one ended, until one is worse.
-    Where the first was best, all begins anew with a stronger one.
-    """
-    filters = torch.zeros(len(AROUND), rank)
-    filters[:-1, ::2], filters[-1, 1::2] = 1.0, 1.0  # half of them begin fast, half slow
-    maps = [LowRank.start(data, scheme, rank, filters + 0.1) for data in sessions]
-    learned = [maps[0].filters, *(x for m in maps for x in (m.inputs, m.outputs, m.bias))]
-    learned = [x.clone().requires_grad_() for x in learned]
-    best: tuple[list[float], float, list[LowRank]] = ([-np.inf], penalty, [])
-    first = penalty
-    while penalty > 0.1:
-        _descend(maps, learned, penalty)
-        with torch.no_grad():
-            scores = [model.score() for model in maps]
-        if np.mean(scores) < np.mean(best[0]) + 1e-4:
-            break
-        best = (scores, penalty, [model.frozen() for model in maps])
-        penalty /= 2
-    if best[1] == first < 1e5:
-        stronger = _fit_rank(sessions, scheme, rank, 4 * first)
-        best = max(best, stronger, key=lambda found: np.mean(found[0]))
-    return best
+    @torch.no_grad()
+    def fitted(self) -> tuple[float, Regression]:
+        """Validation score, and the map as a matrix from neuron to neuron."""
+        data = self.data
+        log_rates = data.link(self.delta(data.inputs["val"]))
+        score = validation_score(log_rates, data.counts["val"], data.null)
+        filters, outputs = self.filters / self.filters.norm(dim=0), self.outputs * self.gain
+        weights = torch.einsum("mr,lr,rn->mln", self.inputs, filters, outputs)
+        weights = weights * data.visible(self.scheme)[:, None]
+        bias = (self.bias * self.gain)[None]
+        return score, Regression(data.scale, self.windows, weights[None], bias, data.link)
 
 
-def _descend(maps: Sequence[LowRank], learned: Sequence[Tensor], penalty: float) -> None:
-    """Some steps of L-BFGS on the loss of all sessions.
+def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], **options: Any) -> None:
+    """Minimise a loss with L-BFGS."""
+    optimizer = torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **options)
 
-    ``learned`` has the filters, and each map's inputs, outputs and bias. Of the last two, neurons
-    of low rate learn with larger steps, as their rates weigh less in the loss.
-    """
-    optimizer = torch.optim.LBFGS(
-        learned, max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> float:
+    def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = 0.0
-        for i, model in enumerate(maps):
-            inputs, outputs, bias = learned[1 + 3 * i : 4 + 3 * i]
-            mean = model.data.null.exp()
-            even = (mean.mean() / (mean + 0.1 * mean.mean())).sqrt()
-            model.filters, model.inputs = learned[0], inputs
-            model.outputs, model.bias = outputs * even, bias * even
-            loss += model.descend(penalty)
-        return loss
+        value = loss()
+        value.backward()
+        return value
 
     optimizer.step(closure)
 
 
-# ------------------------------------------------------------- forward prediction: both
+RankFound = tuple[float, float, list[tuple[float, Regression]]]  # mean score, penalty, of each
 
 
-@dataclass
-class Forward:
-    """Each neuron's future from its own past and a few components of the population's."""
+def _fit_rank(sessions: Sequence[Data], scheme: str, rank: int, penalty: float) -> RankFound:
+    """Fit sessions together; halve the penalty, from one solution to the next, until it is worse.
 
-    rates: Tensor  # (T, N)
-    scale: Tensor  # (N,)
-    components: Tensor  # (N, C)
-    windows: Tensor  # (L, T, T), of the past
-    own: Tensor  # (H, L, N), a map for each horizon
-    population: Tensor  # (H, C L, N)
-    bias: Tensor  # (H, N)
-    link: Link
+    Where the first penalty was the best, start again with a stronger one.
+    """
+    filters = torch.full((len(AROUND), rank), 0.1)
+    filters[:-1, ::2] += 1  # half of the filters start with the short windows,
+    filters[-1, 1::2] += 1  # half with the whole trial
+    models = [LowRank(data, scheme, filters.requires_grad_()) for data in sessions]
+    parameters = [filters, *(p for model in models for p in model.parameters)]
+    best: RankFound = (-np.inf, penalty, [])
+    first = penalty
 
-    def __call__(self, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
-        """Log-rates (B, T, N) of each bin from those before it, and before bin ``first`` (B,).
+    def loss() -> Tensor:
+        return torch.stack([model.loss(penalty) for model in models]).sum()
 
-        With ``neurons`` (B,), theirs alone, (B, T).
-        """
-        x = residuals(counts, self.rates, self.scale)
-        horizons, n_bins = len(self.own), counts.shape[1]
-        bins = torch.arange(n_bins, device=x.device)
-        known = torch.minimum(bins, first[:, None])  # (B, T): bins before this one are known
-        ahead = (bins - known).clamp(max=horizons - 1)  # (B, T)
-        trial = torch.arange(len(x), device=x.device)[:, None]
-
-        def at_origin(features: Tensor) -> Tensor:
-            """(B, T, ...) of the last known bin of each target; zeros where none is known."""
-            none = torch.zeros_like(features[:, :1])
-            return torch.cat([none, features], 1)[trial, known]
-
-        population = at_origin(_population_past(x, self.components, self.windows))
-        if neurons is None:
-            delta = self.bias[ahead]
-            for own, window in zip(self.own.unbind(1), self.windows, strict=True):
-                delta = delta + at_origin(window @ x) * own[ahead]
-            for h, weights in enumerate(self.population):
-                delta[ahead == h] += population[ahead == h] @ weights
-            return self.link(delta)
-        past = torch.einsum("lts,bs->btl", self.windows, x[trial[:, 0], :, neurons])
-        inputs = torch.cat([at_origin(past), population], -1)  # (B, T, L + C L)
-        weights = torch.cat([self.own, self.population], 1)[:, :, neurons]  # (H, L + C L, B)
-        delta = (inputs * weights.permute(2, 0, 1)[trial, ahead]).sum(-1)
-        return self.link(delta + self.bias.T[neurons][trial, ahead], neurons)
+    while penalty > 0.1:
+        _minimise(parameters, loss, max_iter=LBFGS_STEPS, history_size=10)
+        found = [model.fitted() for model in models]
+        mean = float(np.mean([score for score, _ in found]))
+        if mean < best[0] + 1e-4:
+            break
+        best = (mean, penalty, found)
+        penalty /= 2
+    if best[1] == first < 1e5:
+        best = max(best, _fit_rank(sessions, scheme, rank, 4 * first), key=itemgetter(0))
+    return best
 
 
-def _population_past(x: Tensor, components: Tensor, windows: Tensor) -> Tensor:
-    """(K, T, N) residuals to (K, T, C L) windows of the past of their components."""
-    return torch.einsum("lts,ksc->ktcl", windows, x @ components).flatten(2)
+def fit_low_rank(sessions: Sequence[Data], ranks: Sequence[int]) -> Iterator[Found]:
+    """Regressions of sessions that share filters; the rank is chosen for the scheme "neuron"."""
+    spikes = sum(float(data.counts["train"].sum()) for data in sessions)
+    penalty = 2.0 ** round(np.log2(2 * max(spikes, 1) ** 0.5))
+    for scheme in ("neuron", "inter-region", "intra-region"):
+        some = [data for data in sessions if data.regions or scheme == "neuron"]
+        tried: dict[int, RankFound] = {}
+        for rank in ranks if some else ():
+            tried[rank] = _fit_rank(some, scheme, rank, penalty)
+            penalty = 2 * tried[rank][1]
+        if tried:
+            rank = max(tried, key=lambda rank: tried[rank][0])
+            ranks, text = (rank,), f"rank {rank}; penalty {tried[rank][1]:g}"
+            for data, (score, found) in zip(some, tried[rank][2], strict=True):
+                yield data.name, scheme, found, text, score
+
+
+# ------------------------------------------------- forward prediction: neurons from their own past
 
 
 class Past(NamedTuple):
-    """Regression from a bin's past to the count ``horizon`` bins later; samples S = K (T - h)."""
+    """Samples of a regression from a bin's past to the count some bins later."""
 
-    own: Tensor  # (L, S, N)
-    population: Tensor  # (S, C L)
+    own: Tensor  # (L, S, N) window sums of each neuron; S = K (T - horizon)
+    population: Tensor  # (S, C L) window sums of the components
     rates: Tensor  # (S, N)
     counts: Tensor  # (S, N)
 
+    @classmethod
+    def of(cls, data: Data, part: str, components: Tensor, horizon: int) -> Past:
+        """Samples of the training or validation trials, for components (N, C)."""
+        x, counts = data.inputs[part], data.counts[part]
+        windows = window_matrices(data.n_bins, PAST, past=True).to(x.dtype)[:, :-horizon]
+        population = window_sums(x @ components, windows).flatten(0, 1)
+        own = (windows[:, None] @ x).flatten(1, 2)
+        later = (data.rates.expand_as(counts)[:, horizon:], counts[:, horizon:])
+        return cls(own, population, *(part.flatten(0, 1) for part in later))
 
-def past_of(data: Data, part: str, components: Tensor, horizon: int) -> Past:
-    """The regression's samples: every bin of a part of the trials that has one so far ahead."""
-    x, counts = data.inputs[part], data.counts[part]
-    ops = windows(data.n_bins, PAST, past=True, dtype=data.rates.dtype)
-    origin, target = slice(None, data.n_bins - horizon), slice(horizon, None)
-    own = (ops[:, None] @ x)[:, :, origin].flatten(1, 2)
-    population = _population_past(x, components, ops)[:, origin].flatten(0, 1)
-    rates = data.rates.expand_as(counts)[:, target].flatten(0, 1)
-    return Past(own, population, rates, counts[:, target].flatten(0, 1))
+    def predict(self, own: Tensor, population: Tensor, bias: Tensor) -> Tensor:
+        """Changes (S, N) for weights (L, N), (C L, N) and bias (N,)."""
+        delta = self.population @ population + bias
+        for features, weights in zip(self.own, own, strict=True):
+            delta = delta.addcmul(features, weights)
+        return delta
 
 
 Coefficients = tuple[Tensor, Tensor, Tensor]  # own (L, N), population (C L, N), bias (N,)
 Solver = Callable[[Past, float], Coefficients]
 
 
-def fit_forward(
-    data: Data, solve: Solver, tune: Callable[..., Tuned]
-) -> tuple[Forward, str, float]:
-    """The map of forward prediction, what was chosen and its score.
-
-    Components and penalty are chosen for the middle one of the horizons, and serve all.
-    """
-    start, stop = forward_bins(data.n_bins)
-    horizons = max(1, min(stop - start, data.n_bins - 1))
-    directions, best = principal(data.inputs["train"], max(COMPONENTS)), []
-    for n in COMPONENTS:
-        middle = (horizons + 1) // 2
-        best.append(_try_components(data, directions[:, :n], middle, solve, tune))
-    (score, link), penalty, components = max(best, key=lambda found: found[0][0])
-    solved = [solve(past_of(data, "train", components, h + 1), penalty) for h in range(horizons)]
-    own, population, bias = (torch.stack(parts) for parts in zip(*solved, strict=True))
-    ops = windows(data.n_bins, PAST, past=True, dtype=data.rates.dtype)
-    text = f"{components.shape[1]} components of the population; penalty {penalty:.3g}"
-    link = link._replace(rates=data.rates)
-    found = Forward(data.rates, data.scale, components, ops, own, population, bias, link)
-    return found, text, score
-
-
-def _try_components(
-    data: Data, components: Tensor, horizon: int, solve: Solver, tune: Callable[..., Tuned]
-) -> tuple[Tuned, float, Tensor]:
-    """What tuning finds with these components, the penalty, and the components."""
-    train, val = (past_of(data, part, components, horizon) for part in ("train", "val"))
-
-    @cache
-    def tuned(penalty: float) -> Tuned:
-        link = Link(val.rates, data.most)
-        return tune(regress(val, solve(train, penalty)), link, val.counts, data.null)
-
-    penalty = climb(lambda penalty: tuned(penalty)[0], 300.0)
-    return tuned(penalty), penalty, components
-
-
-def regress(past: Past, coefficients: Coefficients) -> Tensor:
-    """Predictions (S, N)."""
-    own, population, bias = coefficients
-    delta = past.population @ population + bias
-    for features, weights in zip(past.own, own, strict=True):
-        delta = delta.addcmul(features, weights)
-    return delta
-
-
 def ridge_regression(past: Past, penalty: float) -> Coefficients:
-    """Of counts minus rates, (S, N), on each neuron's own past and the population's."""
-    own, shared = past.own, past.population
-    residual = past.counts - past.rates
-    n_own, _, n = own.shape
-    size = n_own + shared.shape[1]
-    gram, cross = own.new_zeros(n, size, size), own.new_zeros(n, size)
-    for i, features in enumerate(own):
-        gram[:, i, n_own:] = features.T @ shared
-        gram[:, n_own:, i] = gram[:, i, n_own:]
-        gram[:, i, :n_own] = (features * own).sum(1).T
-        cross[:, i] = (features * residual).sum(0)
+    """Ridge regression of counts minus rates, by the normal equations of each neuron."""
+    own, shared, residual = past.own, past.population, past.counts - past.rates
+    n_own, n_shared = len(own), shared.shape[1]
+    gram = own.new_zeros(own.shape[2], n_own + n_shared, n_own + n_shared)
+    gram[:, :n_own, :n_own] = torch.einsum("isn,jsn->nij", own, own)
+    gram[:, :n_own, n_own:] = torch.einsum("isn,sc->nic", own, shared)
+    gram[:, n_own:, :n_own] = gram[:, :n_own, n_own:].mT
     gram[:, n_own:, n_own:] = shared.T @ shared
-    cross[:, n_own:] = (shared.T @ residual).T
-    gram += penalty * torch.eye(size, dtype=gram.dtype)
-    weights = torch.linalg.solve(gram, cross).T
-    return weights[:n_own], weights[n_own:], own.new_zeros(n)
+    cross = torch.cat([(own * residual).sum(1), shared.T @ residual])  # (L + C L, N)
+    shifted = gram + penalty * torch.eye(n_own + n_shared, dtype=gram.dtype)
+    weights = torch.linalg.solve(shifted, cross.T).T
+    return weights[:n_own], weights[n_own:], torch.zeros_like(weights[0])
 
 
 def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficients:
-    """Poisson regressions of all neurons, log-rate = log(rates) + inputs: one convex problem.
+    """Poisson regressions of all neurons at once, with log-rate = log(rates) + inputs.
 
-    Minimises the summed negative log-likelihood plus penalty / 2 times the squared weights; the
-    bias is free.
+    Minimises the negative log-likelihood plus penalty / 2 times the squared weights, without the
+    bias; a convex problem.
     """
-    own, shared, counts = past.own, past.population, past.counts
+    ones = torch.ones_like(past.own[0, :1])
+    power = [past.own.square().mean(1), past.population.square().mean(0)[:, None] * ones, ones]
+    # Weights are scaled by the root of about their curvature, which speeds up L-BFGS.
+    root = (torch.cat(power) * past.rates.sum(0) + penalty).sqrt()
+    scaled = torch.zeros_like(root).requires_grad_()
     offset = past.rates.log()
-    shape = (own.shape[0] + shared.shape[1] + 1, own.shape[2])
-    ones = own.new_ones(1, shape[1])
-    power = torch.cat([own.square().mean(1), shared.square().mean(0)[:, None] * ones, ones])
-    root = (power * past.rates.sum(0) + penalty).sqrt()  # of about the curvature
-    scaled = own.new_zeros(shape).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [scaled], max_iter=steps, history_size=20, tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
-    parts = (len(own), shared.shape[1], 1)
 
-    @torch.no_grad()
-    def closure() -> Tensor:
-        weights = scaled / root
-        mine, population, bias = weights.split(parts)
-        log_rates = offset + regress(past, (mine, population, bias[0]))
-        rates = log_rates.exp()
-        error = rates - counts
-        mine = torch.stack([(features * error).sum(0) for features in own])
-        slope = torch.cat([mine, shared.T @ error, error.sum(0, keepdim=True)])
-        slope[:-1] += penalty * weights[:-1]
-        scaled.grad = slope / root
-        squares = weights[:-1].square().sum()
-        return (rates - counts * log_rates).double().sum() + penalty / 2 * squares
+    def coefficients() -> Coefficients:
+        own, population, bias = (scaled / root).split([len(part) for part in power])
+        return own, population, bias[0]
 
-    optimizer.step(closure)
-    mine, population, bias = (scaled.detach() / root).split(parts)
-    return mine, population, bias[0]
+    def loss() -> Tensor:
+        own, population, bias = coefficients()
+        log_rates = offset + past.predict(own, population, bias)
+        squares = own.square().sum() + population.square().sum()
+        return (log_rates.exp() - past.counts * log_rates).sum(
+            dtype=torch.float64
+        ) + penalty / 2 * squares
+
+    _minimise([scaled], loss, max_iter=steps, history_size=20, tolerance_change=1e-10)
+    scaled.requires_grad_(False)
+    return coefficients()
 
 
-RATIOS = (0.1, 0.3)  # shares that the transformers may hide
-OPTIONS: dict[str, Any] = {"positions": "learned", "input_counts": "raw"}
-SETTINGS: dict[str, Any] = {"epochs": 100, "batch_size": 16, "batches_per_step": 1}
-SETTINGS |= {"weight_decay": 0.01}
-"""Of the transformers. With our recipe temporal masking, which is not trained for it, hardly fills
-in a single neuron or a region (`benchmarks/results/claims.md`)."""
+def fit_forward(
+    data: Data, solve: Solver, tune: Callable[[Tensor, Link, Tensor, Tensor], Tuned]
+) -> Found:
+    """Regressions for forward prediction, one for each number of bins ahead.
 
-__all__ = [
-    "BASELINES",
-    "PSTH",
-    "Baseline",
-    "LowRankGLM",
-    "ReducedRankRegression",
-    "Ridge",
-    "fit_baseline",
-    "psth",
-    "random_token_ndt2",
-    "temporal_ndt1",
-]
+    Components and penalty are chosen for the middle horizon and used for all.
+    """
+    start, stop = forward_bins(data.n_bins)
+    horizons = range(1, 1 + max(1, min(stop - start, data.n_bins - 1)))
+    middle = (len(horizons) + 1) // 2
+    directions = shared_directions(data.inputs["train"], max(COMPONENTS))
+
+    def tuned(train: Past, val: Past, penalty: float) -> Tuned:
+        delta, link = val.predict(*solve(train, penalty)), Link(val.rates, data.largest)
+        return tune(delta, link, val.counts, data.null)
+
+    tried = []
+    for n in COMPONENTS:
+        parts = [Past.of(data, part, directions[:, :n], middle) for part in ("train", "val")]
+        best = search_penalty(partial(lambda *case: tuned(*case)[0], *parts), 300.0)
+        tried.append((*best, tuned(*parts, best[1])[1], directions[:, :n]))
+    score, penalty, link, components = max(tried, key=itemgetter(0))
+    maps, biases = [], []
+    for horizon in horizons:
+        own, population, bias = solve(Past.of(data, "train", components, horizon), penalty)
+        population = population.view(components.shape[1], len(PAST), -1)
+        weights = torch.einsum("mc,cln->mln", components, population)
+        weights.diagonal(dim1=0, dim2=2).add_(own)  # each neuron from itself
+        maps.append(weights)
+        biases.append(bias)
+    windows, link = window_matrices(data.n_bins, PAST, past=True), link._replace(rates=data.rates)
+    fitted = windows.to(own), torch.stack(maps), torch.stack(biases), link
+    text = f"{components.shape[1]} components of the population; penalty {penalty:.3g}"
+    return data.name, "causal", Regression(data.scale, *fitted, causal=True), text, score
+
+
+# ------------------------------------------------------------------------------- the predictors
 
 
 class Baseline(ABC):
-    """What the fitted baselines share: one map for each session and scheme, behind ``predict``.
+    """Base class of the fitted regressions: one map for each session and masking scheme.
+
+    Args:
+        sessions: one, or several with distinct names and the same bins.
+        split_seed: seed of the split into training, validation and test trials.
 
     Attributes:
-        split_seed: of the split it was fitted on.
-        bin_size: of the bins, seconds.
-        maps: (session, scheme) -> its map.
-        seen: session -> fingerprints of the trials it was fitted on, which evaluation refuses.
-        chosen: (session, scheme) -> what was chosen, and its score: bits per spike over the
-            training mean on validation trials.
+        seen: session -> fingerprints of its training trials, which evaluation refuses to score.
+        maps: (session, scheme) -> fitted map.
+        chosen: (session, scheme) -> chosen hyperparameters and their validation score.
     """
 
     sees_mask = False  # a hidden entry looks like a silent one
@@ -764,142 +625,104 @@ class Baseline(ABC):
 
     def __init__(self, sessions: Session | Sequence[Session], split_seed: int = 0) -> None:
         sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
-        _check(sessions)
+        if not sessions:
+            raise SessionError("no session to fit a baseline on")
+        require_alike(sessions)
+        if sessions[0].n_bins < 2:
+            raise SessionError(f"session {sessions[0].name!r}: baselines need two or more bins")
         self.split_seed, self.bin_size = split_seed, sessions[0].bin_size
-        self.shapes = {s.name: s.counts.shape[1:] for s in sessions}
         self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
-        self.maps: dict[tuple[str, str], Any] = {}
+        self.maps: dict[tuple[str, str], Regression] = {}
         self.chosen: dict[tuple[str, str], tuple[str, float]] = {}
-        for session in sessions:
-            in_val = session.counts[session.split(split_seed).val].any()
-            if not in_val:
-                warnings.warn(
-                    f"session {session.name!r}: no spike in the validation trials, so nothing can "
-                    "be chosen by them; another split_seed may have some",
-                    stacklevel=3,
-                )
-        self._fit(Data(session, split_seed, self.dtype) for session in sessions)
+        for name, scheme, *rest in self._fit([Data(s, split_seed, self.dtype) for s in sessions]):
+            self.maps[name, scheme], *chosen = rest
+            self.chosen[name, scheme] = tuple(chosen)
 
     @abstractmethod
-    def _fit(self, sessions: Iterable[Data]) -> None:
-        """Fill :attr:`maps`; what each baseline does its own way."""
+    def _fit(self, sessions: list[Data]) -> Iterator[Found]:
+        """Fitted maps of all sessions and schemes."""
 
-    def _keep(self, session: str, scheme: str, found: Any, text: str, score: float) -> None:
-        self.maps[session, scheme], self.chosen[session, scheme] = found, (text, score)
-
-    @property
-    def schemes(self) -> tuple[str, ...]:
-        """The masking schemes it can fill in, of one session or another."""
-        return tuple(dict.fromkeys(scheme for _, scheme in self.maps))
-
-    def summary(self) -> str:
-        """What was chosen for each session and scheme, and its score on validation trials."""
-        title = f"{type(self).__name__}; bits per spike over the training mean on validation trials"
-        wide = max(map(len, self.shapes))
-        return "\n".join([title] + [
-            f"  {session:<{wide}}  {scheme:<12}  {score:6.3f}  {text}"
-            for (session, scheme), (text, score) in self.chosen.items()
-        ])  # fmt: skip
-
-    __repr__ = summary
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__}; bits per spike over the training mean, validation trials"]
+        for (session, scheme), (text, score) in self.chosen.items():
+            lines.append(f"  {session}  {scheme:<12}  {score:6.3f}  {text}")
+        return "\n".join(lines)
 
     @torch.no_grad()
-    def predict(
-        self,
-        counts: Tensor,
-        scheme: str,
-        mask: Mask,
-        session: str,
-        neurons: Tensor | None = None,
+    def predict_log_rates(
+        self, counts: Tensor, scheme: str, mask: Mask, session: str, neurons: Tensor | None = None
     ) -> Tensor:
-        """Log-rates, counts a bin.
+        """Log-rates (B, T, N), in counts per bin; with ``neurons`` (B,), one a trial: (B, T).
 
         Args:
-            counts: (B, T, N); hidden entries count as 0.
-            scheme: one of :attr:`schemes`. "causal" predicts each bin from those before it, and
-                before the first that is hidden whole; the others, each neuron from those
-                it may see, the trial over.
-            mask: what is hidden.
+            counts: (B, T, N); hidden entries are set to 0.
+            scheme: "causal" predicts each bin from those before it and before the first that is
+                hidden in all neurons; "neuron", "inter-region" and "intra-region" predict each
+                neuron from those that the scheme leaves visible.
+            mask: which entries are hidden.
             session: name of a session it was fitted on.
-            neurons: (B,) one neuron of each trial.
-
-        Returns:
-            (B, T, N), or (B, T) for ``neurons``.
+            neurons: (B,) index of one neuron for each trial.
 
         Raises:
-            SessionError: for a session it was not fitted on, or counts of another shape.
-            ValueError: for a scheme it has no map for.
+            ValueError: for a session or a scheme that it was not fitted on.
         """
-        if session not in self.shapes:
-            raise SessionError(
-                f"session {session!r} is not among those this baseline was fitted on "
-                f"({', '.join(self.shapes)}); fit it on that session"
-            )
-        if tuple(counts.shape[1:]) != tuple(self.shapes[session]):
-            n_bins, n_neurons = self.shapes[session]
-            raise SessionError(
-                f"session {session!r} was fitted with {n_bins} bins and {n_neurons} neurons, got "
-                f"counts of shape {tuple(counts.shape)}; pass all of them, or fit anew"
-            )
         if (session, scheme) not in self.maps:
-            known = [known for name, known in self.maps if name == session]
+            known = ", ".join(f"{scheme} of {name}" for name, scheme in self.maps)
             raise ValueError(
-                f"{type(self).__name__} has no {scheme!r} predictions of session {session!r}; it "
-                f"has: {', '.join(known)}"
+                f"{type(self).__name__} was not fitted on session {session!r}, scheme {scheme!r}; "
+                f"it predicts: {known}"
             )
-        hidden = mask.hidden.all(-1)  # (B, T); where some are visible, the hidden pass for silent
+        hidden = mask.hidden.all(-1)  # (B, T): bins that are hidden in all neurons
         first = torch.where(hidden.any(1), hidden.int().argmax(1), counts.shape[1])
-        shown = counts.to(self.dtype).masked_fill(mask.hidden, 0)
-        return self.maps[session, scheme](shown, neurons, first).float()
+        visible = counts.masked_fill(mask.hidden, 0)
+        log_rates = self.maps[session, scheme](visible, first, neurons).float()
+        return log_rates if neurons is None else log_rates[torch.arange(len(counts)), :, neurons]
 
 
 class PSTH(Baseline):
     """:func:`psth` of each session, whatever is visible."""
 
-    def _fit(self, sessions: Iterable[Data]) -> None:
+    def _fit(self, sessions: list[Data]) -> Iterator[Found]:
         for data in sessions:
-            counts, link = data.counts["val"], Link(data.rates, data.most)
-            score = bits(link(torch.zeros_like(counts)), counts, data.null)
+            counts, n = data.counts["val"], data.n_neurons
+            score = validation_score(data.link(torch.zeros_like(counts)), counts, data.null)
+            sizes = (0, data.n_bins, data.n_bins), (1, n, 0, n), (1, n)  # no windows, no weights
+            parts = [torch.zeros(size, dtype=self.dtype) for size in sizes]
             for scheme in MTM_SCHEMES:
-                self._keep(data.name, scheme, partial(_unmoved, link), "", score)
-
-
-def _unmoved(link: Link, counts: Tensor, neurons: Tensor | None, first: Tensor) -> Tensor:
-    """The same time course in every trial."""
-    return link(torch.zeros_like(counts if neurons is None else counts[..., 0]), neurons)
+                yield data.name, scheme, Regression(data.scale, *parts, data.link), "", score
 
 
 class Ridge(Baseline):
-    """Ridge regressions of counts, each session by itself.
+    """Ridge regressions of counts, each session on its own.
 
-    Each neuron from the others, from other regions, or from its own region; forward prediction by
-    autoregression, a map for each number of bins ahead.
+    A neuron is predicted from the other neurons, from other regions or from its own region; its
+    future from the past, with a map for each number of bins ahead.
 
     Example:
         >>> print(mtm.evaluate(Ridge(session), session))
     """
 
-    def _fit(self, sessions: Iterable[Data]) -> None:
+    def _fit(self, sessions: list[Data]) -> Iterator[Found]:
         for data in sessions:
-            for found in fit_linear(data):
-                self._keep(data.name, *found)
-            self._keep(data.name, "causal", *fit_forward(data, ridge_regression, tune_gain))
+            yield from fit_ridge(data)
+            yield fit_forward(data, ridge_regression, tune_gain)
 
 
 class LowRankGLM(Baseline):
-    """Poisson regressions through a few latents, each session by itself.
+    """Poisson regressions through a few latent variables, each session on its own.
 
     log-rate_n(t) = log PSTH_n(t) + bias_n + sum_r V_rn sum_l f_lr sum_m x_ml(t) U_mr over the
     neurons m that n may see, with x_ml the windows of neuron m's residuals. The penalty is on the
-    squares of U and V, and so on the sum of the map's singular values. Forward prediction is an
+    squares of U and V, and so on the singular values of the map. Forward prediction is an
     autoregressive Poisson GLM.
 
     Args:
-        sessions, split_seed: as of the others.
-        ranks: numbers of latents to choose from; fewer are quicker.
+        sessions, split_seed: see :class:`Baseline`.
+        ranks: numbers of latent variables to choose from; default :data:`RANKS`.
     """
 
     dtype = torch.float32
+    together = False
 
     def __init__(
         self,
@@ -907,40 +730,25 @@ class LowRankGLM(Baseline):
         split_seed: int = 0,
         ranks: Sequence[int] | None = None,
     ) -> None:
-        self.ranks = tuple(RANKS if ranks is None else ranks)
-        if not self.ranks or min(self.ranks) < 2:
+        self.ranks = tuple(ranks or RANKS)
+        if min(self.ranks) < 2:
             raise ValueError(f"ranks must be numbers of 2 or more, got {ranks}")
         super().__init__(sessions, split_seed)
 
-    def _fit(self, sessions: Iterable[Data]) -> None:
+    def _fit(self, sessions: list[Data]) -> Iterator[Found]:
+        for group in [sessions] if self.together else [[data] for data in sessions]:
+            yield from fit_low_rank(group, self.ranks)
         for data in sessions:
-            self._fit_together([data])
-
-    def _fit_together(self, sessions: list[Data]) -> None:
-        for found in fit_low_rank(sessions, self.ranks):
-            self._keep(*found)
-        for data in sessions:
-            self._keep(data.name, "causal", *fit_forward(data, poisson_regression, keep_log))
+            yield fit_forward(data, poisson_regression, keep_log)
 
 
 class ReducedRankRegression(LowRankGLM):
-    """The low-rank GLM of several sessions trained together, with the same temporal filters f.
+    """Low-rank GLM of several sessions fitted together, with the same filters f, rank and penalty.
 
-    Rank and penalty are the same for all sessions too. Forward prediction shares nothing.
+    Forward prediction shares nothing.
     """
 
-    def _fit(self, sessions: Iterable[Data]) -> None:
-        self._fit_together(list(sessions))
-
-
-def _check(sessions: list[Session]) -> None:
-    if not sessions:
-        raise SessionError("no session to fit a baseline on")
-    require_alike(sessions)
-    if sessions[0].n_bins < 2:
-        raise SessionError(
-            f"session {sessions[0].name!r} has a single bin; regressions over time need two or more"
-        )
+    together = True
 
 
 def temporal_ndt1(
@@ -948,66 +756,49 @@ def temporal_ndt1(
     split_seed: int = 0,
     ratios: Sequence[float] = RATIOS,
     depth: int = 2,
+    *,
+    tokenizer: str = "ndt1",
+    scheme: str = "temporal",
     **changes: Any,
 ) -> Fit:
-    """Our model trained with temporal masking alone, with options and settings that suit it.
+    """Transformer trained with temporal masking only, the paper's first baseline.
 
     Args:
-        sessions, split_seed: as of the others.
-        ratios: shares of the bins to hide, of which the one is kept that does best in the four
-            activity tasks on validation trials, with a model for each.
+        sessions, split_seed: see :class:`Baseline`.
+        ratios: shares of the bins to hide, with a model for each; the model with the best mean over
+            the activity tasks in the validation trials is returned.
         depth: see :meth:`mtm.MtMConfig.from_depth`.
-        **changes: as in :func:`mtm.training.fit`. In a ``folder``, each ratio's run has a folder of
-            its own, as ``temporal-0.3``.
+        tokenizer, scheme: "ndt2" and "random-token" are the paper's second baseline.
+        **changes: settings of :func:`mtm.fit`. In ``folder``, the returned model is saved, and the
+            run of each ratio has a folder of its own, such as ``temporal-0.3``.
     """
-    sizes = {"depth": depth, "tokenizer": "ndt1"}
-    return _best(sessions, split_seed, sizes, "temporal", ratios, changes)
-
-
-def random_token_ndt2(
-    sessions: Session | Sequence[Session],
-    split_seed: int = 0,
-    ratios: Sequence[float] = RATIOS,
-    depth: int = 2,
-    **changes: Any,
-) -> Fit:
-    """Our model of patches trained with random-token masking alone; see :func:`temporal_ndt1`."""
-    sizes = {"depth": depth, "tokenizer": "ndt2"}
-    return _best(sessions, split_seed, sizes, "random-token", ratios, changes)
-
-
-def _best(
-    sessions: Session | Sequence[Session],
-    split_seed: int,
-    sizes: dict[str, Any],
-    scheme: str,
-    ratios: Sequence[float],
-    changes: dict[str, Any],
-) -> Fit:
-    """Of models that hide other shares, the one with most bits per spike on validation trials."""
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
-    model = MtMConfig.from_depth(**sizes, **OPTIONS)
-    how = SETTINGS | {"schemes": (scheme,), "prompt": False, "split_seed": split_seed}
+    folder = changes.get("folder")
+    config = MtMConfig.from_depth(depth, tokenizer=tokenizer, **OPTIONS)
+    settings = {**SETTINGS, "schemes": (scheme,), "prompt": False, "split_seed": split_seed}
+    settings |= changes
     runs = []
     for ratio in ratios:
-        here = how | {"ratios": {scheme: ratio}} | changes
-        if here.get("folder") is not None:  # a run of its own in a folder of its own
-            here["folder"] = Path(here["folder"]) / f"{scheme}-{ratio:g}"
-        runs.append(fit(sessions, model, **here))
-    if len(runs) == 1:
-        return runs[0]
+        if folder is not None:
+            settings["folder"] = Path(folder) / f"{scheme}-{ratio:g}"
+        runs.append(fit(sessions, config, **settings | {"ratios": {scheme: ratio}}))
 
     def score(run: Fit) -> float:
-        parts = []
+        scores = []
         for session in sessions:
             tasks = [t for t in TASKS if session.region_names or not t.endswith("region")]
-            val = session.split(run.config.split_seed).val
-            report = evaluate(run, session, tasks=tasks, trials=val)
-            parts += [scores.mean("bits_per_spike_train_null") for scores in report.tasks.values()]
-        return float(np.mean(parts))
+            report = evaluate(run, session, tasks=tasks, trials=session.split(split_seed).val)
+            scores += [s.mean("bits_per_spike_train_null") for s in report.tasks.values()]
+        return float(np.mean(scores))
 
-    return max(runs, key=score)
+    best = max(runs, key=score) if len(runs) > 1 else runs[0]
+    if folder is not None:
+        save(best, folder)
+    return best
 
+
+random_token_ndt2 = partial(temporal_ndt1, tokenizer="ndt2", scheme="random-token")
+"""Transformer on patches trained with random-token masking only; see :func:`temporal_ndt1`."""
 
 BASELINES: dict[str, Callable[..., Any]] = {
     "PSTH": PSTH,
@@ -1025,16 +816,12 @@ def fit_baseline(name: str, sessions: Session | Sequence[Session], **settings: A
 
     Args:
         name: one of :data:`BASELINES`.
-        sessions: one, or several with distinct names, and the same bins and window.
-        **settings: of the baseline: ``split_seed`` of all, ``ranks`` of the low-rank ones, what
-            :func:`mtm.training.fit` takes of the transformers.
+        sessions: one, or several with distinct names and the same bins.
+        **settings: ``split_seed``; ``ranks`` of the low-rank GLMs; of the transformers ``ratios``,
+            ``depth`` and the settings of :func:`mtm.fit`.
 
     Returns:
-        a fitted predictor, for :func:`mtm.evaluate`.
-
-    Raises:
-        ValueError: for an unknown name.
-        SessionError: when the sessions do not go together.
+        Fitted predictor, for :func:`mtm.evaluate`.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
