@@ -89,7 +89,8 @@ def psth(session: Session, split_seed: int = 0) -> np.ndarray:
 def validation_score(log_rates: Tensor, counts: Tensor, null: Tensor) -> float:
     """Bits per spike over the null model (N,), mean over neurons with enough expected spikes."""
     flat = (1, -1, counts.shape[-1])
-    bits = metrics.bits_per_spike(log_rates.reshape(flat), counts.reshape(flat), null)
+    arrays = log_rates.reshape(flat), counts.reshape(flat), null
+    bits = metrics.bits_per_spike(*(array.numpy() for array in arrays))
     fired = ~np.isnan(bits)
     enough = fired & (null.exp() * (counts.numel() / len(null)) >= MIN_SPIKES).numpy()
     used = enough if enough.any() else fired
@@ -410,10 +411,10 @@ class LowRank:
         """
         log_rates = self.data.rates.log() + self.delta(self.data.inputs["train"])
         bounded = torch.minimum(log_rates, self.data.largest.log())
-        rates = bounded.exp() * (log_rates - bounded + 1)
+        rates = torch.dot(bounded.exp().ravel(), (log_rates - bounded + 1).ravel())
+        nll = rates - torch.dot(self.data.counts["train"].ravel(), log_rates.ravel())
         squares = self.inputs.square().sum() + self.outputs.mul(self.gain).square().sum()
-        nll = (rates - self.data.counts["train"] * log_rates).sum(dtype=torch.float64)
-        return nll + penalty / 2 * squares
+        return nll.double() + penalty / 2 * squares.double()
 
     @torch.no_grad()
     def fitted(self) -> tuple[float, Regression]:
@@ -586,9 +587,9 @@ def fit_forward(
 
     tried = []
     for n in COMPONENTS:
-        parts = [Past.of(data, part, directions[:, :n], middle) for part in ("train", "val")]
-        best = search_penalty(partial(lambda *case: tuned(*case)[0], *parts), 300.0)
-        tried.append((*best, tuned(*parts, best[1])[1], directions[:, :n]))
+        train, val = (Past.of(data, part, directions[:, :n], middle) for part in ("train", "val"))
+        best = search_penalty(partial(lambda *case: tuned(*case)[0], train, val), 300.0)
+        tried.append((*best, tuned(train, val, best[1])[1], directions[:, :n]))
     score, penalty, link, components = max(tried, key=itemgetter(0))
     maps, biases = [], []
     for horizon in horizons:
@@ -634,9 +635,9 @@ class Baseline(ABC):
         self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
         self.maps: dict[tuple[str, str], Regression] = {}
         self.chosen: dict[tuple[str, str], tuple[str, float]] = {}
-        for name, scheme, *rest in self._fit([Data(s, split_seed, self.dtype) for s in sessions]):
-            self.maps[name, scheme], *chosen = rest
-            self.chosen[name, scheme] = tuple(chosen)
+        data = [Data(session, split_seed, self.dtype) for session in sessions]
+        for name, scheme, found, text, score in self._fit(data):
+            self.maps[name, scheme], self.chosen[name, scheme] = found, (text, score)
 
     @abstractmethod
     def _fit(self, sessions: list[Data]) -> Iterator[Found]:
@@ -686,10 +687,11 @@ class PSTH(Baseline):
         for data in sessions:
             counts, n = data.counts["val"], data.n_neurons
             score = validation_score(data.link(torch.zeros_like(counts)), counts, data.null)
-            sizes = (0, data.n_bins, data.n_bins), (1, n, 0, n), (1, n)  # no windows, no weights
-            parts = [torch.zeros(size, dtype=self.dtype) for size in sizes]
+            windows = torch.zeros(0, data.n_bins, data.n_bins).to(counts)
+            no_weights, no_bias = counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n)
+            found = Regression(data.scale, windows, no_weights, no_bias, data.link)
             for scheme in MTM_SCHEMES:
-                yield data.name, scheme, Regression(data.scale, *parts, data.link), "", score
+                yield data.name, scheme, found, "", score
 
 
 class Ridge(Baseline):
