@@ -7,7 +7,8 @@ MAIN := _build/main
 # Programs that a notebook starts (`!python ...`) come from the environment too.
 INSIDE := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-# As `import mtm` has it, also for notebooks that import torch first.
+# Idle threads of GNU OpenMP, which torch uses, sleep soon: beside another process they would
+# otherwise keep a core from the thread that they wait for, and training takes many times as long.
 ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000
 endif
