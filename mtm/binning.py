@@ -1,7 +1,7 @@
 """Spike times to counts (K, T, N), and sampled traces to bins (K, T).
 
 Both use the same half-open bins: bin b of trial k starts at
-``align_times[k] + window[0] + b * bin_size`` and ends where bin b + 1 starts. All times are seconds.
+``align_times[k] + window[0] + b * bin_size`` and ends where bin b + 1 starts. Times are seconds.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 # A spike at the start of a bin may lie a few float64 roundings before it (0.1 + 0.2 is not 0.3) and
-# would fall into the bin before. So each edge moves earlier by this fraction of a bin: far more than
-# rounding, far less than a recording resolves (20 ns for 20 ms bins).
+# would fall into the bin before. So each edge moves earlier by this fraction of a bin: far more
+# than rounding, far less than a recording resolves (20 ns for 20 ms bins).
 SNAP = 1e-6
 
 
@@ -72,6 +72,8 @@ def bin_spikes(
     neurons = np.asarray(spike_neurons)
     if neurons.shape != times.shape:
         raise ValueError(f"spike_neurons {neurons.shape} and spike_times {times.shape} must match")
+    if neurons.size and neurons.dtype.kind not in "iu":
+        raise ValueError(f"spike_neurons must be integers, got {neurons.dtype}")
     neurons = neurons.astype(np.int64)
     if neurons.size and not 0 <= neurons.min() <= neurons.max() < n_neurons:
         raise ValueError(

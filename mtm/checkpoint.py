@@ -28,10 +28,10 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from mtm import distributed
+from mtm.files import atomic_write as replacing
+from mtm.files import optional as extra
 from mtm.model import CheckpointError, MtM
 from mtm.official import OfficialMtM
-from mtm.session import atomic_write as replacing
-from mtm.session import optional as extra
 
 HISTORY = "history.jsonl"
 

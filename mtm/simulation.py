@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from mtm.binning import LONGEST, n_bins
+from mtm.binning import n_bins
 from mtm.session import Session, SessionError
 
 CONTRASTS = np.array([0.0, 0.0625, 0.125, 0.25, 1.0])
@@ -340,10 +340,10 @@ def layout(session: Session) -> tuple[np.ndarray, float]:
     ends = np.maximum(stop, np.nan_to_num(reaction) + RESPONSE + 0.3)  # after stimulus onset
     pauses = BETWEEN + generator_of(session, "layout").uniform(0, 0.2, session.n_trials)
     begins = BEFORE + np.concatenate([[0], np.cumsum(ends + pauses - min(start, 0))])
-    if begins[-1] > LONGEST:
+    if begins[-1] > 1e5:
         raise SessionError(
             f"session {session.name!r}, behaviour 'reaction-time', window: a recording of "
-            f"{begins[-1]:.3g} s is longer than {LONGEST:g} s; both are in seconds"
+            f"{begins[-1]:.3g} s is longer than {1e5:g} s; both are in seconds"
         )
     return begins[:-1] - min(start, 0), float(begins[-1])
 

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtm import binning
-from mtm.binning import bin_spikes, bin_trace, n_bins, ordered_samples
+from mtm.binning import bin_spikes, bin_trace, n_bins
+from mtm.data.recording import ordered_samples
 
 FIVE_BINS = {"window": (-0.04, 0.06), "bin_size": 0.02}
 

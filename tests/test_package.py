@@ -25,7 +25,7 @@ SECRET = "s3cr3t-0123456789"
 FLOORS = (
     *("__main__", "cli", "__init__", "bwb", "baselines", "evaluation", "training", "plots"),
     *("decoding", "checkpoint", "official", "prediction", "data", "simulation", "distributed"),
-    *("model", "recipes", "report", "session", "masks", "metrics", "binning"),
+    *("model", "recipes", "report", "session", "masks", "metrics", "binning", "files"),
 )
 CORE = {"session", "binning", "masks", "model", "metrics", "training", "evaluation", "decoding"}
 

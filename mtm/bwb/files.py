@@ -39,10 +39,11 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from mtm.binning import n_bins, ordered_samples
+from mtm.binning import n_bins
 from mtm.checkpoint import extra
 from mtm.checks import one_of
 from mtm.data.download import download as fetch
+from mtm.data.recording import ordered_samples
 from mtm.data.regions import LEVELS
 from mtm.session import Session, SessionError, Split
 

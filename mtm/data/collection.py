@@ -24,7 +24,7 @@ from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
 from mtm.data.download import public
-from mtm.session import Session, SessionError, VersionError, has_region, read_meta, reading_file
+from mtm.session import Session, SessionError, has_region, read_session_file
 
 SHOWN = 10  # sessions in the short description
 SECRETS = ("password", "token")  # options that no file keeps
@@ -61,17 +61,15 @@ class Entry:
     @classmethod
     def read(cls, path: Path) -> Entry:
         """The entry of a file that ``Session.save`` wrote."""
-        with reading_file(path), np.load(path, allow_pickle=False) as file:
-            meta = read_meta(file, path)
-            listed = json.loads(str(file["listed"]))
-            regions = file["regions"]
+        meta, arrays = read_session_file(path, only=("regions",))
+        regions = arrays["regions"]
         return cls(
             path=path,
             **{key: meta[key] for key in ("name", "subject", "bin_size", "provenance")},
             window=tuple(meta["window"]),
-            shape=tuple(listed["shape"]),
+            shape=tuple(meta["shape"]),
             regions=regions,
-            firing_rates=np.array(listed["firing_rates"]),
+            firing_rates=np.array(meta["firing_rates"]),
             neurons=np.arange(len(regions)),
         )
 
@@ -403,8 +401,6 @@ def _prepare_one(
     path, origin = out / f"{name}.npz", _origin(load, recording, options)
     try:
         before = Entry.read(path).provenance.get("prepared", {}) if path.exists() else {}
-    except VersionError:
-        before = {}  # of an older version of this package
     except SessionError as error:
         return Outcome(name, "skipped", f"{error}; it is not written over, move it away")
     if not overwrite and all(before.get(key) == value for key, value in origin.items()):

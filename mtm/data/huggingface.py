@@ -30,7 +30,9 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
-from mtm.session import Session, SessionError, Split, optional, reading
+from mtm.data.recording import reading
+from mtm.files import optional
+from mtm.session import Session, SessionError, Split
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 SPARSE = ("data", "indices", "indptr", "shape")

@@ -31,12 +31,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from mtm.binning import ordered_samples, wheel_speed
 from mtm.checkpoint import extra
 from mtm.checks import one_of
 from mtm.data.collection import Prepared
 from mtm.data.collection import prepare as run
 from mtm.data.download import time_limit
+from mtm.data.recording import ordered_samples, wheel_speed
 from mtm.data.regions import LEVELS, acronyms, within
 from mtm.session import Session, SessionError
 

@@ -35,8 +35,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mtm.binning import n_bins, ordered_samples, wheel_speed
-from mtm.session import Session, SessionError, reading
+from mtm.binning import n_bins
+from mtm.data.recording import ordered_samples, reading, wheel_speed
+from mtm.session import Session, SessionError
 
 TICK = 2 * np.pi / 1440  # rad; the wheel's encoder has 1,440 ticks a turn
 GOOD = 2  # annotations: 1 multi-unit, 2 good, 3 unsorted; their analyses include 2 and 3

@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 
 from mtm.data.regions import LEVELS, allen_ids, at_level
-from mtm.session import Session, SessionError, atomic_write, optional
+from mtm.files import atomic_write, optional
+from mtm.session import Session, SessionError
 from mtm.simulation import CONTRASTS, RESPONSE, bin_edges, generator_of, layout, spike_times
 
 TASK = ("choice", "block", "reward", "contrast")  # behaviour that a trials table needs
