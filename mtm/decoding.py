@@ -11,11 +11,11 @@ Gaussian that cross-validates best, which is what a user would try without a mod
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import joblib
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -66,16 +66,15 @@ class Decoded:
         others = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.others.items())
         return f"{self.behaviour}: {self.metric} {self.score:.3f} ({others})"
 
-    def to_row(self, seed: int = 0) -> dict[str, Any]:
+    def to_row(self) -> dict[str, Any]:
         """A row of a table of scores."""
-        numbers = {self.metric: float(self.score), **self.others}
+        scores = {self.metric: self.score, **self.others}
         trials = {"train_trials": self.n_train, "test_trials": self.n_test}
-        return {"session": self.session, "seed": seed, **numbers, **trials}
+        return {"session": self.session, "seed": 0, **scores, **trials}
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON, rounded to six decimals."""
-        row = self.to_row()
-        return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+        return {k: round(v, 6) if isinstance(v, float) else v for k, v in self.to_row().items()}
 
 
 def decode(
@@ -166,53 +165,50 @@ def decodable(session: Session) -> list[str]:
     return ["choice"] * ("choice" in session.behaviour) + traces
 
 
+@dataclass
 class Decoder:
     """Decodes behaviours of one session; activity is predicted once for each prompt.
 
     Arguments: see :func:`decode`.
     """
 
-    def __init__(
-        self,
-        predictor: PredictorLike | Mapping[str, PredictorLike],
-        session: Session,
-        *,
-        region: str | None = None,
-        prompt: str | None = None,
-        split_seed: int | None = None,
-        batch_size: int | None = None,
-        allow_seen: bool = False,
-    ) -> None:
-        self.session, self.predictor = session, as_predictor(predictor, session)
-        self.prompt, self.batch_size = prompt, batch_size
-        if prompt is None and region is not None:
-            self.prompt = "intra-region"
-        self.inside = np.ones(session.n_neurons, dtype=bool)
-        if region is not None:
-            self.inside = session.regions == region
-        if not self.inside.any():
-            known = ", ".join(session.region_names) or "none"
-            raise SessionError(f"session {session.name!r} has no region {region!r}; known: {known}")
-        train, val, test = choose_split(self.predictor, session, split_seed, allow_seen=allow_seen)
-        trials, passed = np.concatenate([train, val, test]), np.ones(session.n_trials, dtype=bool)
+    predictor: PredictorLike | Mapping[str, PredictorLike]
+    session: Session
+    region: str | None = None
+    prompt: str | None = None
+    split_seed: int | None = None
+    batch_size: int | None = None
+    allow_seen: bool = False
+
+    def __post_init__(self) -> None:
+        session, whole = self.session, self.region is None
+        self.predictor = as_predictor(self.predictor, session)
+        split = choose_split(self.predictor, session, self.split_seed, allow_seen=self.allow_seen)
+        passed = np.ones(session.n_trials, dtype=bool)
         if "reaction-time-filter" in session.behaviour:
             passed = session.behaviour["reaction-time-filter"] == 1
-        self.trials = trials[passed[trials]]  # (K,) to fit to and, after them, to test on
-        self.is_test = np.isin(self.trials, test)
-        if not allow_seen:
+        trials = np.concatenate(split)
+        self.trials = trials[passed[trials]]  # (K,) training, validation, then test trials
+        self.is_test = np.isin(self.trials, split.test)
+        if not self.allow_seen:
             require_unseen(self.predictor, session, self.trials[self.is_test])
-        self._predicted: dict[str, np.ndarray] = {}
+        self.inside = np.ones(session.n_neurons, bool) if whole else session.regions == self.region
+        if not self.inside.any():
+            known = ", ".join(session.region_names) or "none"
+            raise SessionError(
+                f"session {session.name!r} has no region {self.region!r}; known: {known}"
+            )
+        self._predicted: dict[str, np.ndarray] = {}  # prompt -> log-rates (K, T, N')
         self._features: dict[tuple[str | int, bytes], tuple[np.ndarray, np.ndarray]] = {}
 
     def decode(self, behaviour: str) -> Decoded:
         """Decode one behaviour: see :func:`decode`."""
-        values = self._values(behaviour)
         choice = behaviour == "choice"
-        usable = np.isin(values, (-1, 1)) if choice else np.isfinite(values).all(axis=1)
+        values, usable = self._values(behaviour)
         y, truth = values[usable & ~self.is_test], values[usable & self.is_test]
-        self._require_enough(behaviour, y, truth)
         search, score = (search_choice, accuracy_score) if choice else (search_trace, r2)
-        x, x_test = self.features(self.prompt or ("neuron" if choice else "causal"), usable)
+        default = "intra-region" if self.region else "neuron" if choice else "causal"
+        x, x_test = self.features(self.prompt or default, usable)
         guess = search(x, y).predict(x_test)
         shuffled = y[np.random.default_rng(0).permutation(len(y))]
         others = {"balanced_accuracy": balanced_accuracy_score(truth, guess)} if choice else {}
@@ -227,7 +223,7 @@ class Decoder:
         Args:
             source: the prompt with which activity is predicted, or the width in bins of the
                 Gaussian that smooths the counts.
-            usable: (K,) bool, those of :attr:`trials`.
+            usable: (K,) bool, trials with a known behaviour.
         """
         key = source, usable.tobytes()
         if key not in self._features:
@@ -238,39 +234,38 @@ class Decoder:
 
     def _activity(self, source: str | int) -> np.ndarray:
         """(K, T, N') predicted log-rates, or smoothed counts, of the neurons inside the region."""
-        session = self.session
+        session, inside = self.session, self.inside
         if isinstance(source, int):
-            counts = session.counts[self.trials][:, :, self.inside].astype(np.float64)
+            counts = session.counts[self.trials][:, :, inside].astype(np.float64)
             return gaussian_filter1d(counts, source, axis=1, mode="nearest") if source else counts
         if source not in self._predicted:
-            queries = Queries(~self.inside[None], self.inside[None], slice(0, session.n_bins))
+            queries = Queries(~inside[None], inside[None], slice(0, session.n_bins))
             self._predicted[source] = predict_queries(
                 self.predictor, session, source, self.trials, queries, batch_size=self.batch_size
-            )[:, :, self.inside]
+            )[:, :, inside]
         return self._predicted[source]
 
     def _controls(self, usable: np.ndarray, y: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-        """Controls without a predictor: computed once, for whichever predictors are compared."""
+        """Controls without a predictor: computed once, however many predictors are compared."""
         choice = y.ndim == 1
         counts = self.session.counts[self.trials][:, :, self.inside]
-        stimulus = _stimulus(self.session)[self.trials] if choice else np.zeros((len(usable), 0))
-        key = _digest(counts, usable, self.is_test, y, truth, stimulus)
+        stimulus = _stimulus(self.session)[self.trials] if choice else None
+        key = joblib.hash((counts, usable, self.is_test, y, truth, stimulus))
         if key in CONTROLS:
             return CONTROLS[key]
         search, score = (search_choice, accuracy_score) if choice else (search_trace, r2)
-        if choice:
-            majority = -1.0 if (y == -1).mean() > 0.5 else 1.0
-            found = {"majority": float((truth == majority).mean())}
-        else:
-            found = {"time_course": r2(truth, np.broadcast_to(y.mean(axis=0), truth.shape))}
-        scores, best = [], []
+        majority = -1.0 if (y == -1).mean() > 0.5 else 1.0
+        constant = majority if choice else y.mean(axis=0)
+        name = "majority" if choice else "time_course"
+        found = {name: score(truth, np.broadcast_to(constant, truth.shape))}
+        scores, searched = [], []
         for width in WIDTHS:
             x, x_test = self.features(width, usable)
-            fitted = search(x, y)
-            best.append(fitted.best_score_)
-            scores.append(score(truth, fitted.predict(x_test)))
-        found |= {"raw_counts": scores[0], "smoothed_counts": scores[int(np.argmax(best))]}
-        if stimulus.shape[1]:
+            searched.append(search(x, y))
+            scores.append(score(truth, searched[-1].predict(x_test)))
+        best = int(np.argmax([search.best_score_ for search in searched]))
+        found |= {"raw_counts": scores[0], "smoothed_counts": scores[best]}
+        if stimulus is not None and stimulus.size:
             fit, test = stimulus[usable & ~self.is_test], stimulus[usable & self.is_test]
             guess = search(fit, y).predict(test)
             found["stimulus_only"] = accuracy_score(truth, guess)
@@ -278,39 +273,39 @@ class Decoder:
         CONTROLS[key] = found
         return found
 
-    def _values(self, behaviour: str) -> np.ndarray:
-        """A behaviour in :attr:`trials` as floats: (K,) for the choice, (K, T) for others."""
-        session = self.session
-        known = session.behaviour
-        if behaviour not in known:
+    def _values(self, behaviour: str) -> tuple[np.ndarray, np.ndarray]:
+        """A behaviour in the trials, (K,) or (K, T), and (K,) bool, where it can be used."""
+        session, choice = self.session, behaviour == "choice"
+        shape = session.counts.shape[: 1 if choice else 2]
+        if behaviour not in session.behaviour:
+            known = ", ".join(session.behaviour) or "none"
             raise SessionError(
-                f"session {session.name!r} has no behaviour {behaviour!r}; it has: "
-                f"{', '.join(known) or 'none'}"
+                f"session {session.name!r} has no behaviour {behaviour!r}; it has: {known}"
             )
-        shape = session.counts.shape[: 1 if behaviour == "choice" else 2]
-        if known[behaviour].shape != shape:
+        whole, problem = session.behaviour[behaviour], ""
+        if whole.shape != shape:
             raise SessionError(
-                f"session {session.name!r}, behaviour {behaviour!r} has shape "
-                f"{known[behaviour].shape}; to be decoded it needs {shape}"
+                f"session {session.name!r}, behaviour {behaviour!r} has shape {whole.shape}; to be "
+                f"decoded it needs {shape}"
             )
-        return np.asarray(known[behaviour][self.trials], dtype=np.float64)
-
-    def _require_enough(self, behaviour: str, y: np.ndarray, truth: np.ndarray) -> None:
-        """Refuse what cannot be fitted or scored."""
-        problem = ""
+        values = whole[self.trials].astype(np.float64)
+        usable = np.isin(values, (-1, 1)) if choice else np.isfinite(values).all(axis=1)
+        y, truth = values[usable & ~self.is_test], values[usable & self.is_test]
+        rarer = min((y == -1).sum(), (y == 1).sum()) if choice else FOLDS
         if len(truth) == 0:
             problem = "no usable test trial"
         elif len(y) < 2 * FOLDS:
             problem = f"{len(y)} usable training trials, {2 * FOLDS} are needed to cross-validate"
-        elif y.ndim == 2 and np.ptp(truth) == 0:
+        elif rarer < FOLDS:
+            problem = f"{rarer} training trials of the rarer choice, {FOLDS} are needed"
+        elif not choice and np.ptp(truth) == 0:
             problem = "it does not vary in the test trials"
-        elif y.ndim == 1 and (rarer := min((y == -1).sum(), (y == 1).sum())) < FOLDS:
-            problem = (
-                f"{rarer} training trials of the rarer choice, {FOLDS} are needed to "
-                "cross-validate; choices are -1 and +1, other values count as none"
-            )
         if problem:
-            raise SessionError(f"session {self.session.name!r}, behaviour {behaviour!r}: {problem}")
+            hint = "; choices are -1 and +1, other values count as none" if choice else ""
+            raise SessionError(
+                f"session {session.name!r}, behaviour {behaviour!r}: {problem}{hint}"
+            )
+        return values, usable
 
 
 def search_choice(x: np.ndarray, choices: np.ndarray) -> GridSearchCV:
@@ -362,17 +357,8 @@ def _stimulus(session: Session) -> np.ndarray:
     """What the animal saw: contrast, its side, and the block's prior where known; (K, C)."""
     if "contrast" not in session.behaviour:
         return np.zeros((session.n_trials, 0))
-    contrast = np.asarray(session.behaviour["contrast"], dtype=np.float64)
-    columns = [contrast, np.sign(contrast)]
-    if "block" in session.behaviour:
-        columns.append(np.asarray(session.behaviour["block"], dtype=np.float64))
-    return np.nan_to_num(np.stack(columns, axis=1))
-
-
-def _digest(*arrays: np.ndarray) -> bytes:
-    """A short key for the contents of arrays."""
-    digest = hashlib.blake2b()
-    for array in arrays:
-        digest.update(repr((array.shape, array.dtype)).encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.digest()
+    known = session.behaviour
+    columns = [known["contrast"], np.sign(known["contrast"])] + [
+        known[k] for k in ("block",) if k in known
+    ]
+    return np.nan_to_num(np.stack(columns, axis=1).astype(np.float64))

@@ -20,6 +20,28 @@ from mtm.session import atomic_write
 
 LABELS = ("session", "seed", "neuron", "region")  # columns that identify a row
 COUNTS = ("spikes", "visible", "train_trials", "test_trials")
+NULLS = ("bits_per_spike", "bits_per_spike_train_null")
+UNLESS_ZERO = {
+    "dropped_neurons": "not scored",
+    "neurons_with_nothing_visible": "with nothing visible",
+}
+PRINTED = {  # rows of a printed report: entries of `Report.to_dict`, and what they are called
+    key.format(null): text.format(part)
+    for null, part in zip(NULLS, ("test", "training"), strict=True)
+    for key, text in {
+        "{}": "over their {} mean",
+        "errors neurons {}": "  ± over neurons",
+        "errors sessions {}": "  ± over sessions",
+        "errors seeds {}": "  ± over seeds",
+        "pooled_{}": "  all spikes pooled",
+    }.items()
+} | {
+    "shuffled_trials": "trials shuffled",
+    "shuffled_neurons": "neurons shuffled",
+    "neurons": "neurons",
+    "silent_neurons": "of them silent",
+    **UNLESS_ZERO,
+}
 
 
 class Mean(NamedTuple):
@@ -46,22 +68,20 @@ class TaskScores:
     """Scores of one task.
 
     Attributes:
-        table: of an activity task, a row for each neuron (and session, and seed), with the columns
-
-            - ``session``, ``seed`` (0, 1, ... of the runs of a session), ``neuron``, ``region``;
-            - ``bits_per_spike`` (null: the neuron's mean over the scored test entries, as in the
-              paper), ``bits_per_spike_train_null`` (null: its mean over the training trials),
-              ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known);
-            - controls in bits per spike: ``shuffled_trials`` (each trial gets another one's
-              prediction, which keeps the mean time course) and ``shuffled_neurons`` (each neuron
-              gets another one's, scaled to its own mean; a little too good, as the other one's
-              prediction was made with this neuron visible);
-            - ``gain`` and ``gain_train_null``, in bits; ``spikes`` scored; ``visible``, the number
-              of neurons that could be seen (0: the score is that of guessing).
+        table: of an activity task, a row for each neuron (and session, and seed): ``session``,
+            ``seed`` (0, 1, ... of the runs of a session), ``neuron``, ``region``;
+            ``bits_per_spike`` (null: the neuron's mean over the scored test entries, as in the
+            paper), ``bits_per_spike_train_null`` (null: its mean over the training trials),
+            ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known); the controls
+            ``shuffled_trials`` (bits per spike when each trial gets another one's prediction,
+            which keeps the mean time course) and ``shuffled_neurons`` (when each neuron gets
+            another one's, scaled to its own mean; a little too good, as the other one's was made
+            with this neuron visible); ``gain`` and ``gain_train_null``, in bits; ``spikes``
+            scored; ``visible``, neurons that could be seen (0: the score is that of guessing).
 
             Of a behaviour, a row for each session (and seed): its score, its controls,
             ``train_trials`` and ``test_trials``. NaN = no score, as of a silent neuron.
-        score: the column that is the task's score.
+        score: the column that is the task's score. Other columns are named in the methods.
     """
 
     table: pd.DataFrame
@@ -78,29 +98,31 @@ class TaskScores:
         return self.table["session"].unique().tolist()
 
     @property
+    def each_neuron(self) -> pd.DataFrame:
+        """A row of each neuron, whatever the seeds; none of a behaviour."""
+        if not self.per_neuron:
+            return pd.DataFrame(columns=[*LABELS, *COUNTS])
+        return self.table.drop_duplicates(["session", "neuron"])
+
+    @property
     def neurons(self) -> np.ndarray:
-        """(n,) indices of the scored neurons in their sessions, each once, whatever the seeds."""
-        return self._neurons()["neuron"].to_numpy()
+        """(n,) indices of the scored neurons in their sessions."""
+        return self.each_neuron["neuron"].to_numpy()
 
     @property
     def session_of(self) -> np.ndarray:
         """(n,) the session of each of `neurons`."""
-        return self._neurons()["session"].to_numpy()
+        return self.each_neuron["session"].to_numpy()
 
     @property
     def regions(self) -> np.ndarray:
         """(n,) the region of each of `neurons`."""
-        return self._neurons()["region"].to_numpy()
+        return self.each_neuron["region"].to_numpy()
 
     @property
     def n_silent(self) -> int:
         """Neurons without a spike among the scored entries; they have no score."""
-        return int((self._neurons()["spikes"] == 0).sum())
-
-    @property
-    def n_blind(self) -> int:
-        """Neurons that were predicted with nothing visible."""
-        return int((self._neurons()["visible"] == 0).sum())
+        return int((self.each_neuron["spikes"] == 0).sum())
 
     def mean(self, column: str | None = None, pooled: bool = False) -> float:
         """Mean over neurons, seeds and sessions; NaN where nothing has a score.
@@ -128,10 +150,10 @@ class TaskScores:
             return mean_of(runs.groupby("session").mean())
         if what == "seeds":
             return mean_of(runs.unstack("session").dropna().mean(axis=1))
-        if what != "neurons":
-            raise ValueError(f"over must be 'neurons', 'sessions' or 'seeds', got {what!r}")
-        if pooled:
-            raise ValueError("pooled scores have no error over neurons")
+        if what != "neurons" or pooled:
+            raise ValueError(
+                f"over must be 'neurons' (not of pooled scores), 'sessions' or 'seeds', got {what!r}"
+            )
         if not self.per_neuron:
             return Mean(self.mean(column), np.nan, 0)
         each = self._by_neuron(column).groupby("session").agg(["mean", "sem", "count"])
@@ -148,7 +170,7 @@ class TaskScores:
     def by_region(self, column: str | None = None) -> dict[str, Mean]:
         """Region -> mean over its neurons, of all sessions; a neuron's seeds are averaged first."""
         each = self._by_neuron(column)
-        regions = self._neurons().set_index(["session", "neuron"])["region"]
+        regions = self.each_neuron.set_index(["session", "neuron"])["region"]
         return {name: mean_of(values) for name, values in each.groupby(regions)}
 
     def by_neuron(self, session: str, column: str | None = None) -> np.ndarray:
@@ -161,12 +183,6 @@ class TaskScores:
         if column not in self.table:
             raise ValueError(f"no column {column!r}; there are: {', '.join(self.table)}")
         return column
-
-    def _neurons(self) -> pd.DataFrame:
-        """The rows of one run of each session; none of a behaviour."""
-        if not self.per_neuron:
-            return pd.DataFrame(columns=[*LABELS, *COUNTS])
-        return self.table.drop_duplicates(["session", "neuron"])
 
     def _by_neuron(self, column: str | None) -> pd.Series:
         """(session, neuron) -> score, averaged over seeds."""
@@ -275,14 +291,14 @@ class Report:
                 for kind in ["neurons"] * scores.per_neuron + ["sessions", "seeds"]
             }
             if scores.per_neuron:
-                for column in ("bits_per_spike", "bits_per_spike_train_null"):
+                for column in NULLS:
                     numbers[f"pooled_{column}"] = _plain(scores.mean(column, pooled=True))
                 regions = scores.by_region().items()
                 numbers |= {
                     "neurons": len(scores.neurons),
                     "silent_neurons": scores.n_silent,
                     "dropped_neurons": self.n_dropped(task),
-                    "neurons_with_nothing_visible": scores.n_blind,
+                    "neurons_with_nothing_visible": int((scores.each_neuron["visible"] == 0).sum()),
                     "regions": {region: [_plain(x) for x in mean] for region, mean in regions},
                 }
             summary[task] = numbers
@@ -311,18 +327,22 @@ class Report:
         content = json.loads(text)
         tasks = {}
         for task, columns in content["tables"].items():
-            table = pd.DataFrame(columns)
-            table = table.apply(lambda c: c.fillna(np.nan).astype(float) if c.isna().any() else c)
-            tasks[task] = TaskScores(table, content["scores"][task])
+            nan = {k: [np.nan if v is None else v for v in values] for k, values in columns.items()}
+            tasks[task] = TaskScores(pd.DataFrame(nan), content["scores"][task])
         return cls(tasks, content["sessions"], content["left_out"])
 
     def __str__(self) -> str:
         names = list(self.sessions)
         who = f"session {names[0]!r}" if len(names) == 1 else f"{len(names)} sessions"
         lines = [f"{who}, {self.n_trials} trials; gain in bits per spike, mean over neurons"]
-        activity = {task: s for task, s in self.tasks.items() if s.per_neuron}
-        lines += [_text(list(activity), self._rows(activity))] if activity else []
-        for task in [t for t in self.tasks if t not in activity]:
+        numbers = self.to_dict()
+        activity = [task for task, scores in self.tasks.items() if scores.per_neuron]
+        if activity:
+            rows = pd.json_normalize([numbers[task] for task in activity], sep=" ")
+            rows = rows.astype(object).set_axis(activity).T.reindex(PRINTED).dropna(how="all")
+            rows = rows[rows.ne(0).any(axis=1) | ~rows.index.isin(UNLESS_ZERO)]
+            lines.append(_text(rows.rename(index=PRINTED)))
+        for task in [task for task in self.tasks if task not in activity]:
             scores = self.tasks[task]
             others = [c for c in scores.table if c not in (*LABELS, *COUNTS, scores.score)]
             beside = ", ".join(f"{c.replace('_', ' ')} {scores.mean(c):.3f}" for c in others)
@@ -335,29 +355,6 @@ class Report:
 
     __repr__ = __str__
 
-    def _rows(self, activity: Mapping[str, TaskScores]) -> dict[str, list[str]]:
-        """The rows of the printed table."""
-        scores = list(activity.values())
-        rows = {}
-        nulls = {"bits_per_spike": "test", "bits_per_spike_train_null": "training"}
-        for indent, (column, part) in zip(("  ", "   "), nulls.items(), strict=True):
-            rows[f"over their {part} mean"] = [_number(s.mean(column)) for s in scores]
-            for kind in ("neurons", "sessions", "seeds"):
-                errors = [s.over(kind, column).error for s in scores]
-                if not np.isnan(errors).all():
-                    rows[f"{indent}± over {kind}"] = [_number(error) for error in errors]
-            pooled = [_number(s.mean(column, pooled=True)) for s in scores]
-            rows[f"{indent}all spikes pooled"] = pooled
-        for what in ("trials", "neurons"):
-            rows[f"{what} shuffled"] = [_number(s.mean(f"shuffled_{what}")) for s in scores]
-        rows["neurons"] = [str(len(s.neurons)) for s in scores]
-        rows["of them silent"] = [str(s.n_silent) for s in scores]
-        if any(dropped := [self.n_dropped(task) for task in activity]):
-            rows["not scored"] = [str(n) for n in dropped]
-        if any(blind := [s.n_blind for s in scores]):  # their score is that of guessing
-            rows["with nothing visible"] = [str(n) for n in blind]
-        return rows
-
 
 def score_table(reports: Mapping[str, Report], column: str | None = None) -> str:
     """A text table: a row for each predictor, a column for each task.
@@ -369,16 +366,18 @@ def score_table(reports: Mapping[str, Report], column: str | None = None) -> str
     Raises:
         ValueError: for a column that no task has.
     """
-    cells: dict[str, dict[str, str]] = {name: {} for name in reports}
-    for name, report in reports.items():
-        for task, scores in report.tasks.items():
-            if column is None or column in scores.table:
-                cells[name][task] = _number(scores.mean(column))
-    tasks = list(dict.fromkeys(task for row in cells.values() for task in row))
-    if not tasks:
+    means = {
+        name: {
+            task: scores.mean(column)
+            for task, scores in report.tasks.items()
+            if column is None or column in scores.table
+        }
+        for name, report in reports.items()
+    }
+    if not any(means.values()):
         known = {c: None for r in reports.values() for s in r.tasks.values() for c in s.table}
         raise ValueError(f"no task has a column {column!r}; there are: {', '.join(known)}")
-    return _text(tasks, {n: [row.get(t, "-") for t in tasks] for n, row in cells.items()})
+    return _text(pd.DataFrame.from_dict(means, orient="index"))
 
 
 def _next_seeds(before: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
@@ -398,13 +397,13 @@ def _next_seeds(before: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(seed=table["seed"] + same["seed"].max() + 1)
 
 
-def _text(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    heads = [column.removesuffix("-prediction") for column in columns]
-    return pd.DataFrame.from_dict(dict(rows), orient="index", columns=heads).to_string()
-
-
-def _number(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.3f}"
+def _text(table: pd.DataFrame) -> str:
+    """A table as text: whole numbers without decimals, "-" for NaN."""
+    heads = [column.removesuffix("-prediction") for column in table]
+    cells = table.map(
+        lambda x: "-" if pd.isna(x) else f"{x:.3f}" if isinstance(x, float) else f"{x}"
+    )
+    return cells.set_axis(heads, axis=1).to_string()
 
 
 def _plain(value: Any) -> Any:
