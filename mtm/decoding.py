@@ -122,10 +122,18 @@ def decode(
         ValueError: for an unknown prompt, predictions of a wrong shape or with NaN, or test trials
             that the predictor was trained on.
     """
-    how: dict[str, Any] = {"region": region, "prompt": prompt, "split_seed": split_seed}
-    decoder = Decoder(predictor, session, batch_size=batch_size, allow_seen=allow_seen, **how)
-    names = [behaviours] if isinstance(behaviours, str) else behaviours
-    return {name: decoder.decode(name) for name in (decodable(session) if names is None else names)}
+    decoder = Decoder(
+        as_predictor(predictor, session),
+        session,
+        region=region,
+        prompt=prompt,
+        split_seed=split_seed,
+        batch_size=batch_size,
+        allow_seen=allow_seen,
+    )
+    names = decodable(session) if behaviours is None else behaviours
+    names = [names] if isinstance(names, str) else names
+    return {name: decoder.decode(name) for name in names}
 
 
 def decode_by_region(
@@ -169,10 +177,10 @@ def decodable(session: Session) -> list[str]:
 class Decoder:
     """Decodes behaviours of one session; activity is predicted once for each prompt.
 
-    Arguments: see :func:`decode`.
+    Arguments: see :func:`decode`; the predictor is what :func:`as_predictor` returns.
     """
 
-    predictor: PredictorLike | Mapping[str, PredictorLike]
+    predictor: PredictorLike
     session: Session
     region: str | None = None
     prompt: str | None = None
@@ -182,7 +190,6 @@ class Decoder:
 
     def __post_init__(self) -> None:
         session, whole = self.session, self.region is None
-        self.predictor = as_predictor(self.predictor, session)
         split = choose_split(self.predictor, session, self.split_seed, allow_seen=self.allow_seen)
         passed = np.ones(session.n_trials, dtype=bool)
         if "reaction-time-filter" in session.behaviour:

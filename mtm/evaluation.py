@@ -220,7 +220,7 @@ def _score(
         "poisson_d2": metrics.poisson_d2(predicted, counts),
         "trial_r2": metrics.trial_r2(predicted, counts),
     }
-    known = [key for key in CONDITIONS if np.ndim(session.behaviour.get(key)) == 1]
+    known = [k for k in CONDITIONS if k in session.behaviour and session.behaviour[k].ndim == 1]
     if known:
         conditions = np.stack([session.behaviour[key][trials] for key in known], axis=1)
         table["psth_r2"] = metrics.psth_r2(predicted, counts, conditions)

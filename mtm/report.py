@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from mtm.session import atomic_write
+from mtm.files import atomic_write
 
 LABELS = ("session", "seed", "neuron", "region")  # columns that identify a row
 COUNTS = ("spikes", "visible", "train_trials", "test_trials")
@@ -152,7 +152,7 @@ class TaskScores:
             return mean_of(runs.unstack("session").dropna().mean(axis=1))
         if what != "neurons" or pooled:
             raise ValueError(
-                f"over must be 'neurons' (not of pooled scores), 'sessions' or 'seeds', got {what!r}"
+                f"over must be 'sessions', 'seeds' or (unless pooled) 'neurons', got {what!r}"
             )
         if not self.per_neuron:
             return Mean(self.mean(column), np.nan, 0)
