@@ -124,16 +124,6 @@ def test_psth_r2_against_a_loop(example):
     np.testing.assert_allclose(metrics.psth_r2(log_rates, counts, two_columns), ours)
 
 
-def test_pooled_is_the_spike_weighted_mean(example):
-    log_rates, counts = example
-    spikes = counts.sum((0, 1))
-    each = np.nan_to_num(metrics.bits_per_spike(log_rates, counts))
-    silent_cost = np.exp(log_rates[:, :, 2]).sum()  # predicted spikes that never came
-    pooled = metrics.pooled_bits_per_spike(log_rates, counts)
-    expected = ((each * spikes).sum() - silent_cost / metrics.LOG2) / spikes.sum()
-    assert pooled == pytest.approx(expected)
-
-
 def test_counts_that_never_vary_have_no_share_to_explain():
     for count in (1, 3, 5):
         counts = np.full((70, 20, 2), count)
@@ -144,67 +134,48 @@ def test_counts_that_never_vary_have_no_share_to_explain():
         assert np.isnan(metrics.psth_r2(log_rates, counts, conditions)).all()
 
 
-def test_bad_input_is_refused(example):
+SCORES = [
+    metrics.bits_per_spike,
+    metrics.pooled_bits_per_spike,
+    metrics.poisson_d2,
+    metrics.trial_r2,
+    lambda log_rates, counts: metrics.psth_r2(log_rates, counts, np.zeros(len(counts))),
+]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_bad_input_is_refused(score):
+    log_rates, counts = np.zeros((2, 3, 1)), np.ones((2, 3, 1))
+    with pytest.raises(ValueError, match="must have the same shape"):
+        score(log_rates[:, :-1], counts)
+    for bad in (np.nan, -np.inf, 710.0):  # 710 averaged with other trials would look like NaN
+        with pytest.raises(ValueError, match="log-rates must be finite and at most 700"):
+            score(np.where([[[True]], [[False]]], bad, log_rates), counts)
+    for bad in (np.nan, np.inf, -1):
+        with pytest.raises(ValueError, match="counts must be from 0 up"):
+            score(log_rates, np.where([[[True]], [[False]]], bad, counts))
+    with pytest.raises(ValueError, match="not empty"):
+        score(log_rates[:0], counts[:0])
+
+
+def test_null_models_and_conditions_must_fit(example):
     log_rates, counts = example
-    with pytest.raises(ValueError, match="same shape"):
-        metrics.bits_per_spike(log_rates[:, :-1], counts)
-    broken = log_rates.copy()
-    broken[0, 0, 0] = -np.inf
-    with pytest.raises(ValueError, match="finite"):
-        metrics.trial_r2(broken, counts)
+    with pytest.raises(ValueError, match="log-rates must be finite"):
+        metrics.bits_per_spike(log_rates, counts, np.full(6, -np.inf))
+    with pytest.raises(ValueError, match="broadcast"):
+        metrics.bits_per_spike(log_rates, counts, np.zeros(5))
+    with pytest.raises(ValueError, match="need one condition per trial, got 4 for 20 trials"):
+        metrics.psth_r2(log_rates, counts, np.zeros(4))
 
 
-SCORES = {
-    "bits": metrics.bits_per_spike,
-    "pooled": metrics.pooled_bits_per_spike,
-    "d2": metrics.poisson_d2,
-    "r2": metrics.trial_r2,
-    "psth": lambda log_rates, counts: metrics.psth_r2(log_rates, counts, np.zeros(len(counts))),
-    "mean": lambda log_rates, counts: metrics.log_mean(counts),
-}
-
-
-@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
-@pytest.mark.parametrize(
-    ("counts", "message"),
-    [
-        (np.full((2, 3, 1), np.nan), "counts must be finite and not negative"),
-        (np.full((2, 3, 1), np.inf), "counts must be finite"),
-        (np.full((2, 3, 1), -1), "counts must be finite and not negative, got -1"),
-        (np.zeros((0, 3, 1)), "counts must be trials x bins x neurons"),
-        (np.zeros((2, 3)), "counts must be trials"),
-        (np.full((2, 3, 1), "x"), "counts must be an array of numbers"),
-        (np.ones((2, 3, 1), complex), "counts must be an array of numbers, got complex128"),
-    ],
-)
-def test_what_is_no_count_has_no_score(score, counts, message):
-    with pytest.raises(ValueError, match=message):
-        score(np.zeros(counts.shape), counts)
-
-
-def test_rates_that_no_float_holds_are_refused():
-    counts, log_rates = np.ones((2, 3, 1)), np.zeros((2, 3, 1))
-    log_rates[0] = 710.0  # averaged with the other trial this was NaN, as of a silent neuron
-    for score in list(SCORES.values())[:-1]:
-        with pytest.raises(ValueError, match="log-rates reach 710; above 700"):
-            score(log_rates, counts)
-
-
-@pytest.mark.parametrize(
-    ("null", "message"),
-    [
-        ([np.nan], "null log-rates must be finite"),
-        ([-np.inf], "null log-rates must be finite"),
-        ([0.0, 0.0], "null log-rates do not fit the counts"),
-        ("x", "null log-rates must be an array of numbers"),
-    ],
-)
-def test_what_is_no_null_model_is_refused(null, message):
-    with pytest.raises(ValueError, match=message):
-        metrics.bits_per_spike(np.zeros((2, 3, 1)), np.ones((2, 3, 1)), null)
-
-
-@pytest.mark.parametrize("conditions", [np.zeros(4), np.zeros(1), 0.0, np.zeros((2, 1, 1))])
-def test_conditions_are_of_the_trials(conditions):
-    with pytest.raises(ValueError, match=r"conditions must be \(2,\) or \(2, C\)"):
-        metrics.psth_r2(np.zeros((2, 3, 1)), np.ones((2, 3, 1)), conditions)
+def test_tensors_and_entries_in_any_shape(example):
+    log_rates, counts = example
+    f, y = (torch.from_numpy(x.reshape(-1, 6)) for x in (log_rates, counts.astype(float)))
+    expected = metrics.bits_per_spike(log_rates, counts)
+    np.testing.assert_allclose(metrics.bits_per_spike(f, y), expected, rtol=1e-12)
+    np.testing.assert_allclose(metrics.log_mean(y), metrics.log_mean(counts))
+    f.requires_grad_()
+    metrics.poisson_nll(f, y).sum().backward()
+    torch.testing.assert_close(f.grad, f.detach().exp() - y)  # the derivative by hand
+    loss = torch.nn.functional.poisson_nll_loss(f.detach(), y, reduction="none")
+    torch.testing.assert_close(metrics.poisson_nll(f.detach(), y), loss)
