@@ -619,9 +619,9 @@ class Baseline(ABC):
         seen: session -> fingerprints of its training trials, which evaluation refuses to score.
         maps: (session, scheme) -> fitted map.
         chosen: (session, scheme) -> chosen hyperparameters and their validation score.
+        schemes: the masking schemes that it can predict, for at least one session.
     """
 
-    sees_mask = False  # a hidden entry looks like a silent one
     dtype = torch.float64  # of the fit
 
     def __init__(self, sessions: Session | Sequence[Session], split_seed: int = 0) -> None:
@@ -638,6 +638,7 @@ class Baseline(ABC):
         data = [Data(session, split_seed, self.dtype) for session in sessions]
         for name, scheme, found, text, score in self._fit(data):
             self.maps[name, scheme], self.chosen[name, scheme] = found, (text, score)
+        self.schemes = tuple(dict.fromkeys(scheme for _, scheme in self.maps))
 
     @abstractmethod
     def _fit(self, sessions: list[Data]) -> Iterator[Found]:
