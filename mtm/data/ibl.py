@@ -1,43 +1,37 @@
 """International Brain Laboratory recordings through ONE: an eid in, a Session out.
 
-Only ONE-api and iblatlas are needed, not ibllib. The same code reads the public server and a folder
-on disk (downloaded, or written by `mtm.data.synthetic`), because it asks ONE for nothing but lists of datasets
-and datasets. Facts about IBL's own pipeline are from ibllib (``brainbox.io.one``,
-``brainbox.behavior.wheel``) and from MtM's data preparation; where those lose or mix up data, this
-does not.
+Needs ONE-api and iblatlas, not ibllib. The same code reads the public server and a folder on disk
+(downloaded, or written by `mtm.data.synthetic`), because it asks ONE only for lists of datasets and
+for datasets. Facts about IBL's pipeline are from ibllib (``brainbox.io.one``,
+``brainbox.behavior.wheel``) and from MtM's data preparation.
 
-A session's behaviours, where NaN = missing:
+A session's behaviour, NaN = missing:
 
 - ``choice`` (K,): -1 right, +1 left, 0 none; ``block``: probability of a stimulus on the left;
   ``reward``: 1 or 0; ``contrast``: right minus left, -1..1; ``reaction-time``: first movement
-  minus stimulus onset, s; ``reaction-time-filter``: 1 where `reaction_time_filter` keeps it.
-- ``wheel-speed`` (K, T) rad/s: position at 1 kHz, low-pass 20 Hz (order 8, both ways, as IBL
-  does), differentiated, absolute, averaged in each bin.
-- ``whisker-motion-energy`` (K, T), arbitrary units: left camera, else right; averaged in each
-  bin. Absent, with a warning, where neither is usable.
+  minus stimulus onset, seconds.
+- ``wheel-speed`` (K, T) rad/s: position at 1 kHz, low-pass 20 Hz, differentiated, absolute, mean
+  of each bin.
+- ``whisker-motion-energy`` (K, T), arbitrary units: left camera, else right; averaged in each bin.
 """
 
 from __future__ import annotations
 
 import functools
-import http.client
 import re
-import urllib.error
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from mtm.checkpoint import extra
-from mtm.checks import one_of
 from mtm.data.collection import Prepared
-from mtm.data.collection import prepare as run
-from mtm.data.download import time_limit
-from mtm.data.recording import ordered_samples, wheel_speed
+from mtm.data.collection import prepare as prepare_all
+from mtm.data.recording import Recording, ordered_samples, wheel_speed
 from mtm.data.regions import LEVELS, acronyms, within
+from mtm.files import optional
 from mtm.session import Session, SessionError
 
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
@@ -49,10 +43,7 @@ PROBE_DATASETS = (
     *("spikes.times", "spikes.clusters", "channels.brainLocationIds_ccf_2017"),
     *("clusters.channels", "clusters.depths", "clusters.metrics", "clusters.uuids"),
 )
-TIMEOUT = 60.0  # seconds that a server may be silent
-UNRECORDED = 0.1  # s without a spike of a whole probe that do not yet mean that it was off
-PLACE = ("lab", "subject", "date", "number")
-LATER = "check the network and try again later, or load what is on disk: connect(cache_dir) alone"
+SILENCE = 0.1  # seconds without a spike of a whole probe that do not yet mean that it was off
 
 
 def connect(
@@ -63,38 +54,34 @@ def connect(
     token: str | None = None,
     base_url: str = "https://openalyx.internationalbrainlab.org",
 ) -> Any:
-    """A ONE on a folder, or, with credentials, on IBL's public server. Never asks anything.
+    """Make a ONE on a folder or, with credentials, on IBL's public server. Never asks anything.
 
-    With ``cache_dir`` alone, ONE works in local mode: no network, no account, nothing written. The
-    folder needs ONE's tables (``sessions.pqt``, ``datasets.pqt``): `mtm.data.synthetic.index_alf` makes them
-    for an ALF tree, ``one.save_cache()`` for what a server's ONE has downloaded.
+    With ``cache_dir`` alone, ONE works without a network. The folder needs ONE's tables
+    (``sessions.pqt``, ``datasets.pqt``): `mtm.data.synthetic.index_alf` makes them for an ALF tree,
+    ``one.save_cache()`` for what a server's ONE has downloaded.
 
-    With credentials, ONE logs in at ``base_url`` and downloads what is loaded into ``cache_dir``,
-    or else ``~/Downloads/ONE/<server>``. Since ONE 3.6 there is no shared public login; accounts
-    are free, at https://openalyx.internationalbrainlab.org/signup. Pass ``username`` and
-    ``password``, as chosen there, or ``token``, the text that ``<base_url>/me`` shows when you are
-    logged in: the only way for accounts that sign in through ORCiD, which have no password (the
-    server knows whose token it is). ONE keeps a token in ``~/.one``, as plain text, so that later
-    ``username`` alone is enough on the same machine. On Colab, store it as a secret (the key symbol
-    on the left) and pass ``google.colab.userdata.get("ALYX_TOKEN")``, never the text itself.
+    With credentials, ONE logs in at ``base_url`` and downloads into ``cache_dir``, by default
+    ``~/Downloads/ONE/<server>``. Accounts are free, at
+    https://openalyx.internationalbrainlab.org/signup. Pass ``username`` and ``password``, or
+    ``token``, the text that ``<base_url>/me`` shows when you are logged in (the only way for
+    accounts that sign in through ORCiD). ONE keeps a token in ``~/.one``, so that later
+    ``username`` alone is enough on the same machine. On Colab, store the token as a secret and
+    pass ``google.colab.userdata.get("ALYX_TOKEN")``.
 
     Raises:
-        ValueError: neither folder nor credentials; a username without password, token or saved
-            token; a password without username.
+        ValueError: neither folder nor credentials; a username without password or token.
         FileNotFoundError: no ONE tables in ``cache_dir``.
-        ConnectionError: server out of reach, silent for `TIMEOUT` seconds, or failing.
         requests.HTTPError: from ONE: credentials that the server refuses.
         ImportError: without the ``[data]`` extra.
     """
-    api = extra("one.api", "data")
+    api = optional("one.api", "data")
     if username or password or token:
         where = {} if cache_dir is None else {"cache_dir": Path(cache_dir)}
         login = {"username": username, "password": password, "token": token}
-        with warnings.catch_warnings():  # ONE's last words before it logs in without a password
+        with warnings.catch_warnings():  # what ONE says before it logs in without a password
             warnings.filterwarnings("error", message="No password, token or cached token")
             try:
-                with answering(base_url):
-                    return api.OneAlyx(base_url=base_url, silent=True, **login, **where)
+                return api.OneAlyx(base_url=base_url, silent=True, **login, **where)
             except UserWarning:
                 raise ValueError(
                     f"no log-in of {username!r} at {base_url} is saved on this machine; pass "
@@ -102,43 +89,16 @@ def connect(
                 ) from None
     if cache_dir is None:
         raise ValueError(
-            "pass cache_dir, a folder with ONE's tables (mtm.data.synthetic.index_alf makes them), or "
-            f"username and password, or token: accounts are made at {base_url}/signup"
+            "pass cache_dir, a folder with ONE's tables (mtm.data.synthetic.index_alf makes them), "
+            f"or username and password, or token: accounts are made at {base_url}/signup"
         )
     for table in ("sessions.pqt", "datasets.pqt"):
         if not (Path(cache_dir) / table).is_file():
             raise FileNotFoundError(
-                f"{Path(cache_dir) / table} is missing; on an ALF tree, run `from mtm.data.synthetic import "
-                f"index_alf; index_alf({str(cache_dir)!r})`, or pass credentials to download"
+                f"{Path(cache_dir) / table} is missing; on an ALF tree, call "
+                f"mtm.data.synthetic.index_alf({str(cache_dir)!r}), or pass credentials to download"
             )
     return api.One(cache_dir=Path(cache_dir), mode="local")
-
-
-@contextmanager
-def answering(server: str | None) -> Iterator[None]:
-    """Within, a server may be silent for `TIMEOUT` seconds; ONE itself would wait for ever.
-
-    Args:
-        server: its address; None = nothing is asked of any.
-
-    Raises:
-        ConnectionError: naming server and remedy, where it is silent, out of reach, or fails.
-    """
-    if server is None:
-        yield
-        return
-    web = extra("requests.exceptions", "data")
-    try:
-        with time_limit(TIMEOUT):
-            yield
-    except web.HTTPError as error:
-        if getattr(error.response, "status_code", 0) < 500:
-            raise  # a refusal, in ONE's words
-        raise ConnectionError(f"{server} fails ({error}); {LATER}") from error
-    except (web.RequestException, urllib.error.URLError, http.client.HTTPException,
-            ConnectionError, TimeoutError) as error:  # fmt: skip
-        where, problem = getattr(error, "url", None) or server, " ".join(str(error).split())
-        raise ConnectionError(f"{where}: {problem}; {LATER}") from error
 
 
 def load_session(
@@ -157,66 +117,70 @@ def load_session(
 
     Neurons are all sorted clusters, probe after probe, those that never fired included. A probe's
     sorting is taken from ``alf/probeNN/iblsorter``, else ``.../pykilosort``, else ``alf/probeNN``,
-    else whatever folder there is; of revisions, ONE's default one. A cluster whose channel is not
-    known has no region, and spikes without a time are left out: both with a warning. The behaviours
-    are listed at the top of this page.
+    else any other folder; of revisions, ONE's default one.
 
     Args:
         one: from `connect`, or any ONE.
-        eid: session id (or whatever else ONE takes for one).
+        eid: session id.
         window: (start, stop) around the event, seconds.
         bin_size: seconds.
-        align: the event: a column of the trials table; trials without it are left out, as are
+        align: the event: a column of the trials table. Trials without it are left out, as are
             those before or after the time in which all probes recorded.
         atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos". All three are
-            columns of ``Session.neurons``. An id that the atlas does not know becomes "id 12345".
-            ``None``: load without regions (a probe without histology).
-        trial_filter: "reaction-time" leaves out the trials that `reaction_time_filter` rejects.
+            columns of ``Session.neurons``. None: load without regions (a probe without histology).
+        trial_filter: "reaction-time" keeps the trials that `reaction_time_filter` accepts.
         units: "good" keeps the clusters with label 1 (IBL's three quality criteria) only.
-        probes: names of those to load, as ``["probe00"]``. Default: all with a spike sorting; one
-            without is named in a warning.
+        probes: names of those to load, as ``["probe00"]``. Default: all with a spike sorting.
 
     Returns:
         the session, named by the eid. Its ``neurons`` have ``probe``, ``cluster`` (id on its
         probe), ``allen_id``, ``allen``, ``beryl``, ``cosmos``, and where present ``depth``
-        (micrometres from the tip), ``label``, ``uuid``.
+        (micrometres from the tip), ``label``, ``uuid``. Splits go by all trials of the table.
 
     Raises:
         SessionError: naming the eid, the dataset and the remedy.
-        ConnectionError: a server out of reach, silent for `TIMEOUT` seconds, or failing.
         ValueError: for an unknown ``atlas``, ``trial_filter`` or ``units``.
     """
-    one_of("atlas", atlas, (None, *LEVELS))
-    one_of("trial_filter", trial_filter, (None, "reaction-time"))
-    one_of("units", units, (None, "good"))
-    recording = _Recording(one, eid)
-    trials, dropped = _trials(recording, align, trial_filter)
-    collections = _sortings(recording, probes)
-    sorted_ = [_probe(recording, *item, atlas is not None) for item in collections.items()]
-    trials = _recorded(trials, dropped, align, window, [times for times, *_ in sorted_])
-    times, clusters, columns = _merge(sorted_)
-    keep = _quality(recording, columns, units)
-    inside = slice(None) if keep.all() else keep[clusters]
-    camera, traces = _whisker(recording)
-    traces |= _wheel(recording)
+    for name, value, known in (
+        ("atlas", atlas, LEVELS),
+        ("trial_filter", trial_filter, ("reaction-time",)),
+        ("units", units, ("good",)),
+    ):
+        if value not in (None, *known):
+            raise ValueError(f"{name} must be None or one of {', '.join(known)}; got {value!r}")
+    session = _OneSession(one, eid)
+    trials = _trials(session, align, trial_filter)
+    collections = _sortings(session, probes)
+    sorted_ = [_probe(session, *item, atlas is not None) for item in collections.items()]
+    spikes = pd.concat([spikes for spikes, _ in sorted_], ignore_index=True)
+    clusters = pd.concat([table for _, table in sorted_], ignore_index=True)
+    if "uuid" in clusters:
+        clusters["uuid"] = clusters["uuid"].fillna("")  # of a probe without uuids
+    trials = _while_recorded(session, trials, align, window, spikes)
+    keep = np.ones(len(clusters), dtype=bool)
+    if units == "good":
+        keep = clusters.get("label", pd.Series(0, index=clusters.index)).to_numpy() >= 1
+        if not keep.any():
+            session.fail("clusters.metrics", "no cluster has label 1; pass units=None")
+    spikes = spikes[keep[spikes["neuron"]]]
+    clusters = clusters[keep]
+    session.provenance |= {"collections": collections, "align": align, "units": units}
     return Session.from_spike_times(
-        times[inside],
-        clusters[inside],
-        trials[align],
-        clusters=np.flatnonzero(keep),
-        regions=None if atlas is None else columns[atlas.lower()][keep],
+        spikes["time"].to_numpy(),
+        spikes["neuron"].to_numpy(),
+        trials[align].to_numpy(),
+        clusters=clusters.index,
+        regions=None if atlas is None else clusters[atlas.lower()].to_numpy(),
         window=window,
         bin_size=bin_size,
-        traces=traces,
+        traces=_whisker(session) | _wheel(session),
         behaviour=_behaviour(trials),
-        trial_ids=trials["row"],
-        n_recorded=dropped["in the table"],
-        name=recording.eid,
-        subject=recording.place["subject"],
-        neurons={key: values[keep] for key, values in columns.items()},
-        provenance=recording.origin()
-        | {"collections": collections, "camera": camera, "align": align, "trials": dropped}
-        | {"clusters dropped": int(np.sum(~keep))},
+        trial_ids=trials.index.to_numpy(),
+        n_recorded=session.provenance["trials in the table"],
+        name=session.name,
+        subject=session.provenance.get("subject", ""),
+        neurons={name: clusters[name].to_numpy() for name in clusters},
+        provenance=session.provenance,
     )
 
 
@@ -230,7 +194,7 @@ def search(
     quality: str | None = None,
     **terms: Any,
 ) -> list[str]:
-    """Sessions that have sorted spikes, by what is known of them.
+    """Find sessions that have sorted spikes; returns their eids.
 
     Args:
         one: from `connect`. On a server, its database is asked; on a folder, ONE's tables.
@@ -238,12 +202,8 @@ def search(
         lab, subject: or part of the name.
         region: Allen acronym of a region that a probe went through, or of a larger one that
             contains it ("HPF" finds CA1). On a folder, each session's channels are read for that.
-        quality: worst grade of the spike times that will do: "PASS", "WARNING", "FAIL" (grades
-            that were never given count as good).
+        quality: worst grade of the spike times that will do: "PASS", "WARNING", "FAIL".
         **terms: any other of ``one.search_terms()``, as ``date_range=("2020-01-01", None)``.
-
-    Returns:
-        eids.
 
     Raises:
         ValueError: for a region that the atlas does not have.
@@ -255,49 +215,37 @@ def search(
         terms["atlas_acronym"] = region
     with warnings.catch_warnings():  # ONE 3.6 with pandas 3
         warnings.filterwarnings("ignore", message="The copy keyword is deprecated")
-        with answering(None if one.offline else one.alyx.base_url):
-            eids = [str(eid) for eid in one.search(datasets="spikes.times.npy", **terms)]
+        eids = [str(eid) for eid in one.search(datasets="spikes.times.npy", **terms)]
     if inside is None or not one.offline:
         return eids
-    return [eid for eid in eids if _passes_through(_Recording(one, eid), inside)]
+    return [eid for eid in eids if _passes_through(_OneSession(one, eid), inside)]
 
 
-def _passes_through(recording: _Recording, ids: np.ndarray) -> bool:
+def _passes_through(session: _OneSession, ids: np.ndarray) -> bool:
     """Whether a channel of any probe is in one of the regions with these ids."""
     name = "channels.brainLocationIds_ccf_2017"
     try:
-        for collection in _sortings(recording, None).values():
-            if recording.find(name, collection):
-                located = np.nan_to_num(recording.load(name, collection)).astype(np.int64)
-                if np.isin(np.abs(located), ids).any():
+        for collection in _sortings(session, None).values():
+            if session.find(name, collection):
+                located = np.abs(np.nan_to_num(session.load(name, collection)))
+                if np.isin(located.astype(np.int64), ids).any():
                     return True
     except SessionError as error:  # the other sessions can still be searched
         warnings.warn(f"{error}; left out of the search", UserWarning, stacklevel=3)
     return False
 
 
-def prepare(
-    one: Any,
-    eids: Iterable[Any],
-    out: str | Path,
-    *,
-    workers: int | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-    **options: Any,
-) -> Prepared:
-    """Download and write many sessions, each as ``OUT/<eid>.npz``: `mtm.prepare` for ONE.
+def prepare(one: Any, eids: Iterable[Any], out: str | Path, **options: Any) -> Prepared:
+    """Download and write many sessions, each as ``OUT/<eid>.npz``: :func:`mtm.prepare` for ONE.
 
     Every process connects for itself, with the log-in that ONE has saved.
 
     Args:
         one: from `connect`.
         eids: as from `search`, or `mtm.official.PAPER_EIDS`.
-        out, workers, overwrite, progress: as in :func:`mtm.prepare.prepare`.
-        **options: of `load_session`.
-
-    Returns:
-        what became of each session; it prints as a table.
+        out: folder.
+        **options: ``workers``, ``overwrite``, ``progress`` of :func:`mtm.prepare`, and those of
+            `load_session`.
 
     Example:
         >>> done = ibl.prepare(one, official.PAPER_EIDS, "sessions", trial_filter="reaction-time")
@@ -306,100 +254,67 @@ def prepare(
     where: dict[str, Any] = {"cache_dir": str(one.cache_dir)}
     if not one.offline:
         where |= {"username": one.alyx.user, "base_url": one.alyx.base_url}
-    tables = (Path(one.cache_dir) / f"{name}.pqt" for name in ("sessions", "datasets"))
-    known = tuple(table.stat().st_mtime_ns for table in tables if table.exists())
-    load = functools.partial(_load_there, where, known)
-    options |= {"workers": workers, "overwrite": overwrite, "progress": progress}
-    return run(load, {str(eid): eid for eid in eids}, out, **options)
+    load = functools.partial(_connect_and_load, where)
+    return prepare_all(load, {str(eid): eid for eid in eids}, out, **options)
 
 
-def _load_there(where: dict[str, Any], known: tuple[int, ...], eid: Any, **options: Any) -> Session:
-    return load_session(_connected(known, **where), eid, **options)
-
-
-@functools.cache
-def _connected(known: tuple[int, ...], **where: Any) -> Any:
-    """One connection a process, as long as ONE's tables (times of change: ``known``) are these."""
-    return connect(**where)
+def _connect_and_load(where: dict[str, Any], eid: Any, **options: Any) -> Session:
+    return load_session(connect(**where), eid, **options)
 
 
 def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
-    """The paper's trial filter: True for the trials to keep.
+    """The paper's trial filter: True for the trials to keep, (K,) bool.
 
-    Kept are trials with 0.08 s <= first movement - stimulus onset <= 2 s, with feedback at most
-    10 s after the go cue, with a choice, and without NaN in stimulus onset, choice, feedback time
-    and type, block and first movement. (As in the authors' code, a missing go cue rejects none.)
+    Kept are trials with 0.08 s <= first movement - stimulus onset <= 2 s, feedback at most 10 s
+    after the go cue, a choice, and no NaN in stimulus onset, choice, feedback time and type, block
+    and first movement. (As in the authors' code, a missing go cue rejects none.)
 
     Args:
         trials: IBL's trials table: column -> (K,).
 
-    Returns:
-        (K,) bool.
-
     Raises:
-        SessionError: naming the columns that are missing.
+        KeyError: naming the column that is missing.
     """
-    needed: tuple[str, ...] = ("stimOn_times", "firstMovement_times", "feedback_times")
-    needed += ("goCue_times", "choice", "feedbackType", "probabilityLeft")
-    if missing := [name for name in needed if name not in trials]:
-        raise SessionError(f"trials table: no column {missing}; pass trial_filter=None")
-    column = {name: np.asarray(trials[name], dtype=np.float64) for name in needed}
+    required = ("choice", "feedback_times", "feedbackType", "probabilityLeft")
+    columns = (*required, "stimOn_times", "firstMovement_times", "goCue_times")
+    column = {name: np.asarray(trials[name], dtype=np.float64) for name in columns}
     reaction_time = column["firstMovement_times"] - column["stimOn_times"]  # NaN fails both bounds
     keep = (reaction_time >= 0.08) & (reaction_time <= 2.0) & (column["choice"] != 0)
     keep &= ~(column["feedback_times"] - column["goCue_times"] > 10.0)
-    for name in ("choice", "feedback_times", "feedbackType", "probabilityLeft"):
+    for name in required:
         keep &= ~np.isnan(column[name])
     return keep
 
 
-# -------------------------------------------------------------------------- what ONE has
+# ---------------------------------------------------------------- what ONE has
 
 
-class _Recording:
+class _OneSession(Recording):
     """The datasets of one session: which there are, and their content."""
 
     def __init__(self, one: Any, eid: Any) -> None:
-        self.one: Any = one
+        self.one = one
         self.files: dict[str, Any] = {}  # dataset -> file on disk, or None
-        self.place: dict[str, str] = {}
-        self.revisions: dict[str, str] = {}
         try:
             self.id = one.to_eid(eid)
         except ValueError as error:
             raise SessionError(f"session {eid!r}: not a session id ({error})") from error
-        self.eid = str(eid if self.id is None else self.id)
-        try:
-            with answering(self.server()):
-                found: Any = () if self.id is None else one.list_datasets(self.id, details=True)
-        except extra("requests.exceptions", "data").HTTPError as error:
-            if getattr(error.response, "status_code", None) != 404:
-                raise
-            found = ()
+        server = None if one.offline else one.alyx.base_url
+        super().__init__(str(self.id or eid), origin="ONE", server=server, eid=str(self.id or eid))
+        found: Any = () if self.id is None else one.list_datasets(self.id, details=True)
         if not len(found):
-            raise SessionError(
-                f"session {self.eid}: no datasets of it in {one!r}; one.search() lists the "
-                "sessions there are (after adding files, call index_alf again and connect anew)"
+            self.fail(
+                "datasets",
+                f"none in {one!r}; one.search() lists the sessions there are (after adding files, "
+                "call index_alf again and connect anew)",
             )
         self.paths = sorted({re.sub(r"#[^#/]*#/", "", path) for path in found["rel_path"]})
         self.sizes = dict(zip(found["rel_path"], found["file_size"], strict=True))
 
-    def server(self) -> str | None:
-        """Address of the server that files are downloaded from, if they are."""
-        return None if self.one.offline else self.one.alyx.base_url
-
-    def origin(self) -> dict[str, Any]:
-        """Where the session comes from: server, eid, its place, revisions of files."""
-        place = {"eid": self.eid, **self.place}
-        return {"origin": "ONE", "server": self.server(), **place, "revisions": self.revisions}
-
-    def fail(self, dataset: str, problem: str) -> NoReturn:
-        raise SessionError(f"session {self.eid}, {dataset}: {problem}")
-
     def find(self, name: str, collection: str | None = None) -> str | None:
         """Path of the dataset ``object.attribute`` in a collection; by default in any.
 
-        Of several, ``alf`` itself comes first, then the others by name (``alf/task_00`` is the
-        first task of a session with several).
+        Of several, ``alf`` itself comes first, then the others by name.
         """
         where = r"alf(?:/[^/]+)*" if collection is None else re.escape(collection)
         pattern = rf"{where}/(?:_[^_/]+_)?{re.escape(name)}\.(?:npy|pqt|csv)"
@@ -407,22 +322,12 @@ class _Recording:
         return min(found, key=lambda path: (path.count("/"), path), default=None)
 
     def fetch(self, collection: str, *names: str) -> None:
-        """Have these datasets on disk, those that there are: one request, parallel downloads."""
+        """Download the datasets that are there and not on disk yet, in one request."""
         found = [self.find(name, collection) for name in names]
         paths = [path for path in found if path is not None and path not in self.files]
         if not paths:
             return
-        files, cut = self._download(paths)
-        if cut:  # perhaps long ago: ONE takes what it once began for whole
-            files, cut = self._download(paths)
-        if cut:
-            self.fail(cut[0], "the download was cut short, and is removed; load again later")
-        self.files |= files
-
-    def _download(self, paths: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-        """Dataset -> file, or None; and those that arrived only in part, which are removed."""
-        with warnings.catch_warnings(), answering(self.server()):
-            # tables that ONE saved do not say which is the default
+        with warnings.catch_warnings():  # tables that ONE saved do not say which is the default
             warnings.filterwarnings("ignore", message="No default revision")
             files, _ = self.one.load_datasets(
                 self.id,
@@ -432,17 +337,16 @@ class _Recording:
                 assert_present=False,
                 check_hash=False,
             )
-        cut = []
         for path, file in zip(paths, files, strict=True):
             if file is not None and not self.one.offline:
-                size = self.sizes.get(file.relative_to_session().as_posix()) or 0
-                if file.stat().st_size < size:
+                # ONE takes a download that was cut, even long ago, for the whole file.
+                if file.stat().st_size < (self.sizes.get(str(file.relative_to_session())) or 0):
                     file.unlink()
-                    cut.append(path)
-        return dict(zip(paths, files, strict=True)), cut
+                    self.fail(path, "the download was cut, and is removed; load again")
+            self.files[path] = file
 
     def load(self, name: str, collection: str, remedy: str = "choose another session") -> Any:
-        """Content of a dataset: an array, or a table."""
+        """Content of a dataset: numbers (n,), or a table."""
         path = self.find(name, collection)
         if path is None:
             self.fail(f"{collection}/{name}", f"no such dataset; {remedy}")
@@ -451,315 +355,225 @@ class _Recording:
         if file is None:
             self.fail(path, "listed, but not on disk; restore the file")
         if revision := re.search(r"#([^#/]+)#", str(file)):
-            self.revisions[path] = revision[1]
-        self.place = {  # .../lab/Subjects/subject/date/number
-            key: str(part) for key, part in zip(PLACE, file.session_parts, strict=True)
-        }
-        try:
+            self.provenance.setdefault("revisions", {})[path] = revision[1]
+        place = ("lab", "subject", "date", "number")
+        self.provenance |= dict(zip(place, map(str, file.session_parts), strict=True))
+        with self.reading(path, f"delete {file} and load again"):
             if path.endswith(".npy"):
-                return self.column(path, np.load(file, allow_pickle=False))
-            pandas = extra("pandas", "data")
-            return (pandas.read_parquet if path.endswith(".pqt") else pandas.read_csv)(file)
-        except (OSError, ValueError, EOFError) as error:
-            self.fail(path, f"damaged ({error}); delete {file} and load again")
-
-    def column(self, path: str, content: np.ndarray) -> np.ndarray:
-        """The content of a file, or a column of a table, as numbers (n,)."""
-        if content.ndim == 2 and content.shape[1] == 1:
-            content = content[:, 0]
-        if content.ndim != 1 or content.dtype.kind not in "uifb":
-            self.fail(path, f"not a column of numbers (shape {content.shape}, {content.dtype}); "
-                      "download it again")  # fmt: skip
-        return content
+                array = np.load(file, allow_pickle=False) + 0  # text cannot be added to
+                if array.ndim > 2 or array.size != len(array):
+                    raise ValueError(f"shape {array.shape}, not a column")
+                return array.ravel()
+            return (pd.read_parquet if path.endswith(".pqt") else pd.read_csv)(file)
 
 
-# ------------------------------------------------------------------------------- trials
+# ---------------------------------------------------------------- trials
 
 
-def _trials(
-    recording: _Recording, align: str, trial_filter: str | None
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Columns (K,) of the trials to use, with their ``row`` in the table.
-
-    And how many there were and were dropped, and why.
-    """
-    if path := recording.find("trials.table"):
-        trials = recording.load("trials.table", path.rpartition("/")[0])
-        trials = {name: trials[name].to_numpy() for name in trials}
-    elif path := recording.find(f"trials.{align}"):
+def _trials(session: _OneSession, align: str, trial_filter: str | None) -> pd.DataFrame:
+    """The trials to use; their index is the row in the table."""
+    if path := session.find("trials.table"):
+        trials = session.load("trials.table", path.rpartition("/")[0])
+    elif path := session.find(f"trials.{align}"):
         folder = path.rpartition("/")[0]
-        names = [n for n in {*TRIAL_COLUMNS, align} if recording.find(f"trials.{n}", folder)]
-        trials = {name: recording.load(f"trials.{name}", folder) for name in names}
+        names = [n for n in {*TRIAL_COLUMNS, align} if session.find(f"trials.{n}", folder)]
+        with session.reading(path):
+            trials = pd.DataFrame({n: session.load(f"trials.{n}", folder) for n in names})
     else:
-        recording.fail(
-            "alf/_ibl_trials.table.pqt",
-            f"no trials table, nor a trials.{align}; choose another session",
-        )
+        session.fail("alf/_ibl_trials.table.pqt", "no trials table; choose another session")
     if align not in trials:
         events = sorted(name for name in trials if name.endswith("_times"))
-        recording.fail(path, f"no column {align!r} to align to; there are {events}")
-    if len({len(values) for values in trials.values()}) > 1:
-        recording.fail(path, "columns of different lengths; download them again")
-    for name in {*TRIAL_COLUMNS, align} & set(trials):
-        trials[name] = _numbers(recording, f"{path}, {name}", trials[name])
-    keep = np.isfinite(trials[align])
-    dropped = {"in the table": len(keep), f"without {align}": int(np.sum(~keep))}
-    if not keep.any():
-        recording.fail(path, f"all {len(keep)} trials lack {align!r}; align to another event")
+        session.fail(path, f"no column {align!r} to align to; there are {events}")
+    with session.reading(path):
+        names = [name for name in (*TRIAL_COLUMNS, align) if name in trials]
+        trials = trials[list(dict.fromkeys(names))].astype(np.float64).reset_index(drop=True)
+    keep = np.isfinite(trials[align].to_numpy())
+    session.provenance |= {"trials in the table": len(keep), f"without {align}": int((~keep).sum())}
     if trial_filter is not None:
         try:
-            passed = reaction_time_filter(trials)
-        except SessionError as error:  # it does not know whose trials these are
-            recording.fail(path, str(error))
-        dropped["rejected by the filter"] = int(np.sum(keep & ~passed))
-        keep &= passed
-        if not keep.any():
-            recording.fail(path, "no trial passes the reaction-time filter; pass trial_filter=None")
-    rows = {"row": np.flatnonzero(keep)}
-    return rows | {name: values[keep] for name, values in trials.items()}, dropped
+            accepted = reaction_time_filter(trials)
+        except KeyError as error:
+            session.fail(path, f"no column {error}; pass trial_filter=None")
+        session.provenance["rejected by the filter"] = int((keep & ~accepted).sum())
+        keep &= accepted
+    if not keep.any():
+        session.fail(path, f"no trial has {align!r} and passes trial_filter={trial_filter!r}")
+    return trials[keep]
 
 
-def _numbers(recording: _Recording, what: str, values: np.ndarray) -> np.ndarray:
-    """A column of a table as float64 (n,), None as NaN; or an error that says which it is."""
-    try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        recording.fail(what, f"not numbers ({error}); download it again")
-
-
-def _recorded(
-    trials: dict[str, np.ndarray],
-    dropped: dict[str, int],
+def _while_recorded(
+    session: _OneSession,
+    trials: pd.DataFrame,
     align: str,
     window: tuple[float, float],
-    spikes: list[np.ndarray],
-) -> dict[str, np.ndarray]:
-    """The trials while all probes recorded; the others would be silent. Counted in ``dropped``.
+    spikes: pd.DataFrame,
+) -> pd.DataFrame:
+    """The trials during which all probes recorded; neurons would seem silent in the others.
 
-    A probe records from its first to its last spike, and `UNRECORDED` longer; one with fewer spikes
-    than trials says nothing.
+    A probe records from its first to its last spike; one with few spikes does not tell.
     """
-    n = len(trials[align])
-    busy = [times for times in spikes if len(times) >= n]
-    start = max((times.min() for times in busy), default=-np.inf) - UNRECORDED
-    stop = min((times.max() for times in busy), default=np.inf) + UNRECORDED
-    keep = (trials[align] + window[0] >= start) & (trials[align] + window[1] <= stop)
-    if not keep.any():  # another clock, or no spikes: what comes of it says so better
+    ends = spikes.groupby("probe")["time"].agg(["min", "max", "size"])
+    ends = ends[ends["size"] >= len(trials)]
+    start, stop = ends["min"].max() - SILENCE, ends["max"].min() + SILENCE
+    outside = (trials[align] + window[0] < start) | (trials[align] + window[1] > stop)
+    if outside.all():  # another clock, or no spikes; binning reports it
         return trials
-    dropped["beyond the recording"] = int(np.sum(~keep))
-    return {name: values[keep] for name, values in trials.items()}
+    session.provenance["beyond the recording"] = int(outside.sum())
+    return trials[~outside]
 
 
-def _behaviour(trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Behaviour with one value a trial, as far as the trials table has the columns for it."""
-    recipes: dict[str, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {
-        "choice": (("choice",), lambda choice: choice),
-        "block": (("probabilityLeft",), lambda block: block),
-        "reward": (("feedbackType",), lambda kind: np.where(np.isnan(kind), np.nan, kind > 0)),
-        "contrast": (("contrastLeft", "contrastRight"), _signed_contrast),
-        "reaction-time": (("stimOn_times", "firstMovement_times"), lambda on, move: move - on),
-    }
-    behaviour = {}
-    for key, (names, recipe) in recipes.items():
-        if all(name in trials for name in names):
-            behaviour[key] = recipe(*(trials[name] for name in names))
-    try:
-        behaviour["reaction-time-filter"] = reaction_time_filter(trials).astype(float)
-    except SessionError:  # a column is missing; without a filter asked for, the trials are fine
-        pass
-    return behaviour
+def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Behaviour with one value per trial, as far as the trials table has the columns for it."""
+    column = {name: trials[name].to_numpy() for name in trials}
+    found = {}
+    for ours, name in (("choice", "choice"), ("block", "probabilityLeft")):
+        if name in column:
+            found[ours] = column[name]
+    if (kind := column.get("feedbackType")) is not None:
+        found["reward"] = np.where(np.isnan(kind), np.nan, kind > 0)
+    if {"contrastLeft", "contrastRight"} <= set(column):
+        # NaN on the side without a stimulus; on both, the stimulus is not known.
+        left, right = column["contrastLeft"], column["contrastRight"]
+        signed = np.nan_to_num(right) - np.nan_to_num(left)
+        found["contrast"] = np.where(np.isnan(left) & np.isnan(right), np.nan, signed)
+    if {"stimOn_times", "firstMovement_times"} <= set(column):
+        found["reaction-time"] = column["firstMovement_times"] - column["stimOn_times"]
+    return found
 
 
-def _signed_contrast(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Right minus left: IBL has NaN on the side without a stimulus. Both NaN: unknown."""
-    signed = np.nan_to_num(right) - np.nan_to_num(left)
-    return np.where(np.isnan(left) & np.isnan(right), np.nan, signed)
+# ---------------------------------------------------------------- spikes and regions
 
 
-# --------------------------------------------------------------------- spikes, regions
-
-
-def _sortings(recording: _Recording, wanted: Sequence[str] | None) -> dict[str, str]:
+def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, str]:
     """Probe name -> collection with its spike sorting, probes in order."""
     found: dict[str, list[str]] = {}
-    there = {path.split("/")[1] for path in recording.paths if path.startswith("alf/probe")}
+    present = {path.split("/")[1] for path in session.paths if path.startswith("alf/probe")}
     pattern = r"alf/(probe[^/]+)(?:/([^/]+))?/(?:_[^_/]+_)?spikes\.times\.npy"
-    for path in recording.paths:
+    for path in session.paths:
         if match := re.fullmatch(pattern, path):
             found.setdefault(match[1], []).append(match[2] or "")
-    if not found:
-        recording.fail("alf/probe*/*/spikes.times.npy", "no spike sorting; choose another session")
-    wanted = [wanted] if isinstance(wanted, str) else wanted
-    wanted = sorted(there if wanted is None else wanted)
-    if not wanted or not set(wanted) <= there:
-        lacking = ", ".join(sorted(set(wanted) - there)) or "probe asked for"
-        recording.fail("alf", f"no {lacking}; it has {sorted(there)}")
-    if unsorted := [probe for probe in wanted if probe not in found]:
-        problem = f"alf/{unsorted[0]}: no spikes.times, so no spike sorting"
-        if len(unsorted) == len(wanted):
-            recording.fail(f"alf/{unsorted[0]}", "no spike sorting; choose another probe")
-        _warn(recording, f"{problem}; left out {', '.join(unsorted)}", None)
-    found = {probe: found[probe] for probe in wanted if probe in found}
-    rank = {sorter: place for place, sorter in enumerate(SORTERS)}
-    best = {
-        probe: min(sorters, key=lambda sorter: (rank.get(sorter, len(rank)), sorter))
-        for probe, sorters in sorted(found.items())
-    }
-    return {probe: f"alf/{probe}/{sorter}".rstrip("/") for probe, sorter in best.items()}
+    names = sorted(present) if wanted is None else [wanted] if isinstance(wanted, str) else wanted
+    if missing := sorted(set(names) - present):
+        session.fail("alf", f"no {', '.join(missing)}; it has {sorted(present)}")
+    if not set(names) & set(found):
+        session.fail("alf/probe*/*/spikes.times.npy", "no spike sorting; choose another session")
+    if unsorted := [probe for probe in names if probe not in found]:
+        session.warn(f"alf/{unsorted[0]}", f"no spike sorting; left out {', '.join(unsorted)}")
+    best = {}
+    for probe in sorted(set(names) & set(found)):
+        known = [sorter for sorter in SORTERS if sorter in found[probe]]
+        best[probe] = f"alf/{probe}/{(known or sorted(found[probe]))[0]}".rstrip("/")
+    return best
 
 
 def _probe(
-    recording: _Recording, probe: str, collection: str, regions: bool
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Spike times and clusters (S,) of one probe, and its clusters' columns (n,)."""
-    recording.fetch(collection, *PROBE_DATASETS)
+    session: _OneSession, probe: str, collection: str, regions: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Spikes (time, neuron, probe) of one probe, and the table of its clusters."""
+    session.fetch(collection, *PROBE_DATASETS)
     remedy = f"leave the probe out with probes=..., all but {probe!r}"
-    times = recording.load("spikes.times", collection, remedy)
-    clusters = recording.load("spikes.clusters", collection, remedy)
-    channels = recording.load("clusters.channels", collection, remedy)
-    n = len(channels)
-    if len(times) != len(clusters):
-        recording.fail(
-            f"{collection}/spikes.*", f"{len(times)} times, {len(clusters)} clusters; load it again"
+    channels = session.load("clusters.channels", collection, remedy)
+    with session.reading(f"{collection}/spikes", remedy):
+        spikes = pd.DataFrame(
+            {
+                "time": session.load("spikes.times", collection, remedy),
+                "cluster": session.load("spikes.clusters", collection, remedy).astype(np.int64),
+            }
         )
-    if not (timed := np.isfinite(times)).all():
-        _warn(recording, f"{collection}/spikes.times: left out {np.sum(~timed)} without time", None)
-        times, clusters = times[timed], clusters[timed]
-    if len(clusters) and not 0 <= clusters.min() <= clusters.max() < n:
-        recording.fail(
+    timed = np.isfinite(spikes["time"])
+    if not timed.all():
+        session.warn(f"{collection}/spikes.times", f"left out {(~timed).sum()} without a time")
+    spikes, n = spikes[timed], len(channels)
+    if not spikes["cluster"].between(0, n - 1).all():
+        session.fail(
             f"{collection}/spikes.clusters",
-            f"ids {clusters.min()} to {clusters.max()}, but clusters.channels lists {n} clusters; "
-            "the files are of different sortings, download them again",
+            f"up to {spikes['cluster'].max()}, but clusters.channels lists {n} clusters; the files "
+            "are of different sortings, download them again",
         )
-    columns = {"probe": np.full(n, probe), "cluster": np.arange(n)}
+    clusters = pd.DataFrame({"probe": probe, "cluster": np.arange(n)})
     if regions:
-        ids = recording.load(
-            "channels.brainLocationIds_ccf_2017",
-            collection,
-            "the probe has no histology: atlas=None loads it without regions",
-        )
-        columns["allen_id"] = _locate(recording, collection, channels, np.nan_to_num(ids))
-        columns |= {level.lower(): acronyms(columns["allen_id"], level) for level in LEVELS}
-    if recording.find("clusters.depths", collection):
-        columns["depth"] = recording.load("clusters.depths", collection)
-    if recording.find("clusters.uuids", collection):
-        columns["uuid"] = recording.load("clusters.uuids", collection).iloc[:, 0].to_numpy(str)
-    if recording.find("clusters.metrics", collection):
-        metrics = recording.load("clusters.metrics", collection)
-        metrics = metrics if "cluster_id" in metrics else metrics.reset_index()
-        if {"label", "cluster_id"} <= set(metrics):  # IBL leaves out clusters without a spike
-            label = metrics.drop_duplicates("cluster_id").set_index("cluster_id")["label"]
-            label = label.reindex(np.arange(n)).to_numpy()
-            columns["label"] = _numbers(recording, f"{collection}/clusters.metrics: label", label)
-    for name, values in columns.items():
-        if len(values) != n:
-            recording.fail(f"{collection}/clusters: {name}", f"{len(values)} for {n} clusters")
-    return times, clusters.astype(np.int32), columns  # of 20 million spikes, 80 MB less
+        clusters["allen_id"] = _allen_ids(session, collection, channels)
+        for level in LEVELS:
+            clusters[level.lower()] = acronyms(clusters["allen_id"].to_numpy(), level)
+    with session.reading(f"{collection}/clusters"):
+        if session.find("clusters.depths", collection):
+            clusters["depth"] = session.load("clusters.depths", collection)
+        if session.find("clusters.uuids", collection):
+            uuids = session.load("clusters.uuids", collection)
+            clusters["uuid"] = uuids.iloc[:, 0].to_numpy(str)
+        if session.find("clusters.metrics", collection):
+            metrics = session.load("clusters.metrics", collection)
+            metrics = metrics if "cluster_id" in metrics else metrics.reset_index()
+            if {"label", "cluster_id"} <= set(metrics):  # clusters without a spike have no row
+                label = metrics.drop_duplicates("cluster_id").set_index("cluster_id")["label"]
+                clusters["label"] = label.reindex(clusters["cluster"]).to_numpy(np.float64)
+    offset = session.provenance.get("clusters", 0)  # neurons are numbered on over the probes
+    session.provenance["clusters"] = offset + n
+    return spikes.assign(neuron=spikes["cluster"] + offset, probe=probe), clusters
 
 
-def _locate(
-    recording: _Recording, collection: str, channels: np.ndarray, ids: np.ndarray
-) -> np.ndarray:
+def _allen_ids(session: _OneSession, collection: str, channels: np.ndarray) -> np.ndarray:
     """Allen id of each cluster, (n,) int64, from that of its channel; 0, void, without one."""
-    channels = np.asarray(channels, dtype=np.float64)
-    held = channels >= 0  # neither NaN nor -1
-    if np.any(channels[held] >= len(ids)):
-        recording.fail(
+    ids = session.load(
+        "channels.brainLocationIds_ccf_2017",
+        collection,
+        "the probe has no histology: atlas=None loads it without regions",
+    )
+    on_channel = channels >= 0  # neither NaN nor -1
+    if np.any(channels[on_channel] >= len(ids)):
+        session.fail(
             f"{collection}/clusters.channels",
-            f"channel {channels[held].max():g} of {len(ids)}; the files are of different sortings, "
+            f"channel {channels.max():g} of {len(ids)}; the files are of different sortings, "
             "download them again",
         )
-    if not held.all():
-        problem = f"{collection}/clusters.channels: {np.sum(~held)} clusters without a channel"
-        _warn(recording, f"{problem}; they have no region", None)
-    located = np.zeros(len(channels), dtype=np.int64)
-    located[held] = ids[channels[held].astype(np.int64)]
-    return located
+    if not on_channel.all():
+        problem = f"{(~on_channel).sum()} clusters without a channel; they have no region"
+        session.warn(f"{collection}/clusters.channels", problem)
+    found = np.zeros(len(channels), dtype=np.int64)
+    found[on_channel] = np.nan_to_num(ids)[channels[on_channel].astype(np.int64)]
+    return found
 
 
-def _merge(
-    probes: list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]],
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """All probes as one: cluster ids go on counting, columns that one probe lacks are NaN or ""."""
-    sizes = [len(columns["cluster"]) for _, _, columns in probes]
-    offsets = np.cumsum([0, *sizes[:-1]])
-    merged = {}
-    for name in dict.fromkeys(name for _, _, columns in probes for name in columns):
-        gap = "" if name == "uuid" else np.nan
-        parts = [c.get(name, np.full(n, gap)) for n, (_, _, c) in zip(sizes, probes, strict=True)]
-        merged[name] = np.concatenate(parts)
-    times = np.concatenate([times for times, _, _ in probes])
-    clusters = [c + int(offset) for offset, (_, c, _) in zip(offsets, probes, strict=True)]
-    return times, np.concatenate(clusters), merged
+# ---------------------------------------------------------------- wheel and camera
+
+Trace = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def _quality(
-    recording: _Recording, columns: dict[str, np.ndarray], units: str | None
-) -> np.ndarray:
-    """The clusters to use, (N,) bool."""
-    if units is None:
-        return np.ones(len(columns["cluster"]), dtype=bool)
-    if "label" not in columns:
-        recording.fail("clusters.metrics.pqt", "missing, so quality is unknown; pass units=None")
-    keep = columns["label"] >= 1
-    if not keep.any():
-        recording.fail("clusters.metrics.pqt", "no cluster has label 1; pass units=None")
-    return keep
-
-
-# --------------------------------------------------------------------- wheel, camera
-
-
-def _wheel(recording: _Recording) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _wheel(session: _OneSession) -> Trace:
     """Wheel speed at 1 kHz, rad/s; nothing, with a warning, where there is no usable wheel."""
-    path = recording.find("wheel.position")
-    folder = (path or "alf/").rpartition("/")[0]
-    if path is None or not recording.find("wheel.timestamps", folder):
-        _warn(recording, f"{folder}: no wheel.position with timestamps", "wheel-speed")
-        return {}
-    recording.fetch(folder, "wheel.position", "wheel.timestamps")
-    position = recording.load("wheel.position", folder)
-    times = recording.load("wheel.timestamps", folder)
-    if len(position) != len(times):
-        problem = f"{path}: {len(position)} positions, but {len(times)} timestamps"
-        _warn(recording, problem, "wheel-speed")
-        return {}
+    folder = (session.find("wheel.position") or "alf/").rpartition("/")[0]
     try:
+        session.fetch(folder, "wheel.position", "wheel.timestamps")
+        position = session.load("wheel.position", folder)
+        times = session.load("wheel.timestamps", folder)
         return {"wheel-speed": wheel_speed(*ordered_samples(times, position))}
     except ValueError as error:
-        _warn(recording, f"{path}: {error}", "wheel-speed")
+        session.warn("wheel", f"{error}; the session has no behaviour 'wheel-speed'")
         return {}
 
 
-def _whisker(
-    recording: _Recording,
-) -> tuple[str | None, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Camera used, and its motion energy at each frame; a warning where there is none.
+def _whisker(session: _OneSession) -> Trace:
+    """Motion energy at each frame; nothing, with a warning, where there is none.
 
-    Times and frames can differ in number. As IBL's loader has it: surplus times are those of frames
-    before the video began, so the last ones count; surplus frames cannot be placed.
+    As IBL's loader has it: where there are more times than frames, the last times count, since the
+    surplus ones are of frames before the video began; surplus frames cannot be placed.
     """
     problems = []
     for camera in ("left", "right"):
-        path = recording.find(f"{camera}Camera.ROIMotionEnergy")
-        if path is None or not recording.find(f"{camera}Camera.times", path.rpartition("/")[0]):
-            problems.append(f"no {camera}Camera.ROIMotionEnergy with times")
+        name = f"{camera}Camera"
+        folder = (session.find(f"{name}.ROIMotionEnergy") or "alf/").rpartition("/")[0]
+        try:
+            session.fetch(folder, f"{name}.ROIMotionEnergy", f"{name}.times")
+            energy = session.load(f"{name}.ROIMotionEnergy", folder)
+            times = session.load(f"{name}.times", folder)
+        except SessionError as error:
+            problems.append(str(error))
             continue
-        folder = path.rpartition("/")[0]
-        recording.fetch(folder, f"{camera}Camera.ROIMotionEnergy", f"{camera}Camera.times")
-        energy = recording.load(f"{camera}Camera.ROIMotionEnergy", folder)
-        times = recording.load(f"{camera}Camera.times", folder)
         surplus = len(times) - len(energy)
         if not len(energy) or not 0 <= surplus <= max(5, 0.01 * len(energy)):
-            problems.append(f"{camera}Camera: {len(energy)} energies, {len(times)} times")
+            problems.append(f"{name}: {len(energy)} energies, {len(times)} times")
             continue
-        if any("energies" in problem for problem in problems):
-            _warn(recording, f"{problems[0]}; took the right camera", None)
-        return camera, {"whisker-motion-energy": ordered_samples(times[surplus:], energy)}
-    _warn(recording, "; ".join(problems), "whisker-motion-energy")
-    return None, {}
-
-
-def _warn(recording: _Recording, problem: str, absent: str | None) -> None:
-    outcome = f"; the session has no behaviour {absent!r}" if absent else ""
-    warnings.warn(f"session {recording.eid}: {problem}{outcome}", UserWarning, stacklevel=4)
+        session.provenance["camera"] = camera
+        return {"whisker-motion-energy": ordered_samples(times[surplus:], energy)}
+    session.warn("camera", f"{'; '.join(problems)}; no behaviour 'whisker-motion-energy'")
+    return {}

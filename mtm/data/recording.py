@@ -1,33 +1,67 @@
-"""What the readers of recordings share."""
+"""What the readers of recordings share: errors that name their source, samples, downloads."""
 
 from __future__ import annotations
 
+import http.client
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import signal
+from tqdm import tqdm
 
 from mtm.binning import Floats
 from mtm.session import SessionError
 
 WHEEL_RATE, WHEEL_CUTOFF = 1000.0, 20.0  # Hz
 LONGEST = 1e5  # seconds; no recording lasts longer (a day has 86,400)
+ATTEMPTS = 4  # of a download, each goes on where the one before was cut
+CHUNK = 1 << 20  # bytes
 
 
-@contextmanager
-def reading(session: str, what: str) -> Iterator[None]:
-    """Turn any error of a damaged file of a recording into a SessionError that names it."""
-    try:
-        yield
-    except (SessionError, ImportError):
-        raise
-    except Exception as error:  # of numpy, arrow, csv, pickle, zip: no list of them is complete
-        raise SessionError(
-            f"session {session!r}, {what}: cannot be read ({type(error).__name__}: {error}); "
-            "download it again"
-        ) from error
+class Recording:
+    """A recording that is being read: its name, and what becomes ``Session.provenance``."""
+
+    def __init__(self, name: str, **provenance: Any) -> None:
+        self.name = name
+        self.provenance: dict[str, Any] = provenance
+
+    def fail(self, dataset: str, problem: str) -> NoReturn:
+        """Raise a SessionError that names the session and the dataset."""
+        raise SessionError(f"session {self.name!r}, {dataset}: {problem}")
+
+    def warn(self, dataset: str, problem: str) -> None:
+        """Warn of a problem that the session can live with."""
+        warnings.warn(f"session {self.name!r}, {dataset}: {problem}", UserWarning, stacklevel=3)
+
+    @contextmanager
+    def reading(self, dataset: str, remedy: str = "download it again") -> Iterator[None]:
+        """Turn any error of a damaged or foreign file into a SessionError that names it."""
+        try:
+            yield
+        except (SessionError, ImportError):
+            raise
+        except Exception as error:  # of numpy, h5py, arrow, csv, zip: no list of them is complete
+            line = public(f"{type(error).__name__}: {error}")
+            text = f"session {self.name!r}, {dataset}: cannot be read ({line}); {remedy}"
+            raise SessionError(text) from None  # that error may quote a password in an address
+
+
+def reading(session: str, dataset: str) -> Any:
+    """As :meth:`Recording.reading`, for a session of this name."""
+    return Recording(session).reading(dataset)
+
+
+# ---------------------------------------------------------------- sampled traces
 
 
 def ordered_samples(times: ArrayLike, values: ArrayLike) -> tuple[Floats, Floats]:
@@ -63,3 +97,91 @@ def wheel_speed(times: ArrayLike, position: ArrayLike) -> tuple[Floats, Floats]:
     low_pass = signal.butter(8, WHEEL_CUTOFF, fs=WHEEL_RATE, output="sos")
     smooth = signal.sosfiltfilt(low_pass, np.interp(grid, t, x))
     return grid, np.abs(np.gradient(smooth, 1 / WHEEL_RATE))
+
+
+# ---------------------------------------------------------------- downloads
+
+
+def public(text: str) -> str:
+    """An address without its password, signature or token, which belong into no file or log."""
+    return re.sub(r"[?#\n].*", "", re.sub(r"(?<=://)[^/?#\s]*@", "", text))
+
+
+def download(
+    url: str,
+    path: str | Path,
+    *,
+    size: int,
+    etag: str,
+    timeout: float = 60.0,
+    progress: bool = True,
+) -> Path:
+    """Download a file, or go on with a download that was cut; returns its path.
+
+    What has arrived waits beside the file, in a hidden ``.part`` file that has the version in its
+    name. The version of a finished file is kept in ``<name>.etag``.
+
+    Args:
+        url: http or https.
+        path: where the file goes; folders are created.
+        size: bytes that the file must have.
+        etag: the server's name for the wanted version, without quotes.
+        timeout: seconds that the server may be silent.
+        progress: show a bar on a terminal.
+
+    Raises:
+        FileNotFoundError: the server has no such file.
+        ConnectionError: server out of reach, or a file of another version.
+    """
+    path = Path(path)
+    mark = path.with_name(f"{path.name}.etag")
+    if path.is_file() and path.stat().st_size == size and mark.is_file():
+        if mark.read_text() == etag:
+            return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{re.sub('[^0-9A-Za-z-]', '_', etag)}.part")
+    part.touch()
+    problem: Exception | None = None
+    style: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": None if progress else True}
+    with tqdm(total=size, desc=path.name, leave=False, **style) as bar:
+        for attempt in range(ATTEMPTS):
+            if (have := part.stat().st_size) == size:
+                break
+            time.sleep(2**attempt if attempt else 0)
+            try:
+                _append(url, part, have, etag, timeout, bar)
+            except urllib.error.HTTPError as error:
+                if error.code == 404:
+                    raise FileNotFoundError(f"{public(url)}: not on the server") from error
+                if error.code < 500 and error.code not in (408, 429):  # too slow, too often
+                    raise ConnectionError(f"{public(url)}: {error}") from error
+                problem = error
+            except (OSError, http.client.HTTPException) as error:
+                if getattr(error, "errno", None) and not isinstance(error, ConnectionError):
+                    raise  # of the disk
+                problem = error
+    if (have := part.stat().st_size) != size:
+        if have > size:
+            part.unlink()
+        raise ConnectionError(
+            f"{public(url)}: {have} of {size} bytes ({problem or 'the connection was closed early'}"
+            "); download again, it goes on from there"
+        )
+    os.replace(part, path)
+    mark.write_text(etag)
+    return path
+
+
+def _append(url: str, part: Path, have: int, etag: str, timeout: float, bar: Any) -> None:
+    """Ask once for the missing bytes, and write what arrives to the end of the part file."""
+    headers = {"Range": f"bytes={have}-", "If-Range": f'"{etag}"'} if have else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        if answer.headers.get("ETag", etag).removeprefix("W/").strip('"') != etag:
+            raise ConnectionError("the file has changed; list again")
+        # 206: a server that sends the range asked for; others send the whole file.
+        with open(part, "ab" if answer.status == 206 else "wb") as file:
+            bar.n = file.tell()
+            while chunk := answer.read1(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
