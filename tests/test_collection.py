@@ -112,7 +112,7 @@ def test_what_concerns_every_recording_stops_the_run(tmp_path):
         prepare(load, [0], tmp_path, bin_sise=0.1)
     with pytest.raises(ValueError, match="two recordings are named 'x'"):
         prepare(load, [Path("a/x.nwb"), Path("b/x.nwb")], tmp_path)
-    with pytest.raises(RuntimeError, match="was killed, .* fewer workers and start again"):
+    with pytest.raises(RuntimeError, match="was killed, .* with fewer workers"):
         prepare(load, [0, 1, 99], tmp_path, workers=2, progress=False)
 
 
@@ -131,12 +131,12 @@ def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     rng, kills = np.random.default_rng(0), 0
-    for attempt in range(4):
+    for attempt in range(3):
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
         )
         process.stdout.readline()
-        if attempt < 3:
+        if attempt < 2:
             time.sleep(rng.uniform(0.05, 0.4))
             kills += process.poll() is None
             process.kill()
@@ -216,7 +216,7 @@ def test_what_cannot_be_listed(folder, tmp_path):
     whole = (folder / "s0.npz").read_bytes()
     for size in range(0, len(whole), len(whole) // 10):
         (folder / "again.npz").write_bytes(whole[:size])
-        with pytest.raises(SessionError, match=r"again\.npz is not a readable session file"):
+        with pytest.raises(SessionError, match=r"again\.npz is damaged"):
             Sessions(folder)
 
 

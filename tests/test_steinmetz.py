@@ -210,7 +210,7 @@ BAD = {
     "truncated": ({"spikes.times": b"\x93NUMPY\x01\x00"}, "spikes.times.npy: cannot be read"),
     "fewer clusters": ({"spikes.clusters": lambda c: c[:-1]}, "3999 rows, but 4000"),
     "id too large": ({"spikes.clusters": lambda c: c + 1}, r"ids \[6\] are not among the 6"),
-    "other clock": ({"spikes.times": lambda t: t + 1000}, "no spike falls"),
+    "other clock": ({"spikes.times": lambda t: t + 1000}, "none falls into any"),
     "all NaN": ({"trials.visualStim_times": np.full(K, np.nan)}, "no trial of 9"),
     "fewer trials": ({"trials.response_choice": np.zeros(K - 1)}, "choice.npy: .*8 rows, but 9"),
     "falling": ({"wheel.timestamps": lambda a: a[::-1]}, "wheel.timestamps.npy: .*must rise"),

@@ -26,25 +26,15 @@ from tqdm import tqdm
 from mtm.data.download import public
 from mtm.session import Session, SessionError, has_region, read_session_file
 
-SHOWN = 10  # sessions in the short description
 SECRETS = ("password", "token")  # options that no file keeps
-
-
-# -------------------------------------------------------------------------------- listing sessions
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a recording without reading its counts.
+    """A recording, as far as it is known without reading its counts.
 
-    Attributes:
-        path: its file.
-        name, subject, bin_size, window: as in :class:`~mtm.session.Session`.
-        shape: (K, T, N) of the file.
-        regions: (N,) of the neurons chosen.
-        firing_rates: (N,) Hz, over all trials and bins, of the neurons chosen.
-        neurons: (N,) their places in the file.
-        provenance: where the recording comes from, and how it was prepared.
+    ``shape`` (K, T, N) is that of the file; ``neurons`` (N',) are the chosen ones' places in it,
+    ``regions`` and ``firing_rates`` (Hz, over all trials and bins) theirs.
     """
 
     path: Path
@@ -227,17 +217,13 @@ class Sessions(Sequence[Session]):
 
     def to_frame(self) -> pd.DataFrame:
         """A table with one row per session."""
-        return pd.DataFrame(
-            {
-                "session": self.names,
-                "subject": [entry.subject for entry in self.entries],
-                "trials": [entry.shape[0] for entry in self.entries],
-                "bins": [entry.shape[1] for entry in self.entries],
-                "neurons": [len(entry.neurons) for entry in self.entries],
-                "regions": [len(set(filter(has_region, e.regions))) for e in self.entries],
-                "Hz": [entry.firing_rates.mean().round(1) for entry in self.entries],
-            }
-        )
+        rows = []
+        for e in self.entries:
+            n_regions = len(set(filter(has_region, e.regions.tolist())))
+            rate = e.firing_rates.mean().round(1)
+            rows.append((e.name, e.subject, *e.shape[:2], len(e.neurons), n_regions, rate))
+        columns = ["session", "subject", "trials", "bins", "neurons", "regions", "Hz"]
+        return pd.DataFrame(rows, columns=columns)
 
     def summary(self, n_rows: int | None = None) -> str:
         """The table as text, at most ``n_rows`` of it, and totals."""
@@ -250,21 +236,11 @@ class Sessions(Sequence[Session]):
         )
 
     def __repr__(self) -> str:
-        return self.summary(SHOWN)
-
-
-# ------------------------------------------------------------------------------ preparing sessions
+        return self.summary(n_rows=10)
 
 
 class Outcome(NamedTuple):
-    """What became of one recording.
-
-    Attributes:
-        name: of the recording.
-        status: "written", "there already" or "skipped".
-        note: why it was skipped, or what it lacks.
-        path: its file, where there is one.
-    """
+    """What became of one recording: "written", "there already" or "skipped", and why."""
 
     name: str
     status: str
@@ -274,7 +250,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What became of all recordings; prints as a table."""
+    """What became of all recordings; prints as a list of what was skipped or lacks something."""
 
     outcomes: list[Outcome]
 
@@ -289,14 +265,8 @@ class Prepared:
         return {o.name: o.note for o in self.outcomes if o.status == "skipped"}
 
     def __str__(self) -> str:
-        lines = []
-        for outcome in self.outcomes:
-            if outcome.note:
-                lines.append(f"{outcome.status}: {outcome.name}")
-                for line in outcome.note.splitlines():
-                    lines += textwrap.wrap(
-                        line, 78, initial_indent="    ", subsequent_indent="    "
-                    )
+        noted = [o for o in self.outcomes if o.note]
+        lines = [f"{o.status}: {o.name}\n{textwrap.indent(o.note, '    ')}" for o in noted]
         statuses = [outcome.status for outcome in self.outcomes]
         counts = [f"{statuses.count(s)} {s}" for s in ("written", "there already", "skipped")]
         return "\n".join([*lines, f"{len(statuses)} recordings: {', '.join(counts)}"])
@@ -312,18 +282,16 @@ def prepare(
     progress: bool = True,
     **options: Any,
 ) -> Prepared:
-    """Make a session file of each recording.
+    """Make a session file of each recording; called again, it resumes.
 
-    A recording whose file is there, made of the same recording (its name, size and time of change)
-    by the same function with the same options, is left as it is; else it is made again. One that
-    cannot be read is skipped and listed in the result. What is no session file is never written
-    over. A session that ``load`` gave no name is called as its file.
+    A file made of the same recording (its name, size and time of change) by the same function with
+    the same options is left as it is. A recording that cannot be read is skipped and listed in the
+    result. What is no session file is never written over. A session without name gets its file's.
 
     Args:
-        load: ``load(recording, **options)`` returns a Session. A function that ``pickle`` can send
-            to another process, if there are several.
-        recordings: name -> what ``load`` takes. Names are those of the files. Without names:
-            paths, named by their last part without its ending, or ids, named by themselves.
+        load: ``load(recording, **options)`` returns a Session.
+        recordings: name of the file -> what ``load`` takes. Or without names: paths, named by their
+            last part without its ending, or ids, named by themselves.
         out: folder of the files.
         workers: processes; each holds one recording at a time in memory. Default: one for each
             core, but at most 4. With 1, all is done in this process.
@@ -337,8 +305,6 @@ def prepare(
     Raises:
         TypeError: options that ``load`` does not take.
         ValueError: two recordings of the same name.
-        ImportError: what ``load`` needs is not installed.
-        OSError: a file that cannot be written.
         RuntimeError: a process that was killed; what was written by then is there.
 
     Example:
@@ -369,10 +335,8 @@ def _run(job: Callable[..., Outcome], named: dict[str, Any], workers: int) -> It
     try:
         yield from parallel(joblib.delayed(job)(value, name=name) for name, value in named.items())
     except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a process that prepared a session was killed, most likely for want of memory; pass "
-            "fewer workers and start again: what was written stays"
-        ) from error
+        problem = "a process was killed, most likely because memory ran out"
+        raise RuntimeError(f"{problem}; start again with fewer workers, it resumes") from error
 
 
 def _names(recordings: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:

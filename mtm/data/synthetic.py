@@ -257,15 +257,13 @@ def _alf_probe(
 
 def _ids_of(session: Session, regions: np.ndarray) -> np.ndarray:
     """Allen id of each region label, (n,) int64; ``""`` becomes 0, which is ``void``."""
-    ids = allen_ids() | {"": 0}
-    found = []
-    for label in regions.tolist():
-        number = ids.get(label, label.removeprefix("id "))  # "id 12345" names an unknown structure
-        if not str(number).isdecimal():
-            problem = f"{label!r} is not an acronym of the Allen atlas"
-            raise SessionError(f"session {session.name!r}, regions: {problem}")
-        found.append(int(number))
-    return np.array(found, dtype=np.int64)
+    ids, labels = allen_ids() | {"": 0}, regions.tolist()
+    unknown = [x for x in labels if x not in ids and not x.startswith("id ")]
+    if unknown:
+        problem = f"{unknown[0]!r} is not an acronym of the Allen atlas"
+        raise SessionError(f"session {session.name!r}, regions: {problem}")
+    # "id 12345" names a structure that the atlas does not have.
+    return np.array([ids[x] if x in ids else int(x[3:]) for x in labels])
 
 
 # --------------------------------------------------------------------------------- BrainWideBench
