@@ -1,17 +1,15 @@
 """Simulated animals at a decision task, with the true firing rates kept.
 
 All animals share one brain circuit and one task; each has its own neurons. The circuit is a chain
-of named regions. A region carries a few latent variables that decay, receive its upstream regions'
-latents after a delay, receive task signals, and fluctuate on their own:
+of named regions. A region has a few latent variables that decay, receive the latents of upstream
+regions after a delay, receive task signals, and fluctuate on their own:
 
     z_r(t) = k_r z_r(t-1) + (1 - k_r) (sum_s A_rs z_s(t - delay_rs) + B_r u(t)) + noise
     counts ~ Poisson(bin_size * base * exp(w . z_r(t) + w' arousal(t))),  at most 200 Hz
 
-with k_r = exp(-bin_size / decay_r), decay_r in seconds.
-
-So a neuron can be predicted from its own region well (they share z), from other regions in part
-(what comes through the coupling), and from the past a little (z decays): the four activity tasks
-are solvable to different degrees, and the true rates say how far one could get.
+with k_r = exp(-bin_size / decay_r), decay_r in seconds. So a neuron can be predicted well from its
+own region (they share z), in part from other regions (through the coupling), and a little from the
+past (z decays). The true rates tell how well at best.
 
 The task is the International Brain Laboratory's: a grating of some contrast left or right, a block
 prior for its side, a wheel turned to report it. Signs follow the IBL: a choice of -1 is to the
@@ -25,35 +23,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.signal import lfilter
 
 from mtm.binning import n_bins
-from mtm.session import Session, SessionError
+from mtm.session import Session
 
 CONTRASTS = np.array([0.0, 0.0625, 0.125, 0.25, 1.0])
 INPUTS = ("stimulus left", "stimulus right", "evidence", "turn", "movement", "reward")
 MOVEMENT = 0.4  # seconds that a turn of the wheel lasts
 DECISION_DELAY = 0.12  # seconds from stimulus to the start, and from the bound to the movement
+DECISION_TIME = 0.8  # seconds after which an animal decides at the latest
 BOUND = 0.7  # of the evidence
 BURN_IN = 1.0  # seconds simulated before the window, so that the latents have forgotten their start
+# Of trials laid end to end as one recording, seconds:
+BEFORE, BETWEEN = 2.0, 1.0  # before the first trial, and at least between two trials
+RESPONSE = 0.2  # from the first movement to the response
+EDGE = 0.02  # distance of spikes from the edges of their bin, as a share of the bin
+
+Weights = dict[str, dict[str, np.ndarray]]  # region -> upstream region or task signal -> weights
 
 
 @dataclass(frozen=True)
 class Region:
-    """One region of the circuit.
+    """One region of the circuit."""
 
-    Attributes:
-        name: Allen acronym.
-        decay: time constant of its latents, seconds.
-        upstream: region -> (delay in seconds, strength).
-        inputs: task signal (see ``INPUTS``) -> strength.
-        own: standard deviation of the fluctuations that begin in it.
-    """
-
-    name: str
-    decay: float
-    upstream: dict[str, tuple[float, float]]
-    inputs: dict[str, float]
-    own: float
+    name: str  # Allen acronym
+    decay: float  # time constant of its latents, seconds
+    upstream: dict[str, tuple[float, float]]  # region -> (delay in seconds, strength)
+    inputs: dict[str, float]  # task signal (see INPUTS) -> strength
+    own: float  # standard deviation of its own fluctuations
 
 
 CIRCUIT = (
@@ -79,17 +77,17 @@ def simulate(
     n_latents: int = 2,
     mean_rate: float = 10.0,
 ) -> list[Session]:
-    """Simulated sessions, one animal each, named ``sim-0``, ``sim-1``, ... (seed 7: ``sim-7-0``).
+    """Simulate sessions, one animal each, named ``sim-0``, ``sim-1``, ... (seed 7: ``sim-7-0``).
 
-    The circuit's weights depend on ``seed`` alone, and session i on ``seed`` and i, so that asking
-    for more sessions leaves the first ones as they are.
+    The circuit's weights depend on ``seed`` alone, and session i on ``seed`` and i, so the first
+    sessions stay the same when more are simulated.
 
     Args:
         n_sessions: number of animals.
         n_trials: K, trials of each.
         n_neurons: N, neurons of each, spread evenly over the regions.
         seed: of everything random.
-        bin_size: seconds.
+        bin_size: seconds, below 0.8.
         window: (start, stop) around stimulus onset, seconds.
         circuit: the regions, upstream before downstream.
         n_latents: latent variables of each region.
@@ -105,9 +103,11 @@ def simulate(
     """
     if min(n_sessions, n_trials) < 1 or n_neurons < len(circuit):
         raise ValueError(
-            "need at least 1 session, 1 trial and a neuron for each of the "
-            f"{len(circuit)} regions; got {n_sessions}, {n_trials}, {n_neurons}"
+            f"need at least 1 session, 1 trial and a neuron for each of the {len(circuit)} regions;"
+            f" got {n_sessions}, {n_trials}, {n_neurons}"
         )
+    if bin_size >= DECISION_TIME:
+        raise ValueError(f"animals decide within {DECISION_TIME} s; got bin_size {bin_size} s")
     weights = _circuit_weights(circuit, n_latents, np.random.default_rng([seed, 0]))
     sessions = []
     for i in range(n_sessions):
@@ -127,7 +127,7 @@ def simulate(
 
 def _animal(
     circuit: tuple[Region, ...],
-    weights: dict[str, dict[str, np.ndarray]],
+    weights: Weights,
     n_trials: int,
     n_neurons: int,
     bin_size: float,
@@ -140,43 +140,36 @@ def _animal(
     grid = window[0] + bin_size * np.arange(-before, n_bins(window, bin_size))  # bin starts
     behaviour, inputs = _task(n_trials, grid, bin_size, rng)
     latents, arousal = _latents(circuit, weights, inputs, bin_size, rng)
-    regions = np.repeat([r.name for r in circuit], _shares(n_neurons, len(circuit)))
-    log_rates = _log_rates(regions, circuit, latents, arousal, mean_rate, rng)[:, before:]
+    names, part = [region.name for region in circuit], np.arange(n_neurons)
+    regions = np.repeat(names, [len(some) for some in np.array_split(part, len(names))])
+    log_rates = _log_rates(regions, latents, arousal, mean_rate, rng)[:, before:]
     rates = (np.exp(log_rates) * bin_size).astype(np.float32)
     whisking = 0.6 * behaviour["wheel-speed"] + 0.5 * np.exp(0.5 * arousal)
     whisking = whisking * np.exp(0.15 * rng.standard_normal(whisking.shape))
     behaviour["whisker-motion-energy"] = whisking[:, before:]
     behaviour["wheel-speed"] = behaviour["wheel-speed"][:, before:]
-    first_probe = [r.name for r in circuit[: (len(circuit) + 1) // 2]]
-    probes = np.where(np.isin(regions, first_probe), "probe00", "probe01")
+    on_first = np.isin(regions, names[: (len(names) + 1) // 2])
     return {
         "counts": rng.poisson(rates),
         "rates": rates,
         "regions": regions,
-        "neurons": {"probe": probes},
+        "neurons": {"probe": np.where(on_first, "probe00", "probe01")},
         "behaviour": behaviour,
     }
 
 
-def _shares(n: int, parts: int) -> list[int]:
-    """n split into parts as even as possible: 8 in 3 -> [3, 3, 2]."""
-    return [n // parts + (i < n % parts) for i in range(parts)]
-
-
 def _circuit_weights(
     circuit: tuple[Region, ...], n_latents: int, rng: np.random.Generator
-) -> dict[str, dict[str, np.ndarray]]:
-    """For each region, the matrices from its upstream regions and from its task inputs."""
-    weights = {}
+) -> Weights:
+    """For each region, rotations of its upstream regions' latents and directions of its inputs."""
+    weights: Weights = {}
     for region in circuit:
-        rotations = {
-            name: strength * np.linalg.qr(rng.standard_normal((n_latents, n_latents)))[0]
-            for name, (_, strength) in region.upstream.items()
-        }
-        directions = {name: rng.standard_normal(n_latents) for name in region.inputs}
-        weights[region.name] = rotations | {
-            name: region.inputs[name] * d / np.linalg.norm(d) for name, d in directions.items()
-        }
+        own = weights[region.name] = {}
+        for name, (_, strength) in region.upstream.items():
+            own[name] = strength * np.linalg.qr(rng.standard_normal((n_latents, n_latents)))[0]
+        for name, strength in region.inputs.items():
+            direction = rng.standard_normal(n_latents)
+            own[name] = strength * direction / np.linalg.norm(direction)
     return weights
 
 
@@ -188,8 +181,16 @@ def _task(
     side = np.where(rng.random(n_trials) < block, -1.0, 1.0)  # -1 left, +1 right
     strength = rng.choice(CONTRASTS, n_trials)
 
-    steps = np.arange(bin_size, 0.8, bin_size)  # until when a decision is made
-    evidence, stop = _evidence(side, strength, block, len(steps), bin_size, rng)
+    # Evidence for "right" drifts from the block's prior to a bound, where it stays; (K, S).
+    steps = np.arange(bin_size, DECISION_TIME, bin_size)
+    drift = 6.0 * side * np.sqrt(strength)
+    noise = rng.standard_normal((n_trials, len(steps))) * np.sqrt(bin_size)
+    evidence = np.cumsum(drift[:, None] * bin_size + noise, axis=1)
+    evidence += 0.25 * np.log((1 - block) / block)[:, None]
+    crossed = np.abs(evidence) >= BOUND
+    stop = np.where(crossed.any(axis=1), crossed.argmax(axis=1), len(steps) - 1)
+    decided = np.arange(len(steps)) > stop[:, None]
+    evidence = np.where(decided, evidence[np.arange(n_trials), stop][:, None], evidence)
     right = evidence[:, -1] > 0
     reaction_time = 2 * DECISION_DELAY + steps[stop]
     correct = right == (side > 0)
@@ -222,28 +223,6 @@ def _task(
     return behaviour, np.stack(signals, axis=-1)
 
 
-def _evidence(
-    side: np.ndarray,
-    strength: np.ndarray,
-    block: np.ndarray,
-    n_steps: int,
-    bin_size: float,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Evidence for "right" in each trial and bin, (K, S), and the bin (K,) of the decision.
-
-    It drifts to a bound, where it stays. Its start is shifted by the block's prior.
-    """
-    drift = 6.0 * side * np.sqrt(strength)
-    noise = rng.standard_normal((len(side), n_steps)) * np.sqrt(bin_size)
-    evidence = np.cumsum(drift[:, None] * bin_size + noise, axis=1)
-    evidence += 0.25 * np.log((1 - block) / block)[:, None]
-    crossed = np.abs(evidence) >= BOUND
-    stop = np.where(crossed.any(axis=1), crossed.argmax(axis=1), n_steps - 1)
-    decided = np.arange(n_steps) > stop[:, None]
-    return np.where(decided, evidence[np.arange(len(side)), stop][:, None], evidence), stop
-
-
 def _blocks(n_trials: int, rng: np.random.Generator) -> np.ndarray:
     """Probability of a stimulus on the left, (K,): a 0.5 block, then 0.2 and 0.8 in turn."""
     lengths = [min(90, max(1, n_trials // 4))]
@@ -262,7 +241,7 @@ def _bump(since: np.ndarray, width: float) -> np.ndarray:
 
 def _latents(
     circuit: tuple[Region, ...],
-    weights: dict[str, dict[str, np.ndarray]],
+    weights: Weights,
     inputs: np.ndarray,
     bin_size: float,
     rng: np.random.Generator,
@@ -272,46 +251,37 @@ def _latents(
     latents: dict[str, np.ndarray] = {}
     for region in circuit:
         keep = np.exp(-bin_size / region.decay)
-        n_latents = next(iter(weights[region.name].values())).shape[0]
-        # What drives the region, scaled so that a constant drive of 1 settles at 1.
-        drive = np.zeros((n_trials, n_steps, n_latents))
+        own = weights[region.name]
+        drive = np.zeros((n_trials, n_steps, len(next(iter(own.values())))))
         for name, (delay, _) in region.upstream.items():
             shift = round(delay / bin_size)
-            drive[:, shift:] += latents[name][:, : n_steps - shift] @ weights[region.name][name].T
+            drive[:, shift:] += latents[name][:, : n_steps - shift] @ own[name].T
         for name in region.inputs:
-            drive += inputs[..., INPUTS.index(name), None] * weights[region.name][name]
-        drive *= 1 - keep
+            drive += inputs[..., INPUTS.index(name), None] * own[name]
+        drive *= 1 - keep  # so that a constant drive of 1 settles at 1
         drive += region.own * np.sqrt(1 - keep**2) * rng.standard_normal(drive.shape)
         latents[region.name] = _decay(drive, keep)
     keep = np.exp(-bin_size / 0.8)
-    own = np.sqrt(1 - keep**2) * rng.standard_normal((n_trials, n_steps))
-    return latents, _decay(own, keep) + rng.standard_normal((n_trials, 1)) * 0.5
+    noise = np.sqrt(1 - keep**2) * rng.standard_normal((n_trials, n_steps))
+    return latents, _decay(noise, keep) + rng.standard_normal((n_trials, 1)) * 0.5
 
 
 def _decay(drive: np.ndarray, keep: float) -> np.ndarray:
     """z(t) = keep z(t-1) + drive(t) along axis 1, from 0."""
-    z = np.zeros_like(drive)
-    state = np.zeros_like(drive[:, 0])
-    for t in range(drive.shape[1]):
-        state = keep * state + drive[:, t]
-        z[:, t] = state
-    return z
+    return lfilter([1.0], [1.0, -keep], drive, axis=1)
 
 
 def _log_rates(
     regions: np.ndarray,
-    circuit: tuple[Region, ...],
     latents: dict[str, np.ndarray],
     arousal: np.ndarray,
     mean_rate: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Log firing rate in Hz of this animal's neurons, (K, L, N)."""
-    n_trials, n_steps = arousal.shape
-    log_rates = np.empty((n_trials, n_steps, len(regions)))
-    for region in circuit:
-        mine = np.flatnonzero(regions == region.name)
-        z = latents[region.name]
+    log_rates = np.empty((*arousal.shape, len(regions)))
+    for name, z in latents.items():
+        mine = np.flatnonzero(regions == name)
         loadings = rng.standard_normal((z.shape[-1], len(mine)))
         loadings *= 1.0 / np.linalg.norm(loadings, axis=0) * rng.uniform(0.5, 1.2, len(mine))
         base = np.log(mean_rate) + 0.7 * rng.standard_normal(len(mine))
@@ -322,13 +292,9 @@ def _log_rates(
 
 # ----------------------------------------------------------- laid end to end, as one recording
 
-BEFORE, BETWEEN = 2.0, 1.0  # seconds before the first trial, and at least between two trials
-RESPONSE = 0.2  # seconds from the first movement to the response
-EDGE = 0.02  # of a bin: spikes keep this distance from its edges, so that no rounding moves them
-
 
 def generator_of(session: Session, *stream: str) -> np.random.Generator:
-    """Random numbers that depend on the session's name, and on what they are for, alone."""
+    """Random numbers that depend on the session's name and on their purpose alone."""
     digest = hashlib.sha256("|".join((session.name, *stream)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
@@ -340,11 +306,6 @@ def layout(session: Session) -> tuple[np.ndarray, float]:
     ends = np.maximum(stop, np.nan_to_num(reaction) + RESPONSE + 0.3)  # after stimulus onset
     pauses = BETWEEN + generator_of(session, "layout").uniform(0, 0.2, session.n_trials)
     begins = BEFORE + np.concatenate([[0], np.cumsum(ends + pauses - min(start, 0))])
-    if begins[-1] > 1e5:
-        raise SessionError(
-            f"session {session.name!r}, behaviour 'reaction-time', window: a recording of "
-            f"{begins[-1]:.3g} s is longer than {1e5:g} s; both are in seconds"
-        )
     return begins[:-1] - min(start, 0), float(begins[-1])
 
 
@@ -367,7 +328,8 @@ def spike_times(
     edges = bin_edges(session, stimulus)
     inside = edges[trial, time_bin] + session.bin_size * rng.uniform(EDGE, 1 - EDGE, len(trial))
 
-    begins = np.concatenate([[0], edges[:, -1]]) + 0.001  # of the pauses between windows, (K + 1,)
+    # Between the windows, neurons fire at their mean rates.
+    begins = np.concatenate([[0], edges[:, -1]]) + 0.001  # of the pauses, (K + 1,)
     lengths = np.append(edges[:, 0], stop) - 0.001 - begins
     more = rng.poisson(lengths[:, None] * session.firing_rates[mine])
     pause, neuron = (np.repeat(i, more[more > 0]) for i in np.nonzero(more))

@@ -1,28 +1,36 @@
 """Simulated sessions: reproducible, Poisson around their true rates, with a task worth decoding."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from mtm import evaluate, mean_rates, oracle
-from mtm.simulation import CIRCUIT, simulate
 from mtm.prediction import TASKS
+from mtm.simulation import CIRCUIT, simulate
 
 
 def test_same_seed_same_data_whatever_else_is_made():
-    two, three = simulate(2, 20, 12, seed=5), simulate(3, 20, 12, seed=5)
+    two, three = simulate(2, 12, 14, seed=3), simulate(3, 12, 14, seed=3)
     for a, b in zip(two, three, strict=False):
         np.testing.assert_array_equal(a.counts, b.counts)
         assert all(np.array_equal(a.behaviour[k], b.behaviour[k]) for k in a.behaviour)
-    assert not np.array_equal(two[0].counts, simulate(1, 20, 12, seed=6)[0].counts)
-    assert [s.name for s in three] == ["sim-5-0", "sim-5-1", "sim-5-2"]
-    assert len({s.subject for s in three}) == 3
+    assert not np.array_equal(two[0].counts, simulate(1, 12, 14, seed=4)[0].counts)
+    assert [s.name for s in three] == ["sim-3-0", "sim-3-1", "sim-3-2"]
+    # Of version 0.1.0. The shipped weights and the book depend on it.
+    animal = two[1]
+    assert hashlib.sha256(animal.counts.tobytes()).hexdigest()[:16] == "caa8ebb9e8eb4219"
+    assert animal.rates.mean(dtype=np.float64) == pytest.approx(0.36931345, rel=1e-6)
+    assert animal.behaviour["choice"].tolist() == [-1, 1, 1, -1, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert animal.behaviour["reaction-time"].mean() == pytest.approx(0.47166667, rel=1e-6)
+    assert animal.behaviour["whisker-motion-energy"].mean() == pytest.approx(0.59421901, rel=1e-6)
 
 
 def test_counts_are_poisson_around_the_rates():
     session = simulate(1, 200, 24, seed=0)[0]
     z = (session.counts - session.rates) / np.sqrt(session.rates)  # mean 0, variance 1
     assert abs(z.mean()) < 0.01 and z.var() == pytest.approx(1, abs=0.02)
-    assert 4 <= len(CIRCUIT) <= 8 and set(session.region_names) == {r.name for r in CIRCUIT}
+    assert set(session.region_names) == {r.name for r in CIRCUIT}
 
 
 def test_behaviour_is_a_task():
@@ -30,32 +38,13 @@ def test_behaviour_is_a_task():
     b = session.behaviour
     assert set(np.unique(b["choice"])) == {-1, 1} and set(np.unique(b["block"])) == {0.2, 0.5, 0.8}
     strong = np.abs(b["contrast"]) == 1
-    np.testing.assert_array_equal(
-        b["choice"][strong & (b["reward"] == 1)],
-        -np.sign(b["contrast"][strong & (b["reward"] == 1)]),
-    )
+    rewarded = strong & (b["reward"] == 1)
+    np.testing.assert_array_equal(b["choice"][rewarded], -np.sign(b["contrast"][rewarded]))
     assert b["reward"][strong].mean() > 0.95
     assert 0.5 < b["reward"][np.abs(b["contrast"]) == 0.0625].mean() < 0.95
     assert b["reaction-time"].min() >= 0.08 and b["reaction-time"].max() <= 2
     moving = session.times[None] >= b["reaction-time"][:, None]
     assert b["wheel-speed"][~moving].max() < 0.2 and b["wheel-speed"].max() > 1
-
-
-def test_regions_are_coupled_but_not_the_same():
-    """The true rates of a region follow its neighbours' in the circuit, and its own most."""
-    session = simulate(1, 300, 60, seed=2)[0]
-    centred = np.log(session.rates) - np.log(session.rates).mean(axis=(0, 1))
-    flat = centred.reshape(-1, session.n_neurons)
-
-    def explained(target, source):
-        y = flat[:, session.regions == target]
-        x = flat[:, np.flatnonzero(session.regions == source)]
-        fit = x @ np.linalg.lstsq(x, y, rcond=None)[0]
-        return 1 - ((y - fit) ** 2).sum() / (y**2).sum()
-
-    assert explained("MOs5", "MOs5") > 0.999
-    assert 0.2 < explained("VISa5", "LP") < 0.95
-    assert explained("VISa5", "LP") > explained("PO", "LP")
 
 
 def test_the_oracle_is_above_the_mean_rates():
@@ -71,3 +60,6 @@ def test_impossible_sizes_are_refused():
         simulate(0)
     with pytest.raises(ValueError, match="a neuron for each of the 6 regions"):
         simulate(1, 10, 5)
+    with pytest.raises(ValueError, match="decide within 0.8 s; got bin_size 0.8 s"):
+        simulate(1, 10, 12, bin_size=0.8, window=(0.0, 1.6))
+    assert simulate(1, 10, 12, bin_size=0.4, window=(0.0, 0.8))[0].n_bins == 2
