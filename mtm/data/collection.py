@@ -23,7 +23,7 @@ import pandas as pd
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
-from mtm.data.download import public
+from mtm.data.recording import public
 from mtm.session import Session, SessionError, has_region, read_session_file
 
 SECRETS = ("password", "token")  # options that no file keeps

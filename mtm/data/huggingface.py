@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
-from mtm.data.recording import reading
+from mtm.data.recording import Recording
 from mtm.files import optional
 from mtm.session import Session, SessionError, Split
 
@@ -61,7 +61,7 @@ def load_session(folder: str | Path, **options: Any) -> Session:
         ImportError: without the ``[data]`` extra.
     """
     folder = Path(folder)
-    with reading(folder.name, str(folder)):
+    with Recording(folder.name).reading(str(folder)):
         files = _files(folder)
         tables = {split: pd.concat(map(_table, paths)) for split, paths in files.items()}
     return _session(folder.name, tables, **options)
@@ -92,7 +92,7 @@ def from_rows(
         SessionError: naming the session, the column and the remedy.
     """
     parts = rows if isinstance(rows, Mapping) else {"train": rows}
-    with reading(name or "rows", "rows"):
+    with Recording(name or "rows").reading("rows"):
         tables = {split: pd.DataFrame(list(part)) for split, part in parts.items()}
     return _session(name or "rows", tables, start=start, name=name)
 
@@ -116,10 +116,11 @@ def _session(
         raise SessionError(f"session {source!r}: no column eid; pass name")
     if "eid" in table and table["eid"].nunique() > 1:
         raise SessionError(f"session {who!r}: eid differs between rows; pass those of one session")
-    with reading(who, "spikes_sparse"):
+    recording = Recording(who)
+    with recording.reading("spikes_sparse"):
         counts = np.stack([_matrix(row) for row in table.to_dict("records")])
         bin_size = float(np.squeeze(table["binsize"][0]))
-    with reading(who, "neurons"):
+    with recording.reading("neurons"):
         neurons = _neurons(table.iloc[0])
     given_split = None
     if len(tables) > 1:
@@ -134,7 +135,9 @@ def _session(
         subject=str(facts.pop("subject", "")),
         bin_size=bin_size,
         window=(start, start + counts.shape[1] * bin_size),
-        behaviour={key: _behaviour(who, key, table[key]) for key in BEHAVIOUR if key in table},
+        behaviour={
+            key: _behaviour(recording, key, table[key]) for key in BEHAVIOUR if key in table
+        },
         neurons=neurons,
         provenance={"origin": "Hugging Face, MtM's authors", "splits": list(tables), **facts},
         given_split=given_split,
@@ -149,9 +152,9 @@ def _matrix(row: Mapping[str, Any]) -> np.ndarray:
     return matrix.toarray()
 
 
-def _behaviour(who: str, key: str, column: pd.Series) -> np.ndarray:
+def _behaviour(recording: Recording, key: str, column: pd.Series) -> np.ndarray:
     """One number per row (K,), or one per bin (K, T)."""
-    with reading(who, key):
+    with recording.reading(key):
         array = np.array([np.asarray(value, dtype=np.float64) for value in column])
     return array.ravel() if array.size == len(array) else array  # (K, 1) too
 

@@ -56,11 +56,6 @@ class Recording:
             raise SessionError(text) from None  # that error may quote a password in an address
 
 
-def reading(session: str, dataset: str) -> Any:
-    """As :meth:`Recording.reading`, for a session of this name."""
-    return Recording(session).reading(dataset)
-
-
 # ---------------------------------------------------------------- sampled traces
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,9 +35,10 @@ import numpy as np
 import pandas as pd
 
 from mtm.binning import n_bins
-from mtm.data.recording import ordered_samples, reading, wheel_speed
-from mtm.session import Session, SessionError
+from mtm.data.recording import Recording, ordered_samples, wheel_speed
+from mtm.session import Session
 
+ORIGIN = "Steinmetz et al. 2019, 10.6084/m9.figshare.9598406"
 TICK = 2 * np.pi / 1440  # rad; the wheel's encoder has 1,440 ticks a turn
 GOOD = 2  # annotations: 1 multi-unit, 2 good, 3 unsorted; their analyses include 2 and 3
 TIMES = {"goCue": "go-cue-time", "response": "response-time", "feedback": "feedback-time"}
@@ -109,8 +109,8 @@ def load_session(
         name=files.name,
         subject=files.name.partition("_")[0],
         neurons=neurons,
-        provenance={"origin": "Steinmetz et al. 2019, 10.6084/m9.figshare.9598406", "align": align}
-        | {"trials": counted, "clusters dropped": int(np.sum(~keep))},
+        provenance=files.provenance
+        | {"align": align, "trials": counted, "clusters dropped": int(np.sum(~keep))},
     )
     return session if keep.all() else session.select(neurons=keep)
 
@@ -143,12 +143,12 @@ def load_bundle(
     """
     frames = _frames(window, bin_size)
     path = Path(path)
-    with reading(path.name, "dat"):
+    with Recording(path.name).reading("dat"):
         entries = _entries(path)
     chosen = range(len(entries)) if index is None else np.atleast_1d(index).tolist()
     sessions = []
     for number in chosen:
-        with reading(f"{path.name}[{number}]", "fields"):
+        with Recording(f"{path.name}[{number}]").reading("fields"):
             fields = _fields(entries[number], *frames)
             origin = {"origin": "Neuromatch Academy", "file": path.name}
             fields |= {"window": window, "bin_size": bin_size, "provenance": origin}
@@ -175,24 +175,21 @@ def _behaviour(
 # ----------------------------------------------------------------------------------- the archive
 
 
-class _Folder:
+class _Folder(Recording):
     """The files of one session of the archive."""
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder)
-        self.name = self.path.resolve().name
+        super().__init__(self.path.resolve().name, origin=ORIGIN)
         if not self.path.is_dir():
-            raise SessionError(f"{folder}: no such folder; pass the unpacked folder of one session")
-
-    def warn(self, problem: str) -> None:
-        warnings.warn(f"session {self.name!r}: {problem}", UserWarning, stacklevel=4)
+            self.fail(str(folder), "no such folder; pass the unpacked folder of one session")
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.npy").is_file()
 
     def array(self, name: str, n: int | None = None, width: int = 1) -> np.ndarray:
         """Numbers (n,), or (n, width), float64. The archive stores (n, 1) for (n,)."""
-        with reading(self.name, f"{name}.npy"):
+        with self.reading(f"{name}.npy"):
             array = np.load(self.path / f"{name}.npy", allow_pickle=False)
             array = array.astype(np.float64).reshape(len(array), width)
             if n is not None and len(array) != n:
@@ -206,7 +203,7 @@ def _trials(
     """Columns (K,) of the trials to use, with their ``row``; number of trials, and why dropped."""
     events = sorted(file.name[7:-4] for file in files.path.glob("trials.*_times.npy"))
     if align not in events:
-        raise SessionError(f"session {files.name!r}: no event {align!r}; align to one of {events}")
+        files.fail(f"trials.{align}", f"no such event; align to one of {events}")
     n = len(files.array(f"trials.{align}"))
     names = {*COLUMNS.values(), "visualStim_times", align}
     present = [name for name in names if files.has(f"trials.{name}")]
@@ -219,7 +216,7 @@ def _trials(
         counted["not included"] = int(np.sum(keep & ~included))
         keep &= included
     if not keep.any():
-        raise SessionError(f"session {files.name!r}: no trial of {n} has {align} and is included")
+        files.fail(f"trials.{align}", f"no trial of {n} has it and is included")
     return {"row": np.flatnonzero(keep)} | {key: v[keep] for key, v in trials.items()}, counted
 
 
@@ -238,7 +235,7 @@ def _reaction_times(files: _Folder, trials: Mapping[str, np.ndarray]) -> dict[st
 
 def _clusters(files: _Folder) -> dict[str, np.ndarray]:
     """Columns (N,) of all clusters: row of the peak channel, region, and what else there is."""
-    with reading(files.name, "channels.brainLocation.tsv"):
+    with files.reading("channels.brainLocation.tsv"):
         # Without keep_default_na, pandas would take some texts for missing values.
         options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "quoting": 3}
         table = pd.read_csv(files.path / "channels.brainLocation.tsv", sep="\t", **options)
@@ -246,7 +243,8 @@ def _clusters(files: _Folder) -> dict[str, np.ndarray]:
     peak = files.array("clusters.peakChannel")  # counts from 1 (issue 1)
     known = np.isin(peak, np.arange(1, len(acronyms) + 1))
     if not known.all():
-        files.warn(f"{np.sum(~known)} of {len(peak)} clusters lie on no listed channel: no region")
+        problem = f"{np.sum(~known)} of {len(peak)} clusters lie on no listed channel: no region"
+        files.warn("clusters.peakChannel", problem)
     row = np.where(known, peak - 1, -1).astype(np.int64)
     columns = {"channel": row, "allen": np.append(acronyms, "")[row]}  # -1: the last, no region
     for key, name in (("probe", "probes"), ("depth", "depths"), ("annotation", "_phy_annotation")):
@@ -261,10 +259,10 @@ def _traces(files: _Folder) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for key, name in TRACES.items():
         anchors = name.partition(".")[0] + ".timestamps"
         if not (files.has(name) and files.has(anchors)):
-            files.warn(f"no {name}.npy with {anchors}.npy; the session has no behaviour {key!r}")
+            files.warn(f"{name} with {anchors}", f"missing; the session has no behaviour {key!r}")
             continue
         samples = files.array(name)
-        with reading(files.name, f"{anchors}.npy"):
+        with files.reading(f"{anchors}.npy"):
             sampled = _sample_times(files.array(anchors, width=2), len(samples))
             times, samples = ordered_samples(sampled, samples)
             if key == "wheel-speed":
