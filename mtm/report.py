@@ -158,8 +158,9 @@ class TaskScores:
             return Mean(self.mean(column), np.nan, 0)
         each = self._by_neuron(column).groupby("session").agg(["mean", "sem", "count"])
         each = each[each["count"] > 0]
-        variance = (each["sem"] ** 2).sum(skipna=False) / max(len(each), 1) ** 2
-        error = np.sqrt(variance) if len(each) else np.nan
+        if each.empty:
+            return mean_of([])
+        error = np.sqrt((each["sem"] ** 2).sum(skipna=False)) / len(each)
         return Mean(float(each["mean"].mean()), float(error), int(each["count"].sum()))
 
     def by_session(self, column: str | None = None, pooled: bool = False) -> dict[str, float]:
@@ -186,6 +187,8 @@ class TaskScores:
 
     def _by_neuron(self, column: str | None) -> pd.Series:
         """(session, neuron) -> score, averaged over seeds."""
+        if not self.per_neuron:
+            raise ValueError(f"the scores of a behaviour ({self.score}) are not of single neurons")
         return self.table.groupby(["session", "neuron"], sort=False)[self._known(column)].mean()
 
     def _runs(self, column: str | None, pooled: bool = False) -> pd.Series:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from mtm import Session, SessionError, decode, oracle
-from mtm.decoding import decode_by_region, decode_choice, decode_trace, principal_axes
+from mtm import Session, SessionError, decode, decode_by_region, decoding, oracle
+from mtm.decoding import principal_axes
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,42 @@ def test_what_activity_carries_is_decoded_and_controls_are_not(session):
     assert 0.3 < trace.others["raw_counts"] < trace.others["smoothed_counts"] < 0.9
     assert trace.others["time_course"] < 0.05 and trace.others["shuffled"] < 0.1
     assert (choice.n_train, choice.n_test) == (96, 24)
+    one = decode(oracle(session), session, "choice")  # a name instead of a list
+    assert list(one) == ["choice"] and str(one["choice"]) == str(choice)
+
+
+def test_activity_is_predicted_once_and_controls_computed_once(session, monkeypatch):
+    counts = session.counts.copy()
+    counts[0, 0, 0] += 1  # a session of its own, not decoded by other tests
+    behaviour = session.behaviour | {"other": session.behaviour["trace"] ** 2}
+    several = Session(counts, session.regions, "s", behaviour=behaviour)
+    prompts, searches = [], []
+    monkeypatch.setattr(decoding, "fitted", lambda s, x, y: searches.append(1) or s.fit(x, y))
+
+    def predict(counts, scheme, mask, name):
+        prompts.append(scheme)
+        return counts * 1.0
+
+    first = decode(predict, several)
+    assert prompts == ["neuron", "causal"]  # one pass for both traces
+    n_first = len(searches)
+    second = decode(lambda *given: -predict(*given), several)
+    assert len(searches) - n_first == 3 * 2  # the decoder and its shuffled control; no counts
+    assert first["trace"].others["raw_counts"] == second["trace"].others["raw_counts"]
+    assert decode(predict, several, "other")["other"].score == first["other"].score
 
 
 def test_one_region_at_a_time(session):
-    inside, outside = (decode_trace(oracle(session), session, "trace", region=r).score
-                       for r in ("CA1", "DG"))  # fmt: skip
-    assert inside > 0.95 and outside < 0.05
+    found = decode_by_region(oracle(session), session, "trace")
+    assert list(found) == ["CA1", "DG"]
+    assert found["CA1"].score > 0.95 and found["DG"].score < 0.05
+    alone = decode(oracle(session), session, "trace", region="DG")["trace"]
+    assert alone.score == found["DG"].score
+    assert list(decode_by_region(oracle(session), session, "choice", least=3)) == ["DG"]
+    with pytest.raises(SessionError, match="no region has 5 neurons"):
+        decode_by_region(oracle(session), session, "choice", least=5)
     with pytest.raises(SessionError, match="no region 'LP'; known: CA1, DG"):
-        decode_choice(oracle(session), session, region="LP")
+        decode(oracle(session), session, "choice", region="LP")
 
 
 def test_predictions_are_made_in_batches_that_fit(session):
@@ -75,27 +103,12 @@ def test_predictions_are_made_in_batches_that_fit(session):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return (counts * 1.0).requires_grad_().bfloat16()  # as a model of one's own may return
 
-    found = decode_trace(narrow, session, "trace")
+    found = decode(narrow, session, "trace")["trace"]
     assert asked == [120, 60, 30, 30, 30, 30]
-    small = decode_trace(narrow, session, "trace", batch_size=25)
+    small = decode(narrow, session, "trace", batch_size=25)["trace"]
     assert asked[6:] == [25, 25, 25, 25, 20] and small.score == found.score
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        decode_trace(narrow, session, "trace", batch_size=0)
-    assert decode({"s": session.counts}, session)["trace"].score == pytest.approx(found.score)
-    with pytest.raises(ValueError, match=r"log-rates of shape \(3, 8, 6\) do not fit"):
-        decode(np.zeros((3, 8, 6)), session)
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        decode(np.full((120, 8, 6), np.nan), session)
-
-
-def test_every_region_in_turn(session):
-    found = decode_by_region(oracle(session), session, "trace")
-    assert list(found) == ["CA1", "DG"]
-    for region, result in found.items():
-        assert result.score == decode_trace(oracle(session), session, "trace", region=region).score
-    assert list(decode_by_region(oracle(session), session, "choice", least=3)) == ["DG"]
-    with pytest.raises(SessionError, match="no region has 5 neurons"):
-        decode_by_region(oracle(session), session, "choice", least=5)
+    same = decode({"s": session.counts}, session)["trace"]
+    assert same.score == pytest.approx(found.score)
 
 
 def test_trials_without_choice_or_with_nan_are_left_out(session):
@@ -113,36 +126,37 @@ def test_predictor_functions_see_only_the_region(session):
     seen = []
 
     def watch(counts, scheme, mask, name):
-        seen.append((scheme, counts.sum((0, 1)), mask.causal))
+        seen.append((scheme, mask.causal, counts.sum((0, 1))))
         return counts + 0.0
 
-    decode_choice(watch, session)
-    decode_trace(watch, session, "trace")
-    decode_choice(watch, session, region="CA1")
-    assert [(s, causal) for s, _, causal in seen] == [
-        ("neuron", False), ("causal", True), ("intra-region", False)
+    decode(watch, session)
+    decode(watch, session, "choice", region="CA1")
+    decode(watch, session, "choice", prompt="causal")
+    assert [(scheme, causal) for scheme, causal, _ in seen] == [
+        ("neuron", False), ("causal", True), ("intra-region", False), ("causal", True)
     ]  # fmt: skip
-    assert bool((seen[0][1] > 0).all()) and not seen[2][1][2:].any()
+    assert bool((seen[0][2] > 0).all())
+    assert bool((seen[2][2][:2] > 0).all()) and not seen[2][2][2:].any()
 
 
 def test_errors(session):
-    with pytest.raises(SessionError, match="no behaviour 'wheel'; it has: choice"):
-        decode(oracle(session), session, behaviours=["wheel"])
-    with pytest.raises(SessionError, match="behaviour 'contrast' has shape"):
-        decode(oracle(session), session, behaviours=["contrast"])
-    behaviour = {"choice": np.r_[np.ones(119), -1], "x": np.full((120, 8), np.nan)}
-    coded = Session(session.counts, name="s", behaviour={"choice": np.arange(120) % 2})
-    with pytest.raises(SessionError, match="values are 0 and 1; pass 2 . choice - 1"):
-        decode_choice(session.counts + 0.0, coded)
-    flat = Session(session.counts, name="s", behaviour={"x": np.ones((120, 8))})
-    with pytest.raises(SessionError, match="'x' does not vary"):
-        decode_trace(session.counts + 0.0, flat, "x")
+    for name, message in {
+        "wheel": "no behaviour 'wheel'; it has: choice",
+        "contrast": "behaviour 'contrast' has shape",
+    }.items():
+        with pytest.raises(SessionError, match=message):
+            decode(oracle(session), session, name)
     with pytest.raises(ValueError, match="unknown masking scheme 'nueron'"):
-        decode_choice(oracle(session), session, prompt="nueron")
-    with pytest.raises(ValueError, match="NaN or infinite log-rates in session"):
-        decode_choice(lambda counts, *_: torch.log(counts * 0.0), session)
-    one_sided = Session(session.counts, name="s", behaviour=behaviour)
-    with pytest.raises(SessionError, match="training trials of the rarer choice"):
-        decode(session.counts + 0.0, one_sided, behaviours=["choice"])
-    with pytest.raises(SessionError, match="no usable test trial"):
-        decode(session.counts + 0.0, one_sided, behaviours=["x"])
+        decode(oracle(session), session, "choice", prompt="nueron")
+    with pytest.raises(ValueError, match="NaN or infinite log-rates"):
+        decode(lambda counts, *_: torch.log(counts * 0.0), session)
+    behaviour = {"x": np.full((120, 8), np.nan), "flat": np.ones((120, 8))}
+    behaviour["choice"] = np.arange(120) % 2
+    bad = Session(session.counts, name="s", behaviour=behaviour)
+    for name, message in {
+        "x": "no usable test trial",
+        "flat": "does not vary in the test trials",
+        "choice": "0 training trials of the rarer choice.*choices are -1 and .1",
+    }.items():
+        with pytest.raises(SessionError, match=message):
+            decode(session.counts + 0.0, bad, name)
