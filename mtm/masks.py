@@ -1,35 +1,28 @@
-"""Every masking scheme, as a pure function of a batch, and the sampler that alternates them.
+"""Masking schemes as pure functions of a batch, and the sampler that alternates them.
 
-A scheme answers two questions about each entry of a batch of counts (B, T, N): is it *hidden*
-(zeroed in the model's input), and is it a *target* (scored by the loss)? Targets are always hidden,
-or the model could copy them.
+A scheme decides for each entry of a batch of counts (B, T, N) whether it is *hidden* (zeroed in the
+model's input) and whether it is a *target* (scored by the loss). Targets are always hidden, or the
+model could copy them. Source: arXiv 2407.14668, section 3.1 and appendix A.4.
 
-============  =======================================  =================  =========
-scheme        hidden                                   target             attention
-============  =======================================  =================  =========
-temporal      whole bins                               the hidden         full
-random-token  whole patches (P neurons x 1 bin)        the hidden         full
-neuron        whole neurons, drawn anew for each       the hidden         full
-              trial
-causal        whole bins                               the hidden         causal
-inter-region  all neurons of one region                the hidden         full
-intra-region  all neurons outside one region, and a    only those inside  full
-              share of those inside                    the region
-============  =======================================  =================  =========
-
-Source: arXiv 2407.14668, section 3.1 and appendix A.4. Ratios: the authors' released settings.
+============  ==============================================  =================  =========
+scheme        hidden                                          target             attention
+============  ==============================================  =================  =========
+temporal      whole bins                                      the hidden         full
+random-token  whole patches (P neurons x 1 bin)               the hidden         full
+neuron        whole neurons, drawn anew for each trial        the hidden         full
+causal        whole bins                                      the hidden         causal
+inter-region  all neurons of one region                       the hidden         full
+intra-region  all outside one region, and a share of inside   only those inside  full
+============  ==============================================  =================  =========
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
-from torch import Tensor
-
-from mtm.checks import checked
+from torch import Generator, Tensor
 
 NO_REGION = -1
 """Region code of a neuron without a region, hidden and scored like any other."""
@@ -39,196 +32,139 @@ PADDING = -2
 
 @dataclass(frozen=True)
 class Mask:
-    """What is hidden from the model, and what it is scored on.
+    """What is hidden from the model, and what it is scored on."""
 
-    Attributes:
-        hidden: (B, T, N) bool, True = zeroed in the input.
-        target: (B, T, N) bool, True = scored; a subset of ``hidden``.
-        causal: attention may look at the same and at earlier bins only.
-    """
-
-    hidden: Tensor
-    target: Tensor
-    causal: bool = False
-
-
-DrawFunction = Callable[..., Mask]
+    hidden: Tensor  # (B, T, N) bool, True = zeroed in the input
+    target: Tensor  # (B, T, N) bool, True = scored; a subset of hidden
+    causal: bool = False  # attention to the same and earlier bins only
 
 
 def neuron(
-    counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: torch.Generator | None = None
+    counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: Generator | None = None
 ) -> Mask:
-    """Whole neurons, each hidden with probability ``ratio``, independently in each trial.
-
-    Teaches: predict a cell from the rest of the population (co-smoothing).
+    """Hide whole neurons, independently in each trial: co-smoothing.
 
     Args:
-        counts: (B, T, N), any dtype; gives the shape and the device, its values are not looked at.
+        counts: (B, T, N), of which only shape and device matter.
         regions: (N,) int64 region codes; see :data:`NO_REGION` and :data:`PADDING`.
-        ratio: share hidden, 0 < ratio <= 1.
+        ratio: probability that a neuron is hidden, 0 < ratio <= 1.
         generator: on the counts' device.
     """
-    n_trials, _, n_neurons = _sizes(counts, regions)
-    chosen = _choose((n_trials, 1, n_neurons), regions > PADDING, ratio, generator, counts)
-    return _spread(chosen, chosen, counts)
+    n_trials, _, n_neurons = counts.shape
+    chosen = _choose((n_trials, 1, n_neurons), regions > PADDING, ratio, generator)
+    return Mask(chosen.expand(counts.shape), chosen.expand(counts.shape))
 
 
 def temporal(
-    counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: torch.Generator | None = None
+    counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: Generator | None = None
 ) -> Mask:
-    """Whole bins of all neurons, each hidden with probability ``ratio``, in each trial anew.
+    """Hide whole bins of all neurons, independently in each trial; arguments as :func:`neuron`.
 
-    The scheme of the Neural Data Transformer, and the baseline of the paper. Arguments: see
-    :func:`neuron`.
+    The scheme of the Neural Data Transformer, a baseline.
     """
-    n_trials, n_bins, _ = _sizes(counts, regions)
-    anywhere = torch.ones(1, dtype=torch.bool, device=counts.device)
-    chosen = _choose((n_trials, n_bins, 1), anywhere, ratio, generator, counts)
-    chosen = chosen & (regions > PADDING)
-    return _spread(chosen, chosen, counts)
+    n_trials, n_bins, _ = counts.shape
+    real = regions > PADDING
+    chosen = _choose((n_trials, n_bins, 1), real.any(), ratio, generator) & real
+    return Mask(chosen, chosen)
 
 
 def causal(
-    counts: Tensor, regions: Tensor, ratio: float = 0.6, generator: torch.Generator | None = None
+    counts: Tensor, regions: Tensor, ratio: float = 0.6, generator: Generator | None = None
 ) -> Mask:
-    """As :func:`temporal`, with attention to past bins only.
-
-    Teaches: predict the future from the past (forward prediction).
-    """
+    """Hide bins as :func:`temporal`, with attention to past bins only: forward prediction."""
     bins = temporal(counts, regions, ratio, generator)
     return Mask(bins.hidden, bins.target, causal=True)
 
 
 def inter_region(
-    counts: Tensor, regions: Tensor, ratio: float = 1.0, generator: torch.Generator | None = None
+    counts: Tensor, regions: Tensor, ratio: float = 1.0, generator: Generator | None = None
 ) -> Mask:
-    """All neurons of one region, the same in the whole batch; regions are equally likely.
+    """Hide all neurons of one region, the same in the whole batch; regions are equally likely.
 
-    Teaches: predict a region from the others. ``ratio`` must be 1: the region is hidden whole.
+    ``ratio`` must be 1: the region is hidden whole.
     """
     if ratio != 1.0:
         raise ValueError(f"inter-region masking hides a region whole; ratio must be 1, got {ratio}")
-    _sizes(counts, regions)
-    inside = _choose_region(regions, generator)[None, None, :]
-    return _spread(inside, inside, counts)
+    inside = _choose_region(regions, generator).expand(counts.shape)
+    return Mask(inside, inside)
 
 
 def intra_region(
-    counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: torch.Generator | None = None
+    counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: Generator | None = None
 ) -> Mask:
-    """All neurons outside one region, and a share ``ratio`` of those inside, drawn for each trial.
+    """Hide all neurons outside one region, and a share of those inside, drawn for each trial.
 
-    Scored are only the hidden neurons inside. Teaches: predict a neuron from its own region.
+    Only the hidden neurons inside are targets: predict a neuron from its own region.
     """
-    n_trials, _, n_neurons = _sizes(counts, regions)
+    n_trials, _, n_neurons = counts.shape
     inside = _choose_region(regions, generator)
-    chosen = _choose((n_trials, 1, n_neurons), inside, ratio, generator, counts)
+    chosen = _choose((n_trials, 1, n_neurons), inside, ratio, generator)
     outside = ~inside & (regions > PADDING)
-    return _spread(chosen | outside, chosen, counts)
+    return Mask((chosen | outside).expand(counts.shape), chosen.expand(counts.shape))
 
 
 def random_token(
     counts: Tensor,
     regions: Tensor,
     ratio: float = 0.3,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     patch_size: int = 128,
 ) -> Mask:
-    """Patches of ``patch_size`` neurons in a row x 1 bin, each hidden with probability ``ratio``.
+    """Hide patches of ``patch_size`` neurons in a row x 1 bin: the scheme of NDT2, a baseline.
 
-    The scheme of NDT2, and the paper's baseline for that tokenizer. The last patch of a bin holds
-    what neurons are left. Other arguments: see :func:`neuron`.
+    The last patch of a bin holds what neurons are left. Other arguments: see :func:`neuron`.
     """
-    n_trials, n_bins, n_neurons = _sizes(counts, regions)
-    if not isinstance(patch_size, Integral) or patch_size < 1:
-        raise ValueError(f"patch_size must be a whole number from 1, got {patch_size!r}")
-    patch_size = min(patch_size, n_neurons)
-    n_patches = -(-n_neurons // patch_size)
-    patch = torch.arange(n_neurons, device=counts.device) // patch_size  # (N,)
-    real = torch.zeros(n_patches, device=counts.device)
-    real = real.index_add(0, patch, (regions > PADDING).float()) > 0  # not padding alone
-    chosen = _choose((n_trials, n_bins, n_patches), real, ratio, generator, counts)
+    n_trials, n_bins, n_neurons = counts.shape
+    patch = torch.arange(n_neurons, device=counts.device) // patch_size  # (N,) of each neuron
+    real = torch.zeros(-(-n_neurons // patch_size), device=counts.device)  # (patches,)
+    real = real.index_add(0, patch, (regions > PADDING).float()) > 0  # not of padding alone
+    chosen = _choose((n_trials, n_bins, len(real)), real, ratio, generator)
     chosen = chosen[:, :, patch] & (regions > PADDING)
-    return _spread(chosen, chosen, counts)
-
-
-def _sizes(counts: Tensor, regions: Tensor) -> tuple[int, int, int]:
-    """Trials, bins and neurons of a batch whose counts and regions go together."""
-    if counts.ndim != 3 or 0 in counts.shape:
-        raise ValueError(f"counts must be trials x bins x neurons, got {tuple(counts.shape)}")
-    if regions.shape != counts.shape[2:] or regions.is_floating_point():
-        raise ValueError(
-            f"regions must be a whole number for each of the {counts.shape[2]} neurons, got "
-            f"{regions.dtype} of {tuple(regions.shape)}"
-        )
-    # On a GPU the look at the data would stop the queue; there, the caller has checked the session.
-    if regions.device.type == "cpu" and not regions.max() > PADDING:
-        raise ValueError(f"no neuron to hide: all regions are {PADDING}, which means padding")
-    return counts.shape[0], counts.shape[1], counts.shape[2]
+    return Mask(chosen, chosen)
 
 
 def _choose(
-    shape: tuple[int, ...],
-    allowed: Tensor,
-    ratio: float,
-    generator: torch.Generator | None,
-    counts: Tensor,
+    shape: tuple[int, ...], allowed: Tensor, ratio: float, generator: Generator | None
 ) -> Tensor:
-    """Bernoulli(ratio) draws of ``shape`` where ``allowed``; at least one entry is always chosen.
-
-    The entry with the smallest draw is chosen even when it is above the ratio. That takes the place
-    of drawing again until something is hidden, and needs no look at the result from the host, which
-    would make a GPU wait.
-    """
-    if not (isinstance(ratio, Real) and 0 < ratio <= 1):
+    """Bernoulli(ratio) draws of ``shape`` where ``allowed``; at least one entry is chosen."""
+    if not 0 < ratio <= 1:
         raise ValueError(f"mask ratio must be above 0 and at most 1, got {ratio}")
-    draws = torch.rand(shape, generator=generator, device=counts.device)
+    draws = torch.rand(shape, generator=generator, device=allowed.device)
     draws = draws.masked_fill(~allowed, 2.0)
+    # The smallest draw is chosen even when it is above the ratio. Drawing again until something is
+    # hidden would make the host wait for the GPU at every step.
     return ((draws < ratio) | (draws <= draws.amin())) & allowed
 
 
-def _choose_region(regions: Tensor, generator: torch.Generator | None) -> Tensor:
+def _choose_region(regions: Tensor, generator: Generator | None) -> Tensor:
     """Neurons of one labelled region, (N,) bool; each equally likely whatever its size."""
     codes = regions.sort().values
     first = torch.cat([codes[:1] >= 0, (codes[1:] != codes[:-1]) & (codes[1:] >= 0)])  # of a region
+    # A GPU is not asked, which would make the host wait: `fit` has checked its sessions.
     if regions.device.type == "cpu" and not first.any():
         raise ValueError(
             "no neuron has a region label, and this scheme masks regions; label the neurons "
             "(Session.regions) or leave the region schemes and tasks out"
         )
-    # The largest of independent draws; torch.multinomial would make a GPU's queue wait for a check.
+    # The region of the largest draw. torch.multinomial, and codes[place], would wait as well.
     draws = torch.rand(len(codes), generator=generator, device=regions.device)
     place = torch.where(first, draws[first.cumsum(0) - 1], -1.0).argmax()
-    chosen = codes.index_select(0, place[None])  # codes[place] would ask the GPU where
-    return (regions == chosen) & (regions >= 0)  # none, where a GPU was not asked for labels
+    return (regions == codes.index_select(0, place[None])) & (regions >= 0)
 
 
-def _spread(hidden: Tensor, target: Tensor, counts: Tensor) -> Mask:
-    return Mask(hidden.expand(counts.shape), target.expand(counts.shape))
-
-
-# ----------------------------------------------------------------------- the table of schemes
+# ---------------------------------------------------------------- the table of schemes
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A named way of masking.
+    """A named way of masking."""
 
-    Attributes:
-        draw: function of (counts, regions, ratio, generator), returning a :class:`Mask`.
-        ratio: share hidden unless another is asked for.
-        needs_regions: it cannot be drawn where no neuron has a region.
-        causal: attention looks at past bins only.
-        prompt: a model trained with it and others has a prompt token for it.
-        patches: it hides patches, and takes the model's ``patch_size``.
-    """
-
-    draw: DrawFunction
-    ratio: float
-    needs_regions: bool = False
-    causal: bool = False
-    prompt: bool = True
-    patches: bool = False
+    draw: Callable[..., Mask]  # function of (counts, regions, ratio, generator)
+    ratio: float  # share hidden unless another is asked for
+    needs_regions: bool = False  # it cannot be drawn where no neuron has a region
+    causal: bool = False  # attention to past bins only
+    prompt: bool = True  # a model trained with it and others has a prompt token for it
+    patches: bool = False  # it hides patches, and takes the model's patch_size
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -245,7 +181,7 @@ MTM_SCHEMES = ("neuron", "causal", "inter-region", "intra-region")
 """The four that multi-task masking alternates; each has a prompt token of its name."""
 
 
-def register(name: str, draw: DrawFunction, ratio: float = 0.3, **kind: bool) -> None:
+def register(name: str, draw: Callable[..., Mask], ratio: float = 0.3, **kind: bool) -> None:
     """Make a scheme of your own known by ``name`` to training, validation and plots.
 
     Args:
@@ -275,10 +211,6 @@ class MaskSampler:
         seed: of both the choice of the scheme and the masks.
         device: where the batches live.
         patch_size: neurons of a patch, for schemes that hide patches.
-
-    Example:
-        >>> sampler = MaskSampler(seed=0)
-        >>> name, mask = sampler(counts, regions)
     """
 
     def __init__(
@@ -290,17 +222,14 @@ class MaskSampler:
         patch_size: int = 128,
     ) -> None:
         if isinstance(schemes, str) or not schemes:
-            raise ValueError(
-                f"need a list of masking schemes, got {schemes!r}; known: {', '.join(SCHEMES)}"
-            )
-        ratios = dict(ratios or {})
-        if strangers := set(ratios) - set(schemes):
+            raise ValueError(f"need a list of masking schemes, got {schemes!r}")
+        if strangers := set(ratios or {}) - set(schemes):
             raise ValueError(f"ratios for schemes that are not drawn: {', '.join(strangers)}")
-        self.patch_size, seed = patch_size, checked("seed", seed, "int")
-        self.ratios = {name: ratios.get(name, scheme(name).ratio) for name in schemes}
+        self.patch_size = patch_size
+        self.ratios = {name: (ratios or {}).get(name, scheme(name).ratio) for name in schemes}
         # The scheme is chosen on the host, so that no step waits for the device with the masks.
-        self.host_generator = torch.Generator().manual_seed(seed)
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.host_generator = Generator().manual_seed(seed)
+        self.generator = Generator(device).manual_seed(seed)
 
     def __call__(self, counts: Tensor, regions: Tensor) -> tuple[str, Mask]:
         """The name of the scheme drawn, and its mask for ``counts`` (B, T, N), ``regions`` (N,)."""
@@ -318,24 +247,15 @@ class MaskSampler:
         return names[int(torch.randint(len(names), (1,), generator=self.host_generator))]
 
     def draw(self, name: str, counts: Tensor, regions: Tensor) -> Mask:
-        """A mask of the scheme ``name`` for ``counts`` (B, T, N), ``regions`` (N,).
-
-        Targets that the scheme left visible are taken out: a model could copy them.
-        """
+        """A mask of the scheme ``name`` for ``counts`` (B, T, N), ``regions`` (N,)."""
         kind = SCHEMES[name]
         patch = {"patch_size": self.patch_size} if kind.patches else {}
         mask = kind.draw(counts, regions, self.ratios[name], self.generator, **patch)
-        if not isinstance(mask, Mask):
-            raise ValueError(f"scheme {name!r} must return a Mask, got {type(mask).__name__}")
-        for part in (mask.hidden, mask.target):
-            if part.shape != counts.shape or part.dtype != torch.bool:
-                raise ValueError(
-                    f"scheme {name!r}: hidden and target must be bool of shape "
-                    f"{tuple(counts.shape)}, got {part.dtype} of {tuple(part.shape)}"
-                )
-        if mask.causal != kind.causal:
+        shapes = {(tuple(part.shape), part.dtype) for part in (mask.hidden, mask.target)}
+        if shapes != {(tuple(counts.shape), torch.bool)} or mask.causal != kind.causal:
             raise ValueError(
-                f"scheme {name!r} draws masks with causal={mask.causal} but was registered with "
-                f"causal={kind.causal}; they must agree"
+                f"scheme {name!r}: hidden and target must be bool of shape {tuple(counts.shape)}, "
+                f"and causal {kind.causal} as it was registered; got {shapes}, {mask.causal}"
             )
+        # A target that the scheme left visible could be copied.
         return Mask(mask.hidden, mask.target & mask.hidden, mask.causal)

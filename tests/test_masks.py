@@ -36,7 +36,7 @@ def is_constant(x, axis):
 
 
 @given(batches(), st.integers(0, 10_000))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_each_scheme_hides_what_its_definition_says(batch, seed):
     counts, regions = batch
     real = regions != PADDING
@@ -156,33 +156,24 @@ def test_a_scheme_of_ones_own():
 
 
 def test_what_a_scheme_of_ones_own_gets_wrong_is_caught():
-    def copies(counts, regions, ratio, generator=None):
-        hidden = torch.zeros(counts.shape, dtype=torch.bool)
-        hidden[:, 0] = True
-        return masks.Mask(hidden, torch.ones_like(hidden), causal=True)
-
     counts, regions = torch.zeros(2, 10, 3), torch.zeros(3, dtype=torch.int64)
-    try:
-        masks.register("copies", copies)
-        with pytest.raises(ValueError, match="causal=True but was registered with causal=False"):
-            MaskSampler(["copies"])(counts, regions)
-        del SCHEMES["copies"]
-        masks.register("copies", copies, causal=True)
-        _, mask = MaskSampler(["copies"])(counts, regions)
-        assert torch.equal(mask.target, mask.hidden)  # visible targets are taken out
-        del SCHEMES["copies"]
-        flat = torch.zeros(10, 3, dtype=torch.bool)
-        for returned, message in [
-            (flat, "must return a Mask, got Tensor"),
-            (masks.Mask(flat, flat), r"must be bool of shape \(2, 10, 3\), got torch.bool of"),
-            (masks.Mask(counts, counts), "got torch.float32"),
-        ]:
-            masks.register("copies", lambda *_, returned=returned: returned)
-            with pytest.raises(ValueError, match=message):
-                MaskSampler(["copies"])(counts, regions)
-            del SCHEMES["copies"]
-    finally:
-        SCHEMES.pop("copies", None)
+    first = torch.zeros(counts.shape, dtype=torch.bool)
+    first[:, 0] = True
+    for mask, causal, message in [
+        (masks.Mask(first, first, causal=True), False, "and causal False as it was registered"),
+        (masks.Mask(first[0], first[0]), False, r"must be bool of shape \(2, 10, 3\)"),
+        (masks.Mask(counts, counts), False, "must be bool"),
+        (masks.Mask(first, torch.ones_like(first), causal=True), True, None),
+    ]:
+        masks.register("mine", lambda *_, mask=mask: mask, causal=causal)
+        try:
+            if message:
+                with pytest.raises(ValueError, match=message):
+                    MaskSampler(["mine"])(counts, regions)
+            else:  # visible targets are taken out
+                assert torch.equal(MaskSampler(["mine"])(counts, regions)[1].target, first)
+        finally:
+            del SCHEMES["mine"]
 
 
 def test_a_patch_of_padding_alone_is_never_the_one_that_is_hidden():
@@ -201,24 +192,6 @@ def test_impossible_ratios_are_refused(ratio):
             draw_mask(name, counts, regions, 0, ratio)
 
 
-@pytest.mark.parametrize("name", list(SCHEMES))
-@pytest.mark.parametrize(
-    ("shape", "codes", "message"),
-    [
-        ((0, 3, 2), [0, 1], "counts must be trials x bins x neurons"),
-        ((2, 0, 2), [0, 1], "counts must be"),
-        ((2, 3, 0), [], "counts must be"),
-        ((2, 3), [0, 1, 2], "counts must be"),
-        ((2, 3, 2), [0, 1, 2], "regions must be a whole number for each of the 2 neurons"),
-        ((2, 3, 2), [0.0, 1.0], "regions must be a whole number"),
-        ((2, 3, 2), [PADDING, PADDING], "no neuron to hide"),
-    ],
-)
-def test_what_is_no_batch_is_refused(name, shape, codes, message):
-    with pytest.raises(ValueError, match=message):
-        draw_mask(name, torch.zeros(shape), torch.tensor(codes), 0)
-
-
 @pytest.mark.parametrize("name", ["inter-region", "intra-region"])
 def test_regions_of_a_selection_may_have_any_codes(name):
     counts, regions = torch.zeros(2, 3, 3), torch.tensor([9, -1, 614454277])
@@ -227,20 +200,6 @@ def test_regions_of_a_selection_may_have_any_codes(name):
         target = draw_mask(name, counts, regions, seed).target
         found |= set(regions[target.any(0).any(0)].tolist())
     assert found == {9, 614454277}
-
-
-def test_what_is_no_ratio_patch_or_seed_is_refused():
-    counts, regions = torch.zeros(2, 3, 4), torch.zeros(4, dtype=torch.int64)
-    for ratio in ("0.5", None, np.array([0.5])):
-        with pytest.raises(ValueError, match="ratio must be"):
-            masks.neuron(counts, regions, ratio)
-    for size in (0, -1, 1.5, "3"):
-        with pytest.raises(ValueError, match="patch_size must be a whole number from 1"):
-            masks.random_token(counts, regions, 0.5, patch_size=size)
-    assert masks.random_token(counts, regions, 1.0, patch_size=2**64).hidden.all()
-    for seed in (2**64, 0.5, "0", True):
-        with pytest.raises(ValueError, match="seed must be a whole number"):
-            MaskSampler(seed=seed)
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
