@@ -40,7 +40,7 @@ from mtm.recipes import RECIPES, TrainConfig, recipe
 from mtm.report import Report, score_table
 from mtm.session import SessionError
 from mtm.simulation import simulate
-from mtm.training import fit, pick_device
+from mtm.training import fit, model_config, pick_device
 
 ORIGINS = {
     **{name: f"mtm.data.{name}" for name in ("nwb", "steinmetz", "huggingface")},
@@ -147,7 +147,7 @@ def _prepare_files(options: argparse.Namespace, how: dict[str, Any]) -> Prepared
 
 def run_train(options: argparse.Namespace) -> None:
     """Train a model; it is kept with its settings, its history and the state of the run."""
-    with distributed.joined(options.device) as device:
+    with distributed.process_group(options.device) as device:
         if distributed.rank() > 0:  # one process speaks for all
             sys.stdout = open(os.devnull, "w")
         _train(options, device or pick_device())
@@ -158,7 +158,7 @@ def _train(options: argparse.Namespace, device: torch.device) -> None:
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)}
     changes = {key: value for key, value in given.items() if value is not KEEP}
     config = recipe(options.recipe, **changes)
-    sizes = _sizes(options, config.init)
+    sizes = _sizes(options, config)
     start: MtM | MtMConfig = sizes
     if options.start:
         start = checkpoint.load(options.start)
@@ -187,7 +187,7 @@ def _train(options: argparse.Namespace, device: torch.device) -> None:
     print(f"model of {n_parameters:,} parameters in {options.out}")
 
 
-def _sizes(options: argparse.Namespace, init: str) -> MtMConfig:
+def _sizes(options: argparse.Namespace, config: TrainConfig) -> MtMConfig:
     """Of a new model."""
     fields = ("depth", "tokenizer", "patch_size")
     given = {key: getattr(options, key) for key in fields if getattr(options, key) is not None}
@@ -199,9 +199,7 @@ def _sizes(options: argparse.Namespace, init: str) -> MtMConfig:
         raise ValueError("--tune: there is no trained model to tune; name one with --start")
     if options.patch_size and options.tokenizer != "ndt2":
         raise ValueError("--patch-size: only --tokenizer ndt2 has patches")
-    depth = given.pop("depth", 5 if options.recipe == "paper" else 2)
-    theirs = {"positions": "learned", "input_counts": "raw"} if init == "paper" else {}
-    return MtMConfig.from_depth(depth, **theirs, **given)
+    return model_config(config, **given)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

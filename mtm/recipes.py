@@ -1,64 +1,76 @@
-"""Settings of training, and two sets of their values: ours, and those of the authors' code."""
+"""Training settings, and the two recipes: ours (``mtm``) and the authors' (``paper``)."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from mtm.checks import check_types, one_of
+import numpy as np
+
 from mtm.masks import MTM_SCHEMES, scheme
 
 CHOICES = {
     "loss": ("mean", "sum"),
-    "tune": ("all", "maps", "maps-then-all"),
+    "tune": ("all", "session-layers", "session-layers-then-all"),
     "token": ("new", "mean"),
     "init": ("mtm", "paper"),
     "precision": ("auto", "float32", "bf16"),
     "compile": ("none", "default", "reduce-overhead", "max-autotune"),
 }
+"""Allowed values of the settings that are words."""
+
+RANGES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
+    (("epochs", "batch_size", "batches_per_step", "validations"), lambda x: x >= 1, "1 or more"),
+    (("lr", "div_factor"), lambda x: x > 0, "above 0"),
+    (("warmup", "session_layers_share"), lambda x: 0 < x < 1, "between 0 and 1"),
+    (("micro_batch", "patience"), lambda x: x is None or x >= 1, "1 or more, or None"),
+    (("clip",), lambda x: x is None or x > 0, "above 0, or None"),
+    (("weight_decay",), lambda x: x >= 0, "0 or more"),
+]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides how a model is trained. ``RECIPES`` holds two sets of values.
+    """Settings of training. The defaults are the recipe ``mtm``.
 
     Args:
         epochs: passes over the training trials.
-        batch_size: trials of a session in a batch, which share a masking scheme.
-        batches_per_step: batches whose gradients add up to a step, of different sessions as far as
-            there are that many, each with its own mask. Several processes (see ``mtm.distributed``)
-            share them out.
-        micro_batch: trials that pass at once, for small memories; the loss of a step, and but for
-            dropout's draws its gradient, stay the same.
-        tune: what learns: "all", "maps" (those of the sessions at hand, with their tokens) or
-            "maps-then-all".
-        maps_share: of the epochs, in which "maps-then-all" trains the maps only.
-        token: where the session token of a new session starts, see ``MtM.add_session``.
-        lr: peak of the one-cycle schedule.
-        warmup: share of the steps in which the rate rises to its peak.
-        div_factor: the rate starts at ``lr / div_factor``.
-        weight_decay: of AdamW, on weight matrices.
-        decay_all: weight decay on biases, norms and tokens as well.
+        batch_size: trials per batch. A batch has one session and one masking scheme.
+        batches_per_step: batches per optimizer step, of different sessions where possible. With
+            several processes (see ``mtm.distributed``), each computes a share of them.
+        micro_batch: trials per forward pass, to save memory, or None for all batches of a step at
+            once. The loss does not change.
+        tune: parameters to train: "all", "session-layers" (the layers and tokens of the given
+            sessions; the shared layers stay fixed), or "session-layers-then-all".
+        session_layers_share: share of the epochs that "session-layers-then-all" spends on the
+            session layers before it trains all.
+        token: initial session token of a new session, see ``MtM.add_session``.
+        lr: peak learning rate of the one-cycle schedule.
+        warmup: share of the steps in which the learning rate rises to its peak.
+        div_factor: the learning rate starts at ``lr / div_factor``.
+        weight_decay: of AdamW, applied to weight matrices.
+        decay_all: apply weight decay to biases, norms and tokens as well.
         loss: "mean" or "sum" over the targets of a batch.
-        clip: largest norm of the gradient, or None.
-        schemes: alternated at random; of neuron, causal, inter-region, intra-region, temporal,
-            random-token and those that are registered.
-        ratios: scheme -> share hidden; those that are not named hide the scheme's own share, and
-            those that are not drawn may be named.
-        prompt: tell the model which scheme is on, where there are several.
-        validations: how often to validate, spread evenly over the epochs.
-        patience: validations without a better one after which training stops, or None.
-        seed: of weights, masks, dropout and the order of batches.
+        clip: maximum gradient norm, or None.
+        schemes: masking schemes, drawn uniformly for each batch: neuron, causal, inter-region,
+            intra-region, temporal, random-token or registered ones.
+        ratios: scheme -> share hidden. Schemes that are not named use their own default.
+        prompt: give each scheme a prompt token, if there are several schemes.
+        validations: number of validations, evenly spread over the epochs.
+        patience: stop after this many validations without improvement, or None.
+        seed: of initial weights, masks, dropout and the order of batches.
         split_seed: of ``Session.split``.
-        init: how a new model starts, see ``MtMConfig``.
-        precision: "float32", "bf16" (matrix products in bfloat16, weights in float32), or "auto":
-            bf16 on GPUs that compute in it.
-        compile: mode of ``torch.compile`` for the encoder, which all sessions share; or "none".
-            "reduce-overhead" replays CUDA graphs.
+        init: initial weights of a new model, "mtm" or "paper". With "paper" a new model also
+            has the authors' sizes and input, see ``mtm.training.model_config``.
+        precision: "float32", "bf16" (bfloat16 autocast, weights in float32), or "auto": bf16 on
+            GPUs that support it.
+        compile: mode of ``torch.compile`` for the encoder, or "none". "reduce-overhead" uses CUDA
+            graphs.
 
     Raises:
-        ValueError: for a value that cannot be; the message names the field.
+        ValueError: naming the field whose value is not allowed.
     """
 
     epochs: int = 200
@@ -66,7 +78,7 @@ class TrainConfig:
     batches_per_step: int = 4
     micro_batch: int | None = None
     tune: str = "all"
-    maps_share: float = 0.2
+    session_layers_share: float = 0.2
     token: str = "new"
     lr: float = 1e-3
     warmup: float = 0.15
@@ -87,32 +99,28 @@ class TrainConfig:
     compile: str = "none"
 
     def __post_init__(self) -> None:
-        check_types(self)  # and ratios become its own, not another recipe's
-        if not self.schemes or len(set(self.schemes)) < len(self.schemes):
-            raise ValueError(f"schemes must be different names, one or more; got {self.schemes}")
+        if isinstance(self.schemes, str) or not 0 < len(self.schemes) == len(set(self.schemes)):
+            raise ValueError(f"schemes must be a list of different names, got {self.schemes!r}")
+        for setting in fields(self):  # numpy numbers become Python's, which JSON can hold
+            value = getattr(self, setting.name)
+            value = value.item() if isinstance(value, np.generic) else value
+            object.__setattr__(self, setting.name, value)
+        object.__setattr__(self, "schemes", tuple(self.schemes))
+        object.__setattr__(self, "ratios", {name: float(x) for name, x in self.ratios.items()})
         for name in (*self.schemes, *self.ratios):
-            scheme(name)
+            scheme(name)  # raises for an unknown name
         for name, ratio in self.ratios.items():
             if not 0 < ratio <= 1:
                 raise ValueError(f"ratios must be above 0 and at most 1, got {ratio} for {name}")
-        for name in ("epochs", "batch_size", "batches_per_step", "lr", "validations"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 < self.maps_share < 1:
-            raise ValueError(f"maps_share must be between 0 and 1, got {self.maps_share}")
-        if not 0 < self.warmup < 1:
-            raise ValueError(f"warmup must be between 0 and 1, got {self.warmup}")
-        if not self.div_factor > 0:
-            raise ValueError(f"div_factor must be above 0, got {self.div_factor}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be above 0 or None, got {self.clip}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
-        for name in ("micro_batch", "patience"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
         for name, known in CHOICES.items():
-            one_of(name, getattr(self, name), known)
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+        for names, allowed, words in RANGES:
+            for name in names:
+                if not allowed(value := getattr(self, name)):
+                    raise ValueError(f"{name} must be {words}, got {value}")
+        if self.tune == "session-layers-then-all" and self.epochs < 2:
+            raise ValueError("tune='session-layers-then-all' needs 2 epochs or more")
 
 
 RECIPES = {
@@ -131,27 +139,24 @@ RECIPES = {
         init="paper",
     ),
 }
-"""Settings by name, ``mtm`` for ours and ``paper`` for those of the authors' code."""
+"""Settings by name: ``mtm`` is ours, ``paper`` that of the authors' code."""
 
 
-def recipe(name: str, **changes: Any) -> TrainConfig:
-    """A recipe's settings, some of them changed.
+def recipe(start: str | TrainConfig, **changes: Any) -> TrainConfig:
+    """Return the settings of a recipe, or other settings, with some of them changed.
+
+    Args:
+        start: the name of a recipe, or settings.
+        **changes: fields of :class:`TrainConfig`. Only the named ``ratios`` change.
 
     Raises:
         ValueError: for an unknown recipe or setting; the message names the nearest known one.
     """
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-    return changed(RECIPES[name], changes)
-
-
-def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """The settings with some of them changed.
-
-    Raises:
-        ValueError: for an unknown setting; the message names the nearest known one.
-    """
-    known = [field.name for field in fields(TrainConfig)]
+    if isinstance(start, str):
+        if start not in RECIPES:
+            raise ValueError(f"unknown recipe {start!r}; known: {', '.join(RECIPES)}")
+        start = RECIPES[start]
+    known = [setting.name for setting in fields(TrainConfig)]
     for name in changes:
         if name == "recipe":
             raise ValueError(f"pass the recipe as config={changes[name]!r}")
@@ -159,4 +164,6 @@ def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown setting {name!r}; {hint}known: {', '.join(known)}")
-    return replace(config, **changes)
+    if "ratios" in changes:
+        changes["ratios"] = {**start.ratios, **changes["ratios"]}
+    return replace(start, **changes)

@@ -1,19 +1,15 @@
-"""Training: one explicit loop over batches of one session each, with a scheme drawn for each batch.
+"""Training: :func:`fit` is one explicit loop over batches, in :meth:`Trainer.train`.
 
-Validation hides the same entries every time (its masks are seeded) and scores hidden entries only,
-for each scheme apart; the model kept is the one with the best mean over the schemes.
-
-Everything random has a seed made of the settings' seed and of where it is: the epoch (order of the
-batches), the step and the place in it (masks), the step (dropout), the session (validation masks).
-So a run that was killed goes on as if nothing had been, and several processes draw the masks that
-one would.
+A batch has trials of one session, and a masking scheme drawn for it. Validation hides the same
+entries every time, and scores these only; the weights with the best mean over the schemes are kept.
+Every random number has a seed made of the settings' seed and its place in the run (epoch, step,
+batch), so a stopped run resumes exactly and several processes draw the masks that one would.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import heapq
 import importlib.util
 import math
 import sys
@@ -25,98 +21,96 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from mtm import distributed
-from mtm.checkpoint import History, Run, best_entry, without_nan, write_history
+from mtm.checkpoint import History, Run, best_entry, without_nan
 from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2, log_mean
 from mtm.model import MtM, MtMConfig
-from mtm.recipes import TrainConfig, changed, recipe
+from mtm.recipes import TrainConfig, recipe
 from mtm.session import Session, SessionError, require_alike
+
+VALIDATION_BATCH = 64  # validation trials that share a mask, whatever the batch size of training
+VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
+LOG_INTERVAL = 30.0  # seconds between two lines in a log
+
+
+# ------------------------------------------------------------------------------------------ batches
 
 
 class Batch(NamedTuple):
-    """What a model is shown of one session in a step: the arguments of ``MtM.forward``."""
+    """Trials of one session with a mask: the arguments of ``MtM.forward``."""
 
-    counts: Tensor
+    counts: Tensor  # (B, T, N)
     scheme: str | None
     mask: Mask
     session: str
 
     def split(self, size: int) -> list[Batch]:
-        """Pieces of ``size`` trials."""
-        parts = zip(
-            *(x.split(size) for x in (self.counts, self.mask.hidden, self.mask.target)), strict=True
-        )
+        """Return batches of at most ``size`` trials."""
+        parts = (x.split(size) for x in (self.counts, self.mask.hidden, self.mask.target))
         return [
-            Batch(counts, self.scheme, Mask(hidden, target, self.mask.causal), self.session)
-            for counts, hidden, target in parts
+            self._replace(counts=counts, mask=Mask(hidden, target, self.mask.causal))
+            for counts, hidden, target in zip(*parts, strict=True)
         ]
 
 
 class SessionData:
-    """A session as training needs it: counts as small integers, trials of each part, the null."""
+    """A session prepared for training: counts on a device, split, null model.
+
+    The counts stay integers of one or two bytes, on the training device or, if they are too many,
+    in main memory or on disk (see :func:`counts_device`); batches become floats.
+    """
 
     def __init__(
         self,
         session: Session,
         config: TrainConfig,
         device: torch.device,
-        home: torch.device | None = None,
+        counts_on: torch.device | None = None,
     ) -> None:
-        split, home = session.split(config.split_seed), home or device
-        self.name, self.device = session.name, device
-        self.n_bins, self.bin_size = session.n_bins, session.bin_size
-        self.n_neurons = session.n_neurons
-        # Shared with the session, not copied, unless its home is another device: counts that are
-        # on disk stay there. torch cannot index uint16; int16 holds the same bits.
-        self.wide = session.counts.dtype == np.uint16
+        split, counts_on = session.split(config.split_seed), counts_on or device
+        self.session, self.name, self.device = session, session.name, device
         counts = np.require(session.counts, requirements=["C", "W", "A"])
-        self.counts = torch.from_numpy(counts.view(np.int16 if self.wide else np.uint8))
-        self.counts = self.counts.to(home)
-        self.regions = torch.from_numpy(session.region_codes).to(device)
-        self.n_regions = len(session.region_names)
-        self.train, self.val = split.train, torch.from_numpy(split.val).to(home)
-        null = log_mean(session.counts[split.train])  # (N,)
-        spikes = np.rint(np.exp(null) * len(split.train) * session.n_bins).astype(np.int64)
-        prints = session.fingerprints(split.train)
-        self.prints = prints[prints != 0]
-        told = (spikes, split.train, split.val)  # whole numbers, the same on every machine
-        self.digest = hashlib.sha256(b"".join(x.tobytes() for x in told)).hexdigest()[:16]
-        self.null = torch.from_numpy(null).float().to(device)
+        self.dtype = torch.uint16 if counts.dtype == np.uint16 else torch.uint8
+        # As bytes, since torch cannot index uint16: (K, T, N) or (K, T, 2 N).
+        self.counts = torch.from_numpy(counts.view(np.uint8)).to(counts_on)
+        self.regions = torch.from_numpy(session.region_codes).to(device)  # (N,)
+        self.train, self.val = split.train, torch.from_numpy(split.val)
+        # The null model of validation: each neuron's log mean count in the training trials, (N,).
+        self.null = torch.from_numpy(log_mean(session.counts[split.train])).float().to(device)
+        fingerprints = session.fingerprints(split.train)
+        self.fingerprints = fingerprints[fingerprints != 0]  # 0: too few spikes to tell
+        content = b"".join(x.tobytes() for x in (fingerprints, split.train, split.val))
+        self.digest = hashlib.sha256(content).hexdigest()[:16]
 
     def batch(self, trials: Tensor | np.ndarray) -> Tensor:
-        """Counts of some trials, (B, T, N) float32, on the device."""
-        trials = torch.as_tensor(trials)
-        counts = _sent(self.counts[_sent(trials, self.counts.device)], self.device)
-        return (counts.int() & 0xFFFF if self.wide else counts).float()
-
-    def training_counts(self) -> np.ndarray:
-        """Counts of the training trials, (K', T, N)."""
-        counts = self.counts[torch.from_numpy(self.train).to(self.counts.device)].cpu().numpy()
-        return counts.view(np.uint16) if self.wide else counts
+        """Return the counts of some trials, (B, T, N) float32, on the training device."""
+        rows = self.counts[_to_device(torch.as_tensor(trials), self.counts.device)]
+        return _to_device(rows, self.device).view(self.dtype).float()
 
 
-Trials = tuple[SessionData, np.ndarray]
-"""A session, and indices of some of its trials."""
+Step = list[tuple[SessionData, np.ndarray]]
+"""The batches of an optimizer step: a session, and indices of some of its trials."""
 
 
-def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, without waiting for what the device has to do before."""
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device. From pinned memory, the host does not wait for the GPU."""
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
-def home_of(sessions: list[Session], device: torch.device) -> torch.device:
-    """Where counts are while a model trains: on its device, if they fill at most half of it."""
+def counts_device(sessions: Sequence[Session], device: torch.device) -> torch.device:
+    """Return where counts stay during training: on a GPU if they fill at most half of it."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if sum(session.counts.nbytes for session in sessions) > free / 2:
@@ -125,100 +119,98 @@ def home_of(sessions: list[Session], device: torch.device) -> torch.device:
 
 
 def steps_per_epoch(data: Sequence[SessionData], config: TrainConfig) -> int:
-    """Steps that show every training trial once."""
+    """Return the number of steps that use every training trial once."""
     n_batches = sum(math.ceil(len(session.train) / config.batch_size) for session in data)
     return math.ceil(n_batches / config.batches_per_step)
 
 
 def steps_of(
-    data: list[SessionData], config: TrainConfig, order: np.random.Generator
-) -> Iterator[list[Trials]]:
-    """One epoch: every training trial once, in batches of one session, composed anew each time.
+    data: Sequence[SessionData], config: TrainConfig, order: np.random.Generator
+) -> Iterator[Step]:
+    """Yield the steps of an epoch, in which every training trial occurs once.
 
-    A step takes ``batches_per_step`` batches, of different sessions as long as there are any.
+    Batches are composed anew in each epoch and come in random order. The batches of a step are of
+    different sessions, as long as enough sessions have batches left.
     """
     batches = []
     for session in data:
         trials = order.permutation(session.train)
         cuts = range(config.batch_size, len(trials), config.batch_size)
         batches += [(session, batch) for batch in np.split(trials, cuts)]
-    queues: dict[str, deque[tuple[int, Trials]]] = {session.name: deque() for session in data}
-    for place, i in enumerate(order.permutation(len(batches))):
-        queues[batches[i][0].name].append((place, batches[i]))
-    heads = [(queue[0][0], name) for name, queue in queues.items() if queue]
-    heapq.heapify(heads)
-    while heads:
-        chosen: list[Trials] = []
-        others: list[tuple[int, str]] = []
-        while len(chosen) < config.batches_per_step and (heads or others):
-            if not heads:  # fewer sessions are left than a step takes: again the first of each
-                heads, others = others, []
-                heapq.heapify(heads)
-            name = heapq.heappop(heads)[1]
-            chosen.append(queues[name].popleft()[1])
-            if queues[name]:
-                others.append((queues[name][0][0], name))
-        for head in others:
-            heapq.heappush(heads, head)
-        yield chosen
+    waiting = deque(batches[i] for i in order.permutation(len(batches)))
+    while waiting:
+        step: Step = []
+        names: set[str] = set()  # sessions in the step
+        skipped: deque[tuple[SessionData, np.ndarray]] = deque()  # their batches, for later steps
+        while len(step) < config.batches_per_step and (waiting or skipped):
+            if not waiting:  # too few sessions are left: use each of them once more
+                waiting, skipped, names = skipped, deque(), set()
+            batch = waiting.popleft()
+            (skipped if batch[0].name in names else step).append(batch)
+            names.add(batch[0].name)
+        waiting.extendleft(reversed(skipped))
+        yield step
+
+
+# ------------------------------------------------------------------- device, precision, compilation
 
 
 def pick_device() -> torch.device:
-    """The GPU where torch sees one (CUDA, else Apple's MPS), else the CPU."""
+    """Return the GPU if there is one (CUDA, else Apple's MPS), else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def uses_bf16(device: torch.device, precision: str = "auto") -> bool:
+    """Return whether to compute in bfloat16; "auto" does on GPUs since Ampere, which support it."""
+    if precision != "auto":
+        return precision == "bf16"
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
-    """bf16 on GPUs that compute in it (Ampere and later; older ones only emulate it, slowly)."""
-    usable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    on = usable if precision == "auto" else precision == "bf16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
-
-
-def setup_of(device: torch.device, home: torch.device, config: TrainConfig) -> str:
-    """What a run computes on and how, in a line."""
-    bf16 = autocast(device, config.precision)._enabled
-    parts = [f"training on {device}", "bf16" if bf16 else "float32"]
-    if device.type == "cpu":
-        parts.insert(1, f"threads: {torch.get_num_threads()}")
-    if device.type == "cuda":
-        parts[0] += f" ({torch.cuda.get_device_name(device)})"
-        parts.append("counts " + ("on the GPU" if home == device else "sent batch by batch"))
-    if config.compile != "none":
-        parts.append(f"torch.compile {config.compile}")
-    if distributed.processes() > 1:
-        parts.append(f"{distributed.processes()} processes")
-    return ", ".join(parts)
+    """Return the context of forward passes, with matrix products in bfloat16 if it is used."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
 @contextmanager
 def compiled(model: MtM, config: TrainConfig) -> Iterator[None]:
-    """Within, the encoder is compiled, if the settings say so.
+    """Compile the encoder within the context, if the settings say so.
 
-    Only the encoder: its shapes are those of all sessions, where the maps in and out have a width
-    for each, and would be compiled for each.
+    Only the encoder, whose shapes are the same for all sessions: session layers would be compiled
+    again for each number of neurons.
     """
     if config.compile == "none":
         yield
         return
-    vars(model)["encode"] = torch.compile(model.encode, mode=config.compile)  # of this one alone
+    # torch stops compiling after 8 graphs, counted over all models of a process.
+    new_name = hasattr(torch._dynamo.config, "recompile_limit")  # since torch 2.7
+    limit = {"recompile_limit" if new_name else "cache_size_limit": 64}
+    vars(model)["encode"] = torch.compile(model.encode, mode=config.compile)
     try:
-        # Few graphs a model, but torch counts them for all models of a process together, and
-        # silently stops compiling at 8. (Before torch 2.7 the limit had another name.)
-        known = hasattr(torch._dynamo.config, "recompile_limit")
-        limit = "recompile_limit" if known else "cache_size_limit"
-        with torch._dynamo.config.patch({limit: 64}):
+        with torch._dynamo.config.patch(limit):
             yield
     finally:
         del model.encode
 
 
+def setup_of(device: torch.device, counts_on: torch.device, config: TrainConfig, run: Run) -> str:
+    """Return a line with device, precision and processes, and where a stopped run resumes."""
+    parts = [f"training on {device}", "bf16" if uses_bf16(device, config.precision) else "float32"]
+    if device.type == "cpu":
+        parts.insert(1, f"threads: {torch.get_num_threads()}")
+    elif device.type == "cuda":
+        parts[0] += f" ({torch.cuda.get_device_name(device)})"
+        parts.append("counts " + ("on the GPU" if counts_on == device else "sent batch by batch"))
+    parts += [f"torch.compile {config.compile}"] * (config.compile != "none")
+    parts += [f"{distributed.processes()} processes"] * (distributed.processes() > 1)
+    parts += [f"resuming after step {run.step}"] * (run.step > 0)
+    return ", ".join(parts)
+
+
 def peak_memory(device: torch.device) -> float | None:
-    """Most memory in use so far, GB: of the GPU, else of this process; None where not known."""
+    """Return the peak memory in GB: of the GPU, else of this process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":
@@ -229,136 +221,387 @@ def peak_memory(device: torch.device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-SILENCE = 30.0  # seconds after which a log gets another line
-
-
 class Progress:
-    """A bar in a terminal; in a notebook one line that is written over; lines at times in logs.
-
-    A notebook that was run for a book then shows that one line, with the result.
+    """Progress display: a bar in a terminal, one live line in a notebook, lines in a log.
 
     Args:
-        epochs: until the end.
-        show: nothing is shown otherwise.
-        setup: what the run computes on and how; the first line.
+        epochs: of the whole run.
+        show: False shows nothing.
+        setup: the first line.
     """
 
     def __init__(self, epochs: int, show: bool, setup: str) -> None:
+        self.epochs, self.show, self.line, self.last = epochs, show, None, time.monotonic()
         ipython = sys.modules.get("IPython")
         shell = ipython.get_ipython() if ipython else None
-        self.epochs, self.show, self.line = epochs, show, None
-        self.spoken = time.monotonic()
         if show and shell is not None and type(shell).__name__ != "TerminalInteractiveShell":
             from IPython.display import display
 
-            self.line = display({"text/plain": setup}, raw=True, display_id=True)
-        elif show:
-            print(setup, file=sys.stderr)
-        quiet = self.line is not None or not show or not sys.stderr.isatty()
-        self.bar = tqdm(total=epochs, unit="epoch", disable=quiet, leave=False)
+            self.line = display({"text/plain": ""}, raw=True, display_id=True)
+        self.print(setup)
+        no_bar = not show or self.line is not None or not sys.stderr.isatty()
+        self.bar = tqdm(total=epochs, unit="epoch", disable=no_bar, leave=False)
+
+    def print(self, text: str) -> None:
+        """Print a line; in a notebook, in the place of the one before."""
+        if self.line is not None:
+            self.line.update({"text/plain": text}, raw=True)
+        elif self.show:
+            print(text, file=sys.stderr, flush=True)
 
     def update(self, epoch: int, history: History) -> None:
-        """Say how far training is."""
+        """Show the epoch and the last validation score."""
         score = f"validation {history[-1]['mean']:.3f} bits per spike" if history else ""
         self.bar.update(epoch - self.bar.n)
         self.bar.set_postfix_str(score)
-        said = f"epoch {epoch} of {self.epochs}  {score}"
-        if self.line is not None:
-            self.line.update({"text/plain": said}, raw=True)
-        elif self.show and self.bar.disable and time.monotonic() - self.spoken > SILENCE:
-            print(said, file=sys.stderr, flush=True)
-            self.spoken = time.monotonic()
-
-    def stop(self) -> None:
-        """Take the bar away."""
-        self.bar.close()
-
-    def close(self, summary: str) -> None:
-        """Leave the summary in the place of the bar."""
-        self.stop()
-        if self.line is not None:
-            self.line.update({"text/plain": summary}, raw=True)
-        elif self.show:
-            print(summary, file=sys.stderr)
+        log_due = self.bar.disable and time.monotonic() - self.last > LOG_INTERVAL
+        if log_due or self.line is not None:
+            self.print(f"epoch {epoch} of {self.epochs}  {score}")
+            self.last = time.monotonic()
 
 
-class Watch:
-    """Passes on what each validation found, to whatever looks on.
+def tensorboard(run: Run) -> Any:
+    """Return a TensorBoard writer; None without a folder or the package tensorboard."""
+    if run.folder is None or not importlib.util.find_spec("tensorboard"):
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What a stopped run wrote after its last save is replaced.
+    return SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
+
+
+def flat(entry: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a history entry, with names as ``validation/neuron``."""
+    groups = {k: v if isinstance(v, dict) else {"": v} for k, v in entry.items()}
+    numbers = {f"{k}/{name}".rstrip("/"): x for k, v in groups.items() for name, x in v.items()}
+    return {name: x for name, x in numbers.items() if x is not None}
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """Return the Poisson negative log-likelihood of the target entries, without log(count!).
 
     Args:
-        progress: the bar or line.
-        folder: where ``history.jsonl`` is written, a line a validation, and, where the package
-            tensorboard is installed, the same for TensorBoard in ``tensorboard/``; None = nowhere.
-        history: of a run that goes on; it is written again, for the case that it was killed
-            before it could write the last entry.
-        listener: called with the history after each validation.
+        log_rates: (B, T, N).
+        counts: (B, T, N).
+        target: (B, T, N) bool.
+        reduction: ``"mean"`` or ``"sum"`` over the targets.
     """
-
-    def __init__(
-        self,
-        progress: Progress,
-        folder: Path | None = None,
-        history: Sequence[dict[str, Any]] = (),
-        listener: Callable[[History], Any] | None = None,
-    ) -> None:
-        self.progress, self.folder, self.listener, self.board = progress, folder, listener, None
-        if folder is not None and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=0)
-        if folder is not None:
-            write_history(folder, list(history))
-        for entry in history:
-            self._show(entry)
-
-    def validated(self, history: History) -> None:
-        """Pass on the history, whose last entry is new."""
-        if self.folder is not None:
-            write_history(self.folder, history)
-        self._show(history[-1])
-        if self.listener is not None:
-            self.listener(history)
-
-    def _show(self, entry: dict[str, Any]) -> None:
-        if self.board is not None:
-            for name, value in flat(entry).items():
-                self.board.add_scalar(name, value, entry["step"])
-            self.board.flush()
-
-    def close(self, summary: str) -> None:
-        """The end of the run."""
-        self.progress.close(summary)
-        if self.board is not None:
-            self.board.close()
+    nll = F.poisson_nll_loss(log_rates, counts, log_input=True, full=False, reduction="none")
+    total = torch.where(target, nll, 0.0).sum()
+    return total / target.sum().clamp(min=1) if reduction == "mean" else total
 
 
-def flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of a history entry under one name each, as ``validation/neuron``."""
-    found: dict[str, float] = {}
-    for key, value in entry.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}/")
-        elif value is not None:
-            found[prefix + key] = value
+def accumulate(
+    model: MtM, batches: Sequence[Batch], config: TrainConfig, n_batches: int | None = None
+) -> Tensor:
+    """Add the gradients of a step's loss to the parameters.
+
+    The loss of a step is the mean over its batches or, with ``loss="sum"``, the sum.
+
+    Args:
+        model: in training mode.
+        batches: of the step, or this process's share of them.
+        config: settings.
+        n_batches: number of batches of the whole step, if ``batches`` are a share.
+
+    Returns:
+        the contribution of each of ``batches`` to the loss, (batches,), on the device.
+    """
+    losses = torch.zeros(len(batches), device=model.device)
+    pieces: list[tuple[int, Batch, Tensor | float]] = []  # number of the batch, trials, weight
+    for i, batch in enumerate(batches):
+        weight: Tensor | float = 1.0
+        if config.loss == "mean":  # of the whole batch: its pieces add up to the mean
+            weight = 1 / batch.mask.target.sum().clamp(min=1) / (n_batches or len(batches))
+        size = config.micro_batch or len(batch.counts)
+        pieces += [(i, piece, weight) for piece in batch.split(size)]
+    # One forward pass for all, or one for each piece.
+    n_together = 1 if config.micro_batch else max(1, len(pieces))
+    for first in range(0, len(pieces), n_together):
+        together = pieces[first : first + n_together]
+        with autocast(model.device, config.precision):
+            log_rates = model.forward_many([piece for _, piece, _ in together])
+        parts = [
+            weight * masked_loss(out.float(), piece.counts, piece.mask.target, "sum")
+            for out, (_, piece, weight) in zip(log_rates, together, strict=True)
+        ]
+        torch.stack(parts).sum().backward()
+        for (i, _, _), part in zip(together, parts, strict=True):
+            losses[i] += part.detach()
+    return losses
+
+
+def make_optimizer(model: MtM, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on weight matrices, or on everything with ``decay_all``."""
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    decayed: list[Tensor] = []
+    rest: list[Tensor] = []
+    for parameter in model.parameters():
+        (decayed if config.decay_all or id(parameter) in matrices else rest).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
+    groups += [{"params": rest, "weight_decay": 0.0}] if rest else []
+    return torch.optim.AdamW(groups, lr=config.lr, fused=model.device.type in ("cpu", "cuda"))
+
+
+def make_sampler(model: MtM, config: TrainConfig) -> MaskSampler:
+    """Return the sampler of the schemes that are trained."""
+    ratios = {name: share for name, share in config.ratios.items() if name in config.schemes}
+    size = model.config.patch_size
+    return MaskSampler(config.schemes, ratios, config.seed, model.device, patch_size=size)
+
+
+def seed_of(*place: int | str) -> int:
+    """Return a seed for a place in the run, which is given as numbers and words."""
+    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "little") >> 1
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+class Trainer:
+    """The training loop, with what all its steps use."""
+
+    def __init__(self, model: MtM, data: list[SessionData], config: TrainConfig, run: Run) -> None:
+        self.model, self.data, self.config, self.run = model, data, config, run
+        self.optimizer, self.sampler = make_optimizer(model, config), make_sampler(model, config)
+        self.per_epoch = steps_per_epoch(data, config)
+        self.trainable = [
+            p for p in model.parameters() if p.requires_grad
+        ]  # not frozen by the user
+        some = min(max(1, round(config.session_layers_share * config.epochs)), config.epochs - 1)
+        phases = {"all": 0, "session-layers": config.epochs, "session-layers-then-all": some}
+        self.first_phase = phases[config.tune]  # epochs that train session layers only
+        # Losses still on the device: step, session and scheme of each batch, losses (batches,).
+        self.pending: list[tuple[int, list[tuple[str, str]], Tensor]] = []
+        self.n_trials = self.n_tokens = 0  # since the last validation
+
+    def train(self, progress: Progress, on_validation: Callable[[History], Any] | None) -> None:
+        """Train, and leave the model with the weights of the best validation."""
+        model, config, run = self.model, self.config, self.run
+        distributed.broadcast(model.state_dict().values())
+        run.restore(model, self.optimizer)
+        board = tensorboard(run)
+        epochs_done, steps_done = divmod(run.step, self.per_epoch)
+        started, since = time.perf_counter() - run.seconds, time.perf_counter()
+        for epoch in range(epochs_done + 1, config.epochs + 1):
+            if out_of_patience(run.history, config):
+                break
+            if epoch in (epochs_done + 1, self.first_phase + 1):
+                schedule = self.begin_phase(epoch)
+            model.train()
+            order = np.random.default_rng(seed_of(config.seed, "order", epoch))
+            for batches in islice(steps_of(self.data, config, order), steps_done, None):
+                if run.due():
+                    run.seconds = time.perf_counter() - started
+                    self.save()
+                self.step(batches)
+                schedule.step()
+            steps_done = 0
+            # Validations are spread evenly over the epochs; the last one follows the last epoch.
+            before, now = (e * config.validations // config.epochs for e in (epoch - 1, epoch))
+            if now > before:
+                entry: dict[str, Any] = {"epoch": epoch, "step": run.step}
+                entry["lr"] = schedule.get_last_lr()[0]
+                entry |= self.mean_losses()  # here the host waits for the device
+                entry |= self.speed(time.perf_counter() - since)
+                entry["validation"] = validate(model, self.data, config)
+                entry["mean"] = float(np.nanmean([*entry["validation"].values()]))
+                run.seconds = entry["seconds"] = time.perf_counter() - started
+                entry["memory_gb"] = peak_memory(model.device)
+                is_best = run.add(entry, model)
+                self.save()
+                if is_best:
+                    run.save_model(model)
+                if board is not None:
+                    for name, value in flat(entry).items():
+                        board.add_scalar(name, value, run.step)
+                    board.flush()
+                if on_validation is not None and distributed.rank() == 0:
+                    on_validation(run.history)
+                since = time.perf_counter()
+            progress.update(epoch, run.history)
+        model.load_state_dict(run.best)
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
+        model.eval()
+
+    def begin_phase(self, epoch: int) -> OneCycleLR:
+        """Choose what is trained from this epoch on, and return its learning-rate schedule."""
+        config, first = self.config, epoch <= self.first_phase
+        layers = [self.model.session_layers(one.name) for one in self.data]
+        own = {id(parameter) for part in layers for parameter in part.parameters()}
+        for parameter in self.trainable:
+            parameter.requires_grad_(not first or id(parameter) in own)
+        n_epochs = self.first_phase if first else config.epochs - self.first_phase
+        n_steps = n_epochs * self.per_epoch
+        warmup = config.warmup
+        if abs(warmup * n_steps - 1) < 1e-6:  # torch's schedule would divide by zero
+            warmup *= 1.01
+        return OneCycleLR(
+            self.optimizer,
+            max_lr=config.lr,
+            total_steps=n_steps,
+            pct_start=warmup,
+            div_factor=config.div_factor,
+            # Steps of the phase that a resumed run has taken already; -1 starts the schedule.
+            last_epoch=self.run.step - (0 if first else self.first_phase * self.per_epoch) - 1,
+        )
+
+    def step(self, batches: Step) -> None:
+        """Take one optimizer step. Of several processes, each computes a share of the batches."""
+        model, config, step = self.model, self.config, self.run.step
+        torch.manual_seed(seed_of(config.seed, "dropout", step, distributed.rank()))
+        if config.compile != "none":
+            torch.compiler.cudagraph_mark_step_begin()  # memory of the last step's graphs is free
+        mine = slice(distributed.rank(), None, distributed.processes())
+        places, drawn = [], []
+        for i, (session, trials) in enumerate(batches):
+            self.sampler.reseed(seed_of(config.seed, "masks", step, i))
+            name = self.sampler.choose()
+            places.append((session.name, name))
+            if i in range(len(batches))[mine]:
+                counts = session.batch(trials)
+                mask = self.sampler.draw(name, counts, session.regions)
+                drawn.append(Batch(counts, name, mask, session.name))
+            self.n_trials += len(trials)
+            self.n_tokens += len(trials) * model.n_tokens(session.name)
+        losses = torch.zeros(len(batches), device=model.device)
+        losses[mine] = accumulate(model, drawn, config, len(batches))
+        used = parameters_of(model, places)
+        distributed.all_reduce_gradients(used, losses)
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(used, config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # frees memory before the next forward pass
+        self.run.step += 1
+        losses = losses * len(batches) if config.loss == "mean" else losses  # of each batch
+        self.pending.append((self.run.step, places, losses))
+
+    def read_losses(self) -> None:
+        """Add the pending losses to ``run.losses``; raise FloatingPointError if not finite."""
+        pending, self.pending = self.pending, []
+        for step, places, losses in pending:
+            for (session, name), loss in zip(places, losses.tolist(), strict=True):
+                if not math.isfinite(loss):
+                    where = f"step {step}, session {session!r}, scheme {name!r}"
+                    self.fail(f"the loss became {loss} in {where}")
+                total = self.run.losses.setdefault(name, [0.0, 0])
+                total[0] += loss
+                total[1] += 1
+
+    def mean_losses(self) -> dict[str, Any]:
+        """Return the mean loss since the last validation, of all batches and of each scheme."""
+        self.read_losses()
+        sums, self.run.losses = self.run.losses, {}
+        total, number = (sum(column) for column in zip(*sums.values(), strict=True))
+        return {"loss": total / number, "losses": {k: s / n for k, (s, n) in sorted(sums.items())}}
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """Return trials and tokens per second since the last validation."""
+        n_trials, n_tokens, self.n_trials, self.n_tokens = self.n_trials, self.n_tokens, 0, 0
+        return {"trials_per_second": n_trials / seconds, "tokens_per_second": n_tokens / seconds}
+
+    def save(self) -> None:
+        """Save the state of the run; raise FloatingPointError if it is not finite."""
+        self.read_losses()
+        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
+            self.fail(f"weights became infinite or NaN in step {self.run.step}")
+        self.run.save(self.model, self.optimizer)
+
+    def fail(self, problem: str) -> NoReturn:
+        """Raise a FloatingPointError that says what to do, and which weights are kept."""
+        kept = ""
+        if self.run.history and self.run.folder is not None:
+            epoch = best_entry(self.run.history)["epoch"]
+            kept = f"; the best weights so far, of epoch {epoch}, are kept in {self.run.folder}"
+        raise FloatingPointError(f"{problem}; lower lr (now {self.config.lr:g}) or set clip{kept}")
+
+
+def out_of_patience(history: History, config: TrainConfig) -> bool:
+    """Return whether the last ``patience`` validations brought no improvement."""
+    if config.patience is None or not history:
+        return False
+    return len(history) - 1 - history.index(best_entry(history)) >= config.patience
+
+
+def parameters_of(model: MtM, places: Sequence[tuple[str, str]]) -> list[torch.nn.Parameter]:
+    """Return the parameters that get a gradient from batches of these (session, scheme)."""
+    layers = [model.session_layers(name) for name in sorted({session for session, _ in places})]
+    parts = [model.tokenizer, model.layers, model.norm, *layers]
+    found = [parameter for part in parts for parameter in part.parameters()]
+    if any(name in model.prompts for _, name in places):
+        found.append(model.prompt_tokens)
+    return [parameter for parameter in found if parameter.requires_grad]
+
+
+@torch.no_grad()
+def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> dict[str, float]:
+    """Return bits per spike of each scheme on hidden entries of the validation trials.
+
+    The null model is each neuron's mean in the training trials. Masks have a seed for each session
+    and scheme, so every call scores the same entries: :data:`VALIDATION_MASKS` masks per batch of
+    trials or, for schemes that mask regions, one per region. NaN where no hidden entry has a spike.
+    Several processes share the sessions.
+    """
+    model.eval()
+    found = torch.zeros(len(config.schemes), len(data), 2, device=model.device)  # gain, spikes
+    for i in range(distributed.rank(), len(data), distributed.processes()):
+        for s, name in enumerate(config.schemes):
+            found[s, i] = _validation_gain(model, data[i], name, config)
+    found = distributed.all_reduce(found).cpu().double()
+    if not bool(found.isfinite().all()):
+        raise FloatingPointError(
+            "predictions of the validation trials are not finite; lower lr "
+            f"(now {config.lr:g}) or set clip"
+        )
+    gain, spikes = found.sum(dim=1).unbind(dim=1)
+    if not bool((spikes > 0).any()):
+        raise SessionError(
+            "no hidden entry of the validation trials has a spike; use more trials, and check that "
+            "spikes and events are on one clock, in seconds"
+        )
+    return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
+
+
+def _validation_gain(model: MtM, one: SessionData, name: str, config: TrainConfig) -> Tensor:
+    """Return the gain over the null model in nats, and the number of spikes scored; (2,)."""
+    sampler = make_sampler(model, config)
+    sampler.reseed(seed_of("validation", one.name, name))
+    labels = [one.regions] * VALIDATION_MASKS
+    if scheme(name).needs_regions:  # label one region at a time, so that each is masked once
+        codes = range(len(one.session.region_names))
+        labels = [torch.where(one.regions == code, 0, NO_REGION) for code in codes]
+    found = torch.zeros(2, device=model.device)
+    for trials in one.val.split(VALIDATION_BATCH):
+        counts = one.batch(trials)
+        null = one.null.expand_as(counts)
+        for regions in labels:
+            mask = sampler.draw(name, counts, regions)
+            with autocast(model.device, config.precision):
+                log_rates = model(counts, name, mask, one.name).float()
+            found[0] += masked_loss(null, counts, mask.target, "sum")
+            found[0] -= masked_loss(log_rates, counts, mask.target, "sum")
+            found[1] += (counts * mask.target).sum()
     return found
 
 
-VALIDATION_BATCH = 64  # trials under one mask, whatever the batch size of training
-VALIDATION_MASKS = 4  # of a batch, where the regions do not say how many
-CPU_TOKENS = 5000  # that pass through a model at once; more take more memory, and no less time
+# ---------------------------------------------------------------------------------------------- fit
 
 
 @dataclass(repr=False)
 class Fit:
-    """What training leaves behind.
+    """Result of training.
 
     Attributes:
         model: with the weights of the best validation, on the device it was trained on.
-        history: one entry a validation: ``epoch``, ``step``, ``lr``, ``loss`` (mean over the
-            batches since the last) and ``losses`` (the same for each scheme), ``validation``
-            (scheme -> bits per spike over the training mean rates, pooled over hidden entries of
-            all sessions) and their ``mean``, ``seconds`` since the start, trials and tokens a
-            second while training, and peak memory in GB.
+        history: one entry per validation: ``epoch``, ``step``, ``lr``, ``loss`` (mean over the
+            batches since the last) and ``losses`` (the same per scheme), ``validation`` (scheme ->
+            bits per spike over the training mean rates, pooled over the hidden entries of all
+            sessions) and their ``mean``, ``seconds`` since the start, trials and tokens per second
+            of training, and peak memory in GB.
         config: the settings.
     """
 
@@ -367,30 +610,26 @@ class Fit:
     config: TrainConfig
 
     def __repr__(self) -> str:
-        sizes, best = self.model.n_parameters(), self.best
-        total, n = sizes["core"] + sum(sizes["sessions"].values()), len(sizes["sessions"])
-        return (
-            f"Fit of {n} session{'s' * (n != 1)}, {total:,} parameters\n"
-            f"  best of {self.config.epochs} epochs: {best['epoch']}, "
-            f"{best['mean']:.3f} bits per spike"
-        )
+        n, epochs = len(self.model.session_names), self.config.epochs
+        score = f"best of {epochs} epochs: {self.best['epoch']}, {self.best['mean']:.3f}"
+        return f"Fit of {n} session{'s' * (n != 1)}; {score} bits per spike"
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.model.device
-
-    def predict_log_rates(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
-        """As :meth:`mtm.model.MtM.predict`: a fit can be evaluated as its model."""
-        return self.model.predict_log_rates(counts, scheme, mask, session)
 
     @property
     def best(self) -> dict[str, Any]:
-        """The entry of the history whose weights the model has."""
+        """The history entry whose weights the model has."""
         return best_entry(self.history)
 
+    def predict_log_rates(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
+        """Return the model's log-rates, see :meth:`mtm.MtM.predict_log_rates`."""
+        return self.model.predict_log_rates(counts, scheme, mask, session)
+
     def to_dict(self) -> dict[str, Any]:
-        """Settings and history as JSON can hold them."""
+        """Return settings and history as JSON can hold them."""
         return {"train": asdict(self.config), "history": without_nan(self.history)}
 
 
@@ -408,231 +647,140 @@ def fit(
     on_validation: Callable[[History], Any] | None = None,
     **changes: Any,
 ) -> Fit:
-    """Train a model on the training trials of one or many sessions.
+    """Train a model on the training trials of one or several sessions.
 
     Args:
-        sessions: with distinct names, and the same bins and window.
-        model: a model to go on with, which stays as it is: a copy learns, sessions it does not know
-            are added, and what it knows of others may get worse. Or the sizes of a new one.
-            Default: ``MtMConfig.from_depth(depth)``.
+        sessions: with different names, and the same bins and window.
+        model: a model to fine-tune, which is copied; sessions it does not know are added. Or the
+            sizes of a new model. Default: :func:`model_config` of the settings.
         config: settings, or the name of a recipe: "mtm" (default) or "paper".
-        depth: of a new model; default 2.
-        device: default: a GPU where there is one.
-        folder: where the best model so far, ``history.jsonl`` and the state of the run are kept;
-            without one, what is interrupted is lost. A run that was killed goes on there when the
-            same is called again, and on a CPU (with the same torch and number of threads) ends with
-            the very weights it would have ended with. ``mtm.load`` reads the model.
-        restart: begin anew, and replace what the folder holds.
-        save_every: seconds between two states on disk. A state has four times the model's size.
-        progress: a progress bar in a terminal, one live line in a notebook.
+        depth: number of layers of a new model. Default: 2, or 5 with ``config="paper"``.
+        device: default: a GPU if there is one.
+        folder: for the best model (see ``mtm.load``), ``history.jsonl`` and the state of the run.
+            A run that was stopped resumes when ``fit`` is called again with the same arguments; on
+            a CPU it ends with exactly the weights of a run that was not stopped.
+        restart: delete the run in the folder and start anew.
+        save_every: seconds between two saves within an epoch (four times the model's size).
+        progress: show progress.
         on_validation: called with the history after each validation, as ``mtm.plots.live()``.
         **changes: single settings of :class:`TrainConfig`.
 
-    Returns:
-        the trained model and its history.
-
     Raises:
-        SessionError: when the sessions do not go together, or lack what a scheme needs.
-        FloatingPointError: when the loss stops being finite, naming step, session and scheme; the
-            folder then has the best weights so far, where there was a validation.
-        StateError: when the folder holds another run, or a model that is not of a run.
-
-    Example:
-        >>> result = fit(sessions, depth=2, epochs=30)
-        >>> result.model, result.best["mean"]
+        SessionError: the sessions do not go together, or lack what a scheme needs.
+        FloatingPointError: the loss is no longer finite.
+        StateError: the folder holds another run, or a model without a run.
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
-    if strangers := [type(s).__name__ for s in sessions if not isinstance(s, Session)]:
-        raise TypeError(f"fit needs Sessions, got {strangers[0]}; see mtm.Session, Session.load")
-    config = changed(
-        config if isinstance(config, TrainConfig) else recipe(config or "mtm"), changes
-    )
+    config = recipe(config or "mtm", **changes)
     _check_sessions(sessions, config)
-    model = _start(model, depth)
+    start = _start(model, config, depth)
     device = torch.device(device) if device else pick_device()
-    home = home_of(sessions, device)
-    data = [SessionData(session, config, device, home) for session in sessions]
+    counts_on = counts_device(sessions, device)
+    data = [SessionData(session, config, device, counts_on) for session in sessions]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # Of new weights; the caller's generators, of the CPU and of this GPU, are left alone.
-        torch.manual_seed(config.seed)
-        model = _build(model, data, config, depth).to(device)
-        run = Run(folder, _description(model, data, config), save_every, restart)
-        setup, per_epoch = setup_of(device, home, config), steps_per_epoch(data, config)
-        watch = _watch(run, setup, config, per_epoch, progress, on_validation)
-        _train(model, data, config, run, watch)
-    run.save_model(model)
-    return Fit(model, run.history, config)
+        torch.manual_seed(config.seed)  # the caller's generators keep their state
+        network = _build(copy.deepcopy(start), data, config).to(device)
+        run = Run(folder, _description(network, start, data, config), save_every, restart)
+        show = progress and distributed.rank() == 0
+        display = Progress(config.epochs, show, setup_of(device, counts_on, config, run))
+        try:
+            with compiled(network, config):
+                Trainer(network, data, config, run).train(display, on_validation)
+        finally:
+            display.bar.close()
+    run.save_model(network)
+    result = Fit(network, run.history, config)
+    display.print(f"{run.step} steps in {run.seconds:.0f} s on {device.type}; {result}")
+    return result
 
 
-def _start(model: MtM | MtMConfig | Fit | None, depth: int | None) -> MtM | MtMConfig | None:
-    """A copy of a model to go on with, or the sizes of a new one; refuses what is neither."""
-    model = model.model if isinstance(model, Fit) else model
-    if depth is not None and model is not None:
-        raise ValueError("depth is of a new model; this one has its sizes, pass one or the other")
-    if not isinstance(model, MtM | MtMConfig | None):
-        raise TypeError(f"fit goes on with an MtM or starts from an MtMConfig, got {model!r}; a "
-                        "folder is read by mtm.load")  # fmt: skip
-    return copy.deepcopy(model)
+def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -> MtMConfig:
+    """Return the configuration of a new model for these settings.
 
-
-def _watch(
-    run: Run,
-    setup: str,
-    config: TrainConfig,
-    per_epoch: int,
-    progress: bool,
-    listener: Callable[[History], Any] | None,
-) -> Watch:
-    """What looks on; of several processes, at the first alone."""
-    if distributed.rank() > 0:
-        return Watch(Progress(config.epochs, False, setup))
-    if run.step >= config.epochs * per_epoch or _patience_is_over(run.history, config):
-        setup = f"the run in {run.folder} is finished already"
-    elif run.step > 0:
-        setup += f", going on after step {run.step} in {run.folder}"
-    return Watch(Progress(config.epochs, progress, setup), run.folder, run.history, listener)
-
-
-def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """Poisson negative log-likelihood over the target entries, without its constant term.
-
-    Args:
-        log_rates: (B, T, N).
-        counts: (B, T, N).
-        target: (B, T, N) bool.
-        reduction: ``"mean"`` or ``"sum"`` over the targets.
+    With ``init="paper"``, as in the recipe ``paper``, the authors' model (depth 5, learned
+    positions, raw counts as input), else ours (depth 2). ``fields`` are of :class:`MtMConfig`.
     """
-    nll = F.poisson_nll_loss(log_rates, counts, log_input=True, full=False, reduction="none")
-    total = torch.where(target, nll, 0.0).sum()
-    return total / target.sum().clamp(min=1) if reduction == "mean" else total
-
-
-def accumulate(
-    model: MtM, batches: Sequence[Batch], config: TrainConfig, n_batches: int | None = None
-) -> Tensor:
-    """Add the gradient of one step's loss to the parameters.
-
-    The loss of a step is the mean over its batches (with ``loss="sum"``, the sum), each of one
-    session, as if they were steps of their own whose gradients add up.
-
-    Args:
-        model: in training mode.
-        batches: those of the step, or a share of them.
-        config: settings.
-        n_batches: of the whole step, where ``batches`` are a share.
-
-    Returns:
-        what each of the ``batches`` contributes to the loss, whose sum is the loss; on the device.
-    """
-    losses = torch.zeros(len(batches), device=model.device)
-    for pieces in _passes(model, batches, config, n_batches or len(batches)):
-        with autocast(model.device, config.precision):
-            log_rates = model.forward_many([piece for _, piece, _ in pieces])
-        parts = [
-            weight * masked_loss(out.float(), piece.counts, piece.mask.target, "sum")
-            for out, (_, piece, weight) in zip(log_rates, pieces, strict=True)
-        ]
-        torch.stack(parts).sum().backward()
-        for (place, _, _), part in zip(pieces, parts, strict=True):
-            losses[place] += part.detach()
-    return losses
-
-
-def _passes(
-    model: MtM, batches: Sequence[Batch], config: TrainConfig, n_batches: int
-) -> Iterator[list[tuple[int, Batch, Tensor | float]]]:
-    """Pieces that pass through the model together: number of the batch, piece, weight in loss."""
-    limit = CPU_TOKENS if model.device.type == "cpu" else sys.maxsize
-    together: list[tuple[int, Batch, Tensor | float]] = []
-    n_tokens = 0
-    for place, batch in enumerate(batches):
-        weight: Tensor | float = 1.0
-        if config.loss == "mean":
-            weight = 1 / batch.mask.target.sum().clamp(min=1) / n_batches
-        each = model.n_tokens(batch.session)
-        size = config.micro_batch or min(len(batch.counts), max(1, limit // each))
-        for piece in batch.split(size):
-            n_new = len(piece.counts) * each
-            if together and (config.micro_batch or n_tokens + n_new > limit):
-                yield together
-                together, n_tokens = [], 0
-            together.append((place, piece, weight))
-            n_tokens += n_new
-    if together:
-        yield together
-
-
-# ------------------------------------------------------------------------------- inside
+    if config.init != "paper":
+        return MtMConfig.from_depth(depth or 2, **fields)
+    theirs = MtMConfig.published()
+    options = {"positions": theirs.positions, "input_counts": theirs.input_counts}
+    return MtMConfig.from_depth(depth or theirs.depth, **{**options, **fields})
 
 
 def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
+    """Check that the sessions can be trained on together."""
+    if others := [type(s).__name__ for s in sessions if not isinstance(s, Session)]:
+        raise TypeError(f"fit needs Sessions, got {others[0]}; see mtm.Session, Session.load")
     if not sessions:
         raise SessionError("no session to train on")
     if config.batches_per_step < distributed.processes():
         raise ValueError(
-            f"batches_per_step={config.batches_per_step} leaves some of "
-            f"{distributed.processes()} processes without a batch; set it to a multiple of "
-            f"{distributed.processes()}, or start fewer"
+            f"batches_per_step={config.batches_per_step} leaves some of {distributed.processes()} "
+            f"processes without a batch; use a multiple of {distributed.processes()}"
         )
     require_alike(sessions)
     regional = [name for name in config.schemes if scheme(name).needs_regions]
     for session in sessions:
         if regional and not session.region_names:
-            rest = [name for name in config.schemes if name not in regional]
+            rest = tuple(name for name in config.schemes if name not in regional)
             raise SessionError(
-                f"session {session.name!r}, regions: no neuron has a label, but "
-                f"masking by {' and '.join(regional)} needs regions; pass regions, or train with "
-                f"schemes={tuple(rest)}"
+                f"session {session.name!r}, regions: no neuron has a label, but masking by "
+                f"{' and '.join(regional)} needs regions; pass regions, or train with "
+                f"schemes={rest}"
             )
 
 
-def _build(
-    model: MtM | MtMConfig | None, data: list[SessionData], config: TrainConfig, depth: int | None
-) -> MtM:
-    if not isinstance(model, MtM):
-        if config.tune != "all":
-            raise ValueError(f"tune={config.tune!r} needs a trained model to start from")
-        if model is None:
-            paper = {"positions": "learned", "input_counts": "raw"}
-            theirs = paper if config.init == "paper" else {}
-            model = MtMConfig.from_depth(depth or 2, **theirs)
-        prompts, causal = _needs_of(config)
-        options: dict[str, Any] = {"prompts": prompts, "causal": causal, "init": config.init}
-        model = MtM(model, data[0].n_bins, bin_size=data[0].bin_size, **options)
-    else:
-        _check_model(model, config)
-        if config.tune == "maps" and model.config.tokenizer == "ndt2":
-            warnings.warn(
-                "tune='maps' with ndt2 trains next to nothing: a session has a bias for each "
-                "neuron and a token, and places in the row that the model did not know stay as "
-                "they start; use 'all' or 'maps-then-all'",
-                stacklevel=3,
-            )
-        if abs(model.bin_size - data[0].bin_size) > 1e-9:
-            raise SessionError(
-                f"session {data[0].name!r} has bins of {data[0].bin_size} s, the model was trained "
-                f"on bins of {model.bin_size} s"
-            )
-    model.split_seed = config.split_seed
-    for session in data:
-        if session.name not in model.session_names:
-            counts = session.training_counts()
-            model.add_session(session.name, session.n_neurons, counts, config.token)
-        known = model.seen.get(session.name, session.prints)
-        model.seen[session.name] = np.union1d(known, session.prints)
+def _start(
+    model: MtM | MtMConfig | Fit | None, config: TrainConfig, depth: int | None
+) -> MtM | MtMConfig:
+    """Return the model to fine-tune, or the configuration of a new one."""
+    model = model.model if isinstance(model, Fit) else model
+    if model is None:
+        model = model_config(config, depth)
+    elif depth is not None:
+        raise ValueError("depth is for a new model; the given one has its depth already")
+    if not isinstance(model, MtM | MtMConfig):
+        raise TypeError(
+            f"model must be an MtM or MtMConfig, got {model!r}; mtm.load reads a folder"
+        )
+    if isinstance(model, MtMConfig) and config.tune != "all":
+        raise ValueError(f"tune={config.tune!r} needs a trained model to start from")
     return model
 
 
-def _needs_of(config: TrainConfig) -> tuple[tuple[str, ...], bool]:
-    """Prompts for the schemes that are trained, none where there is but one; causal attention."""
-    prompted = tuple(name for name in config.schemes if scheme(name).prompt)
-    use = config.prompt and len(config.schemes) > 1
-    return prompted if use else (), any(scheme(name).causal for name in config.schemes)
+def _build(start: MtM | MtMConfig, data: list[SessionData], config: TrainConfig) -> MtM:
+    """Make a new model, or check the model to fine-tune; add the sessions it does not know."""
+    first = data[0].session
+    prompts = tuple(name for name in config.schemes if scheme(name).prompt)
+    if not config.prompt or len(config.schemes) == 1:  # nothing to tell apart
+        prompts = ()
+    causal = any(scheme(name).causal for name in config.schemes)
+    if isinstance(start, MtMConfig):
+        model = MtM(
+            start,
+            first.n_bins,
+            bin_size=first.bin_size,
+            prompts=prompts,
+            causal=causal,
+            init=config.init,
+        )
+    else:
+        model = start
+        _check_start(model, first, prompts, causal, config)
+    model.split_seed = config.split_seed
+    for one in data:
+        if one.name not in model.session_names:
+            counts = one.session.counts[one.train]
+            model.add_session(one.name, one.session.n_neurons, counts, config.token)
+        known = model.seen.get(one.name, one.fingerprints)
+        model.seen[one.name] = np.union1d(known, one.fingerprints)
+    return model
 
 
-def _check_model(model: MtM, config: TrainConfig) -> None:
-    """A model that is trained on must be able to do what the new settings ask."""
-    prompts, causal = _needs_of(config)
+def _check_start(
+    model: MtM, session: Session, prompts: tuple[str, ...], causal: bool, config: TrainConfig
+) -> None:
+    """Check that a model can be fine-tuned with these settings on sessions like this one."""
     if missing := set(prompts) - set(model.prompts):
         raise ValueError(
             f"the model has no prompt for {', '.join(sorted(missing))}; train it with the schemes "
@@ -645,296 +793,34 @@ def _check_model(model: MtM, config: TrainConfig) -> None:
             f"the model was trained on the split of seed {model.split_seed}, not "
             f"{config.split_seed}: its training trials would become test trials"
         )
-
-
-def _train(
-    model: MtM, data: list[SessionData], config: TrainConfig, run: Run, watch: Watch
-) -> None:
-    """Train, and leave the best weights; what the caller had frozen is frozen again."""
-    learns = [parameter.requires_grad for parameter in model.parameters()]
-    try:
-        with compiled(model, config):
-            _loop(model, data, config, run, watch)
-    finally:
-        watch.progress.stop()
-    model.load_state_dict(run.best)
-    for parameter, learned in zip(model.parameters(), learns, strict=True):
-        parameter.requires_grad_(learned)
-    model.eval()
-
-
-def _loop(model: MtM, data: list[SessionData], config: TrainConfig, run: Run, watch: Watch) -> None:
-    optimizer, sampler = _optimizer(model, config), _sampler(model, config)
-    per_epoch = steps_per_epoch(data, config)
-    phases = _Phases(model, data, config, per_epoch)
-    distributed.spread(model.state_dict().values())
-    run.restore(model, optimizer)
-    distributed.agree("steps taken", run.step, model.device)
-    start, speed = time.perf_counter() - run.seconds, Speed(model)
-    first, done = divmod(run.step, per_epoch)
-    for epoch in range(first + 1, config.epochs + 1):
-        if _patience_is_over(run.history, config):
-            break
-        model.train()
-        if epoch == first + 1 or phases.begins(epoch):
-            schedule = phases.begin(epoch, optimizer)
-            if run.step > phases.first_step(epoch):
-                run.restore_schedule(optimizer, schedule)
-        order = np.random.default_rng(seed_of(config.seed, "order", epoch))
-        for chosen in islice(steps_of(data, config, order), done, None):
-            if run.due():
-                run.seconds = time.perf_counter() - start
-                run.save(model, optimizer, schedule)
-            run.taken(*_take_step(model, optimizer, chosen, sampler, config, run.step))
-            schedule.step()
-            speed.taken(chosen)
-        done = 0
-        if _validation_due(epoch, config):
-            place = {"epoch": epoch, "step": run.step, "lr": schedule.get_last_lr()[0]}
-            losses = run.mean_losses()  # the only point where the host waits
-            entry: dict[str, Any] = place | losses | speed.measured()
-            scores = validate(model, data, config)
-            entry |= {"validation": scores, "mean": float(np.nanmean([*scores.values()]))}
-            run.seconds = time.perf_counter() - start
-            entry |= {"seconds": run.seconds, "memory_gb": peak_memory(model.device)}
-            better = run.validated(entry, model)
-            run.save(model, optimizer, schedule)
-            if better:
-                run.save_model(model)
-            watch.validated(run.history)
-            speed = Speed(model)
-        watch.progress.update(epoch, run.history)
-    watch.close(_summary(run, model.device))
-
-
-def _summary(run: Run, device: torch.device) -> str:
-    best = best_entry(run.history)
-    return (
-        f"{run.step} steps in {run.seconds:.0f} s on {device.type}; "
-        f"best: epoch {best['epoch']}, {best['mean']:.3f} bits per spike"
-    )
-
-
-def _take_step(
-    model: MtM,
-    optimizer: torch.optim.Optimizer,
-    chosen: Sequence[Trials],
-    sampler: MaskSampler,
-    config: TrainConfig,
-    step: int,
-) -> tuple[list[tuple[str, str]], Tensor]:
-    """One step of the optimizer; returns session and scheme, and the loss, of each batch.
-
-    With several processes, each computes the gradient of every so many-th batch.
-    """
-    torch.manual_seed(seed_of(config.seed, "dropout", step, distributed.rank()))
-    if config.compile != "none":
-        torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs hold is free
-    mine = range(distributed.rank(), len(chosen), distributed.processes())
-    places, batches = [], []
-    for place, (session, trials) in enumerate(chosen):
-        sampler.reseed(seed_of(config.seed, "masks", step, place))
-        name = sampler.choose()
-        places.append((session.name, name))
-        if place in mine:
-            counts = session.batch(trials)
-            mask = sampler.draw(name, counts, session.regions)
-            batches.append(Batch(counts, name, mask, session.name))
-    losses = torch.zeros(len(chosen), device=model.device)
-    losses[mine.start :: mine.step] = accumulate(model, batches, config, len(chosen))
-    learning = _learning(model, places)
-    distributed.add_up(learning, losses)
-    if config.clip is not None:
-        torch.nn.utils.clip_grad_norm_(learning, config.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)  # before the next pass needs the memory
-    return places, losses * len(chosen) if config.loss == "mean" else losses
-
-
-def _learning(model: MtM, places: Sequence[tuple[str, str]]) -> list[torch.nn.Parameter]:
-    """Parameters that a step on these sessions and schemes gives a gradient."""
-    sessions = sorted({session for session, _ in places})
-    parts = [model.tokenizer, model.layers, model.norm, *map(model.session_layers, sessions)]
-    found = [parameter for part in parts for parameter in part.parameters()]
-    if any(name in model.prompts for _, name in places):
-        found.append(model.prompt_tokens)
-    return [parameter for parameter in found if parameter.requires_grad]
-
-
-def seed_of(*place: int | str) -> int:
-    """A seed that belongs to these numbers and words, and to no others."""
-    digest = hashlib.sha256(repr(place).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-class Speed:
-    """Trials and tokens a second, from when it is made until it is measured."""
-
-    def __init__(self, model: MtM) -> None:
-        self.model, self.start, self.trials, self.tokens = model, time.perf_counter(), 0, 0
-
-    def taken(self, chosen: Sequence[tuple[SessionData, np.ndarray]]) -> None:
-        """A step on these batches was taken."""
-        for session, trials in chosen:
-            self.trials += len(trials)
-            self.tokens += len(trials) * self.model.n_tokens(session.name)
-
-    def measured(self) -> dict[str, float]:
-        """For the history; the device must be done with the steps."""
-        seconds = time.perf_counter() - self.start
-        rates = {"trials_per_second": self.trials, "tokens_per_second": self.tokens}
-        return {name: number / seconds for name, number in rates.items()}
-
-
-class _Phases:
-    """What learns when: all from the start, or the sessions' maps and tokens first.
-
-    Each phase has a learning-rate schedule of its own.
-    """
-
-    def __init__(
-        self, model: MtM, data: Sequence[SessionData], config: TrainConfig, per_epoch: int
-    ) -> None:
-        self.config, self.per_epoch = config, per_epoch
-        # The caller may have frozen some.
-        self.learning = [p for p in model.parameters() if p.requires_grad]
-        self.maps = {id(p) for s in data for p in model.session_layers(s.name).parameters()}
-        some = max(1, round(config.maps_share * config.epochs))
-        self.maps_epochs = {"all": 0, "maps": config.epochs, "maps-then-all": some}[config.tune]
-
-    def begins(self, epoch: int) -> bool:
-        """Whether the epoch is the first of a phase."""
-        return epoch in (1, self.maps_epochs + 1)
-
-    def first_step(self, epoch: int) -> int:
-        """Steps that were taken before the epoch's phase began."""
-        return 0 if epoch <= self.maps_epochs else self.maps_epochs * self.per_epoch
-
-    def begin(
-        self, epoch: int, optimizer: torch.optim.Optimizer
-    ) -> torch.optim.lr_scheduler.OneCycleLR:
-        """Let learn what learns in the epoch's phase, and make the phase's schedule."""
-        maps_only = epoch <= self.maps_epochs
-        for parameter in self.learning:
-            parameter.requires_grad_(not maps_only or id(parameter) in self.maps)
-        n_epochs = self.maps_epochs if maps_only else self.config.epochs - self.maps_epochs
-        return _schedule(optimizer, self.config, n_epochs * self.per_epoch)
-
-
-def _optimizer(model: MtM, config: TrainConfig) -> torch.optim.AdamW:
-    fused = model.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(_parameter_groups(model, config), lr=config.lr, fused=fused)
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, n_steps: int
-) -> torch.optim.lr_scheduler.OneCycleLR:
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=config.lr,
-        total_steps=n_steps,
-        pct_start=_warmup(config.warmup, n_steps),
-        div_factor=config.div_factor,
-    )
-
-
-def _warmup(share: float, n_steps: int) -> float:
-    """The share of warm-up steps, moved a little where torch's schedule would divide by zero."""
-    return share * 1.01 if abs(share * n_steps - 1) < 1e-6 else share
-
-
-def _validation_due(epoch: int, config: TrainConfig) -> bool:
-    """True ``config.validations`` times, evenly spread, the last at the last epoch."""
-    done = [e * config.validations // config.epochs for e in (epoch - 1, epoch)]
-    return done[0] < done[1]
-
-
-def _patience_is_over(history: History, config: TrainConfig) -> bool:
-    if config.patience is None or not history:
-        return False
-    means = [entry["mean"] for entry in history]
-    return len(means) - 1 - int(np.argmax(means)) >= config.patience
-
-
-def _sampler(model: MtM, config: TrainConfig) -> MaskSampler:
-    patch = {"patch_size": model.config.patch_size}
-    ratios = {name: share for name, share in config.ratios.items() if name in config.schemes}
-    return MaskSampler(config.schemes, ratios, config.seed, model.device, **patch)
-
-
-def _parameter_groups(model: MtM, config: TrainConfig) -> list[dict[str, Any]]:
-    """Weight decay on weight matrices, and on everything where ``decay_all`` says so."""
-    matrices = {
-        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)
-    }
-    decayed = [p for p in model.parameters() if config.decay_all or id(p) in matrices]
-    taken = {id(p) for p in decayed}
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
-    return groups + ([{"params": rest, "weight_decay": 0.0}] if rest else [])
-
-
-@torch.no_grad()
-def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> dict[str, float]:
-    """Bits per spike on hidden entries of the validation trials, scheme -> value.
-
-    The null model is each neuron's training mean. Masks are drawn with a seed of their own for
-    each session and scheme, so every call scores the same entries: :data:`VALIDATION_MASKS` for
-    each batch of trials, or, where a scheme masks regions, one for each region. NaN where no hidden
-    entry has a spike. Several processes share out the sessions.
-    """
-    model.eval()
-    found = torch.zeros(len(config.schemes), len(data), 2, device=model.device)  # gain, spikes
-    for i in range(distributed.rank(), len(data), distributed.processes()):
-        for s, name in enumerate(config.schemes):
-            found[s, i] = _validation_gain(model, data[i], name, config)
-    found = distributed.total(found).cpu().double()
-    for s, i in (~torch.isfinite(found).all(dim=2)).nonzero().tolist():
-        raise FloatingPointError(
-            f"predictions of session {data[i].name!r}, scheme {config.schemes[s]!r}, in the "
-            f"validation trials are not finite; lower lr (now {config.lr:g}) or set clip"
-        )
-    if not bool((found[..., 1] > 0).any()):
+    if session.n_bins != model.n_bins or abs(model.bin_size - session.bin_size) > 1e-9:
         raise SessionError(
-            "no hidden entry of the validation trials has a spike; use more trials, and check that "
-            "the schemes hide something, and that spikes and events are on one clock, in seconds"
+            f"session {session.name!r} has {session.n_bins} bins of {session.bin_size} s, the "
+            f"model was trained on {model.n_bins} bins of {model.bin_size} s"
         )
-    gain, spikes = found.sum(dim=1).unbind(dim=1)
-    return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
+    if config.tune == "session-layers" and model.config.tokenizer == "ndt2":
+        warnings.warn(
+            "tune='session-layers' with ndt2 trains next to nothing: a session has a bias per "
+            "neuron and a token; use 'all' or 'session-layers-then-all'",
+            stacklevel=4,
+        )
 
 
-def _validation_gain(model: MtM, session: SessionData, name: str, config: TrainConfig) -> Tensor:
-    """Nats over the null model in a session's hidden validation entries, and spikes there; (2,)."""
-    sampler = _sampler(model, config)
-    sampler.reseed(seed_of("validation", session.name, name))
-    # Only one region labelled at a time, so that each has its turn.
-    turns = [session.regions] * VALIDATION_MASKS
-    if scheme(name).needs_regions:
-        codes = range(session.n_regions)
-        turns = [torch.where(session.regions == c, 0, NO_REGION) for c in codes]
-    found = torch.zeros(2, device=model.device)
-    for trials in session.val.split(VALIDATION_BATCH):
-        counts = session.batch(trials)
-        null = session.null.expand_as(counts)
-        for regions in turns:
-            mask = sampler.draw(name, counts, regions)
-            with autocast(model.device, config.precision):
-                log_rates = model(counts, name, mask, session.name).float()
-            found[0] += masked_loss(null, counts, mask.target, "sum")
-            found[0] -= masked_loss(log_rates, counts, mask.target, "sum")
-            found[1] += (counts * mask.target).sum()
-    return found
-
-
-def _description(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> dict[str, Any]:
-    """What a run is; one that was killed goes on only as the same."""
-    sessions = {s.name: [len(s.train), s.n_bins, s.n_neurons, s.digest] for s in data}
-    described = {"train": asdict(config), "model": _settings_of(model), "sessions": sessions}
-    # Of a model that was trained before, what tells it from others and stays so while it trains.
-    known = sorted(model.session_names)
-    return described | {"order of sessions": list(sessions), "known sessions": known}
-
-
-def _settings_of(model: MtM) -> dict[str, Any]:
-    """The model's settings, without what training changes."""
-    return {k: v for k, v in model.settings().items() if k not in ("sessions", "seen")}
+def _description(
+    model: MtM, start: MtM | MtMConfig, data: list[SessionData], config: TrainConfig
+) -> dict[str, Any]:
+    """Return what identifies a run; a stopped run resumes only if it is the same."""
+    weights = hashlib.sha256()
+    if isinstance(start, MtM):  # those of a new model follow from the settings
+        for name, value in start.state_dict().items():
+            weights.update(name.encode())
+            weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {
+        "train": asdict(config),
+        "model": {
+            key: value for key, value in model.settings().items() if key not in ("sessions", "seen")
+        },
+        "sessions": {one.name: [*one.session.counts.shape, one.digest] for one in data},
+        "order of sessions": [one.name for one in data],
+        "initial weights": weights.hexdigest()[:16],
+    }

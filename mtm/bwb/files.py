@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 from mtm.binning import n_bins
-from mtm.checkpoint import extra
+from mtm.files import optional as extra
 from mtm.checks import one_of
 from mtm.data.download import download as fetch
 from mtm.data.recording import ordered_samples

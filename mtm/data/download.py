@@ -21,8 +21,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mtm.checkpoint import room_for
-
 ATTEMPTS, WAIT = 4, 1.0  # tries without a new byte; seconds before the second, then doubled
 CHUNK = 1 << 20  # bytes
 
@@ -142,7 +140,7 @@ def _append(
             start, total = (-1, place) if match is None else (int(match[1]), match[2])
         if total != str(size) or start not in (0, have):
             raise _Refused(f"{total} bytes from {start} on, not {size} from {have} on")
-        with room_for(part), open(part, "r+b") as file:
+        with open(part, "r+b") as file:
             file.truncate(start)
             bar.n = file.seek(start)
             for chunk in _chunks(answer):

@@ -1,0 +1,425 @@
+"""Models come back the same, and runs that were killed end as if they had not been."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mtm import Mask, MtM, MtMConfig, Session, checkpoint, evaluate, fit, simulate
+from mtm.checkpoint import MODEL, RUN, StateError, describe, from_pretrained, load, save
+from mtm.masks import MTM_SCHEMES
+from mtm.model import CheckpointError
+from mtm.official import OfficialMtM
+from mtm.training import Trainer
+
+SHORT = {"epochs": 4, "validations": 3, "progress": False, "device": "cpu"}
+SHORT |= {"batch_size": 8, "batches_per_step": 1}
+DEPTH1 = {"depth": 1, **SHORT}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    model = MtM(MtMConfig.from_depth(1), 6, {"a.b": 3, "a": 3, "c/d": 5})
+    return save(model, tmp_path / "model", info={"note": [1]}), model
+
+
+@pytest.fixture(scope="module")
+def sessions():
+    """Two animals, 28 training trials each: 4 batches, and 4 steps an epoch for one or for two."""
+    return simulate(2, 40, 12, seed=3, mean_rate=30.0, bin_size=0.1)
+
+
+@pytest.fixture(scope="module")
+def whole(sessions):
+    """A run that was never stopped."""
+    return fit(sessions[0], **DEPTH1)
+
+
+def same(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def test_round_trip_in_one_file_beside_a_description_for_people(folder):
+    path, model = folder
+    model.seen["a"], model.split_seed = torch.arange(3).numpy(), 7
+    save(model, path, info={"note": [1]})
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", MODEL]
+    readable = json.loads((path / "config.json").read_text())
+    assert readable["info"] == {"note": [1]} and readable["model"]["config"]["depth"] == 1
+    (path / "config.json").write_text("not read")
+    again = load(path)
+    assert again.settings() == model.settings() and not again.training and same(again, model)
+    assert describe(path)["info"] == {"note": [1]}
+
+
+def test_precision_comes_back_and_no_random_number_is_drawn(folder):
+    path, model = folder
+    save(model.double(), path)
+    before = torch.get_rng_state()
+    again = load(path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {(p.dtype, p.device.type, p.requires_grad) for p in again.parameters()} == {
+        (torch.float64, "cpu", True)
+    }
+
+
+@pytest.mark.parametrize("kind", [MtM, OfficialMtM])
+@pytest.mark.parametrize(
+    "fields",
+    [{"tokenizer": "ndt2", "patch_size": 3}, {"positions": "learned", "session_token": False}],
+    ids=str,
+)
+def test_every_variant_comes_back_the_same(kind, fields, tmp_path):
+    model = kind(MtMConfig.published(**{"width": 16, "heads": 2, "depth": 1} | fields), 6, {"a": 7})
+    again = load(save(model.eval(), tmp_path))
+    assert type(again) is kind and again.summary() == model.summary()
+    counts = torch.poisson(torch.ones(2, 6, 7))
+    mask = Mask(counts > 1, counts > 1, causal=True)
+    assert torch.equal(again(counts, "causal", mask, "a"), model(counts, "causal", mask, "a"))
+
+
+def test_damaged_and_foreign_files_are_refused(folder, tmp_path):
+    path, model = folder
+    good = (path / MODEL).read_bytes()
+    tensors, header = model.state_dict(), describe(path)
+
+    def rewrite(tensors, **changes):
+        save_file(tensors, path / MODEL, {"mtm": json.dumps(header | changes)})
+
+    with pytest.raises(CheckpointError, match="holds no model: there is no .*nowhere"):
+        load(tmp_path / "nowhere")
+    for content in (b"", good[:100], good[:-1], pickle.dumps({"x": 1})):
+        (path / MODEL).write_bytes(content)
+        with pytest.raises(CheckpointError, match="damaged or cut short"):
+            load(path)
+    save_file(tensors, path / MODEL)
+    with pytest.raises(CheckpointError, match="was not written by mtm"):
+        load(path)
+    rewrite(tensors, version=99)
+    with pytest.raises(CheckpointError, match="format version 99"):
+        load(path)
+    rewrite({**tensors, "extra": torch.zeros(1)}, info={})
+    with pytest.raises(CheckpointError, match="(?s)do not match: .*extra"):
+        load(path)
+
+
+def test_a_model_is_replaced_as_a_whole_or_not_at_all(folder, monkeypatch):
+    path, _ = folder
+    before, write = contents(path), Path.write_bytes
+
+    def full(file, content):
+        write(file, content[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=f"No space left .*free some space .*{MODEL}"):
+        save(MtM(MtMConfig.from_depth(2), 6, {"a": 3}), path)
+    assert contents(path) == before
+
+
+def test_the_shipped_model_belongs_to_todays_simulation():
+    """A change of the simulation that leaves the weights behind would show here."""
+    model = load(checkpoint.SHIPPED / "simulated")
+    (session, *_) = sessions = simulate(n_sessions=3, n_trials=200, n_neurons=96, seed=0)
+    assert model.session_names == [s.name for s in sessions]
+    scores = evaluate(model, session, tasks=["inter-region", "forward-prediction"]).tasks
+    assert all(s.mean("bits_per_spike_train_null") > 0.08 for s in scores.values())
+    assert sum(p.stat().st_size for p in (checkpoint.SHIPPED / "simulated").iterdir()) < 3e6
+
+
+# ----------------------------------------------------------------------------- the Hugging Face Hub
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A folder in the place of the Hub: user/name -> files."""
+    hub = pytest.importorskip("huggingface_hub")
+    root, made = tmp_path / "server", []
+
+    def create_repo(self, repo_id, exist_ok=False, private=None):
+        made.append((repo_id, exist_ok, private))
+        (root / repo_id).mkdir(parents=True, exist_ok=True)
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+        return f"https://example.org/{repo_id}"
+
+    def snapshot_download(repo_id, allow_patterns, revision=None):
+        hub.utils.validate_repo_id(repo_id)
+        copy = tmp_path / "cache"
+        copy.mkdir(exist_ok=True)
+        for name in allow_patterns:
+            shutil.copy(root / repo_id / name, copy / name)
+        return str(copy)
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(hub.HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    return root, made
+
+
+def test_push_and_pull(folder, server):
+    (root, made), (path, model) = server, folder
+    address = checkpoint.push_to_hub(model, "lab/model", private=True)
+    assert address == "https://example.org/lab/model" and made == [("lab/model", True, True)]
+    page = (root / "lab/model/README.md").read_text()
+    assert 'mtm.from_pretrained("lab/model")' in page and model.summary() in page
+    assert same(from_pretrained("lab/model", revision="main"), model)
+    assert same(from_pretrained(path), model)
+    with pytest.raises(CheckpointError, match="no such folder is neither a folder nor a name"):
+        from_pretrained("no such folder")
+
+
+def test_without_huggingface_hub_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="pip install"):
+        from_pretrained("lab/model")
+
+
+# ------------------------------------------------------------------------------- runs that go on
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing on the way may catch it."""
+
+
+def resumed(monkeypatch, folder, step, call):
+    """The result of ``call`` if the run is killed before a step and started again."""
+    take = Trainer.step
+
+    def watched(trainer, batches):
+        if trainer.run.step == step:
+            raise Killed
+        return take(trainer, batches)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", watched)
+        with pytest.raises(Killed):
+            call(folder, save_every=0.0)
+    return call(folder, save_every=1e9)
+
+
+def test_a_run_that_was_cut_ends_with_the_same_weights(sessions, tmp_path, monkeypatch):
+    """Within an epoch, at its end (4 steps), before and after validations; with dropout."""
+
+    def call(folder, **how):
+        sizes = MtMConfig.from_depth(2, width=32, heads=2, mlp_width=32, stitch_width=16)
+        return fit(sessions, sizes, **SHORT | {"batches_per_step": 2}, folder=folder, **how)
+
+    whole = call(None)
+    for step in (1, 3, 4, 5, 8, 15):
+        found = resumed(monkeypatch, tmp_path / str(step), step, call)
+        assert same(found.model, whole.model) and same(load(tmp_path / str(step)), whole.model)
+        for one, other in zip(found.history, whole.history, strict=True):
+            for key in ("epoch", "step", "lr", "loss", "losses", "validation", "mean"):
+                assert one[key] == other[key]
+
+
+def test_phases_of_fine_tuning_resume_too(sessions, tmp_path, monkeypatch, whole):
+    """4 steps an epoch; the session layers are trained in the first two of four."""
+    save(whole, tmp_path / "start")
+
+    def call(folder, **how):
+        tune = {"tune": "session-layers-then-all", "session_layers_share": 0.5}
+        return fit(sessions[1], load(tmp_path / "start"), **SHORT, **tune, folder=folder, **how)
+
+    expected = call(None)
+    for step in (3, 7, 8, 9, 14):
+        assert same(resumed(monkeypatch, tmp_path / f"{step}", step, call).model, expected.model)
+
+
+DRILL = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import mtm
+from mtm.checkpoint import RUN, _read
+
+folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+sessions = mtm.simulate(2, 40, 12, seed=3, mean_rate=30.0, bin_size=0.1)
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports half a second's worth
+sizes = mtm.MtMConfig(width=16, heads=2, depth=2, mlp_width=16, stitch_width=16)
+
+
+def run(folder, save_every):
+    pid = os.fork()
+    if pid == 0:
+        mtm.fit(sessions, sizes, epochs=14, validations=14, progress=False, device="cpu",
+                folder=folder, save_every=save_every, batch_size=8, batches_per_step=2,
+                schemes=("neuron", "causal"))
+        os._exit(0)
+    return pid
+
+
+def step():
+    path = folder / RUN
+    return _read(path, with_tensors=False)[1]["step"] if path.exists() else -1
+
+
+random.seed(0)
+writing = 0
+for kill in range(kills):
+    before = step()
+    pid = run(folder, 0.0)
+    while step() == before:  # until it has taken a step, and then some time more
+        time.sleep(0.005)
+    if kill % 2:
+        time.sleep(random.uniform(0.0, 0.1))
+    else:  # while it writes
+        while not any(folder.glob(".*.part")):
+            pass
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it had ended already"
+    writing += any(folder.glob(".*.part"))
+assert writing and step() > 4, (writing, step())  # past a validation, every 4 steps
+for where in (folder, Path(f"{folder}-whole")):
+    assert os.waitpid(run(where, 1e9), 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_twenty_times_at_random_moments(tmp_path):
+    """Also while a state is written: one is written before each step."""
+    command = [sys.executable, "-c", DRILL, str(tmp_path / "run"), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert same(load(tmp_path / "run"), load(tmp_path / "run-whole"))
+    histories = [describe(tmp_path / name)["info"]["history"] for name in ("run", "run-whole")]
+    assert len(histories[0]) == 14
+    for one, other in zip(*histories, strict=True):
+        assert (one["mean"], one["loss"], one["lr"]) == (other["mean"], other["loss"], other["lr"])
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_finished_run_is_not_run_again(sessions, tmp_path, monkeypatch):
+    first = fit(sessions[0], **DEPTH1, folder=tmp_path)
+    monkeypatch.setattr(Trainer, "step", None)
+    again = fit(sessions[0], **DEPTH1, folder=tmp_path)
+    assert same(first.model, again.model) and first.history == again.history
+
+
+def test_a_folder_of_another_run_is_refused(sessions, tmp_path, whole):
+    a = whole.model
+    fit(sessions[0], a, **SHORT, folder=tmp_path)
+    before = contents(tmp_path)
+    louder = Session(sessions[0].counts + 1, sessions[0].regions, sessions[0].name, bin_size=0.1)
+    b = fit(sessions[0], **DEPTH1, seed=1).model  # the same settings, other weights
+    for session, start, settings, problem in (
+        (sessions[0], a, {"lr": 0.1}, "train: lr was 0.001 and is now 0.1"),
+        (sessions[0], None, {"depth": 2}, "model: config width was 128 and is now 192"),
+        (sessions[1], a, {}, "sessions: sim-3-0 was .* and is now None"),
+        (louder, a, {}, "sessions: sim-3-0 was .* and is now"),
+        (sessions[0], b, {}, "initial weights: was"),
+    ):
+        with pytest.raises(StateError, match=f"another run: {problem}.* restart=True"):
+            fit(session, start, **SHORT | settings, folder=tmp_path)
+    assert contents(tmp_path) == before
+    fit(sessions, a, **SHORT, folder=tmp_path / "both")
+    with pytest.raises(StateError, match="another run: order of sessions"):
+        fit(sessions[::-1], a, **SHORT, folder=tmp_path / "both")
+    save(whole, tmp_path / "model")
+    with pytest.raises(StateError, match="holds a model but no run to resume"):
+        fit(sessions[0], **DEPTH1, folder=tmp_path / "model")
+
+
+def test_restarting_deletes_the_old_model_at_once(sessions, tmp_path):
+    fit(sessions[0], **DEPTH1, folder=tmp_path)
+    (tmp_path / RUN).write_bytes(b"damaged")
+    with pytest.raises(StateError, match="damaged or cut short .* restart=True"):
+        fit(sessions[0], **DEPTH1, folder=tmp_path)
+    with pytest.raises(FloatingPointError, match="lower lr .now 1e.30. or set clip$"):
+        fit(sessions[0], **DEPTH1, lr=1e30, clip=None, folder=tmp_path, restart=True)
+    with pytest.raises(CheckpointError, match="holds no model"):
+        load(tmp_path)
+    fit(sessions[1], **DEPTH1, folder=tmp_path, restart=True)
+    assert load(tmp_path).session_names == ["sim-3-1"]
+
+
+@pytest.mark.parametrize("broken", ["loss", "weights"])
+def test_what_is_not_finite_stops_the_run_and_is_never_saved(
+    sessions, tmp_path, monkeypatch, broken, whole
+):
+    """A finite loss may have a gradient that is not. The state before stays, the run resumes."""
+    step = Trainer.step
+
+    def poisoned(trainer, batches):
+        step(trainer, batches)
+        if trainer.run.step == 14 and broken == "loss":
+            trainer.pending[-1][2][0] = float("nan")
+        elif trainer.run.step == 14:
+            trainer.model.norm.weight.data.fill_(float("inf"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", poisoned)
+        with pytest.raises(FloatingPointError) as error:
+            fit(sessions[0], **DEPTH1, folder=tmp_path, save_every=0.0)
+    problem = {
+        "loss": r"the loss became nan in step 14, session 'sim-3-0', scheme '(.*)'",
+        "weights": "weights became infinite or NaN in step 14()",
+    }
+    said = problem[broken] + r"; lower lr .*; the best weights so far, of epoch [23], are kept in"
+    found = re.match(said, str(error.value))
+    assert found and found[1] in (*MTM_SCHEMES, "")
+    assert same(fit(sessions[0], **DEPTH1, folder=tmp_path).model, whole.model)
+
+
+def test_patience(sessions, tmp_path):
+    settings = {**DEPTH1, "epochs": 40, "validations": 40, "lr": 0.05, "patience": 3}
+    result = fit(sessions[0], **settings, folder=tmp_path)
+    means = [entry["mean"] for entry in result.history]
+    assert len(means) == means.index(max(means)) + 1 + 3 < 40
+    assert fit(sessions[0], **settings, folder=tmp_path).history == result.history
+
+
+def test_history_is_written_as_it_grows(sessions, tmp_path):
+    seen = []
+
+    def listen(history):
+        lines = (tmp_path / "history.jsonl").read_text().splitlines()
+        seen.append((len(lines), len(history)))
+
+    result = fit(sessions[0], **DEPTH1, folder=tmp_path, on_validation=listen)
+    assert seen == [(1, 1), (2, 2), (3, 3)]
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert lines == result.history
+    for entry in lines:
+        assert set(entry["losses"]) <= set(entry["validation"]) == set(MTM_SCHEMES)
+        assert entry["trials_per_second"] * 20 == pytest.approx(entry["tokens_per_second"])
+        assert 0 < entry["memory_gb"] < 100
+    assert checkpoint.without_nan({"a": [float("nan"), 0.5]}) == {"a": [None, 0.5]}
+
+
+def test_a_full_disk_stops_training_and_leaves_the_state(sessions, tmp_path, monkeypatch, whole):
+    write, calls = Path.write_bytes, []
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) == 3:
+            write(path, content[:100])
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match=f"No space left .*free some space .*{RUN}"):
+            fit(sessions[0], **DEPTH1, folder=tmp_path, save_every=0.0)
+    assert checkpoint._read(tmp_path / RUN)[1]["step"] == 1 and not list(tmp_path.glob(".*"))
+    assert same(fit(sessions[0], **DEPTH1, folder=tmp_path).model, whole.model)

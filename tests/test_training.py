@@ -1,0 +1,555 @@
+"""Training: loss by loop, every trial once, same seed same weights, better than the mean rates."""
+
+import functools
+import io
+import json
+import re
+import subprocess
+import sys
+from contextlib import redirect_stderr
+
+import numpy as np
+import pytest
+import torch
+
+from mtm import MtM, MtMConfig, Session, SessionError, evaluate, fit, plots, simulate, training
+from mtm.masks import MTM_SCHEMES, MaskSampler
+from mtm.recipes import RECIPES, TrainConfig, recipe
+from mtm.training import (
+    Batch,
+    SessionData,
+    accumulate,
+    make_optimizer,
+    masked_loss,
+    model_config,
+    steps_of,
+    steps_per_epoch,
+    validate,
+)
+
+CPU = torch.device("cpu")
+ON = {"epochs": 2, "validations": 2, "progress": False, "device": "cpu"}  # with a given model
+QUICK = {"depth": 1, **ON}
+NDT2 = {"tokenizer": "ndt2", "patch_size": 5}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Three animals: 40 trials, 20 bins, and 12, 11 and 10 neurons."""
+    animals = simulate(3, 40, 12, seed=3, mean_rate=30.0, bin_size=0.1)
+    return [s.select(neurons=range(12 - i)) for i, s in enumerate(animals)]
+
+
+def prepared(sessions, **settings):
+    return [SessionData(session, TrainConfig(**settings), CPU) for session in sessions]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ------------------------------------------------------------------------------------ loss, batches
+
+
+def test_loss_is_the_poisson_likelihood_of_the_targets_alone():
+    rng = np.random.default_rng(0)
+    log_rates, counts = rng.normal(size=(2, 3, 4)), rng.poisson(1.0, (2, 3, 4))
+    target = rng.random((2, 3, 4)) < 0.4
+    total = sum(np.exp(r) - c * r for r, c in zip(log_rates[target], counts[target], strict=True))
+    tensors = [torch.from_numpy(x) for x in (log_rates, counts.astype(float), target)]
+    assert masked_loss(*tensors, "sum").item() == pytest.approx(total)
+    assert masked_loss(*tensors, "mean").item() == pytest.approx(total / target.sum())
+
+
+@pytest.mark.parametrize("per_step", [1, 2, 4])
+def test_every_training_trial_once_an_epoch_in_new_batches_of_different_sessions(small, per_step):
+    few = Session(small[0].counts[:20], small[0].regions, "few", bin_size=0.1)
+    config = TrainConfig(batches_per_step=per_step)
+    data, order = prepared([*small, few]), np.random.default_rng(0)
+    epochs = [list(steps_of(data, config, order)) for _ in range(2)]
+    compositions = []
+    for steps in epochs:
+        assert len(steps) == steps_per_epoch(data, config)
+        assert all(len(step) == per_step for step in steps[:-1])
+        left = {one.name: -(-len(one.train) // 4) for one in data}
+        for step in steps:
+            n_sessions = len({one.name for one, _ in step})
+            assert n_sessions == min(len(step), sum(n > 0 for n in left.values()))
+            for one, _ in step:
+                left[one.name] -= 1
+        for one in data:
+            trials = np.concatenate([t for step in steps for other, t in step if other is one])
+            assert sorted(trials) == one.session.split().train.tolist()
+        compositions.append({frozenset(t) for step in steps for one, t in step if one is data[0]})
+    assert not compositions[0] & compositions[1]
+
+
+def test_batches_are_the_counts_whatever_their_size():
+    for high in (3, 60_000):  # one byte, two bytes
+        counts = np.random.default_rng(0).integers(0, high, (20, 5, 3))
+        (one,) = prepared([Session(counts, name="a")])
+        assert one.counts.dtype == torch.uint8
+        np.testing.assert_array_equal(one.batch(np.array([7, 2])), counts[[7, 2]])
+
+
+def batches_of(sessions, schemes=("neuron", "causal", "intra-region", "temporal")):
+    sampler, batches = MaskSampler(schemes, seed=1), []
+    for i, name in enumerate(schemes):
+        session = sessions[i % len(sessions)]
+        counts = torch.from_numpy(session.counts[i : i + 5 + i]).double()
+        mask = sampler.draw(name, counts, torch.from_numpy(session.region_codes))
+        batches.append(Batch(counts, name, mask, session.name))
+    return batches
+
+
+@pytest.mark.parametrize("fields", [{}, NDT2], ids=str)
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+def test_the_batches_of_a_step_equal_single_batches_and_pieces(small, fields, loss):
+    """Gradients of four sessions and schemes together, of micro-batches, and by definition."""
+    config = MtMConfig.from_depth(1, heads=2, width=32, **fields)  # without dropout
+    model = MtM(config, 20, {s.name: s.n_neurons for s in small}).double()
+    batches, found = batches_of(small), []
+    for settings in ({}, {"micro_batch": 3}):
+        model.zero_grad()
+        losses = accumulate(model, batches, TrainConfig(loss=loss, **settings))
+        found.append((losses, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    model.zero_grad()
+    share = 1 / len(batches) if loss == "mean" else 1
+    parts = [share * masked_loss(model(*b), b.counts, b.mask.target, loss) for b in batches]
+    sum(parts).backward()
+    for losses, gradients in found:
+        torch.testing.assert_close(
+            losses, torch.stack(parts).detach().float(), rtol=1e-5, atol=1e-6
+        )
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_weight_decay_is_for_matrices_unless_the_recipe_says_all(small):
+    model = MtM(MtMConfig.from_depth(1), 20, {"a": 5})
+    n_linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    decayed, rest = make_optimizer(model, RECIPES["mtm"]).param_groups
+    assert sum(p.numel() for p in decayed["params"]) == n_linear
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (1.0, 0.0)
+    (everything,) = make_optimizer(model, RECIPES["paper"]).param_groups
+    assert len(everything["params"]) == len(list(model.parameters()))
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+def test_training_never_sees_validation_or_test_trials(small):
+    split, spoilt = small[0].split(), small[0].counts.copy()
+    spoilt[split.test], spoilt[split.val] = 200, 100
+    name, regions = small[0].name, small[0].regions  # the split belongs to the name
+    made = [Session(c, regions, name, bin_size=0.1) for c in (small[0].counts, spoilt)]
+    once = QUICK | {"validations": 1}  # one validation leaves nothing to select
+    one, two = (fit(session, **once).model.state_dict() for session in made)
+    assert same(one, two)
+
+
+def test_same_seed_same_weights_and_the_callers_generator_is_left_alone(small):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    one = fit(small, **QUICK).model.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    assert same(one, fit(small, **QUICK, seed=np.int64(0)).model.state_dict())
+    other = fit(small, **QUICK, seed=1).model.state_dict()
+    assert not torch.equal(one["prompt_tokens"], other["prompt_tokens"])
+
+
+def test_each_step_has_the_prompt_the_attention_and_the_ratio_of_its_scheme(small, monkeypatch):
+    calls, embed = [], MtM.embed
+
+    def watched(self, counts, scheme, mask, session):
+        calls.append((self.training, scheme, mask.causal, mask.hidden.float().mean().item()))
+        return embed(self, counts, scheme, mask, session)
+
+    monkeypatch.setattr(MtM, "embed", watched)
+    fit(small[0], **{**QUICK, "epochs": 30})
+    steps = [call[1:] for call in calls if call[0]]
+    assert {scheme for scheme, *_ in steps} == set(MTM_SCHEMES)
+    assert all(causal == (scheme == "causal") for scheme, causal, _ in steps)
+    shares = {s: np.mean([share for q, _, share in steps if q == s]) for s in MTM_SCHEMES}
+    assert shares["neuron"] == pytest.approx(0.6, abs=0.05)
+    assert shares["causal"] == pytest.approx(0.6, abs=0.05)
+    assert shares["inter-region"] == pytest.approx(1 / 6, abs=0.02)
+    assert shares["intra-region"] == pytest.approx(5 / 6 + 0.6 / 6, abs=0.04)
+
+
+def test_the_random_token_scheme_hides_the_models_patches(small, monkeypatch):
+    seen, draw = [], MaskSampler.draw
+
+    def watched(self, *arguments):
+        seen.append(draw(self, *arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(MaskSampler, "draw", watched)
+    sizes = MtMConfig.from_depth(1, tokenizer="ndt2", patch_size=4)
+    fit(small[0], sizes, **ON, schemes=("random-token",))
+    for mask in seen:
+        patches = mask.hidden.unflatten(2, (3, 4))
+        assert bool((patches.all(dim=3) == patches.any(dim=3)).all()) and bool(patches.any())
+
+
+def test_the_learning_rate_rises_and_falls_in_each_phase(small):
+    slow = {**QUICK, "epochs": 20, "validations": 20}
+    result = fit(small[0], **slow)
+    rates = [entry["lr"] for entry in result.history]
+    peak = int(np.argmax(rates))
+    assert peak == 2 and rates[peak] == pytest.approx(1e-3, rel=0.05)  # 15 % of 20 epochs
+    assert rates[:3] == sorted(rates[:3]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 1e-5
+    del slow["depth"]
+    tune = {"tune": "session-layers-then-all", "session_layers_share": 0.5}
+    rates = [entry["lr"] for entry in fit(small[1], result, **slow, **tune).history]
+    assert rates[9] < 1e-5 and rates[19] < 1e-5
+    assert max(rates[:10]) > 9e-4 and max(rates[10:]) > 9e-4 and rates[10] < max(rates[10:])
+
+
+def test_a_schedule_of_any_length(small):
+    for warmup in (0.5, 0.25, 0.15):
+        fit(small[0], **{**QUICK, "epochs": 1, "validations": 1}, warmup=warmup, batch_size=7)
+
+
+def test_validation_scores_the_same_entries_each_time_and_every_region(small, monkeypatch):
+    seen, draw = set(), MaskSampler.draw
+
+    def watched(self, name, counts, regions):
+        mask = draw(self, name, counts, regions)
+        seen.add((name, tuple(mask.target.any(0).any(0).tolist())))
+        return mask
+
+    model, data = fit(small[0], **QUICK).model, prepared(small[:1])
+    monkeypatch.setattr(MaskSampler, "draw", watched)
+    scores = [validate(model, data, TrainConfig(batch_size=b)) for b in (4, 16)]
+    assert scores[0] == scores[1]
+    regions = {key for name, key in seen if name == "inter-region"}
+    assert regions == {tuple(small[0].regions == r) for r in small[0].region_names}
+
+
+def test_the_model_kept_is_the_best_one(small):
+    result = fit(small, **{**QUICK, "epochs": 6, "validations": 6}, lr=0.02, clip=None)
+    now = np.mean(list(validate(result.model, prepared(small), result.config).values()))
+    assert now == pytest.approx(max(e["mean"] for e in result.history), abs=1e-6)
+    assert not result.model.training
+
+
+def test_a_model_learns_more_than_the_mean_rates(trained):
+    assert set(trained.best["validation"]) == set(MTM_SCHEMES)
+    assert all(value > 0.03 for value in trained.best["validation"].values())
+    assert trained.best["mean"] > trained.history[0]["mean"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"tokenizer": "ndt2", "patch_size": 18}, {"positions": "learned"}], ids=str
+)
+def test_every_variant_learns_more_than_the_mean_rates(sessions, fields):
+    sizes = MtMConfig.from_depth(1, **fields)
+    assert fit(sessions[0], sizes, **{**ON, "epochs": 8, "lr": 2e-3}).best["mean"] > 0.01
+
+
+def test_our_initialisation_is_at_the_mean_rates_where_the_papers_is_not(small):
+    ours, theirs = (fit(small[0], **QUICK, lr=1e-4, init=i).best["mean"] for i in ("mtm", "paper"))
+    assert ours > -0.05 and theirs < ours - 0.05
+
+
+# ----------------------------------------------------------------------------- models to start from
+
+
+def test_the_start_model_stays_as_it_is_and_new_sessions_are_added(small):
+    start = fit(small[0], **QUICK)
+    before = {key: value.clone() for key, value in start.model.state_dict().items()}
+    further = fit(small[1], start, **ON).model
+    assert further.session_names == [small[0].name, small[1].name] == list(further.seen)
+    assert same(before, start.model.state_dict()) and list(start.model.seen) == [small[0].name]
+    own = {key for key in before if small[0].name in key}
+    assert own and all(torch.equal(further.state_dict()[key], before[key]) for key in own)
+
+
+@pytest.mark.parametrize("tune", ["all", "session-layers", "session-layers-then-all"])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_what_is_trained_in_fine_tuning(small, tune, share):
+    """With 0.9 of 4 epochs too, an epoch is left in which the shared layers are trained."""
+    model = fit(small[0], **QUICK).model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    how = {**ON, "epochs": 4, "validations": 1, "tune": tune, "session_layers_share": share}
+    result = fit(small[1], model, **how)
+    after = result.model.state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    core = {key for key in before if not key.startswith("sessions.")}
+    assert moved == (set() if tune == "session-layers" else core)
+    assert all(p.requires_grad for p in result.model.parameters())
+    new = fit(small[1], model, **how | {"lr": 1e-12}).model.state_dict()
+    own = {key for key in new if small[1].name in key and not key.endswith("mean")}
+    assert not any(torch.equal(new[key], after[key]) for key in own)
+
+
+def test_what_the_caller_froze_stays_frozen(small):
+    model = fit(small[0], **QUICK).model
+    model.layers.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.layers.state_dict().items()}
+    for settings in ({}, {"tune": "session-layers-then-all"}):
+        result = fit(small[1], model, **ON, **settings).model
+        assert same(before, result.layers.state_dict())
+        frozen = {key for key, p in result.named_parameters() if not p.requires_grad}
+        assert frozen == {f"layers.{key}" for key in before}
+
+
+def test_a_new_session_can_start_with_the_mean_token(small):
+    model = fit(small[0], **QUICK).model
+    result = fit(small[1], model, **ON, token="mean", lr=1e-12).model
+    tokens = [result.session_layers(s.name).token.detach() for s in small[:2]]
+    torch.testing.assert_close(*tokens)
+
+
+def test_a_model_whose_split_is_not_known_can_be_evaluated_after_fine_tuning(small):
+    model = fit(small[0], **QUICK).model
+    model.split_seed, model.seen = None, {}  # as those of an imported model
+    tuned = fit(small[0], model, **ON, split_seed=3)
+    assert tuned.model.split_seed == 3 and model.split_seed is None
+    assert evaluate(tuned, small[0], tasks=["forward-prediction"])
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "settings", "problem"),
+    [
+        (("temporal",), {"schemes": ("neuron", "causal")}, "no prompt for causal, neuron"),
+        (("temporal",), {"schemes": ("causal",)}, "never trained causally"),
+        (MTM_SCHEMES, {"split_seed": 1}, "split of seed 0, not 1"),
+        (MTM_SCHEMES, {"depth": 1}, "depth is for a new model"),
+        (MTM_SCHEMES, {"other": True}, "20 bins of 0.05 s, the model was trained on 20 bins of 0"),
+    ],
+    ids=str,
+)
+def test_what_a_given_model_cannot_do_is_refused(small, trained_with, settings, problem):
+    sizes = MtMConfig(width=8, heads=1, depth=1, mlp_width=8, stitch_width=8)
+    model = fit(small[0], sizes, **ON, schemes=trained_with).model
+    session = small[0]
+    if settings.pop("other", False):
+        session = Session(session.counts, session.regions, "other", bin_size=0.05)
+    with pytest.raises(ValueError, match=problem):
+        fit(session, model, **{**ON, "schemes": trained_with, **settings})
+
+
+def test_session_layers_of_ndt2_are_next_to_nothing(small):
+    model = fit(small[0], MtMConfig.from_depth(1, **NDT2), **ON).model
+    with pytest.warns(UserWarning, match="tune='session-layers' with ndt2 trains next to nothing"):
+        fit(small[1], model, **ON, tune="session-layers")
+
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+def test_a_recipe_decides_the_model_and_holds_the_papers_numbers(small):
+    paper = RECIPES["paper"]
+    assert (paper.epochs, paper.batch_size, paper.lr, paper.weight_decay) == (1000, 16, 1e-4, 0.01)
+    assert (paper.warmup, paper.div_factor, paper.loss) == (0.15, 10, "sum")
+    assert paper.clip is None and paper.decay_all and paper.ratios == {}
+    assert model_config(paper) == MtMConfig.published() and model_config(paper).depth == 5
+    assert model_config(recipe("mtm")) == MtMConfig.from_depth(2)
+    assert model_config(recipe("mtm"), tokenizer="ndt2").tokenizer == "ndt2"
+    model = fit(small[0], config="paper", **QUICK).model
+    assert (model.init, model.config.positions, model.config.depth) == ("paper", "learned", 1)
+    assert model.config.width == MtMConfig.from_depth(1).width
+
+
+def test_ratios_are_changed_one_by_one():
+    assert recipe("mtm", ratios={"neuron": 0.3}).ratios == {"neuron": 0.3, "intra-region": 0.6}
+    assert recipe(TrainConfig(ratios={"causal": 0.5}), ratios={}).ratios == {"causal": 0.5}
+    assert RECIPES["mtm"].ratios == {"neuron": 0.6, "intra-region": 0.6}
+
+
+def test_prompts_are_for_schemes_that_are_trained_together(small):
+    model = fit(small[0], schemes=("temporal",), **QUICK).model
+    assert model.prompts == () and not model.causal
+    assert fit(small[0], prompt=False, **QUICK).model.prompts == ()
+    assert fit(small[0], schemes=("neuron", "causal"), **QUICK).model.prompts == (
+        "neuron",
+        "causal",
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"schemes": "neuron"}, "schemes must be a list of different names, got 'neuron'"),
+        ({"config": "papr"}, "unknown recipe 'papr'; known: mtm, paper"),
+        ({"recipe": "paper"}, "pass the recipe as config='paper'"),
+        ({"epoch": 3}, "unknown setting 'epoch'; did you mean 'epochs'"),
+        ({"epochs": 0}, "epochs must be 1 or more"),
+        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"session_layers_share": 1}, "session_layers_share must be between 0 and 1"),
+        ({"ratios": {"neuron": 30}}, "ratios must be above 0 and at most 1"),
+        ({"ratios": {"neurons": 0.3}}, "unknown masking scheme 'neurons'"),
+        ({"tune": "maps"}, "tune must be one of all, session-layers, session-layers-then-all"),
+        ({"tune": "session-layers"}, "tune='session-layers' needs a trained model"),
+        ({"model": "folder"}, "mtm.load reads a folder"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(small, settings, problem):
+    with pytest.raises((ValueError, TypeError), match=problem):
+        fit(small[0], **settings)
+
+
+def test_sessions_that_do_not_go_together_are_refused(small):
+    regionless = Session(np.ones((9, 5, 3)), name="x")
+    short = Session(np.ones((9, 5, 3)), ["CA1"] * 3, "short", bin_size=0.1)
+    silent = Session(np.zeros((40, 10, 6), int), ["CA1"] * 3 + ["DG"] * 3, "silent")
+    for sessions, problem in (
+        ([], "no session to train on"),
+        ([small[0], small[0]], f"two sessions are named '{small[0].name}'"),
+        ([small[0], short], "the same n_bins, got .* 20, 'short' 5"),
+        ([regionless], r"session 'x', regions: .* schemes=\('neuron', 'causal'\)"),
+        ([silent], "no hidden entry of the validation trials has a spike"),
+    ):
+        with pytest.raises(SessionError, match=problem):
+            fit(sessions, **QUICK)
+    with pytest.raises(TypeError, match="fit needs Sessions, got ndarray"):
+        fit([small[0].counts])
+    counts = np.random.default_rng(0).poisson(0.5, (30, 8, 5))
+    result = fit(Session(counts, name="x"), schemes=("neuron", "causal"), **QUICK)
+    assert set(result.best["validation"]) == {"neuron", "causal"}
+
+
+# --------------------------------------------------------------------------------- what a run shows
+
+
+def test_a_log_has_a_line_at_the_start_some_on_the_way_and_one_at_the_end(
+    small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training, "LOG_INTERVAL", 0.0)
+    shown = QUICK | {"progress": True}
+    lines = []
+    for settings in (QUICK, shown | {"precision": "bf16"}, shown):
+        with redirect_stderr(io.StringIO()) as text:
+            result = fit(small[0], **settings)
+        lines.append(text.getvalue().splitlines())
+    first, *epochs, last = lines[2]
+    assert first == f"training on cpu, threads: {torch.get_num_threads()}, float32"
+    assert [line.split("  ")[0] for line in epochs] == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert last.startswith("4 steps in ") and last.endswith(repr(result))
+    assert lines[1][0].endswith(", bf16") and lines[0] == []
+
+
+def test_a_notebook_shows_one_line(small, monkeypatch):
+    display = pytest.importorskip("IPython.display")
+    import IPython
+
+    texts = []
+
+    class Line:
+        def update(self, content, raw):
+            texts.append(content["text/plain"])
+
+    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
+    monkeypatch.setattr(display, "display", lambda content, raw, display_id: Line())
+    fit(small[0], **QUICK | {"progress": True})
+    assert [re.sub(r"[,:].*| steps.*", "", text) for text in texts][0] == "training on cpu"
+    assert texts[1].startswith("epoch 1 of 2") and texts[-1].startswith("4 steps in")
+
+
+def test_bf16_is_used_and_weights_stay_exact(small):
+    rough, exact = (fit(small[0], **QUICK, precision=p) for p in ("bf16", "float32"))
+    assert rough.model.norm.weight.dtype == torch.float32
+    losses = [result.history[-1]["loss"] for result in (rough, exact)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_compiling_does_not_start_again_for_each_session(small, monkeypatch):
+    """Sessions of 12, 11 and 10 neurons, batches of 8 and 4, both kinds of attention."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compile_ = functools.partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", lambda encode, mode: compile_(encode))
+    how = {**QUICK, "epochs": 4, "batch_size": 8, "batches_per_step": 1}
+    limit = "fail_on_recompile_limit_hit"  # before torch 2.7, the cache had one
+    limit = limit if hasattr(torch._dynamo.config, limit) else "fail_on_cache_limit_hit"
+    with torch._dynamo.config.patch({limit: True}):
+        result = fit(small, **how, compile="default")
+    assert 0 < len(graphs) <= 8
+    plain = fit(small, **how)
+    assert result.best["mean"] == pytest.approx(plain.best["mean"], abs=1e-4)
+    assert "encode" not in vars(result.model)  # the model left behind is a plain one
+
+
+def test_tensorboard_shows_each_validation_once_though_the_run_was_cut(small, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def cut(history):
+        if len(history) == 3:
+            raise KeyboardInterrupt
+
+    how = {**QUICK, "epochs": 4, "validations": 4, "folder": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        fit(small[0], **how, on_validation=cut)
+    result = fit(small[0], **how)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "mean", "lr", "losses/causal", "tokens_per_second"):
+        assert name in events.Tags()["scalars"]
+    found = [(event.step, event.value) for event in events.Scalars("validation/neuron")]
+    expected = [(e["step"], e["validation"]["neuron"]) for e in result.history]
+    assert found == [pytest.approx(pair, rel=1e-6) for pair in expected]
+
+
+def test_a_live_drawing_follows(small, monkeypatch):
+    display = pytest.importorskip("IPython.display")
+    updates = []
+
+    class Shown:
+        def update(self, figure):
+            updates.append([len(line.get_xdata()) for line in figure.axes[0].get_lines()])
+
+    monkeypatch.setattr(display, "display", lambda figure, display_id: Shown())
+    fit(small[0], **QUICK | {"epochs": 3, "validations": 3}, on_validation=plots.live())
+    assert [max(update) for update in updates] == [2, 2, 3]  # the line at 0 has two points
+    assert all(len(update) == 6 for update in updates)  # four schemes, their mean, and 0
+
+
+# -------------------------------------------------------------------------------------- determinism
+
+RUN = """
+import json, sys
+import numpy as np, torch
+torch.set_num_threads(int(sys.argv[1]))
+import mtm
+
+np.random.seed(int(sys.argv[2]))  # states of others, on which nothing here may depend
+torch.manual_seed(int(sys.argv[2]))
+[session] = mtm.simulate(1, 40, 12, seed=5, bin_size=0.1)
+sizes = mtm.MtMConfig(width=32, heads=2, depth=1, mlp_width=32, stitch_width=16)
+fit = mtm.fit(session, sizes, epochs=2, validations=2, progress=False, device="cpu", seed=11)
+report = mtm.evaluate(fit, session, tasks=["co-smoothing", "choice"])
+print(json.dumps({
+    "counts": session.counts.sum((1, 2)).tolist() + session.counts[0].argmax(0).tolist(),
+    "split": [part.tolist() for part in session.split(3)],
+    "weights": [float(p.double().abs().sum()) for p in fit.model.state_dict().values()],
+    "history": [(e["loss"], e["mean"]) for e in fit.history],
+    "scores": {k: s.mean() for k, s in report.tasks.items()},
+}))
+"""
+
+
+def test_the_same_seed_gives_the_same_numbers_in_every_process(capsys, monkeypatch):
+    """To the last bit with one thread, up to rounding with two."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "1", "0"], capture_output=True, text=True, check=True
+    )
+    outcomes, threads = [json.loads(done.stdout)], torch.get_num_threads()
+    for n_threads in ("1", "2"):
+        monkeypatch.setattr(sys, "argv", ["-c", n_threads, "123"])
+        exec(RUN, {})
+        outcomes.append(json.loads(capsys.readouterr().out))
+    torch.set_num_threads(threads)
+    once, again, other = outcomes
+    assert again == once
+    assert (other["counts"], other["split"]) == (once["counts"], once["split"])
+    for what in ("weights", "history"):
+        np.testing.assert_allclose(other[what], once[what], rtol=1e-4)
