@@ -47,7 +47,7 @@ from real_data import (
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mtm
-from mtm import train
+from mtm import training as train
 from mtm.masks import SCHEMES, register
 from mtm.model import MtMConfig
 from mtm.plots import BLUE
@@ -112,12 +112,12 @@ def weights_averaged(sessions: list[mtm.Session]) -> Iterator[None]:
         return better
 
     best: list[dict[str, torch.Tensor]] = []
-    keep = train.Run.validated
+    keep = train.Run.add
     hook = register_optimizer_step_post_hook(take)
     try:
         with (
             mock.patch.object(train, "validate", validated),
-            mock.patch.object(train.Run, "validated", kept_as_best),
+            mock.patch.object(train.Run, "add", kept_as_best),
         ):
             yield
     finally:
@@ -186,7 +186,7 @@ def trained(changes: dict[str, Any], trick: Trick | None = None, config: str = "
     sizes = {f.name for f in fields(MtMConfig)}
     of_model = {name: value for name, value in changes.items() if name in sizes}
     of_training = {name: value for name, value in changes.items() if name not in sizes}
-    settings = train.changed(RECIPES[config], of_training)
+    settings = replace(RECIPES[config], **of_training)
     if settings.init == "paper":
         of_model = PUBLISHED | of_model
 

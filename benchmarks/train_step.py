@@ -45,7 +45,7 @@ from mtm.training import autocast
 from mtm.masks import MTM_SCHEMES, SCHEMES, Mask, MaskSampler
 from mtm.model import MtM, MtMConfig
 from mtm.recipes import RECIPES
-from mtm.training import _optimizer, _parameter_groups, accumulate, masked_loss
+from mtm.training import accumulate, make_optimizer, masked_loss
 
 NEURONS = (548, 601, 652)
 N_BINS, N_REGIONS = 100, 8
@@ -194,7 +194,7 @@ class Bench:
         self.device = torch.device(options.device)
         self.config = MtMConfig(**MODELS[name], **(SMALL if options.small else {}))
         self.model = MtM(self.config, N_BINS, {str(n): n for n in NEURONS}).to(self.device).train()
-        self.optimizer = _optimizer(self.model, RECIPE)
+        self.optimizer = make_optimizer(self.model, RECIPE)
         self.sampler = MaskSampler(MTM_SCHEMES, device=self.device)
         self.trials = torch.randperm(batch, device=self.device)
         self.regions = {n: torch.arange(n, device=self.device) % N_REGIONS for n in NEURONS}
@@ -275,7 +275,10 @@ class Plain(nn.Module):
 def plain_step(bench: Bench) -> Callable[[int, str], float]:
     """The plain step on a copy of the model, after a look that it computes the same loss."""
     model = Plain(copy.deepcopy(bench.model)).to(bench.device).train()
-    groups = _parameter_groups(model.model, RECIPE)
+    groups = [
+        {key: group[key] for key in ("params", "weight_decay")}
+        for group in make_optimizer(model.model, RECIPE).param_groups
+    ]
     optimizer = torch.optim.AdamW(groups, lr=RECIPE.lr, foreach=False, fused=False)
     sampler = MaskSampler(MTM_SCHEMES)
     regions = {n: codes.cpu() for n, codes in bench.regions.items()}

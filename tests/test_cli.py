@@ -70,7 +70,7 @@ def test_many_sessions_beside_a_baseline(folder, capsys):
 
 
 def test_training_leaves_settings_and_history(folder):
-    info = hub.read_config(folder / "m")["info"]
+    info = hub.describe(folder / "m")["info"]
     assert info["train"]["epochs"] == 2 and info["history"][-1]["epoch"] == 2
 
 
@@ -80,13 +80,13 @@ def test_a_model_of_patches_and_one_to_go_on_with(folder, capsys):
     model = hub.load(folder / "patches")
     assert model.config.tokenizer == "ndt2" and model.config.patch_size == 4
     further = [str(folder / "sim-1.npz"), "--out", str(folder / "further"), "--epochs", "1"]
-    start = ["--start", str(folder / "patches"), "--tune", "maps"]
+    start = ["--start", str(folder / "patches"), "--tune", "session-layers"]
     assert main(["train", *further, *start]) == 0
-    assert "mtm train: warning: tune='maps' with ndt2" in capsys.readouterr().err
+    assert "mtm train: warning: tune='session-layers' with ndt2" in capsys.readouterr().err
     further_model = hub.load(folder / "further")
     assert further_model.session_names == ["sim-0", "sim-1"]
     assert further_model.tokenizer.readout.weight.equal(model.tokenizer.readout.weight)
-    for wrong in (["--tune", "maps"], ["--patch-size", "4"]):
+    for wrong in (["--tune", "session-layers"], ["--patch-size", "4"]):
         assert main(["train", *further, *wrong]) != 0
         assert wrong[0] in capsys.readouterr().err
     assert main(["train", *further, *start, "--depth", "2"]) != 0
@@ -213,11 +213,11 @@ def test_a_wrong_command_line_is_status_2(capsys):
 def test_every_setting_of_training_can_be_given(folder, tmp_path):
     other = {
         "epochs": 3, "batch_size": 5, "batches_per_step": 2, "micro_batch": 4, "tune": "all",
-        "maps_share": 0.4, "token": "mean", "lr": 0.002, "warmup": 0.3, "div_factor": 5.0,
+        "session_layers_share": 0.4, "token": "mean", "lr": 0.002, "warmup": 0.3, "div_factor": 5.0,
         "weight_decay": 0.1, "decay_all": True, "loss": "sum", "clip": None,
         "schemes": ["neuron", "causal"], "ratios": {"neuron": 0.2, "causal": 0.5},
         "prompt": False, "validations": 2, "patience": 1, "seed": 3, "split_seed": 4,
-        "init": "paper", "components": 3, "precision": "bf16", "compile": "none",
+        "init": "paper", "precision": "bf16", "compile": "none",
     }  # fmt: skip
     assert set(other) == {field.name for field in fields(TrainConfig)}
     flags = []
@@ -234,10 +234,11 @@ def test_every_setting_of_training_can_be_given(folder, tmp_path):
     how = ["--depth", "1", "--out", str(tmp_path / "x"), *flags]
     how = [word for word in how if word not in ("--token", "mean")]  # there is no other session
     assert main(["train", *sessions, *how]) == 0
-    found = hub.read_config(tmp_path / "x")["info"]["train"]
-    assert found == other | {"token": "new"}
+    found = hub.describe(tmp_path / "x")["info"]["train"]
+    ratios = other["ratios"] | {"intra-region": 0.6}  # those that were not given stay
+    assert found == other | {"token": "new", "ratios": ratios}
     assert main(["train", *sessions, *how]) == 0  # finished: nothing is done again
-    assert hub.read_config(tmp_path / "x")["info"]["train"] == found
+    assert hub.describe(tmp_path / "x")["info"]["train"] == found
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_known(capsys):
@@ -266,12 +267,12 @@ def test_an_unknown_setting_is_refused_with_the_nearest_known(capsys):
 def test_a_folder_of_another_run_is_left_alone(folder, tmp_path, capsys):
     train = ["train", str(folder / "sim-0.npz"), "--out", str(tmp_path / "run"), "--depth", "1"]
     assert main([*train, "--epochs", "1", "--validations", "1"]) == 0
-    before = (tmp_path / "run" / "weights.safetensors").read_bytes()
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert main([*train, "--epochs", "2", "--validations", "1"]) == 1
     assert "another run: epochs is 1 there, and 2 now" in capsys.readouterr().err
-    assert (tmp_path / "run" / "weights.safetensors").read_bytes() == before
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     assert main([*train, "--epochs", "2", "--validations", "1", "--restart"]) == 0
-    assert (tmp_path / "run" / "weights.safetensors").read_bytes() != before
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
 
 
 def test_it_runs_as_a_module():
