@@ -22,9 +22,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from mtm import distributed
+from mtm.files import atomic_write, optional
 from mtm.model import CheckpointError, MtM
 from mtm.official import OfficialMtM
-from mtm.files import atomic_write, optional
 
 MODEL, CONFIG, RUN, HISTORY = "model.safetensors", "config.json", "run.safetensors", "history.jsonl"
 HEADER = "mtm"  # key of the JSON description in a file's header

@@ -269,7 +269,7 @@ def test_a_folder_of_another_run_is_left_alone(folder, tmp_path, capsys):
     assert main([*train, "--epochs", "1", "--validations", "1"]) == 0
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert main([*train, "--epochs", "2", "--validations", "1"]) == 1
-    assert "another run: epochs is 1 there, and 2 now" in capsys.readouterr().err
+    assert "another run: train: epochs was 1 and is now 2" in capsys.readouterr().err
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     assert main([*train, "--epochs", "2", "--validations", "1", "--restart"]) == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before

@@ -40,11 +40,11 @@ import numpy as np
 import torch
 
 from mtm.binning import n_bins
-from mtm.files import optional as extra
 from mtm.checks import one_of
 from mtm.data.download import download as fetch
 from mtm.data.recording import ordered_samples
 from mtm.data.regions import LEVELS
+from mtm.files import optional as extra
 from mtm.session import Session, SessionError, Split
 
 BUCKET = "https://brain-wide-bench.s3.amazonaws.com"

@@ -45,11 +45,11 @@ from mtm.bwb.tasks import (
     truth,
 )
 from mtm.decoding import FOLDS, principal_axes
+from mtm.files import atomic_write as replacing
 from mtm.masks import Mask, scheme
 from mtm.model import MtM
 from mtm.prediction import PredictorLike, predict_in_batches
 from mtm.session import SessionError
-from mtm.session import atomic_write as replacing
 from mtm.training import Fit
 
 FIRST_SEED, LEAST_SEEDS = 43, 3

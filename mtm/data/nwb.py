@@ -38,9 +38,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from mtm.files import optional as extra
 from mtm.data.download import public, time_limit
 from mtm.data.recording import ordered_samples
+from mtm.files import optional as extra
 from mtm.session import Session, SessionError, has_region
 
 REGION_SOURCES = (
