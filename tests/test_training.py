@@ -194,7 +194,7 @@ def test_the_random_token_scheme_hides_the_models_patches(small, monkeypatch):
 
 
 def test_the_learning_rate_rises_and_falls_in_each_phase(small):
-    slow = {**QUICK, "epochs": 20, "validations": 20}
+    slow = {**QUICK, "epochs": 20, "validations": 20, "batches_per_step": 1}
     result = fit(small[0], **slow)
     rates = [entry["lr"] for entry in result.history]
     peak = int(np.argmax(rates))
@@ -401,7 +401,7 @@ def test_sessions_that_do_not_go_together_are_refused(small):
     for sessions, problem in (
         ([], "no session to train on"),
         ([small[0], small[0]], f"two sessions are named '{small[0].name}'"),
-        ([small[0], short], "the same n_bins, got .* 20, 'short' 5"),
+        ([small[0], short], "the same n_bins, got 20 in .* and 5 in 'short'"),
         ([regionless], r"session 'x', regions: .* schemes=\('neuron', 'causal'\)"),
         ([silent], "no hidden entry of the validation trials has a spike"),
     ):
