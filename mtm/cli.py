@@ -27,7 +27,7 @@ from mtm.baselines import BASELINES, fit_baseline
 from mtm.bwb import submission
 from mtm.data import synthetic as alf
 from mtm.data.collection import Prepared, Sessions, prepare
-from mtm.data.download import public
+from mtm.data.recording import public
 from mtm.data.regions import LEVELS
 from mtm.decoding import decodable, decode_by_region
 from mtm.evaluation import evaluate

@@ -361,8 +361,8 @@ class Session:
             SessionError: naming the session, the field and the remedy.
         """
         if clusters is None:
-            listed = regions is not None and not isinstance(regions, Mapping)
-            clusters = np.arange(len(regions)) if listed else np.unique(spike_clusters)
+            one_each = None if isinstance(regions, Mapping) else regions
+            clusters = np.unique(spike_clusters) if one_each is None else np.arange(len(one_each))
         ids = np.asarray(clusters)
         if isinstance(regions, Mapping):
             if regions and not set(regions) & set(ids.tolist()):
@@ -378,6 +378,8 @@ class Session:
             counts = bin_spikes(spike_times, places, align_times, n_neurons=len(ids), **grid)
             binned = dict(behaviour or {})
             for field, (times, values) in (traces or {}).items():
+                if field in binned:
+                    raise ValueError("a behaviour has this name, too; rename one of them")
                 binned[field] = bin_trace(times, values, align_times, **grid)
         except ValueError as error:
             raise SessionError(f"session {name!r}, {field}: {error}") from error
