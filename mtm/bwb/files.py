@@ -41,7 +41,7 @@ import torch
 
 from mtm.binning import n_bins
 from mtm.checks import one_of
-from mtm.data.download import download as fetch
+from mtm.data.recording import download as fetch
 from mtm.data.recording import ordered_samples
 from mtm.data.regions import LEVELS
 from mtm.files import optional as extra
@@ -153,7 +153,7 @@ def download(
 
     The file becomes ``<folder>/<build>/ibl_brain_wide_bench_2026/<regime>/<uuid>.h5``, as in the
     bucket, so that the builds stay apart and the benchmark's own code finds it. What is there
-    already is downloaded again only if the benchmark has made it anew; see `mtm.data.download.download`,
+    already is downloaded again only if the benchmark has made it anew; see `mtm.data.recording.download`,
     also for what it raises.
 
     Args:
