@@ -380,6 +380,7 @@ class MtM(nn.Module):
         self.token_std = 1.0 if init == "paper" else TOKEN_STD
         self.tokenizer = self.tokenizers[config.tokenizer](config, n_bins, init)
         self.prompt_tokens = nn.Parameter(self.token_std * torch.randn(len(prompts), config.width))
+        self.embed_dropout = nn.Dropout(config.embed_dropout)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.sessions = nn.ModuleDict()
@@ -429,7 +430,7 @@ class MtM(nn.Module):
         x = x.to(self.norm.weight.dtype)  # residuals keep full precision under autocast
         prefix = self.prefix(scheme, layers)  # (0 to 2, D)
         x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, L, D)
-        x = F.dropout(x, self.config.embed_dropout, self.training)
+        x = self.embed_dropout(x)
         bins = torch.arange(self.n_bins, device=x.device)
         bins = bins.repeat_interleave(layers.n_patches)
         bins = F.pad(bins, (len(prefix), 0), value=-1)  # (L,)
@@ -610,12 +611,13 @@ class MtM(nn.Module):
 
     def n_parameters(self) -> dict[str, Any]:
         """Number of parameters: ``core``, all tokens included, and ``sessions``, name -> layers."""
-        sizes = {}
-        for name in self._keys:
-            layers = self.session_layers(name)
-            sizes[name] = sum(p.numel() for p in layers.parameters() if p is not layers.token)
+        layers = {name: self.session_layers(name) for name in self._keys}
+        sessions = {
+            name: sum(p.numel() for p in each.parameters() if p is not each.token)
+            for name, each in layers.items()
+        }
         total = sum(p.numel() for p in self.parameters())
-        return {"core": total - sum(sizes.values()), "sessions": sizes}
+        return {"core": total - sum(sessions.values()), "sessions": sessions}
 
     def summary(self) -> str:
         """Number of parameters of each part and of each session, as a table."""
@@ -627,12 +629,12 @@ class MtM(nn.Module):
             f"layers ({self.config.depth})": self.layers.parameters(),
             "final norm": self.norm.parameters(),
         }
-        rows = [(name, sum(p.numel() for p in part)) for name, part in parts.items()]
-        rows += [("core, all of these", core)]
+        rows = {name: sum(p.numel() for p in part) for name, part in parts.items()}
+        rows["core, all of these"] = core
         for name, size in sessions.items():
-            rows += [(f"session {name!r}, {self.session_layers(name).n_neurons} neurons", size)]
-        rows += [("total", core + sum(sessions.values()))]
-        wide = max(len(name) for name, _ in rows)
+            rows[f"session {name!r}, {self.session_layers(name).n_neurons} neurons"] = size
+        rows["total"] = core + sum(sessions.values())
+        wide = max(map(len, rows))
         title = f"MtM with the {self.config.tokenizer} tokenizer, width {self.config.width}"
-        lines = [f"  {name:<{wide}} {size:>12,}" for name, size in rows]
+        lines = [f"  {name:<{wide}} {size:>12,}" for name, size in rows.items()]
         return "\n".join([f"{title}; parameters", *lines])

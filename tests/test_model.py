@@ -1,23 +1,15 @@
 """What may influence what, the parts against independent references, and the sizes."""
 
-import copy
+import json
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from mtm import model as parts
 from mtm.masks import MTM_SCHEMES, SCHEMES, Mask, scheme
-from mtm.model import (
-    Attention,
-    MtM,
-    MtMConfig,
-    Tokens,
-    principal_components,
-    rotate,
-    rotation,
-    waves,
-)
+from mtm.model import Attention, MtM, MtMConfig, Tokens, rotate, rotation
 
 N_BINS, N_NEURONS = 12, 10
 REGIONS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, -1])
@@ -90,16 +82,6 @@ def test_causal_mode_lets_no_future_input_reach_a_past_output(depth, fields):
     assert not torch.equal(base, model(counts, "causal", None, "a"))  # full attention differs
 
 
-@pytest.mark.parametrize("fields", [{}, NDT2], ids=str)
-def test_gradients_agree_that_causal_mode_is_causal(fields):
-    model, counts = small(5, **fields), counts_of(batch=1).requires_grad_()
-    out = model(counts, "causal", nothing_hidden(counts, causal=True), "a")
-    for t in (0, 4, N_BINS - 1):
-        (gradient,) = torch.autograd.grad(out[0, t].sum(), counts, retain_graph=True)
-        reach = gradient[0].abs().sum(dim=1)
-        assert bool((reach[t + 1 :] == 0).all()) and bool((reach[: t + 1] > 0).all())
-
-
 def test_prompt_and_session_change_the_output_and_equal_sizes_stay_apart():
     model, counts = small(), counts_of()
     outs = [model(counts, p, None, s) for s in "ab" for p in (*model.prompts, None)]
@@ -108,12 +90,11 @@ def test_prompt_and_session_change_the_output_and_equal_sizes_stay_apart():
     assert torch.equal(model(counts, "temporal", None, "a"), model(counts, None, None, "a"))
 
 
-@pytest.mark.parametrize("name", ["neurons", "causl", ""])
-def test_a_misspelt_scheme_is_refused(name):
+def test_a_misspelt_scheme_is_refused():
     model, counts = small(), counts_of()
     for call in (model, model.predict_log_rates):
-        with pytest.raises(ValueError, match="unknown masking scheme"):
-            call(counts, name, nothing_hidden(counts), "a")
+        with pytest.raises(ValueError, match="unknown masking scheme 'causl'; known: neuron"):
+            call(counts, "causl", nothing_hidden(counts), "a")
 
 
 def test_trials_of_a_batch_do_not_see_each_other():
@@ -155,24 +136,21 @@ def test_attention_against_torchs_own(causal):
 
 def test_rotation_tells_how_far_bins_are_apart_and_not_when():
     torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    q, k = torch.randn(2, 1, 1, 1, 8)
     turns = [rotation(torch.tensor([bin]), 8) for bin in range(-1, 30)]
     products = torch.tensor([[(rotate(q, *a) * rotate(k, *b)).sum() for b in turns] for a in turns])
     for distance in (-9, 0, 4):
         along = products.diagonal(distance)
         torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-5, rtol=0)
-    assert (products[0] - products[0, 0]).abs()[1:].min() > 1e-3
     pairs = torch.view_as_complex(torch.stack([q[..., :4], q[..., 4:]], dim=-1))
-    angle = 7 * 10_000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    angle = 7 * 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
     turned = pairs * torch.polar(torch.ones_like(angle), angle)
     expected = torch.cat([turned.real, turned.imag], dim=-1)
-    torch.testing.assert_close(
-        rotate(q, *rotation(torch.tensor([7]), 8)), expected, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(rotate(q, *rotation(torch.tensor([7]), 8)), expected)
 
 
 def test_time_embeddings_start_with_neighbours_alike():
-    start = waves(100, 64)
+    start = parts.waves(100, 64)
     similar = start @ start.T / (start @ start.T).diagonal()[0]
     assert bool((similar.diagonal(1) > 0.8).all())
     assert bool((similar.diagonal(1) > similar.diagonal(5).max()).all())
@@ -226,24 +204,17 @@ def test_many_batches_in_one_pass_equal_one_after_the_other(fields):
         torch.testing.assert_close(log_rates, model(*batch))
 
 
-def test_dropout_acts_in_training_alone_and_keeps_the_mean():
+def test_dropout_acts_in_training_alone():
     model, counts = small(dropout=0.3, embed_dropout=0.3).float().train(), counts_of().float()
-    tokens = [model.embed(counts, "neuron", None, "a").x for _ in range(400)]
-    torch.testing.assert_close(torch.stack(tokens).mean(0), exact(model, counts), atol=1.0, rtol=0)
-    assert (torch.stack(tokens) == 0).float().mean() == pytest.approx(0.3, abs=0.01)
-    first, second = (model(counts, "neuron", None, "a") for _ in range(2))
-    assert not torch.equal(first, second)
-    first, second = (
-        model.predict_log_rates(counts, "neuron", nothing_hidden(counts), "a") for _ in range(2)
-    )
+    tokens = torch.stack([model.embed(counts, "neuron", None, "a").x for _ in range(100)])
+    assert (tokens == 0).float().mean() == pytest.approx(0.3, abs=0.01)
+    given = (counts, "neuron", nothing_hidden(counts), "a")
+    assert not torch.equal(model(*given), model(*given))
+    first, second = (model.predict_log_rates(*given) for _ in range(2))
     assert torch.equal(first, second) and model.training and not first.requires_grad
 
 
-def exact(model, counts):
-    return copy.deepcopy(model).eval().embed(counts, "neuron", None, "a").x
-
-
-@variants
+@pytest.mark.parametrize("fields", VARIANTS[::4], ids=str)
 def test_autocast_keeps_residuals_exact_and_a_model_compiles_in_one_piece(fields):
     model, counts = small(**fields).float(), counts_of().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -294,7 +265,7 @@ def test_components_are_what_the_neurons_share():
     shared = np.repeat(signals, 10, axis=1) @ weights  # (40, 40, 30)
     counts = rng.poisson(np.exp(0.5 + 0.3 * shared))
     mean = counts.mean(axis=(0, 1))
-    found = principal_components(counts, torch.from_numpy(mean).float()).numpy()
+    found = parts.principal_components(counts, torch.from_numpy(mean).float()).numpy()
     assert found.shape == (30, 30)
     scaled = (counts - mean) / np.sqrt(mean + 0.1)
     smooth = np.stack([scaled[:, max(0, t - 2) : t + 3].mean(axis=1) for t in range(40)], axis=1)
@@ -365,18 +336,12 @@ def test_settings_describe_all_but_the_weights(fields):
     model = small(**fields, prompts=("neuron",), causal=False)
     model.add_session("größer / 2", 30)
     model.split_seed, model.seen = 3, {"a": np.array([5, -7])}
-    again = MtM.from_settings(json_round_trip(model.settings()))
+    again = MtM.from_settings(json.loads(json.dumps(model.settings())))
     assert again.settings() == model.settings()
     assert again.seen["a"].tolist() == [5, -7] and again.seen["a"].dtype == np.int64
     again.double().load_state_dict(model.state_dict())
     counts = counts_of()
     assert torch.equal(again.eval()(counts, None, None, "a"), model(counts, None, None, "a"))
-
-
-def json_round_trip(value):
-    import json
-
-    return json.loads(json.dumps(value))
 
 
 def test_the_summary_adds_up():
