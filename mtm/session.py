@@ -61,6 +61,9 @@ class Session:
         n_recorded: number of trials of the whole recording; default K.
         provenance: where the recording comes from; anything that JSON can hold.
 
+    Attributes:
+        n_trials, n_bins, n_neurons: K, T and N; all arguments are attributes, too.
+
     Raises:
         SessionError: naming the session, the field and the remedy.
     """
@@ -85,6 +88,7 @@ class Session:
         if not self.name:
             raise SessionError("a session needs a name")
         self.counts = self._check_counts(counts)
+        self.n_trials, self.n_bins, self.n_neurons = self.counts.shape
         labels = [""] * self.n_neurons if regions is None else list(regions)
         labels = [r.decode() if isinstance(r, bytes) else "" if r is None else r for r in labels]
         self.regions = np.array(labels, dtype=np.str_)
@@ -105,13 +109,12 @@ class Session:
             self._fail("rates", "expected counts must be finite and above 0")
         self.given_split = None if given_split is None else self._check_split(given_split)
         self.n_recorded = self.n_trials if n_recorded is None else int(n_recorded)
-        self.trial_ids = np.arange(self.n_trials) if trial_ids is None else np.asarray(trial_ids)
-        if not np.array_equal(np.unique(self.trial_ids), np.sort(self.trial_ids)) or not (
-            self.trial_ids.shape == (self.n_trials,)
-            and 0 <= self.trial_ids.min() <= self.trial_ids.max() < self.n_recorded
-        ):
-            problem = f"need {self.n_trials} different numbers below n_recorded={self.n_recorded}"
-            self._fail("trial_ids", problem)
+        ids = np.arange(self.n_trials) if trial_ids is None else np.asarray(trial_ids)
+        if ids.shape != (self.n_trials,) or len(np.unique(ids)) < len(ids) or ids.min() < 0:
+            self._fail("trial_ids", f"need {self.n_trials} different numbers from 0")
+        if ids.max() >= self.n_recorded:
+            self._fail("trial_ids", f"{ids.max()} is not below n_recorded={self.n_recorded}")
+        self.trial_ids = ids
         self.provenance = provenance or {}
 
     # ------------------------------------------------------------------ checks
@@ -194,21 +197,6 @@ class Session:
     # ------------------------------------------------------------- what is in it
 
     @property
-    def n_trials(self) -> int:
-        """Number of trials, K."""
-        return self.counts.shape[0]
-
-    @property
-    def n_bins(self) -> int:
-        """Number of time bins of a trial, T."""
-        return self.counts.shape[1]
-
-    @property
-    def n_neurons(self) -> int:
-        """Number of neurons, N."""
-        return self.counts.shape[2]
-
-    @property
     def times(self) -> np.ndarray:
         """Start of each bin, (T,) seconds from the event the trials are aligned to."""
         return self.window[0] + self.bin_size * np.arange(self.n_bins)
@@ -230,25 +218,23 @@ class Session:
         return np.array([index.get(region, -1) for region in self.regions.tolist()], dtype=np.int64)
 
     def __repr__(self) -> str:
-        names, codes, rates = self.region_names, self.region_codes, self.firing_rates
-        sizes = ", ".join(f"{name} {np.sum(codes == code)}" for code, name in enumerate(names))
-        unlabelled = int((codes < 0).sum())
+        rates, unlabelled = self.firing_rates, int((self.region_codes < 0).sum())
+        sizes = [f"{name} {np.sum(self.regions == name)}" for name in self.region_names]
         lines = [
             f"Session {self.name!r}" + (f" of subject {self.subject}" if self.subject else ""),
             f"{self.n_trials} trials x {self.n_bins} bins x {self.n_neurons} neurons; "
             f"{1000 * self.bin_size:g} ms bins, {self.window[0]:g} to {self.window[1]:g} s",
-            textwrap.shorten(f"{len(names)} regions: {sizes or 'none labelled'}", 200)
-            + (f"; {unlabelled} neurons without a region" if unlabelled and names else ""),
+            textwrap.shorten(f"{len(sizes)} regions: {', '.join(sizes) or 'none labelled'}", 200),
+            f"{unlabelled} neurons without a region" if unlabelled and sizes else "",
             f"firing rates: mean {rates.mean():.1f} Hz, from {rates.min():.1f} to "
             f"{rates.max():.1f} Hz",
         ]
         for ndim, unit in ((1, "trial"), (2, "bin")):
-            if keys := sorted(k for k, v in self.behaviour.items() if v.ndim == ndim):
-                text = f"behaviour per {unit}: " + ", ".join(keys)
-                lines += textwrap.wrap(text, 74, subsequent_indent="  ", break_on_hyphens=False)
-        if self.rates is not None:
-            lines.append("true rates known (simulated)")
-        return "\n  ".join(lines)
+            keys = sorted(key for key, values in self.behaviour.items() if values.ndim == ndim)
+            text = f"behaviour per {unit}: " + ", ".join(keys) if keys else ""
+            lines += textwrap.wrap(text, 74, subsequent_indent="  ", break_on_hyphens=False)
+        lines.append("true rates known (simulated)" if self.rates is not None else "")
+        return "\n  ".join(filter(None, lines))
 
     # ------------------------------------------------------------ splits and selections
 
@@ -286,21 +272,17 @@ class Session:
         """
         kept = np.arange(self.n_trials)[slice(None) if trials is None else np.asarray(trials)]
         units = np.arange(self.n_neurons)[slice(None) if neurons is None else np.asarray(neurons)]
-        split = self.given_split
+        fields = ("name", "subject", "bin_size", "window", "n_recorded", "provenance")
+        parts = self.given_split and [np.flatnonzero(np.isin(kept, p)) for p in self.given_split]
         return Session(
-            counts=self.counts[np.ix_(kept, np.arange(self.n_bins), units)],
-            regions=self.regions[units],
-            name=self.name,
-            subject=self.subject,
-            bin_size=self.bin_size,
-            window=self.window,
-            behaviour={key: value[kept] for key, value in self.behaviour.items()},
-            neurons={key: value[units] for key, value in self.neurons.items()},
+            self.counts[np.ix_(kept, np.arange(self.n_bins), units)],
+            self.regions[units],
+            behaviour={key: values[kept] for key, values in self.behaviour.items()},
+            neurons={key: values[units] for key, values in self.neurons.items()},
             rates=None if self.rates is None else self.rates[kept][:, :, units],
-            given_split=split and [np.flatnonzero(np.isin(kept, part)) for part in split],
+            given_split=parts,
             trial_ids=self.trial_ids[kept],
-            n_recorded=self.n_recorded,
-            provenance=self.provenance,
+            **{field: getattr(self, field) for field in fields},
         )
 
     def fingerprints(self, trials: np.ndarray) -> np.ndarray:
