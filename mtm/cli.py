@@ -53,8 +53,8 @@ READERS: dict[str, tuple[str, Any, tuple[str, ...]]] = {  # what is read, module
 }
 READER_OPTIONS: dict[str, dict[str, Any]] = {
     "align": {"metavar": "EVENT", "help": "the event in each trial at which the window has its 0"},
-    "window": {"type": float, "nargs": 2, "metavar": "S", "help": "start and stop, seconds"},
-    "bin_size": {"type": float, "metavar": "S", "help": "seconds"},
+    "window": {"type": float, "nargs": 2, "metavar": ("START", "STOP"), "help": "seconds"},
+    "bin_size": {"type": float, "metavar": "SECONDS", "help": "length of a bin"},
     "atlas": {"help": "how finely regions are named: Allen, Beryl or Cosmos"},
     "trial_filter": {"metavar": "NAME", "help": "only trials that pass: reaction-time (ibl), "
                      "included (steinmetz), valid (bwb)"},
@@ -68,7 +68,13 @@ EIDS = {
     "held-out": official.HELD_OUT_EIDS,
     "repeated-site": official.REPEATED_SITE_EIDS,
 }
-SEARCH = ("project", "lab", "subject", "region", "quality")  # terms of ibl.search
+SEARCH = {  # terms of ibl.search
+    "project": "only sessions of it",
+    "lab": "only sessions of it",
+    "subject": "only sessions of it",
+    "region": "only sessions with a probe through it",
+    "quality": "only sessions whose spike times were graded so (PASS, WARNING) or better",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,8 +187,8 @@ def _add_prepare(commands: Any) -> None:
             add("recordings", type=Path, metavar="CACHE", help="ONE's folder")
             add("--username", help="download from IBL's public server, with a saved log-in")
             add("--eids", metavar="LIST", help=f"{', '.join(EIDS)}, or a file of session ids")
-            for term in SEARCH:
-                add(f"--{term}", help=f"only sessions of this {term}")
+            for term, text in SEARCH.items():
+                add(f"--{term}", help=text)
         else:
             add("recordings", nargs="+", metavar="RECORDING", help="files, folders or URLs")
         add("--out", type=Path, required=True, metavar="OUT", help="folder to write to")
