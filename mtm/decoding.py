@@ -284,34 +284,28 @@ class Decoder:
         """A behaviour in the trials, (K,) or (K, T), and (K,) bool, where it can be used."""
         session, choice = self.session, behaviour == "choice"
         shape = session.counts.shape[: 1 if choice else 2]
+        title = f"session {session.name!r}, behaviour {behaviour!r}"
         if behaviour not in session.behaviour:
             known = ", ".join(session.behaviour) or "none"
-            raise SessionError(
-                f"session {session.name!r} has no behaviour {behaviour!r}; it has: {known}"
-            )
-        whole, problem = session.behaviour[behaviour], ""
-        if whole.shape != shape:
-            raise SessionError(
-                f"session {session.name!r}, behaviour {behaviour!r} has shape {whole.shape}; to be "
-                f"decoded it needs {shape}"
-            )
-        values = whole[self.trials].astype(np.float64)
+            raise SessionError(f"{title}: there is none; there are: {known}")
+        values = session.behaviour[behaviour]
+        if values.shape != shape:
+            raise SessionError(f"{title} has shape {values.shape}; to be decoded it needs {shape}")
+        values = values[self.trials].astype(np.float64)
         usable = np.isin(values, (-1, 1)) if choice else np.isfinite(values).all(axis=1)
         y, truth = values[usable & ~self.is_test], values[usable & self.is_test]
-        rarer = min((y == -1).sum(), (y == 1).sum()) if choice else FOLDS
-        if len(truth) == 0:
-            problem = "no usable test trial"
-        elif len(y) < 2 * FOLDS:
-            problem = f"{len(y)} usable training trials, {2 * FOLDS} are needed to cross-validate"
-        elif rarer < FOLDS:
-            problem = f"{rarer} training trials of the rarer choice, {FOLDS} are needed"
-        elif not choice and np.ptp(truth) == 0:
-            problem = "it does not vary in the test trials"
-        if problem:
-            hint = "; choices are -1 and +1, other values count as none" if choice else ""
+        if len(truth) == 0 or len(y) < 2 * FOLDS:
             raise SessionError(
-                f"session {session.name!r}, behaviour {behaviour!r}: {problem}{hint}"
+                f"{title}: {len(y)} usable training and {len(truth)} test trials; at least "
+                f"{2 * FOLDS} and 1 are needed"
             )
+        if choice and (rarer := min((y == -1).sum(), (y == 1).sum())) < FOLDS:
+            raise SessionError(
+                f"{title}: {rarer} training trials of the rarer choice, {FOLDS} are needed; "
+                "choices are -1 and +1, other values count as none"
+            )
+        if not choice and np.ptp(truth) == 0:
+            raise SessionError(f"{title} does not vary in the test trials")
         return values, usable
 
 

@@ -154,20 +154,13 @@ def _evaluate(
         if task in left_out:
             continue
         queries = queries_of(task, session, wanted)
-        log_rates = predict_queries(
-            predictor,
-            session,
-            TASKS[task],
-            trials,
-            queries,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        log_rates = predict_queries(predictor, session, TASKS[task], trials, queries, **how)
         scores[task] = _score(log_rates, session, queries, trials, train_null)
     names = [t for t in (decodable(session) if tasks is None else tasks) if t not in TASKS]
     if names:
-        how: dict[str, Any] = {"split_seed": split_seed, "allow_seen": allow_seen}
-        decoder = Decoder(predictor, session, batch_size=batch_size, **how)
+        options: dict[str, Any] = {"split_seed": split_seed, "allow_seen": allow_seen}
+        decoder = Decoder(predictor, session, batch_size=batch_size, **options)
     for name in names:
         try:
             decoded = decoder.decode(name)

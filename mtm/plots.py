@@ -345,13 +345,14 @@ def score_scatter(
     ax = ax or plt.gca()
     both = across.tasks[task], up.tasks[task]
     for session in both[0].sessions:
-        if not np.array_equal(*(s.neurons[s.session_of == session] for s in both)):
+        if not np.array_equal(*(s.neurons[s.each_neuron["session"] == session] for s in both)):
             raise ValueError(f"session {session!r}: the two reports scored different neurons")
     x, y = (
         np.concatenate([scores.by_neuron(name, column) for name in both[0].sessions])
         for scores in both
     )
-    labels = np.array([region if has_region(region) else "" for region in both[0].regions])
+    given = both[0].each_neuron["region"]
+    labels = np.array([region if has_region(region) else "" for region in given])
     regions = [name for name in np.unique(labels).tolist() if name]
     for region, colour in [("", "0.5"), *zip(regions, _palette(len(regions)), strict=False)]:
         some = labels == region

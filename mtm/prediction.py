@@ -143,9 +143,8 @@ def _method(predictor: PredictorLike) -> Any:
 def _attribute(predictor: Any, name: str, default: Any) -> Any:
     """An attribute of a predictor, or of the model inside it (``Fit.model``)."""
     for owner in (predictor, getattr(predictor, "model", None)):
-        for place in (owner, getattr(owner, "config", None)):
-            if hasattr(place, name):
-                return getattr(place, name)
+        if hasattr(owner, name):
+            return getattr(owner, name)
     return default
 
 
@@ -273,26 +272,24 @@ def predict_queries(
     Raises:
         ValueError: for an unknown scheme, or predictions that are NaN or infinite.
     """
-    causal = scheme(name).causal
+    scheme(name)  # raises ValueError for an unknown name
     entries = slice(None), queries.bins, np.flatnonzero(queries.wanted.any(axis=0))
     found = np.full((len(trials), session.n_bins, session.n_neurons), np.nan)
     if isinstance(predictor, np.ndarray):
         found[entries] = predictor[trials][entries]
     else:
-        for row, neuron, log_rates in _ask(
-            predictor, session, name, causal, trials, queries, options
-        ):
+        passes = _passes(predictor, session, name, trials, queries, options)
+        for row, neuron, log_rates in passes:
             found[row, queries.bins, neuron] = log_rates[:, queries.bins].cpu().numpy()
     if not np.isfinite(found[entries]).all():
         raise ValueError(f"session {session.name!r}: NaN or infinite log-rates were predicted")
     return found
 
 
-def _ask(
+def _passes(
     predictor: PredictorLike,
     session: Session,
     name: str,
-    causal: bool,
     trials: np.ndarray,
     queries: Queries,
     options: Mapping[str, Any],
@@ -300,8 +297,9 @@ def _ask(
     """Predict batch by batch: rows of ``trials`` (M,), neurons (M,), log-rates (M, T)."""
     # All that batches are made of is copied to the device once.
     there = partial(torch.as_tensor, device=getattr(predictor, "device", "cpu"))
-    hidden, wanted, bins = queries
-    in_bins = np.isin(np.arange(session.n_bins), np.arange(session.n_bins)[bins])[:, None]
+    (hidden, wanted, bins), causal = queries, scheme(name).causal
+    in_bins = np.zeros((session.n_bins, 1), dtype=bool)
+    in_bins[bins] = True
     counts = there(session.counts[trials].astype(np.float32))
     hide, target, inside = there(hidden), there(hidden & wanted), there(in_bins)
     query, trial = np.divmod(np.arange(len(hidden) * len(trials)), len(trials))  # of each pass
@@ -381,10 +379,9 @@ def predict_held_out(
     predictor = as_predictor(predictor, session)
     trials = choose_split(predictor, session).test if trials is None else np.asarray(trials)
     wanted = np.ones(session.n_neurons, dtype=bool) if wanted is None else wanted
-    queries, how = queries_of(task, session, wanted), {"batch_size": batch_size}
-    return predict_queries(
-        predictor, session, TASKS[task], trials, queries, progress=progress, **how
-    )
+    queries = queries_of(task, session, wanted)
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    return predict_queries(predictor, session, TASKS[task], trials, queries, **how)
 
 
 def oracle(session: Session) -> np.ndarray:

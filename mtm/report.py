@@ -21,27 +21,6 @@ from mtm.files import atomic_write
 LABELS = ("session", "seed", "neuron", "region")  # columns that identify a row
 COUNTS = ("spikes", "visible", "train_trials", "test_trials")
 NULLS = ("bits_per_spike", "bits_per_spike_train_null")
-UNLESS_ZERO = {
-    "dropped_neurons": "not scored",
-    "neurons_with_nothing_visible": "with nothing visible",
-}
-PRINTED = {  # rows of a printed report: entries of `Report.to_dict`, and what they are called
-    key.format(null): text.format(part)
-    for null, part in zip(NULLS, ("test", "training"), strict=True)
-    for key, text in {
-        "{}": "over their {} mean",
-        "errors neurons {}": "  ± over neurons",
-        "errors sessions {}": "  ± over sessions",
-        "errors seeds {}": "  ± over seeds",
-        "pooled_{}": "  all spikes pooled",
-    }.items()
-} | {
-    "shuffled_trials": "trials shuffled",
-    "shuffled_neurons": "neurons shuffled",
-    "neurons": "neurons",
-    "silent_neurons": "of them silent",
-    **UNLESS_ZERO,
-}
 
 
 class Mean(NamedTuple):
@@ -54,7 +33,8 @@ class Mean(NamedTuple):
     def __str__(self) -> str:
         if np.isnan(self.value):
             return "-"
-        return f"{self.value:.3f}" + ("" if np.isnan(self.error) else f" ± {self.error:.3f}")
+        value = round(self.value, 3) + 0.0  # no "-0.000"
+        return f"{value:.3f}" + ("" if np.isnan(self.error) else f" ± {self.error:.3f}")
 
 
 def mean_of(values: Iterable[float]) -> Mean:
@@ -110,19 +90,14 @@ class TaskScores:
         return self.each_neuron["neuron"].to_numpy()
 
     @property
-    def session_of(self) -> np.ndarray:
-        """(n,) the session of each of `neurons`."""
-        return self.each_neuron["session"].to_numpy()
-
-    @property
-    def regions(self) -> np.ndarray:
-        """(n,) the region of each of `neurons`."""
-        return self.each_neuron["region"].to_numpy()
-
-    @property
     def n_silent(self) -> int:
         """Neurons without a spike among the scored entries; they have no score."""
         return int((self.each_neuron["spikes"] == 0).sum())
+
+    @property
+    def n_blind(self) -> int:
+        """Neurons that were predicted with nothing visible."""
+        return int((self.each_neuron["visible"] == 0).sum())
 
     def mean(self, column: str | None = None, pooled: bool = False) -> float:
         """Mean over neurons, seeds and sessions; NaN where nothing has a score.
@@ -252,18 +227,15 @@ class Report:
         return sum(self.sessions[s]["neurons"] for s in scores.sessions) - len(scores.neurons)
 
     def share(self, ceiling: Report, column: str = "bits_per_spike_train_null") -> dict[str, float]:
-        """Task -> score as a share of another report's, such as the oracle's.
+        """Task -> score as a share of another report's on the same sessions, such as the oracle's.
 
         With the honest null, the default, the mean rates have a share of 0 by construction. Tasks
         without this column in both reports are left out.
-
-        Raises:
-            ValueError: when the two reports are of other sessions.
         """
         if set(self.sessions) != set(ceiling.sessions):
+            both = ", ".join(self.sessions), ", ".join(ceiling.sessions)
             raise ValueError(
-                f"a share needs reports of the same sessions, got {', '.join(self.sessions)} and "
-                f"{', '.join(ceiling.sessions)}"
+                "a share needs reports of the same sessions, not {} and {}".format(*both)
             )
         shares = {}
         for task in [t for t in self.tasks if t in ceiling.tasks]:
@@ -301,7 +273,7 @@ class Report:
                     "neurons": len(scores.neurons),
                     "silent_neurons": scores.n_silent,
                     "dropped_neurons": self.n_dropped(task),
-                    "neurons_with_nothing_visible": int((scores.each_neuron["visible"] == 0).sum()),
+                    "neurons_with_nothing_visible": scores.n_blind,
                     "regions": {region: [_plain(x) for x in mean] for region, mean in regions},
                 }
             summary[task] = numbers
@@ -336,22 +308,32 @@ class Report:
 
     def __str__(self) -> str:
         names = list(self.sessions)
+        several = "sessions" if len(names) > 1 else "neurons"
+        if len(names) == 1 and any(s.table["seed"].max() > 0 for s in self.tasks.values()):
+            several = "seeds"
         who = f"session {names[0]!r}" if len(names) == 1 else f"{len(names)} sessions"
-        lines = [f"{who}, {self.n_trials} trials; gain in bits per spike, mean over neurons"]
-        numbers = self.to_dict()
-        activity = [task for task, scores in self.tasks.items() if scores.per_neuron]
-        if activity:
-            rows = pd.json_normalize([numbers[task] for task in activity], sep=" ")
-            rows = rows.astype(object).set_axis(activity).T.reindex(PRINTED).dropna(how="all")
-            rows = rows[rows.ne(0).any(axis=1) | ~rows.index.isin(UNLESS_ZERO)]
-            lines.append(_text(rows.rename(index=PRINTED)))
+        lines = [f"{who}, {self.n_trials} trials; gain in bits per spike, ± over {several}"]
+        activity = {task: scores for task, scores in self.tasks.items() if scores.per_neuron}
+        rows = {
+            task: {
+                "over their test mean": s.over(several),
+                "over their training mean": s.over(several, "bits_per_spike_train_null"),
+                "all spikes pooled": s.mean(pooled=True),
+                "trials shuffled": s.mean("shuffled_trials"),
+                "neurons shuffled": s.mean("shuffled_neurons"),
+                "neurons": len(s.neurons),
+                "of them silent": s.n_silent,
+                "not scored": self.n_dropped(task),
+                "with nothing visible": s.n_blind,
+            }
+            for task, s in activity.items()
+        }
+        lines += [_text(pd.DataFrame(rows, dtype=object))] if rows else []
         for task in [task for task in self.tasks if task not in activity]:
             scores = self.tasks[task]
             others = [c for c in scores.table if c not in (*LABELS, *COUNTS, scores.score)]
             beside = ", ".join(f"{c.replace('_', ' ')} {scores.mean(c):.3f}" for c in others)
-            errors = ((kind, scores.over(kind).error) for kind in ("sessions", "seeds"))
-            sure = "".join(f", ± {e:.3f} over {kind}" for kind, e in errors if not np.isnan(e))
-            text = f"{task}: {scores.score} {scores.mean():.3f}{sure} ({beside})"
+            text = f"{task}: {scores.score} {scores.over(several)} ({beside})"
             lines.append(textwrap.fill(text, 79, subsequent_indent="    "))
         lines += [f"{task}: left out, {reason}" for task, reason in self.left_out.items()]
         return "\n".join(lines)
@@ -401,11 +383,9 @@ def _next_seeds(before: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _text(table: pd.DataFrame) -> str:
-    """A table as text: whole numbers without decimals, "-" for NaN."""
+    """A table of numbers and means as text."""
     heads = [column.removesuffix("-prediction") for column in table]
-    cells = table.map(
-        lambda x: "-" if pd.isna(x) else f"{x:.3f}" if isinstance(x, float) else f"{x}"
-    )
+    cells = table.map(lambda x: str(x if isinstance(x, Mean | int) else Mean(x, np.nan, 1)))
     return cells.set_axis(heads, axis=1).to_string()
 
 

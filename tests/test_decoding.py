@@ -141,7 +141,7 @@ def test_predictor_functions_see_only_the_region(session):
 
 def test_errors(session):
     for name, message in {
-        "wheel": "no behaviour 'wheel'; it has: choice",
+        "wheel": "behaviour 'wheel': there is none; there are: choice",
         "contrast": "behaviour 'contrast' has shape",
     }.items():
         with pytest.raises(SessionError, match=message):
@@ -154,7 +154,7 @@ def test_errors(session):
     behaviour["choice"] = np.arange(120) % 2
     bad = Session(session.counts, name="s", behaviour=behaviour)
     for name, message in {
-        "x": "no usable test trial",
+        "x": "0 usable training and 0 test trials",
         "flat": "does not vary in the test trials",
         "choice": "0 training trials of the rarer choice.*choices are -1 and .1",
     }.items():

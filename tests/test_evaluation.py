@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_metrics(task, session):
     flat = np.full(counts.shape, -1.0)  # all that is scored was hidden
     null = metrics.log_mean(session.counts[split.train])[neurons]
     assert scores.neurons.tolist() == neurons.tolist()
-    assert scores.regions.tolist() == session.regions[neurons].tolist()
+    assert scores.table["region"].tolist() == session.regions[neurons].tolist()
     for column, expected in {
         "bits_per_spike": metrics.bits_per_spike(flat, counts),
         "bits_per_spike_train_null": metrics.bits_per_spike(flat, counts, null),
