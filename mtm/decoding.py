@@ -147,15 +147,11 @@ def decode_by_region(
     """Decode a behaviour from one region at a time: the predictor sees it alone (paper, Figure 5).
 
     Args:
-        predictor, session, behaviour: as in :func:`decode`.
+        predictor, session, behaviour: as in :func:`decode`, whose other arguments are ``options``.
         least: smallest number of neurons of a region.
-        **options: of :func:`decode`.
 
     Returns:
         region -> :class:`Decoded`.
-
-    Raises:
-        SessionError: as :func:`decode`, and when no region has ``least`` neurons.
     """
     names, sizes = np.unique(session.regions[session.region_codes >= 0], return_counts=True)
     regions = names[sizes >= least].tolist()
@@ -359,7 +355,6 @@ def _stimulus(session: Session) -> np.ndarray:
     if "contrast" not in session.behaviour:
         return np.zeros((session.n_trials, 0))
     known = session.behaviour
-    columns = [known["contrast"], np.sign(known["contrast"])] + [
-        known[k] for k in ("block",) if k in known
-    ]
+    columns = [known["contrast"], np.sign(known["contrast"])]
+    columns += [known["block"]] if "block" in known else []
     return np.nan_to_num(np.stack(columns, axis=1).astype(np.float64))

@@ -46,33 +46,27 @@ def evaluate(
 ) -> Report:
     """Score a predictor on the activity tasks, and decode behaviour from its predictions.
 
-    ``fit(sessions, model)`` trains on the training trials of the same split; see :func:`mtm.fit`::
+    :func:`mtm.fit` trains on the training trials of the same split::
 
-        fit = mtm.fit(sessions)
+        fit = mtm.fit(sessions, model)
         report = mtm.evaluate(fit, sessions)
 
     Args:
-        predictor: a model or a :class:`mtm.Fit`; a function
-            ``(counts, scheme, mask, session) -> log-rates``; log-rates for the whole session,
-            broadcastable to (K, T, N); or a mapping from session names to these.
+        predictor: a model or :class:`mtm.Fit`; a function ``(counts, scheme, mask, session) ->
+            log-rates``; log-rates broadcastable to (K, T, N); or a mapping from session names.
         sessions: one recording or several. :class:`mtm.Sessions` are read from disk one by one.
-        tasks: some of :data:`mtm.prediction.TASKS`, and names of behaviours. Default: all that the
-            session and the predictor allow. A behaviour that some of several sessions lack is left
-            out there.
+        tasks: some of :data:`mtm.prediction.TASKS`, and names of behaviours; those that some of
+            several sessions lack are left out there. Default: all that can be scored.
         trials: indices of the scored trials, of one session only. Default: the test trials of
             ``session.split``. Behaviour is always decoded in test trials (:func:`mtm.decode`).
-        neurons: indices of the scored neurons, of one session only. All neurons stay in the input.
-            Default: all.
-        split_seed: of ``session.split``, whose training trials also make the honest null model.
+        neurons: indices of the scored neurons, of one session only; all are in the input.
+        split_seed: of ``session.split``, whose training trials make the honest null model.
             Default: the one that the predictor was trained with, else 0. Imported checkpoints,
             whose training trials are unknown, need it.
-        batch_size: trials predicted at once. Default: what suits the device. It is halved when
-            memory runs out.
+        batch_size: trials predicted at once; halved when memory runs out. Default: what suits the
+            device.
         allow_seen: score trials that the model was trained on, instead of refusing them.
         progress: show a bar.
-
-    Returns:
-        tables of scores. Reports of models with other seeds are joined by :meth:`Report.join`.
 
     Raises:
         ValueError: for an unknown task, predictions of a wrong shape or with NaN, or trials that
@@ -92,14 +86,23 @@ def evaluate(
             "trials and neurons are of one session; evaluate the sessions one by one, and join "
             "their reports with Report.join"
         )
+    return Report.join(_one_by_one(predictor, sessions, tasks, how))
+
+
+def _one_by_one(
+    predictor: PredictorLike | Mapping[str, PredictorLike],
+    sessions: Iterable[Session],
+    tasks: Sequence[str] | None,
+    how: Mapping[str, Any],
+) -> list[Report]:
+    """Evaluate several sessions, each read once; behaviours that one lacks are left out there."""
     reports: dict[str, Report] = {}
     for session in sessions:
         if session.name in reports:
             raise ValueError(f"two sessions have the name {session.name!r}; rename one")
         missing = [t for t in tasks or () if t not in TASKS and t not in decodable(session)]
-        if missing and not reports:  # in no session at all?
-            known = {name for each in sessions for name in decodable(each)}
-            _require_known(missing, known)
+        if missing and not reports:  # a misspelt name is in no session: say so before any work
+            _require_known(missing, {name for each in sessions for name in decodable(each)})
         able = None if tasks is None else [task for task in tasks if task not in missing]
         report = _evaluate(predictor, session, able, **how)
         report.left_out |= dict.fromkeys(missing, "not recorded")
@@ -107,7 +110,7 @@ def evaluate(
         reports[session.name] = report
     if not reports:
         raise ValueError("no session to evaluate")
-    return Report.join(list(reports.values()))
+    return list(reports.values())
 
 
 def _require_known(tasks: Iterable[str], behaviours: Iterable[str]) -> None:

@@ -54,8 +54,7 @@ def as_predictor(
     """Check a predictor, and return the one for a session: an array (K, T, N), or what to call.
 
     Raises:
-        ValueError: for a mapping without this session, log-rates that do not fit its counts, or a
-            function with other arguments.
+        ValueError: when it is not for this session, or a function with other arguments.
         SessionError: for a model that was trained on bins of another width.
     """
     if isinstance(predictor, Mapping):
@@ -92,16 +91,13 @@ def choose_split(
     *,
     allow_seen: bool = False,
 ) -> Split:
-    """Split a session by the seed asked for, else by the one the predictor was trained with.
-
-    Predictors without ``split_seed`` get the split of seed 0. ``allow_seen`` accepts any seed.
+    """Split a session by the seed asked for, else the predictor's own, else 0.
 
     Raises:
-        ValueError: when the predictor was trained with another seed, or with an unknown one
-            (imported checkpoints) and none is asked for.
+        ValueError: when the predictor was trained with another seed (unless ``allow_seen``), or
+            with an unknown one, as imported checkpoints, and none is asked for.
     """
-    asked = 0 if split_seed is None else split_seed
-    trained = _attribute(predictor, "split_seed", asked)
+    trained = _attribute(predictor, "split_seed", split_seed or 0)
     if split_seed is None and trained is None:
         raise ValueError(
             "it is not known which trials this model was trained on; pass split_seed=0 to score "
@@ -116,13 +112,10 @@ def choose_split(
 
 
 def require_unseen(predictor: PredictorLike, session: Session, trials: np.ndarray) -> None:
-    """Refuse to score trials that a predictor was trained on.
+    """Raise ValueError for trials that a predictor was trained on.
 
     They are found by their fingerprints (``predictor.seen``), whatever the session was called and
     however it was split. Trials of fewer than ten spikes cannot be checked.
-
-    Raises:
-        ValueError: with the number of such trials.
     """
     scored = session.fingerprints(trials)
     for name, trained in _attribute(predictor, "seen", {}).items():

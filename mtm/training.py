@@ -624,9 +624,16 @@ class Fit:
         """The history entry whose weights the model has."""
         return best_entry(self.history)
 
-    def predict_log_rates(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
+    def predict_log_rates(
+        self,
+        counts: Tensor,
+        scheme: str | None,
+        mask: Mask | None,
+        session: str,
+        neurons: Tensor | None = None,
+    ) -> Tensor:
         """Return the model's log-rates, see :meth:`mtm.MtM.predict_log_rates`."""
-        return self.model.predict_log_rates(counts, scheme, mask, session)
+        return self.model.predict_log_rates(counts, scheme, mask, session, neurons)
 
     def to_dict(self) -> dict[str, Any]:
         """Return settings and history as JSON can hold them."""
