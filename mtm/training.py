@@ -80,8 +80,8 @@ class SessionData:
         split, counts_on = session.split(config.split_seed), counts_on or device
         self.session, self.name, self.device = session, session.name, device
         counts = np.require(session.counts, requirements=["C", "W", "A"])
-        self.dtype = torch.uint16 if counts.dtype == np.uint16 else torch.uint8
-        # As bytes, since torch cannot index uint16: (K, T, N) or (K, T, 2 N).
+        # As bytes, since torch cannot index uint16: (K, T, N) or, if wide, (K, T, 2 N).
+        self.wide = counts.dtype == np.uint16
         self.counts = torch.from_numpy(counts.view(np.uint8)).to(counts_on)
         self.regions = torch.from_numpy(session.region_codes).to(device)  # (N,)
         self.train, self.val = split.train, torch.from_numpy(split.val)
@@ -94,8 +94,9 @@ class SessionData:
 
     def batch(self, trials: Tensor | np.ndarray) -> Tensor:
         """Return the counts of some trials, (B, T, N) float32, on the training device."""
-        rows = self.counts[_to_device(torch.as_tensor(trials), self.counts.device)]
-        return _to_device(rows, self.device).view(self.dtype).float()
+        counts = self.counts[_to_device(torch.as_tensor(trials), self.counts.device)]
+        counts = _to_device(counts, self.device)
+        return (counts.view(torch.int16).int() & 0xFFFF if self.wide else counts).float()
 
 
 Step = list[tuple[SessionData, np.ndarray]]
@@ -195,14 +196,14 @@ def compiled(model: MtM, config: TrainConfig) -> Iterator[None]:
         del model.encode
 
 
-def setup_of(device: torch.device, counts_on: torch.device, config: TrainConfig, run: Run) -> str:
+def setup_of(device: torch.device, data: list[SessionData], config: TrainConfig, run: Run) -> str:
     """Return a line with device, precision and processes, and where a stopped run resumes."""
     parts = [f"training on {device}", "bf16" if uses_bf16(device, config.precision) else "float32"]
     if device.type == "cpu":
         parts.insert(1, f"threads: {torch.get_num_threads()}")
     elif device.type == "cuda":
         parts[0] += f" ({torch.cuda.get_device_name(device)})"
-        parts.append("counts " + ("on the GPU" if counts_on == device else "sent batch by batch"))
+        parts.append(f"counts on {data[0].counts.device}")
     parts += [f"torch.compile {config.compile}"] * (config.compile != "none")
     parts += [f"{distributed.processes()} processes"] * (distributed.processes() > 1)
     parts += [f"resuming after step {run.step}"] * (run.step > 0)
@@ -283,11 +284,7 @@ def flat(entry: dict[str, Any]) -> dict[str, float]:
 def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: str) -> Tensor:
     """Return the Poisson negative log-likelihood of the target entries, without log(count!).
 
-    Args:
-        log_rates: (B, T, N).
-        counts: (B, T, N).
-        target: (B, T, N) bool.
-        reduction: ``"mean"`` or ``"sum"`` over the targets.
+    All tensors are (B, T, N); ``reduction`` is "mean" or "sum", over the targets.
     """
     nll = F.poisson_nll_loss(log_rates, counts, log_input=True, full=False, reduction="none")
     total = torch.where(target, nll, 0.0).sum()
@@ -299,13 +296,8 @@ def accumulate(
 ) -> Tensor:
     """Add the gradients of a step's loss to the parameters.
 
-    The loss of a step is the mean over its batches or, with ``loss="sum"``, the sum.
-
-    Args:
-        model: in training mode.
-        batches: of the step, or this process's share of them.
-        config: settings.
-        n_batches: number of batches of the whole step, if ``batches`` are a share.
+    The loss is the mean over the batches of the step or, with ``loss="sum"``, the sum.
+    ``n_batches`` is the number in the whole step, if ``batches`` are this process's share.
 
     Returns:
         the contribution of each of ``batches`` to the loss, (batches,), on the device.
@@ -376,7 +368,8 @@ class Trainer:
         self.first_phase = phases[config.tune]  # epochs that train session layers only
         # Losses still on the device: step, session and scheme of each batch, losses (batches,).
         self.pending: list[tuple[int, list[tuple[str, str]], Tensor]] = []
-        self.n_trials = self.n_tokens = 0  # since the last validation
+        self.n_trials = sum(len(one.train) for one in data)  # of an epoch, as the tokens
+        self.n_tokens = sum(len(one.train) * model.n_tokens(one.name) for one in data)
 
     def train(self, progress: Progress, on_validation: Callable[[History], Any] | None) -> None:
         """Train, and leave the model with the weights of the best validation."""
@@ -385,7 +378,7 @@ class Trainer:
         run.restore(model, self.optimizer)
         board = tensorboard(run)
         epochs_done, steps_done = divmod(run.step, self.per_epoch)
-        started, since = time.perf_counter() - run.seconds, time.perf_counter()
+        started, since = time.perf_counter() - run.seconds, (run.step, time.perf_counter())
         for epoch in range(epochs_done + 1, config.epochs + 1):
             if out_of_patience(run.history, config):
                 break
@@ -406,7 +399,9 @@ class Trainer:
                 entry: dict[str, Any] = {"epoch": epoch, "step": run.step}
                 entry["lr"] = schedule.get_last_lr()[0]
                 entry |= self.mean_losses()  # here the host waits for the device
-                entry |= self.speed(time.perf_counter() - since)
+                speed = (run.step - since[0]) / self.per_epoch / (time.perf_counter() - since[1])
+                entry["trials_per_second"] = speed * self.n_trials
+                entry["tokens_per_second"] = speed * self.n_tokens
                 entry["validation"] = validate(model, self.data, config)
                 entry["mean"] = float(np.nanmean([*entry["validation"].values()]))
                 run.seconds = entry["seconds"] = time.perf_counter() - started
@@ -421,7 +416,7 @@ class Trainer:
                     board.flush()
                 if on_validation is not None and distributed.rank() == 0:
                     on_validation(run.history)
-                since = time.perf_counter()
+                since = run.step, time.perf_counter()
             progress.update(epoch, run.history)
         model.load_state_dict(run.best)
         for parameter in self.trainable:
@@ -466,8 +461,6 @@ class Trainer:
                 counts = session.batch(trials)
                 mask = self.sampler.draw(name, counts, session.regions)
                 drawn.append(Batch(counts, name, mask, session.name))
-            self.n_trials += len(trials)
-            self.n_tokens += len(trials) * model.n_tokens(session.name)
         losses = torch.zeros(len(batches), device=model.device)
         losses[mine] = accumulate(model, drawn, config, len(batches))
         used = parameters_of(model, places)
@@ -498,11 +491,6 @@ class Trainer:
         sums, self.run.losses = self.run.losses, {}
         total, number = (sum(column) for column in zip(*sums.values(), strict=True))
         return {"loss": total / number, "losses": {k: s / n for k, (s, n) in sorted(sums.items())}}
-
-    def speed(self, seconds: float) -> dict[str, float]:
-        """Return trials and tokens per second since the last validation."""
-        n_trials, n_tokens, self.n_trials, self.n_tokens = self.n_trials, self.n_tokens, 0, 0
-        return {"trials_per_second": n_trials / seconds, "tokens_per_second": n_tokens / seconds}
 
     def save(self) -> None:
         """Save the state of the run; raise FloatingPointError if it is not finite."""
@@ -680,16 +668,16 @@ def fit(
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     config = recipe(config or "mtm", **changes)
     _check_sessions(sessions, config)
-    start = _start(model, config, depth)
+    start = model.model if isinstance(model, Fit) else model
     device = torch.device(device) if device else pick_device()
     counts_on = counts_device(sessions, device)
     data = [SessionData(session, config, device, counts_on) for session in sessions]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)  # the caller's generators keep their state
-        network = _build(copy.deepcopy(start), data, config).to(device)
+        network = _build(start, data, config, depth).to(device)
         run = Run(folder, _description(network, start, data, config), save_every, restart)
         show = progress and distributed.rank() == 0
-        display = Progress(config.epochs, show, setup_of(device, counts_on, config, run))
+        display = Progress(config.epochs, show, setup_of(device, data, config, run))
         try:
             with compiled(network, config):
                 Trainer(network, data, config, run).train(display, on_validation)
@@ -720,60 +708,46 @@ def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
         raise TypeError(f"fit needs Sessions, got {others[0]}; see mtm.Session, Session.load")
     if not sessions:
         raise SessionError("no session to train on")
-    if config.batches_per_step < distributed.processes():
+    if (n := distributed.processes()) > config.batches_per_step:
         raise ValueError(
-            f"batches_per_step={config.batches_per_step} leaves some of {distributed.processes()} "
-            f"processes without a batch; use a multiple of {distributed.processes()}"
+            f"batches_per_step={config.batches_per_step} leaves some of {n} processes without a "
+            f"batch; use a multiple of {n}"
         )
     require_alike(sessions)
     regional = [name for name in config.schemes if scheme(name).needs_regions]
     for session in sessions:
         if regional and not session.region_names:
-            rest = tuple(name for name in config.schemes if name not in regional)
             raise SessionError(
                 f"session {session.name!r}, regions: no neuron has a label, but masking by "
-                f"{' and '.join(regional)} needs regions; pass regions, or train with "
-                f"schemes={rest}"
+                f"{' and '.join(regional)} needs regions; pass regions, or train with schemes="
+                f"{tuple(name for name in config.schemes if name not in regional)}"
             )
 
 
-def _start(
-    model: MtM | MtMConfig | Fit | None, config: TrainConfig, depth: int | None
-) -> MtM | MtMConfig:
-    """Return the model to fine-tune, or the configuration of a new one."""
-    model = model.model if isinstance(model, Fit) else model
-    if model is None:
-        model = model_config(config, depth)
-    elif depth is not None:
-        raise ValueError("depth is for a new model; the given one has its depth already")
-    if not isinstance(model, MtM | MtMConfig):
-        raise TypeError(
-            f"model must be an MtM or MtMConfig, got {model!r}; mtm.load reads a folder"
-        )
-    if isinstance(model, MtMConfig) and config.tune != "all":
-        raise ValueError(f"tune={config.tune!r} needs a trained model to start from")
-    return model
-
-
-def _build(start: MtM | MtMConfig, data: list[SessionData], config: TrainConfig) -> MtM:
-    """Make a new model, or check the model to fine-tune; add the sessions it does not know."""
+def _build(
+    start: MtM | MtMConfig | None, data: list[SessionData], config: TrainConfig, depth: int | None
+) -> MtM:
+    """Make a new model or copy the one to fine-tune, and add the sessions it does not know."""
     first = data[0].session
     prompts = tuple(name for name in config.schemes if scheme(name).prompt)
     if not config.prompt or len(config.schemes) == 1:  # nothing to tell apart
         prompts = ()
     causal = any(scheme(name).causal for name in config.schemes)
-    if isinstance(start, MtMConfig):
-        model = MtM(
-            start,
-            first.n_bins,
-            bin_size=first.bin_size,
-            prompts=prompts,
-            causal=causal,
-            init=config.init,
-        )
+    if start is not None and depth is not None:
+        raise ValueError("depth is for a new model; the given one has its depth already")
+    if isinstance(start, MtM):
+        _check_start(start, first, prompts, causal, config)
+        model = copy.deepcopy(start)
+    elif isinstance(start, MtMConfig | None):
+        if config.tune != "all":
+            raise ValueError(f"tune={config.tune!r} needs a trained model to start from")
+        sizes = start or model_config(config, depth)
+        kind: dict[str, Any] = {"prompts": prompts, "causal": causal, "init": config.init}
+        model = MtM(sizes, first.n_bins, bin_size=first.bin_size, **kind)
     else:
-        model = start
-        _check_start(model, first, prompts, causal, config)
+        raise TypeError(
+            f"model must be an MtM or MtMConfig, got {start!r}; mtm.load reads a folder"
+        )
     model.split_seed = config.split_seed
     for one in data:
         if one.name not in model.session_names:
@@ -797,8 +771,8 @@ def _check_start(
         raise ValueError("the model was never trained causally; train a new one for that scheme")
     if model.split_seed not in (None, config.split_seed):
         raise ValueError(
-            f"the model was trained on the split of seed {model.split_seed}, not "
-            f"{config.split_seed}: its training trials would become test trials"
+            f"the model was trained with split_seed={model.split_seed}, not {config.split_seed}: "
+            "its training trials would become test trials"
         )
     if session.n_bins != model.n_bins or abs(model.bin_size - session.bin_size) > 1e-9:
         raise SessionError(
@@ -807,14 +781,13 @@ def _check_start(
         )
     if config.tune == "session-layers" and model.config.tokenizer == "ndt2":
         warnings.warn(
-            "tune='session-layers' with ndt2 trains next to nothing: a session has a bias per "
-            "neuron and a token; use 'all' or 'session-layers-then-all'",
+            "tune='session-layers' with ndt2 trains next to nothing: a bias per neuron and a token",
             stacklevel=4,
         )
 
 
 def _description(
-    model: MtM, start: MtM | MtMConfig, data: list[SessionData], config: TrainConfig
+    model: MtM, start: MtM | MtMConfig | None, data: list[SessionData], config: TrainConfig
 ) -> dict[str, Any]:
     """Return what identifies a run; a stopped run resumes only if it is the same."""
     weights = hashlib.sha256()

@@ -297,13 +297,6 @@ def test_what_the_caller_froze_stays_frozen(small):
         assert frozen == {f"layers.{key}" for key in before}
 
 
-def test_a_new_session_can_start_with_the_mean_token(small):
-    model = fit(small[0], **QUICK).model
-    result = fit(small[1], model, **ON, token="mean", lr=1e-12).model
-    tokens = [result.session_layers(s.name).token.detach() for s in small[:2]]
-    torch.testing.assert_close(*tokens)
-
-
 def test_a_model_whose_split_is_not_known_can_be_evaluated_after_fine_tuning(small):
     model = fit(small[0], **QUICK).model
     model.split_seed, model.seen = None, {}  # as those of an imported model
@@ -317,7 +310,7 @@ def test_a_model_whose_split_is_not_known_can_be_evaluated_after_fine_tuning(sma
     [
         (("temporal",), {"schemes": ("neuron", "causal")}, "no prompt for causal, neuron"),
         (("temporal",), {"schemes": ("causal",)}, "never trained causally"),
-        (MTM_SCHEMES, {"split_seed": 1}, "split of seed 0, not 1"),
+        (MTM_SCHEMES, {"split_seed": 1}, "split_seed=0, not 1"),
         (MTM_SCHEMES, {"depth": 1}, "depth is for a new model"),
         (MTM_SCHEMES, {"other": True}, "20 bins of 0.05 s, the model was trained on 20 bins of 0"),
     ],
@@ -331,12 +324,6 @@ def test_what_a_given_model_cannot_do_is_refused(small, trained_with, settings, 
         session = Session(session.counts, session.regions, "other", bin_size=0.05)
     with pytest.raises(ValueError, match=problem):
         fit(session, model, **{**ON, "schemes": trained_with, **settings})
-
-
-def test_session_layers_of_ndt2_are_next_to_nothing(small):
-    model = fit(small[0], MtMConfig.from_depth(1, **NDT2), **ON).model
-    with pytest.warns(UserWarning, match="tune='session-layers' with ndt2 trains next to nothing"):
-        fit(small[1], model, **ON, tune="session-layers")
 
 
 # ----------------------------------------------------------------------------------------- settings
