@@ -285,7 +285,7 @@ for kill in range(kills):
         time.sleep(random.uniform(0.0, 0.1))
     else:  # while it writes
         while not any(folder.glob(".*.part")):
-            pass
+            time.sleep(0.0003)
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it had ended already"
     writing += any(folder.glob(".*.part"))

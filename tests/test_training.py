@@ -513,7 +513,7 @@ torch.manual_seed(int(sys.argv[2]))
 [session] = mtm.simulate(1, 40, 12, seed=5, bin_size=0.1)
 sizes = mtm.MtMConfig(width=32, heads=2, depth=1, mlp_width=32, stitch_width=16)
 fit = mtm.fit(session, sizes, epochs=2, validations=2, progress=False, device="cpu", seed=11)
-report = mtm.evaluate(fit, session, tasks=["co-smoothing", "choice"])
+report = mtm.evaluate(fit, session, tasks=["co-smoothing"])
 print(json.dumps({
     "counts": session.counts.sum((1, 2)).tolist() + session.counts[0].argmax(0).tolist(),
     "split": [part.tolist() for part in session.split(3)],
