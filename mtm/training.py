@@ -133,12 +133,14 @@ def steps_of(
     Batches are composed anew in each epoch and come in random order. The batches of a step are of
     different sessions, as long as enough sessions have batches left.
     """
+    # Cut each session's shuffled trials into batches, and shuffle the batches of all sessions.
     batches = []
     for session in data:
         trials = order.permutation(session.train)
         cuts = range(config.batch_size, len(trials), config.batch_size)
         batches += [(session, batch) for batch in np.split(trials, cuts)]
     waiting = deque(batches[i] for i in order.permutation(len(batches)))
+    # A step takes the next batches in this order, but one per session.
     while waiting:
         step: Step = []
         names: set[str] = set()  # sessions in the step
@@ -360,9 +362,8 @@ class Trainer:
         self.model, self.data, self.config, self.run = model, data, config, run
         self.optimizer, self.sampler = make_optimizer(model, config), make_sampler(model, config)
         self.per_epoch = steps_per_epoch(data, config)
-        self.trainable = [
-            p for p in model.parameters() if p.requires_grad
-        ]  # not frozen by the user
+        # What the caller has frozen stays frozen.
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
         some = min(max(1, round(config.session_layers_share * config.epochs)), config.epochs - 1)
         phases = {"all": 0, "session-layers": config.epochs, "session-layers-then-all": some}
         self.first_phase = phases[config.tune]  # epochs that train session layers only
@@ -375,16 +376,18 @@ class Trainer:
         """Train, and leave the model with the weights of the best validation."""
         model, config, run = self.model, self.config, self.run
         distributed.broadcast(model.state_dict().values())
-        run.restore(model, self.optimizer)
+        run.restore(model, self.optimizer)  # does nothing in a new run
         board = tensorboard(run)
         epochs_done, steps_done = divmod(run.step, self.per_epoch)
         started, since = time.perf_counter() - run.seconds, (run.step, time.perf_counter())
         for epoch in range(epochs_done + 1, config.epochs + 1):
             if out_of_patience(run.history, config):
                 break
+            # Each phase has a learning-rate schedule of its own.
             if epoch in (epochs_done + 1, self.first_phase + 1):
                 schedule = self.begin_phase(epoch)
             model.train()
+            # The order of an epoch depends on its number alone: a resumed run skips the steps taken.
             order = np.random.default_rng(seed_of(config.seed, "order", epoch))
             for batches in islice(steps_of(self.data, config, order), steps_done, None):
                 if run.due():
@@ -454,6 +457,7 @@ class Trainer:
         mine = slice(distributed.rank(), None, distributed.processes())
         places, drawn = [], []
         for i, (session, trials) in enumerate(batches):
+            # Every process draws all schemes, so that all know which parameters have gradients.
             self.sampler.reseed(seed_of(config.seed, "masks", step, i))
             name = self.sampler.choose()
             places.append((session.name, name))
@@ -562,7 +566,7 @@ def _validation_gain(model: MtM, one: SessionData, name: str, config: TrainConfi
     if scheme(name).needs_regions:  # label one region at a time, so that each is masked once
         codes = range(len(one.session.region_names))
         labels = [torch.where(one.regions == code, 0, NO_REGION) for code in codes]
-    found = torch.zeros(2, device=model.device)
+    found = torch.zeros(2, device=model.device)  # summed on the device, without waiting for it
     for trials in one.val.split(VALIDATION_BATCH):
         counts = one.batch(trials)
         null = one.null.expand_as(counts)
@@ -748,6 +752,7 @@ def _build(
         raise TypeError(
             f"model must be an MtM or MtMConfig, got {start!r}; mtm.load reads a folder"
         )
+    # By the split and the fingerprints, evaluation knows which trials the model has seen.
     model.split_seed = config.split_seed
     for one in data:
         if one.name not in model.session_names:
