@@ -387,7 +387,7 @@ class Trainer:
             if epoch in (epochs_done + 1, self.first_phase + 1):
                 schedule = self.begin_phase(epoch)
             model.train()
-            # The order of an epoch depends on its number alone: a resumed run skips the steps taken.
+            # The order depends on the epoch alone, so a resumed run can skip the steps taken.
             order = np.random.default_rng(seed_of(config.seed, "order", epoch))
             for batches in islice(steps_of(self.data, config, order), steps_done, None):
                 if run.due():
