@@ -39,8 +39,9 @@ TRIAL_COLUMNS = (
     *("stimOn_times", "goCue_times", "firstMovement_times", "response_times", "feedback_times"),
     *("choice", "feedbackType", "probabilityLeft", "contrastLeft", "contrastRight"),
 )
+LOCATIONS = "channels.brainLocationIds_ccf_2017"
 PROBE_DATASETS = (
-    *("spikes.times", "spikes.clusters", "channels.brainLocationIds_ccf_2017"),
+    *("spikes.times", "spikes.clusters", LOCATIONS),
     *("clusters.channels", "clusters.depths", "clusters.metrics", "clusters.uuids"),
 )
 SILENCE = 0.1  # seconds without a spike of a whole probe that do not yet mean that it was off
@@ -60,13 +61,10 @@ def connect(
     (``sessions.pqt``, ``datasets.pqt``): `mtm.data.synthetic.index_alf` makes them for an ALF tree,
     ``one.save_cache()`` for what a server's ONE has downloaded.
 
-    With credentials, ONE logs in at ``base_url`` and downloads into ``cache_dir``, by default
-    ``~/Downloads/ONE/<server>``. Accounts are free, at
-    https://openalyx.internationalbrainlab.org/signup. Pass ``username`` and ``password``, or
-    ``token``, the text that ``<base_url>/me`` shows when you are logged in (the only way for
-    accounts that sign in through ORCiD). ONE keeps a token in ``~/.one``, so that later
-    ``username`` alone is enough on the same machine. On Colab, store the token as a secret and
-    pass ``google.colab.userdata.get("ALYX_TOKEN")``.
+    With credentials, ONE downloads into ``cache_dir``, by default ``~/Downloads/ONE/<server>``.
+    Pass ``username`` and ``password`` of a free account (``<base_url>/signup``), or ``token``, the
+    text that ``<base_url>/me`` shows (the only way for accounts that sign in through ORCiD). ONE
+    keeps a token in ``~/.one``; later ``username`` alone is enough on the same machine.
 
     Raises:
         ValueError: neither folder nor credentials; a username without password or token.
@@ -116,8 +114,7 @@ def load_session(
     """Load one IBL session: all probes, all trials, behaviour.
 
     Neurons are all sorted clusters, probe after probe, those that never fired included. A probe's
-    sorting is taken from ``alf/probeNN/iblsorter``, else ``.../pykilosort``, else ``alf/probeNN``,
-    else any other folder; of revisions, ONE's default one.
+    sorting is that of iblsorter, else pykilosort, else the one that is there.
 
     Args:
         one: from `connect`, or any ONE.
@@ -141,13 +138,11 @@ def load_session(
         SessionError: naming the eid, the dataset and the remedy.
         ValueError: for an unknown ``atlas``, ``trial_filter`` or ``units``.
     """
-    for name, value, known in (
-        ("atlas", atlas, LEVELS),
-        ("trial_filter", trial_filter, ("reaction-time",)),
-        ("units", units, ("good",)),
-    ):
-        if value not in (None, *known):
-            raise ValueError(f"{name} must be None or one of {', '.join(known)}; got {value!r}")
+    known = {"atlas": LEVELS, "trial_filter": ("reaction-time",), "units": ("good",)}
+    for name, value in (("atlas", atlas), ("trial_filter", trial_filter), ("units", units)):
+        if value not in (None, *known[name]):
+            words = ", ".join(known[name])
+            raise ValueError(f"{name} must be None or one of {words}; got {value!r}")
     session = _OneSession(one, eid)
     trials = _trials(session, align, trial_filter)
     collections = _sortings(session, probes)
@@ -223,16 +218,13 @@ def search(
 
 def _passes_through(session: _OneSession, ids: np.ndarray) -> bool:
     """Whether a channel of any probe is in one of the regions with these ids."""
-    name = "channels.brainLocationIds_ccf_2017"
     try:
-        for collection in _sortings(session, None).values():
-            if session.find(name, collection):
-                located = np.abs(np.nan_to_num(session.load(name, collection)))
-                if np.isin(located.astype(np.int64), ids).any():
-                    return True
+        collections = [c for c in _sortings(session, None).values() if session.find(LOCATIONS, c)]
+        found = [np.abs(np.nan_to_num(session.load(LOCATIONS, c))) for c in collections]
     except SessionError as error:  # the other sessions can still be searched
         warnings.warn(f"{error}; left out of the search", UserWarning, stacklevel=3)
-    return False
+        return False
+    return any(np.isin(channels.astype(np.int64), ids).any() for channels in found)
 
 
 def prepare(one: Any, eids: Iterable[Any], out: str | Path, **options: Any) -> Prepared:
@@ -485,11 +477,8 @@ def _probe(
         session.warn(f"{collection}/spikes.times", f"left out {(~timed).sum()} without a time")
     spikes, n = spikes[timed], len(channels)
     if not spikes["cluster"].between(0, n - 1).all():
-        session.fail(
-            f"{collection}/spikes.clusters",
-            f"up to {spikes['cluster'].max()}, but clusters.channels lists {n} clusters; the files "
-            "are of different sortings, download them again",
-        )
+        problem = f"up to {spikes['cluster'].max()}, but clusters.channels lists {n} clusters; the"
+        session.fail(f"{collection}/spikes.clusters", f"{problem} files are of different sortings")
     clusters = pd.DataFrame({"probe": probe, "cluster": np.arange(n)})
     if regions:
         clusters["allen_id"] = _allen_ids(session, collection, channels)
@@ -514,18 +503,12 @@ def _probe(
 
 def _allen_ids(session: _OneSession, collection: str, channels: np.ndarray) -> np.ndarray:
     """Allen id of each cluster, (n,) int64, from that of its channel; 0, void, without one."""
-    ids = session.load(
-        "channels.brainLocationIds_ccf_2017",
-        collection,
-        "the probe has no histology: atlas=None loads it without regions",
-    )
+    remedy = "the probe has no histology: atlas=None loads it without regions"
+    ids = session.load(LOCATIONS, collection, remedy)
     on_channel = channels >= 0  # neither NaN nor -1
     if np.any(channels[on_channel] >= len(ids)):
-        session.fail(
-            f"{collection}/clusters.channels",
-            f"channel {channels.max():g} of {len(ids)}; the files are of different sortings, "
-            "download them again",
-        )
+        problem = f"channel {channels.max():g} of {len(ids)}; the files are of different sortings"
+        session.fail(f"{collection}/clusters.channels", f"{problem}, download them again")
     if not on_channel.all():
         problem = f"{(~on_channel).sum()} clusters without a channel; they have no region"
         session.warn(f"{collection}/clusters.channels", problem)
