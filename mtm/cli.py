@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a command line; a wrong one prints why and exits with status 2."""
+    """The options of a command line; a wrong one ends the process with status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m mtm",
         description="Multi-task masking: recordings in, a trained model and honest scores out.",

@@ -125,7 +125,7 @@ def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
         "from mtm.data.collection import prepare\n"
         "from mtm.session import Session\n"
         "def load(i):\n"
-        "    return Session(np.random.default_rng(i).poisson(1, (200, 50, 200)), name=str(i))\n"
+        "    return Session(np.random.default_rng(i).poisson(1, (60, 50, 200)), name=str(i))\n"
         "print('ready', flush=True)\n"
         "prepare(load, range(30), sys.argv[1], workers=1, progress=False)\n"
     )
@@ -142,7 +142,7 @@ def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
             process.kill()
         assert process.wait() in (0, -9)
         for path in tmp_path.glob("*.npz"):
-            assert Session.load(path).n_trials == 200
+            assert Session.load(path).n_trials == 60
     assert kills and len(Sessions(tmp_path)) == 30
     assert not list(tmp_path.glob(".*"))  # what the killed writers left behind
 
