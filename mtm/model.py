@@ -133,21 +133,19 @@ class SessionLayers(nn.Module):
             self.register_buffer("mean", torch.zeros(n_neurons))
 
     @torch.no_grad()
-    def init_from_counts(self, counts: np.ndarray, init: str) -> None:
-        """Start at the statistics of training trials (K, T, N): see :meth:`MtM.add_session`."""
-        log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike
+    def init_from(self, log_means: Tensor, components: Tensor | None, init: str) -> None:
+        """Start at log mean counts (N,) and principal components (N, R) of the training trials."""
         if hasattr(self, "mean"):
             self.mean.copy_(log_means.exp())
         if init == "paper":
             return
-        if hasattr(self, "bias"):
+        if components is None:
             self.bias.copy_(log_means)
             return
         self.readout.weight.mul_(READOUT_SCALE)
         self.readout.bias.copy_(log_means)
         # Each output of the stitcher starts at a component: outputs 0 to R-1 at the R components
         # in turn, R to 2R-1 at their negatives, and so on.
-        components = principal_components(counts, log_means.exp())  # (N, R)
         turn, component = divmod(np.arange(len(self.stitcher.weight)), components.shape[1])
         sign = torch.from_numpy(1.0 - 2.0 * (turn % 2)).float()
         self.stitcher.weight += COMPONENTS_SCALE * sign[:, None] * components.T[component]
@@ -379,10 +377,10 @@ class MtM(nn.Module):
         self.seen: dict[str, np.ndarray] = {}
         self.token_std = 1.0 if init == "paper" else TOKEN_STD
         self.tokenizer = self.tokenizers[config.tokenizer](config, n_bins, init)
-        self.prompt_tokens = nn.Parameter(self.token_std * torch.randn(len(prompts), config.width))
         self.embed_dropout = nn.Dropout(config.embed_dropout)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
+        self.prompt_tokens = nn.Parameter(self.token_std * torch.randn(len(prompts), config.width))
         self.sessions = nn.ModuleDict()
         self._keys: dict[str, str] = {}  # session name -> key in self.sessions
         scale = 0.67 * config.depth**-0.25  # of residual branches, as in T-Fixup
@@ -537,12 +535,6 @@ class MtM(nn.Module):
             raise ValueError(f"session {name!r} is in the model already")
         if token != "new" and (token != "mean" or not self.sessions):
             raise ValueError(f"token must be 'new', or 'mean' if there are others; got {token!r}")
-        layers = SessionLayers(n_neurons, self.config)
-        if layers.token is not None:
-            start = self.token_std * torch.randn(self.config.width)
-            if token == "mean":
-                start = torch.stack(self._session_tokens()).mean(dim=0)
-            layers.token.data.copy_(start)
         if counts is not None:
             counts = np.asarray(counts.cpu() if isinstance(counts, Tensor) else counts)
             if counts.ndim != 3 or counts.shape[2] != n_neurons:
@@ -550,7 +542,17 @@ class MtM(nn.Module):
                     f"session {name!r}: counts must be (trials, bins, {n_neurons} neurons), got "
                     f"{counts.shape}"
                 )
-            layers.init_from_counts(counts, self.init)
+            log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike
+            stitched = self.config.tokenizer == "ndt1" and self.init != "paper"
+            components = principal_components(counts, log_means.exp()) if stitched else None
+        layers = SessionLayers(n_neurons, self.config)
+        if counts is not None:
+            layers.init_from(log_means, components, self.init)
+        if layers.token is not None:
+            start = self.token_std * torch.randn(self.config.width)
+            if token == "mean":
+                start = torch.stack(self._session_tokens()).mean(dim=0)
+            layers.token.data.copy_(start)
         if self.config.tokenizer == "ndt2":
             self.tokenizer.grow(layers.n_patches)
         # Names of modules may not hold a dot, nor be an attribute of ModuleDict, as "keys" is.

@@ -242,17 +242,23 @@ def test_a_new_model_predicts_the_mean_counts(fields):
 
 def test_a_stitcher_starts_with_the_components_in_turn_and_with_both_signs():
     training = np.random.default_rng(0).poisson(1.0, (30, N_BINS, N_NEURONS))
-    weights = []
-    for counts in (None, training):
-        model = small(init="mtm", stitch_width=25)
-        torch.manual_seed(1)
-        model.add_session("new", N_NEURONS, counts)
-        weights.append(model.session_layers("new").stitcher.weight.detach())
-    gained = (weights[1] - weights[0]) / 3.0
+    model = small(init="mtm", stitch_width=25)
+    model.add_session("new", N_NEURONS, training)
+    weight = model.session_layers("new").stitcher.weight
+    torch.manual_seed(0)
+    model.add_session("plain", N_NEURONS)
+    plain = model.session_layers("plain").stitcher.weight
+    # The components are those of the smoothed, scaled counts; both starts add the same noise.
+    layers = model.session_layers("plain")
+    before = plain.detach().clone()
+    means = torch.from_numpy(np.log(training.mean((0, 1)))).float()
+    layers.init_from(means, torch.eye(N_NEURONS)[:, :10], "mtm")
+    gained = ((plain - before) / 3.0).detach()
     torch.testing.assert_close(gained[10:20], -gained[:10])
     torch.testing.assert_close(gained[20:], gained[:5])
     basis = gained[:10]
-    torch.testing.assert_close(basis @ basis.T, torch.eye(10).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(10).to(basis), atol=1e-4, rtol=0)
+    assert weight.std() > 3 * before.std()
     raw = small(init="paper")
     raw.add_session("new", N_NEURONS, training)  # the authors' start looks at no counts
     assert raw.session_layers("new").stitcher.weight.abs().max() <= N_NEURONS**-0.5
