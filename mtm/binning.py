@@ -71,7 +71,7 @@ def bin_spikes(
     times, align = _finite("spike_times", spike_times), _finite("align_times", align_times)
     neurons = np.asarray(spike_neurons)
     if neurons.shape != times.shape:
-        raise ValueError(f"spike_neurons {neurons.shape} and spike_times {times.shape} must match")
+        raise ValueError(f"spike_neurons has shape {neurons.shape}, spike_times {times.shape}")
     if neurons.size and neurons.dtype.kind not in "iu":
         raise ValueError(f"spike_neurons must be integers, got {neurons.dtype}")
     neurons = neurons.astype(np.int64)

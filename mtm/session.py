@@ -99,22 +99,31 @@ class Session:
                 f"{self.counts.shape}, got {len(labels)}; use '' for neurons without one",
             )
         self.window = self._check_window(window)
-        behaviour, neurons = behaviour or {}, neurons or {}
-        self.behaviour = {key: self._check_behaviour(key, v) for key, v in behaviour.items()}
-        self.neurons = {key: self._check_column(key, v) for key, v in neurons.items()}
-        self.rates = None if rates is None else np.asarray(rates, dtype=np.float32)
-        if self.rates is not None and self.rates.shape != self.counts.shape:
-            self._fail("rates", f"need shape {self.counts.shape}, got {self.rates.shape}")
-        if self.rates is not None and not (np.isfinite(self.rates) & (self.rates > 0)).all():
-            self._fail("rates", "expected counts must be finite and above 0")
+        trials, bins, units = self.counts.shape
+        self.behaviour: dict[str, np.ndarray] = {}
+        for key, values in (behaviour or {}).items():
+            array = self._array(f"behaviour {key!r}", values, (trials,), (trials, bins))
+            if array.dtype.kind not in "uibf" or np.isinf(array).any():
+                self._fail(f"behaviour {key!r}", "need finite numbers; missing ones are NaN")
+            self.behaviour[key] = array
+        self.neurons: dict[str, np.ndarray] = {}
+        for key, values in (neurons or {}).items():
+            column = self._array(f"neurons {key!r}", values, (units,))
+            self.neurons[key] = column.astype(np.str_) if column.dtype.kind == "O" else column
+        self.rates: np.ndarray | None = None
+        if rates is not None:
+            self.rates = self._array("rates", np.asarray(rates, np.float32), self.counts.shape)
+            on_disk = isinstance(rates, MemoryMapped)  # checked before they were written
+            if not on_disk and not (np.isfinite(self.rates) & (self.rates > 0)).all():
+                self._fail("rates", "expected counts must be finite and above 0")
         self.given_split = None if given_split is None else self._check_split(given_split)
-        self.n_recorded = self.n_trials if n_recorded is None else int(n_recorded)
-        ids = np.arange(self.n_trials) if trial_ids is None else np.asarray(trial_ids)
-        if ids.shape != (self.n_trials,) or len(np.unique(ids)) < len(ids) or ids.min() < 0:
-            self._fail("trial_ids", f"need {self.n_trials} different numbers from 0")
-        if ids.max() >= self.n_recorded:
-            self._fail("trial_ids", f"{ids.max()} is not below n_recorded={self.n_recorded}")
-        self.trial_ids = ids
+        self.n_recorded = trials if n_recorded is None else int(n_recorded)
+        ids = np.arange(trials) if trial_ids is None else trial_ids
+        self.trial_ids = self._array("trial_ids", ids, (trials,)).astype(np.int64)
+        known = (self.trial_ids >= 0) & (self.trial_ids < self.n_recorded)
+        if len(np.unique(self.trial_ids)) < trials or not known.all():
+            problem = f"need {trials} different numbers below n_recorded={self.n_recorded}"
+            self._fail("trial_ids", problem)
         self.provenance = provenance or {}
 
     # ------------------------------------------------------------------ checks
@@ -162,25 +171,11 @@ class Session:
             )
         return start, stop
 
-    def _check_behaviour(self, key: str, values: ArrayLike) -> np.ndarray:
+    def _array(self, field: str, values: ArrayLike, *shapes: tuple[int, ...]) -> np.ndarray:
         array = np.asarray(values)
-        if array.dtype.kind not in "uibf":
-            self._fail(f"behaviour {key!r}", f"need numbers, got dtype {array.dtype}")
-        if np.isinf(array).any():
-            self._fail(f"behaviour {key!r}", "infinite values; missing ones are NaN")
-        if array.shape not in ((self.n_trials,), (self.n_trials, self.n_bins)):
-            self._fail(
-                f"behaviour {key!r}",
-                f"need ({self.n_trials},), one per trial, or ({self.n_trials}, {self.n_bins}), one "
-                f"per bin; got {array.shape}",
-            )
-        return array
-
-    def _check_column(self, key: str, values: ArrayLike) -> np.ndarray:
-        array = np.asarray(values)
-        array = array.astype(np.str_) if array.dtype.kind == "O" else array
-        if array.shape[:1] != (self.n_neurons,):
-            self._fail(f"neurons {key!r}", f"need {self.n_neurons} rows, got shape {array.shape}")
+        if array.shape not in shapes:
+            needed, sizes = " or ".join(map(str, shapes)), self.counts.shape
+            self._fail(field, f"need shape {needed} with counts {sizes}, got {array.shape}")
         return array
 
     def _check_split(self, split: Sequence[ArrayLike]) -> Split:
@@ -347,12 +342,15 @@ class Session:
             clusters = np.unique(spike_clusters) if one_each is None else np.arange(len(one_each))
         ids = np.asarray(clusters)
         if isinstance(regions, Mapping):
-            if regions and not set(regions) & set(ids.tolist()):
+            if regions and ids.size and not set(regions) & set(ids.tolist()):
                 raise SessionError(
                     f"session {name!r}, regions: no key of the mapping is a cluster id; keys are "
                     f"like {next(iter(regions))!r}, ids like {ids.tolist()[0]!r}"
                 )
             regions = [regions.get(cluster, "") for cluster in ids.tolist()]
+        if window[1] - window[0] > 100:  # said before such counts fill the memory
+            message = f"trials of {window[1] - window[0]:g} s; it is in seconds, not milliseconds"
+            warnings.warn(f"session {name!r}, window: {message}", stacklevel=2)
         grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
         field = "spikes"
         try:
@@ -425,15 +423,12 @@ class Session:
         """
         description, arrays = read_session_file(path, mmap=("counts", "rates") if mmap else ())
         fields: dict[str, Any] = {k: description[k] for k in description if k not in LISTED}
-        split = {}
+        groups: dict[str, dict[str, np.ndarray]] = {"behaviour": {}, "neurons": {}, "split": {}}
         for key, array in arrays.items():
-            group, _, column = key.rpartition("/")
-            if group == "split":
-                split[column] = array
-            elif group:
-                fields.setdefault(group, {})[column] = array
-            else:
-                fields[key] = array
+            group, _, column = key.partition("/")  # as in "behaviour/choice"
+            (groups[group] if column else fields)[column or key] = array
+        split = groups.pop("split")
+        fields |= groups
         return cls(**fields, given_split=Split(**split) if split else None)
 
 
@@ -479,8 +474,6 @@ def _doubts(
 ) -> Iterator[str]:
     """What seems wrong with the units of times, or with the events."""
     length, span, spread = window[1] - window[0], np.ptp(spikes), np.ptp(events)
-    if length > 100:
-        yield f"trials of {length:g} s; window is in seconds, not milliseconds"
     if len(events) >= 10 and min(span, spread) > 0 and max(span, spread) > 300 * min(span, spread):
         yield (
             f"spikes span {span:.3g} s and events {spread:.3g} s; both must be in seconds, on the "
