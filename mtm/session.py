@@ -342,32 +342,24 @@ class Session:
             clusters = np.unique(spike_clusters) if one_each is None else np.arange(len(one_each))
         ids = np.asarray(clusters)
         if isinstance(regions, Mapping):
-            if regions and ids.size and not set(regions) & set(ids.tolist()):
-                raise SessionError(
-                    f"session {name!r}, regions: no key of the mapping is a cluster id; keys are "
-                    f"like {next(iter(regions))!r}, ids like {ids.tolist()[0]!r}"
-                )
-            regions = [regions.get(cluster, "") for cluster in ids.tolist()]
-        if window[1] - window[0] > 100:  # said before such counts fill the memory
+            regions = _labels(regions, ids.tolist(), name)
+        if window[1] - window[0] > 100:  # before such counts fill the memory
             message = f"trials of {window[1] - window[0]:g} s; it is in seconds, not milliseconds"
             warnings.warn(f"session {name!r}, window: {message}", stacklevel=2)
         grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
+        binned = dict(behaviour or {})
         field = "spikes"
         try:
             places = cluster_places(spike_clusters, ids)
             counts = bin_spikes(spike_times, places, align_times, n_neurons=len(ids), **grid)
-            binned = dict(behaviour or {})
+            if not counts.any():
+                raise ValueError("none falls into any trial; are both on one clock, in seconds?")
             for field, (times, values) in (traces or {}).items():
                 if field in binned:
                     raise ValueError("a behaviour has this name, too; rename one of them")
                 binned[field] = bin_trace(times, values, align_times, **grid)
         except ValueError as error:
             raise SessionError(f"session {name!r}, {field}: {error}") from error
-        if not counts.any():
-            raise SessionError(
-                f"session {name!r}, spikes: none falls into any trial's window; spikes and events "
-                "must be on the same clock, in seconds"
-            )
         for doubt in _doubts(counts, np.asarray(spike_times), np.asarray(align_times), window):
             if "split" not in doubt or fields.get("given_split") is None:
                 warnings.warn(f"session {name!r}, align_times: {doubt}", stacklevel=2)
@@ -448,6 +440,16 @@ def read_session_file(
 def has_region(label: str) -> bool:
     """Return whether a label names a region, and is not one of :data:`UNLABELLED`."""
     return label.lower() not in UNLABELLED
+
+
+def _labels(regions: Mapping[Any, str], ids: list[Any], name: str) -> list[str]:
+    """The region of each cluster id; "" for those that the mapping does not have."""
+    if regions and ids and not set(regions) & set(ids):
+        raise SessionError(
+            f"session {name!r}, regions: no key of the mapping is a cluster id; keys are like "
+            f"{next(iter(regions))!r}, ids like {ids[:1]}"
+        )
+    return [regions.get(cluster, "") for cluster in ids]
 
 
 def require_alike(sessions: Sequence[Session]) -> None:
