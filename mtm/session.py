@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
 
@@ -320,9 +320,8 @@ class Session:
             spike_times: (S,) seconds.
             spike_clusters: (S,) the id of the neuron that fired.
             align_times: (K,) seconds; the event of each trial, where the window's 0 lies.
-            clusters: (N,) the ids, in the order of the neuron axis; a cluster without a spike keeps
-                its place. Default: 0..N-1 where ``regions`` lists N labels, else every id that
-                fired.
+            clusters: (N,) the ids, in the order of the neuron axis, silent ones included. Default:
+                0..N-1 where ``regions`` lists N labels, else every id that fired.
             regions: label of each cluster: (N,) in that order, or a mapping from id to label.
             window: (start, stop) around each event, seconds; a whole number of bins.
             bin_size: seconds.
@@ -343,26 +342,20 @@ class Session:
         ids = np.asarray(clusters)
         if isinstance(regions, Mapping):
             regions = _labels(regions, ids.tolist(), name)
-        if window[1] - window[0] > 100:  # before such counts fill the memory
-            message = f"trials of {window[1] - window[0]:g} s; it is in seconds, not milliseconds"
-            warnings.warn(f"session {name!r}, window: {message}", stacklevel=2)
+        _doubt_times(name, spike_times, align_times, window, fields.get("given_split") is not None)
         grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
-        binned = dict(behaviour or {})
-        field = "spikes"
+        binned, field = dict(behaviour or {}), "spikes"
         try:
             places = cluster_places(spike_clusters, ids)
             counts = bin_spikes(spike_times, places, align_times, n_neurons=len(ids), **grid)
             if not counts.any():
-                raise ValueError("none falls into any trial; are both on one clock, in seconds?")
+                raise ValueError("none falls into any trial's window; are both on one clock, in s?")
             for field, (times, values) in (traces or {}).items():
                 if field in binned:
                     raise ValueError("a behaviour has this name, too; rename one of them")
                 binned[field] = bin_trace(times, values, align_times, **grid)
         except ValueError as error:
             raise SessionError(f"session {name!r}, {field}: {error}") from error
-        for doubt in _doubts(counts, np.asarray(spike_times), np.asarray(align_times), window):
-            if "split" not in doubt or fields.get("given_split") is None:
-                warnings.warn(f"session {name!r}, align_times: {doubt}", stacklevel=2)
         table = {"cluster": ids, **(neurons or {})}
         return cls(counts, regions, name, behaviour=binned, neurons=table, **grid, **fields)
 
@@ -471,28 +464,37 @@ def require_alike(sessions: Sequence[Session]) -> None:
             )
 
 
-def _doubts(
-    counts: np.ndarray, spikes: np.ndarray, events: np.ndarray, window: tuple[float, float]
-) -> Iterator[str]:
-    """What seems wrong with the units of times, or with the events."""
-    length, span, spread = window[1] - window[0], np.ptp(spikes), np.ptp(events)
-    if len(events) >= 10 and min(span, spread) > 0 and max(span, spread) > 300 * min(span, spread):
-        yield (
-            f"spikes span {span:.3g} s and events {spread:.3g} s; both must be in seconds, on the "
-            "same clock"
-        )
-    overlap = np.maximum(length - np.diff(np.sort(events)), 0).sum() / (length * len(events))
-    if overlap > 0.1:
-        yield (
-            f"{overlap:.0%} of the windows' time lies in the next window too, so a random split "
-            "tests on what it trains on; take events further apart, or pass a given_split whose "
-            "parts lie apart in time"
-        )
-    spiking = counts.any(axis=(1, 2))
-    inside = events[spiking]
-    outside = ~spiking & ((events < inside.min()) | (events > inside.max()))
-    if outside.mean() > 0.05:
-        yield (
-            f"{outside.sum()} of {len(events)} trials lie before the first or after the last "
-            "spike, as if nothing had been recorded; leave them out"
-        )
+def _doubt_times(
+    name: str,
+    spike_times: ArrayLike,
+    align_times: ArrayLike,
+    window: tuple[float, float],
+    split_given: bool,
+) -> None:
+    """Warn of times that seem to be in another unit, and of events that do not suit a split."""
+    spikes, events = np.asarray(spike_times, float), np.sort(np.asarray(align_times, float))
+    length, doubts = window[1] - window[0], []
+    if length > 100:
+        doubts.append(f"trials of {length:g} s; window is in seconds, not milliseconds")
+    if spikes.size and events.size:
+        spans = sorted((np.ptp(spikes), np.ptp(events)))
+        if len(events) >= 10 and spans[1] > 300 * spans[0] > 0:
+            doubts.append(
+                f"spikes span {np.ptp(spikes):.3g} s and events {np.ptp(events):.3g} s; both must "
+                "be in seconds, on the same clock"
+            )
+        overlap = np.maximum(length - np.diff(events), 0).sum() / (length * len(events))
+        if overlap > 0.1 and not split_given:
+            doubts.append(
+                f"{overlap:.0%} of the windows' time lies in the next window too, so a random "
+                "split tests on what it trains on; take events further apart, or pass a "
+                "given_split whose parts lie apart in time"
+            )
+        outside = (events + window[1] < spikes.min()) | (events + window[0] > spikes.max())
+        if 0.05 < outside.mean() < 1:
+            doubts.append(
+                f"{outside.sum()} of {len(events)} trials lie before the first or after the last "
+                "spike, as if nothing had been recorded; leave them out"
+            )
+    for doubt in doubts:
+        warnings.warn(f"session {name!r}, align_times: {doubt}", stacklevel=3)
