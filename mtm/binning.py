@@ -84,18 +84,20 @@ def bin_spikes(
     times, neurons = times[order], neurons[order]
     edges, snap = _edges(align, bins, window[0], bin_size)
     first = np.searchsorted(times, edges - snap)  # (K, T + 1): first spike at or after each edge
-    counts = np.zeros((len(align), bins, n_neurons), np.uint16)
+    counts = np.zeros((len(align), bins, n_neurons), np.uint8)
     for trial, places in enumerate(first):
         bin_of_spike = np.repeat(np.arange(bins), np.diff(places))
         cells = bin_of_spike * n_neurons + neurons[places[0] : places[-1]]
         found = np.bincount(cells, minlength=bins * n_neurons)
-        if found.max(initial=0) > np.iinfo(np.uint16).max:
+        if (largest := found.max(initial=0)) > np.iinfo(np.uint16).max:
             raise ValueError(
-                f"{found.max()} spikes of a neuron in a bin do not fit uint16; make bin_size "
+                f"{largest} spikes of a neuron in a bin do not fit uint16; make bin_size "
                 f"({bin_size} s) smaller, or check that spike_times are seconds"
             )
+        if largest > np.iinfo(counts.dtype).max:
+            counts = counts.astype(np.uint16)
         counts[trial] = found.reshape(bins, n_neurons)
-    return counts.astype(np.uint8) if counts.max(initial=0) < 256 else counts
+    return counts
 
 
 def cluster_places(spike_clusters: ArrayLike, clusters: ArrayLike) -> NDArray[np.int64]:

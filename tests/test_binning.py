@@ -1,7 +1,6 @@
 """Binning against integer arithmetic on clock ticks, fine numerical averages and closed forms."""
 
 import tracemalloc
-import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -9,9 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mtm import binning
 from mtm.binning import bin_spikes, bin_trace, n_bins
-from mtm.data.recording import ordered_samples
 
 FIVE_BINS = {"window": (-0.04, 0.06), "bin_size": 0.02}
 
@@ -109,13 +106,6 @@ def test_bins_are_half_open_beyond_the_tolerance():
     np.testing.assert_array_equal(counts, expected)
 
 
-def test_a_spike_counts_in_every_window_that_holds_it():
-    counts = bin_spikes([10.0], [1], [10.0, 9.97, 10.03, 10.0, 11.0], n_neurons=2, **FIVE_BINS)
-    assert counts[:, :, 0].sum() == 0
-    np.testing.assert_array_equal(counts[:, :, 1].sum(axis=1), [1, 1, 1, 1, 0])
-    np.testing.assert_array_equal(counts[:4, :, 1].argmax(axis=1), [2, 3, 0, 2])
-
-
 def test_order_of_spikes_and_trials_does_not_matter_and_arguments_are_left_alone():
     rng = np.random.default_rng(0)
     times, neurons = np.sort(rng.uniform(0, 20, 3000)), rng.integers(0, 6, 3000).astype(np.uint16)
@@ -127,16 +117,6 @@ def test_order_of_spikes_and_trials_does_not_matter_and_arguments_are_left_alone
     np.testing.assert_array_equal(given_times, times[shuffled])
 
 
-@pytest.mark.parametrize("items", [1, 40, 173, 10**9])
-def test_chunks_of_trials_do_not_change_the_counts(monkeypatch, items):
-    rng = np.random.default_rng(1)
-    times, neurons, align = rng.uniform(0, 5, 2000), rng.integers(0, 3, 2000), rng.uniform(0, 5, 40)
-    expected = bin_spikes(times, neurons, align, n_neurons=3, **FIVE_BINS)
-    monkeypatch.setattr(binning, "_CHUNK_ITEMS", items)
-    counts = bin_spikes(times, neurons, align, n_neurons=3, **FIVE_BINS)
-    np.testing.assert_array_equal(counts, expected)
-
-
 def test_work_space_does_not_grow_with_the_recording():
     align = np.arange(1000) + 0.5
     tracemalloc.start()
@@ -144,28 +124,19 @@ def test_work_space_does_not_grow_with_the_recording():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert counts.sum() == 1000
-    assert peak < counts.nbytes + 40 * binning._CHUNK_ITEMS  # as int64 they would take 160 MB
+    assert peak < 1.2 * counts.nbytes  # as int64 they would take eight times as much
 
 
 @pytest.mark.parametrize(
     ("spikes", "dtype"), [(255, np.uint8), (256, np.uint16), (65_535, np.uint16)]
 )
-def test_the_largest_count_decides_the_dtype(monkeypatch, spikes, dtype):
-    monkeypatch.setattr(binning, "_CHUNK_ITEMS", 1)  # the promotion keeps the trials before it
+def test_the_largest_count_decides_the_dtype(spikes, dtype):
     times = np.concatenate([np.full(7, 1.0), np.full(spikes, 2.0), np.full(9, 3.0)])
     counts = bin_spikes(
         times, np.zeros(len(times), int), [1, 2, 3], n_neurons=2, window=(0, 0.5), bin_size=0.5
     )
     assert counts.dtype == dtype
     np.testing.assert_array_equal(counts[:, 0], [[7, 0], [spikes, 0], [9, 0]])
-
-
-def test_a_count_beyond_uint16_is_refused_by_its_size():
-    times = np.concatenate([np.full(65_536, 1.0), np.full(70_000, 2.0)])
-    with pytest.raises(ValueError, match="largest count, 70000 .*bin_size"):
-        bin_spikes(
-            times, np.zeros(len(times), int), [1, 2], n_neurons=1, window=(0, 0.5), bin_size=0.5
-        )
 
 
 @pytest.mark.parametrize("n_neurons", [0, 3])
@@ -176,33 +147,19 @@ def test_nothing_to_count(n_neurons, align):
     assert counts.sum() == 0
 
 
-def test_spikes_without_a_trial():
-    assert bin_spikes([1.0], [0], [], n_neurons=2, **FIVE_BINS).shape == (0, 5, 2)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"spike_times": [1.0, np.nan]}, "spike_times holds 1 .*index 1; drop"),
-        ({"spike_times": [np.inf, 1.0]}, "spike_times holds 1 .*index 0"),
-        ({"spike_times": [[1.0, 2.0]]}, r"spike_times must be one-dimensional.*\(1, 2\)"),
-        ({"spike_times": ["a", "b"]}, "spike_times must be an array of numbers"),
-        ({"align_times": [1.0, np.nan]}, "align_times holds 1 .*drop those trials"),
-        ({"align_times": 1.0}, "align_times must be one-dimensional"),
-        ({"align_times": [1e16]}, "align_times are too far from zero"),
-        ({"align_times": [np.finfo(float).max]}, "align_times are too far from zero"),
-        ({"spike_neurons": [0]}, r"spike_neurons has shape \(1,\).*\(2,\)"),
+        ({"spike_times": [1.0, np.nan]}, "spike_times holds 1 NaN .*index 1; leave them out"),
+        ({"spike_times": [[1.0, 2.0]]}, "spike_times must be one-dimensional"),
+        ({"spike_times": np.ones(70_000), "spike_neurons": np.zeros(70_000, int)}, "70000 spikes"),
+        ({"align_times": [1.0, np.nan]}, "align_times holds 1 NaN"),
+        ({"align_times": [1e16]}, "align_times are too large for float64"),
+        ({"spike_neurons": [0]}, r"spike_neurons has shape \(1,\), spike_times \(2,\)"),
         ({"spike_neurons": [0.0, 1.0]}, "spike_neurons must be integers, got float64"),
-        ({"spike_neurons": [True, False]}, "spike_neurons must be integers, got bool"),
         ({"spike_neurons": [0, 3]}, r"spike_neurons runs from 0 to 3 .*\[0, n_neurons=3\)"),
         ({"spike_neurons": [-1, 2]}, "spike_neurons runs from -1 to 2"),
-        ({"n_neurons": -1}, "n_neurons must be an integer of at least 0, got -1"),
-        ({"n_neurons": True}, "n_neurons must be an integer of at least 0, got True"),
-        ({"spike_times": np.array([1j, 2j])}, "spike_times must be an array of numbers, got comp"),
-        ({"n_neurons": 2.5}, "n_neurons must be an integer of at least 0, got 2.5"),
-        ({"n_neurons": 0}, "spike_neurons runs from 0 to 1"),
         ({"window": (0.0, 0.05)}, "holds 2.5 bins"),
-        ({"bin_size": 0.0}, "bin_size must be a positive"),
     ],
 )
 def test_bad_spikes_are_refused_by_name(change, message):
@@ -229,17 +186,7 @@ def test_n_bins(window, bin_size, bins):
         ((1.0, 1.0), 0.1, "window must be .*start < stop"),
         ((1.0, 0.0), 0.1, "window must be"),
         ((0.0, np.nan), 0.1, "window must be"),
-        ((0.0, np.inf), 0.1, "window must be"),
-        ((0.0, 1.0, 2.0), 0.1, "window must be"),
-        (("0", "1"), 0.1, "window must be"),
-        ((0.0, [1.0]), 0.1, "window must be"),
-        (1.0, 0.1, "window must be"),
-        ((0.0, 1.0), None, "bin_size must be a positive number of seconds, got None"),
-        ((0.0, 1.0), np.array([0.1]), "bin_size must be a positive"),
-        ((0.0, 1e300), 1e-300, "holds inf bins"),
-        ((0.0, 1e9), 1e-3, r"holds 1e\+12 bins of bin_size 0.001 s; both are in seconds"),
         ((0.0, 1.0), 0.0, "bin_size must be a positive"),
-        ((0.0, 1.0), -0.1, "bin_size must be a positive"),
         ((0.0, 1.0), np.nan, "bin_size must be a positive"),
     ],
 )
@@ -325,44 +272,6 @@ def test_trace_closed_forms_and_no_offset():
     )
 
 
-def test_trace_averages_what_is_faster_than_the_bins():
-    times = np.arange(0, 4, 1e-3)
-    fast = np.sin(2 * np.pi * 50 * times)  # one whole period a bin
-    binned = bin_trace(times, fast, [2.003], **FIVE_BINS)
-    assert np.abs(binned).max() < 0.01
-
-
-def test_trace_of_a_step_with_a_gap():
-    times = np.concatenate([np.arange(0, 1.0001, 0.01), np.arange(1.5, 2.5001, 0.01)])
-    values = (times > 1.2).astype(float)
-    binned = bin_trace(times, values, [1.0], window=(-0.1, 0.7), bin_size=0.1)[0]
-    # the gap runs from 1.0 to 1.5: bins that only touch it are known
-    np.testing.assert_allclose(binned, [0, *[np.nan] * 5, 1, 1], atol=1e-7)
-    across = bin_trace(times, values, [1.0], window=(-0.1, 0.7), bin_size=0.1, max_gap=0.5)[0]
-    np.testing.assert_allclose(across, [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1, 1], atol=1e-6)
-
-
-def test_trace_interpolates_short_runs_of_nan_only():
-    times = np.arange(0, 2, 0.01)
-    values = 5 * times
-    values[100:105] = np.nan  # samples at 0.99 and 1.05: a gap of 0.06 s
-    values[:3] = values[-3:] = np.nan
-    window = {"window": (0.0, 0.1), "bin_size": 0.02}
-    np.testing.assert_allclose(
-        bin_trace(times, values, [1.0], max_gap=0.06, **window)[0],
-        5 * (1.0 + np.array([1, 3, 5, 7, 9]) / 100),
-        rtol=1e-6,
-    )
-    np.testing.assert_array_equal(
-        np.isnan(bin_trace(times, values, [1.0], max_gap=0.05, **window)[0]), [1, 1, 1, 0, 0]
-    )
-    # the known samples run from 0.03 to 1.96: at both ends, bins must lie inside
-    np.testing.assert_array_equal(
-        np.isnan(bin_trace(times, values, [0.0, 0.03, 1.86, 1.88], **window)),
-        [[1, 1, 0, 0, 0], [0] * 5, [0] * 5, [0, 0, 0, 0, 1]],
-    )
-
-
 def test_trace_of_a_long_recording_keeps_its_digits():
     times = np.arange(0, 10_000, 0.02) + 5_000.0
     values = 1e5 + np.sin(times)
@@ -383,26 +292,15 @@ def test_trace_without_samples_is_unknown(times, values):
     assert binned.shape == (2, 5) and binned.dtype == np.float32 and np.isnan(binned).all()
 
 
-def test_trace_without_trials():
-    assert bin_trace([0.0, 1.0], [0.0, 1.0], [], **FIVE_BINS).shape == (0, 5)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"times": [0.0, 2.0, 1.0]}, r"times must be strictly increasing.*times\[2\].*np.unique"),
+        ({"times": [0.0, 2.0, 1.0]}, "times must be strictly increasing"),
         ({"times": [0.0, 1.0, 1.0]}, "times must be strictly increasing"),
-        ({"times": [0.0, np.nan, 2.0]}, "^times holds 1 NaN or infinite.*drop those samples"),
-        ({"times": [0.0, 1.0]}, "values has 3 samples but times has 2"),
-        ({"values": [0.0, np.inf, 1.0]}, "values holds 1 infinite.*index 1; set them to NaN"),
-        (
-            {"values": [0.0, -1e300, np.nan]},
-            r"values are up to 1e\+300, more than float32 holds; set",
-        ),
-        ({"values": np.zeros((3, 2))}, "values must be one-dimensional"),
+        ({"times": [0.0, np.nan, 2.0]}, "^times holds 1 NaN or infinite"),
+        ({"times": [0.0, 1.0]}, r"values \(3,\) must be one for each of times \(2,\)"),
+        ({"values": [0.0, np.inf, 1.0]}, "none infinite"),
         ({"align_times": [np.nan]}, "align_times holds 1"),
-        ({"max_gap": 0.0}, "max_gap must be a positive"),
-        ({"max_gap": np.nan}, "max_gap must be a positive"),
         ({"window": (0.0, 0.05)}, "holds 2.5 bins"),
     ],
 )
@@ -410,31 +308,3 @@ def test_bad_traces_are_refused_by_name(change, message):
     good = {"times": [0.0, 1.0, 2.0], "values": [0.0, 1.0, 2.0], "align_times": [1.0]}
     with pytest.raises(ValueError, match=message):
         bin_trace(**(good | FIVE_BINS | change))
-
-
-@pytest.mark.parametrize(
-    ("times", "values", "message"),
-    [
-        ([0.0, 1.0], [1.0], "values has 1 samples but times has 2"),
-        (0.0, [1.0], "times must be one-dimensional"),
-        ([0.0], ["x"], "values must be an array of numbers"),
-        ([[0.0], 1.0], [1.0], "times must be an array of numbers"),
-    ],
-)
-def test_samples_that_cannot_be_mended_are_refused(times, values, message):
-    with pytest.raises(ValueError, match=message):
-        ordered_samples(times, values)
-
-
-def test_max_gap_must_be_a_time():
-    for gap in ("0.2", None, [0.2], 0.0, np.nan):
-        with pytest.raises(ValueError, match="max_gap must be a positive number"):
-            bin_trace([0.0, 1.0], [1.0, 1.0], [0.5], **FIVE_BINS, max_gap=gap)
-
-
-def test_samples_that_are_as_close_as_numbers_can_be():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        times = [0.0, 5e-324, 0.1, 0.2]
-        found = bin_trace(times, [0.0, 1.0, 1.0, 1.0], [0.0], window=(0, 0.2), bin_size=0.1)
-    np.testing.assert_array_equal(found, [[1.0, 1.0]])
