@@ -18,8 +18,6 @@ from numpy.typing import ArrayLike
 
 from mtm.binning import bin_spikes, bin_trace, cluster_places
 from mtm.files import MemoryMapped, read_arrays, write_arrays
-from mtm.files import atomic_write as atomic_write  # noqa: PLC0414
-from mtm.files import optional as optional  # noqa: PLC0414
 
 FORMAT = "mtm-session 3"
 LISTED = ("format", "shape", "firing_rates")  # in a file, but no fields of a Session

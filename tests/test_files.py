@@ -1,0 +1,51 @@
+"""Atomic writes, files of arrays, and optional packages."""
+
+import errno
+
+import numpy as np
+import pytest
+
+from mtm.files import atomic_write, optional, read_arrays, write_arrays
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "a"
+    with atomic_write(path) as partial:
+        partial.write_text("old")
+    with pytest.raises(KeyError), atomic_write(path) as partial:
+        partial.write_text("half")
+        raise KeyError
+    assert path.read_text() == "old"
+    with atomic_write(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"  # until all is written
+    assert path.read_text() == "new" and [p.name for p in path.parent.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_names_the_file_and_the_remedy(tmp_path, number):
+    with pytest.raises(OSError, match="free some space there, or .* place: '.*a'$") as caught:
+        with atomic_write(tmp_path / "a") as partial:
+            partial.write_text("half")
+            raise OSError(number, "the system's message, without a name")
+    assert caught.value.errno == number and not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="something else$"), atomic_write(tmp_path / "a"):
+        raise OSError(errno.EIO, "something else")
+
+
+def test_arrays_read_in_part_or_from_disk(tmp_path):
+    arrays = {"x": np.arange(6, dtype=np.uint16).reshape(2, 3), "a/b": np.array(["é", ""])}
+    path = write_arrays(tmp_path / "x.npz", {"n": [1]}, arrays)
+    assert read_arrays(path, only=())[0] == {"n": [1]}
+    assert list(read_arrays(path, only=("a/b",))[1]) == ["a/b"]
+    for mmap in ((), ("x",)):
+        read = read_arrays(path, mmap=mmap)[1]
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(read[key], array)
+            assert read[key].dtype == array.dtype
+
+
+def test_a_missing_package_names_the_extra():
+    with pytest.raises(ImportError, match=r'no_such is missing: pip install "mtm-neural\[nwb\]"'):
+        optional("no_such", "nwb")
+    assert optional("json.decoder", "nwb").JSONDecoder
