@@ -1,11 +1,7 @@
-"""BrainWideBench (arXiv 2609.22064), the field's benchmark: its files in, predictions out.
+"""BrainWideBench (arXiv 2609.22064), the field's benchmark: read its files, submit predictions.
 
-Read in this order::
-
-    files       its session files: listed, fetched, made a Session
-    tasks       what its tasks ask: windows, targets, scores
-    decoders    behaviour from what a model predicts, in the forms that it asks for
-    submission  predictions as its scorer reads them, checked and packed
+- `files`: list, download and read its session files;
+- `submission`: predict its tasks, check the predictions, score and pack them.
 """
 
 from mtm.bwb.files import BUILDS, Entry, download, list_sessions, load_session, ts2_windows

@@ -1,285 +1,359 @@
-"""BrainWideBench (arXiv 2609.22064): predictions as its scorer reads them, checked and packed.
+"""BrainWideBench (arXiv 2609.22064): predict its tasks, check the predictions, pack the upload.
 
-From session files and trained models to the zip to upload::
+From session files and trained models to the zip::
 
     export(models, files, "predictions", "my-model")
-    check("predictions", files)  # a list of what would go wrong; empty = ready
-    score("predictions", files)  # what the scorer says, from the session files themselves
+    check("predictions", files)  # a list of problems; empty when ready
+    score("predictions", files)  # the scorer's numbers, from the session files themselves
     pack("predictions", "my-model", "my-model.zip", files)
 
-`mtm.bwb.tasks` has the tasks, those of TS1 and TS2. The scorer matches windows by exact equality of
-their starts, does not look at the order of units, and leaves out in silence what it cannot match;
-hence `check`.
+A window is 1 s = 50 bins of 20 ms. Tasks on single units (TS2) are scored in every window of the
+test part, one every 20 ms; tasks on behaviour (TS1) in one window of each test trial. TS3, the
+region of a unit, is not covered.
+
+===================================  ===================  ===========================  ===========
+task                                 build of the file    predicted                    score
+===================================  ===================  ===========================  ===========
+ts2-co_smoothing                     selected_units       held-out units, all bins     poisson_d2
+ts2-forecasting                      selected_units       all units, last 5 bins       poisson_d2
+ts1-choice, -reward                  all_units            2 logits a trial             bacc
+ts1-stimulus_contrast                all_units            5 logits a trial             bacc
+ts1-whisker_motion_energy,           all_units            z-scored value, 50 samples   r2
+-left_paw_speed, -right_paw_speed
+ts1-wheel_speed                      all_units            value, 50 samples            r2
+ts1-licking_rate                     all_units            log of the expected licks    poisson_d2
+                                                          in each of 50 samples
+===================================  ===================  ===========================  ===========
+
+The scorer (package ``ibl-bwb-eval``) matches windows by exact equality of their starts, does not
+check the order of units, and skips what it cannot match without an error; hence `check`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import itertools
 import re
+import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from sklearn.metrics import r2_score
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-from mtm.bwb.decoders import LOWEST, decode_classes, decode_counts, decode_traces
-from mtm.bwb.files import SUITES
-from mtm.bwb.tasks import (
-    BIN_SIZE,
-    BINS,
-    LENGTH,
-    TASKS,
-    Recording,
-    Trials,
-    mean_recall,
-    pieces,
-    poisson_scores,
-    read,
-    trials,
-    truth,
-)
-from mtm.decoding import FOLDS, principal_axes
-from mtm.files import atomic_write as replacing
-from mtm.masks import Mask, scheme
-from mtm.model import MtM
-from mtm.prediction import PredictorLike, predict_in_batches
-from mtm.session import SessionError
-from mtm.training import Fit
+from mtm import decoding
+from mtm.bwb.files import SPLITS, SUITES, load_session, open_file, ts2_windows
+from mtm.files import atomic_write
+from mtm.prediction import PredictorLike, Queries, predict_queries, require_unseen
+from mtm.session import Session, SessionError
 
+BINS, BIN_SIZE, LENGTH = 50, 0.02, 1.0  # of a window; seconds
+AHEAD = 5  # bins that forecasting predicts
+LOWEST = float(np.log(1e-9))  # log-probability of a class that cannot be predicted
 FIRST_SEED, LEAST_SEEDS = 43, 3
-SCORER = "0.1.0"  # version of the scorer whose files these are
-IMPLAUSIBLE = (0.1, 10.0)  # times the recording's own rate: log-rates beyond are no log-rates
-IMPLAUSIBLE_LICKS = (0.01, 25.0)  # an animal may well stop licking; in Hz it would be 50
-NOT_CHECKED = re.compile(r"ts3-unit_cosmos/seed_(0|[1-9]\d*)\.safetensors")  # TS3: from elsewhere
+SCORER = "0.1.0"  # version of ibl-bwb-eval
+PLAUSIBLE = (0.1, 10.0)  # mean predicted rate, as a multiple of the recorded one
+
+
+class Task(NamedTuple):
+    """A task: the build of its files, and the masking scheme whose prompt a model gets.
+
+    Tasks on behaviour also have the name of their windows in ``task_aligned_intervals``, and the
+    number of classes of a trial, or the group of the file that holds 50 samples of a trial.
+    """
+
+    build: str
+    prompt: str
+    events: str = ""
+    classes: int = 0
+    group: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Steps and values of the prediction of a trial, in a task on behaviour."""
+        return (1, self.classes) if self.classes else (BINS, 1)
+
+
+TASKS = {
+    "ts2-co_smoothing": Task("selected_units", "neuron"),
+    "ts2-forecasting": Task("selected_units", "causal"),
+    "ts1-choice": Task("all_units", "neuron", "choice", classes=2),
+    "ts1-reward": Task("all_units", "neuron", "reward", classes=2),
+    "ts1-stimulus_contrast": Task("all_units", "neuron", "stimulus_contrast", classes=5),
+    "ts1-whisker_motion_energy": Task("all_units", "causal", "movement_window", group="whisker"),
+    "ts1-wheel_speed": Task("all_units", "causal", "movement_window", group="wheel"),
+    "ts1-left_paw_speed": Task("all_units", "causal", "movement_window", group="paws"),
+    "ts1-right_paw_speed": Task("all_units", "causal", "movement_window", group="paws"),
+    "ts1-licking_rate": Task("all_units", "causal", "licking_window", group="licks"),
+}
+"""Every task of TS1 and TS2 by its name at the benchmark.
+
+:meta hide-value:
+"""
+
+
+# ----------------------------------------------------------- windows, trials and targets
+
+
+class Trials(NamedTuple):
+    """The trials of a behaviour task that are scored or fitted to, in the order of the file.
+
+    Attributes:
+        rows: (K,) int64, of the file's ``trials``.
+        starts: (K,) of the windows, seconds.
+        values: (K, 1) int64 classes, or (K, 50, 1) float32 samples in the task's unit.
+        trusted: (K, 50) bool, samples that are scored.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    values: np.ndarray
+    trusted: np.ndarray
+
+
+class BenchmarkSession:
+    """What the tasks need of a session file.
+
+    Attributes:
+        path, name, build, version: of the file, the session, its units and the data set.
+        units: (N,) ids.
+        rates: (N,) mean counts of the units in a bin.
+        held_out: (N,) bool, units that co-smoothing hides and scores.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        flag = "units/ts2_co_smoothing_is_held_out_test"
+        with open_file(path) as file:
+            self.path, self.name = Path(path), file.name
+            self.build = file.provenance["unit_filtering"]
+            self.version = file.provenance["derived_version"]
+            self.units = file.column("units/id")
+            self.rates = file.column("units/firing_rate") * BIN_SIZE
+            self.held_out = np.zeros(len(self.units), dtype=bool)
+            if flag in file.file:  # in eval files of selected units
+                self.held_out = file.column(flag) == 1
+
+    def fail(self, dataset: str, problem: str) -> NoReturn:
+        """Raise a SessionError that names the session and the dataset."""
+        raise SessionError(f"session {self.name!r}, {dataset}: {problem}")
+
+    def windows(self) -> np.ndarray:
+        """Starts (W,) of the windows that the TS2 tasks score, seconds."""
+        return ts2_windows(self.path, "test")
+
+    def session(self, starts: np.ndarray) -> Session:
+        """The windows of 1 s that begin at ``starts`` (W,), seconds, as trials."""
+        grid: dict[str, Any] = {"window": (0.0, LENGTH), "bin_size": BIN_SIZE}
+        split = SUITES[self.build]
+        return load_session(self.path, align=starts, atlas=None, split=split, **grid)
+
+    def scored(self, task: str) -> tuple[slice, np.ndarray]:
+        """Bins and units (N,) bool that a TS2 task hides and scores."""
+        if task == "ts2-forecasting":
+            return slice(BINS - AHEAD, BINS), np.ones(len(self.units), dtype=bool)
+        if not self.held_out.any():
+            self.fail("units", "none is held out; co-smoothing needs an eval file, selected_units")
+        return slice(0, BINS), self.held_out
+
+    def trials(self, task: str, part: str) -> Trials:
+        """The trials of a behaviour task in a part of the split ts1; none without the behaviour.
+
+        A window counts if it lies in the part and in the time for which the behaviour was recorded;
+        of the paws, if at least one sample is confident. Whisker and paws are z-scored with the
+        mean and standard deviation of the file; licks are counts.
+        """
+        spec, name = TASKS[task], task.removeprefix("ts1-")
+        place, series = f"task_aligned_intervals/{spec.events}", f"{spec.group}/{name}"
+        with open_file(self.path) as file:
+            if place not in file.file or (spec.group and series not in file.file):
+                return Trials(*[np.zeros(0, dtype=np.int64)] * 4)
+            rows, bounds = file.column(f"{place}/trial_index"), file.intervals(place)
+            keep = _inside(bounds, file.intervals(f"ts1_{part}_domain"))
+            if spec.classes:
+                values = file.column(f"{place}/{name}").astype(np.int64)[:, None]
+                trusted = np.ones((len(rows), BINS), dtype=bool)
+            else:
+                keep &= _inside(bounds, file.intervals(f"{spec.group}/domain"))
+                samples = file.column(series).astype(np.float64)
+                known = np.isfinite(samples)
+                if spec.group == "paws":
+                    known = file.column(f"paws/is_{name.removesuffix('_speed')}_confident") == 1
+                if spec.group in ("whisker", "paws"):
+                    scale = file.file[f"ts1_normalize/{series}"].attrs
+                    samples = (samples - scale["mean"]) / scale["std"]
+                elif spec.group == "licks":
+                    samples = np.round(samples * BIN_SIZE)
+                # The 50 samples from the first one at or after the start (but for rounding).
+                first = np.searchsorted(file.times(spec.group, len(samples)), bounds[:, 0] - 2e-11)
+                index = first[:, None] + np.arange(BINS)
+                keep &= index[:, -1] < len(samples)
+                index = index.clip(max=len(samples) - 1)
+                values = np.where(known, samples, 0.0)[index, None].astype(np.float32)
+                trusted = known[index]
+                keep &= trusted.any(axis=1)
+        rows = rows.astype(np.int64)
+        return Trials(rows[keep], bounds[keep, 0], values[keep], trusted[keep])
+
+    def index(self, task: str) -> dict[str, np.ndarray] | None:
+        """What identifies the rows and columns of a prediction file.
+
+        Returns:
+            TS2: ``window_timestamps`` (W,) float64 and ``unit_ids`` (n, width) uint8, the ASCII
+            codes of ``<session>/<unit>``. TS1: ``trial_id`` (K,) int64; ``None`` where the file
+            lacks the behaviour.
+        """
+        if TASKS[task].events:
+            rows = self.trials(task, "test").rows
+            return {"trial_id": rows} if len(rows) else None
+        ids = [f"{self.name}/{unit}".encode("ascii") for unit in self.units[self.scored(task)[1]]]
+        codes = np.array(ids).view(np.uint8).reshape(len(ids), -1)
+        return {"window_timestamps": self.windows(), "unit_ids": codes}
+
+    def truth(self, task: str) -> dict[str, np.ndarray] | None:
+        """The scorer's ground truth: `index`, and what was to be predicted.
+
+        Returns:
+            TS2: also ``targets`` (W, 50 or 5, n) float32 counts. TS1: also ``values`` (K, 1) int64
+            or (K, 50, 1) float32, and for the paws ``mask`` (K, 50) bool.
+        """
+        index = self.index(task)
+        if index is None:
+            return None
+        if TASKS[task].events:
+            _, _, values, trusted = self.trials(task, "test")
+            return index | {"values": values} | ({"mask": trusted} if "paw" in task else {})
+        bins, units = self.scored(task)
+        counts = self.session(index["window_timestamps"]).counts
+        return index | {"targets": counts[:, bins][:, :, units].astype(np.float32)}
+
+
+def _inside(bounds: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """Which intervals (K, 2) lie in one of the domain's (n, 2); (K,) bool."""
+    begun = bounds[:, None, 0] >= domain[None, :, 0] - 1e-9
+    return np.any(begun & (bounds[:, None, 1] <= domain[None, :, 1] + 1e-9), axis=1)
 
 
 # ----------------------------------------------------------------------------- predictions
 
 
-def predict_windows(
-    predictor: PredictorLike,
-    recording: Recording,
-    starts: np.ndarray,
-    prompt: str,
-    *,
-    hidden: tuple[slice, np.ndarray] | None = None,
-    dtype: str = "float16",
-    batch_size: int | None = None,
-    progress: bool = False,
-) -> np.ndarray:
-    """Log-rates that a predictor gives in windows of 1 s, each gathered when it is needed.
-
-    Args:
-        predictor: a model, or ``predict(counts, scheme, mask, session)``; see `mtm.prediction`.
-        recording: from `read`.
-        starts: (W,) of the windows, seconds.
-        prompt: masking scheme whose prompt, and direction of attention, is used.
-        hidden: bins and units (n,) to hide and to return. Default: hide nothing, return all.
-        dtype: of what is returned.
-        batch_size: windows at once. Default: as many as the model predicts fastest.
-        progress: show a bar on a terminal.
-
-    Returns:
-        (W, T', n) of the hidden bins and units, or (W, 50, N); natural log of the expected count in
-        20 ms, at least `LOWEST`.
-
-    Raises:
-        SessionError: for a model that does not know the session with so many neurons or such bins.
-        ValueError: for predictions of a wrong shape, or NaN or infinite ones.
-        MemoryError: when it runs out with a single window.
-    """
-    predictor = predictor.model if type(predictor) is Fit else predictor
-    if problem := misfit(predictor, recording):
-        raise SessionError(problem)
-    n_units = len(recording.units)
-    bins, units = hidden or (slice(0, BINS), np.arange(n_units))
-    hide = torch.zeros(BINS, n_units, dtype=torch.bool)
-    if hidden:
-        hide[bins, torch.from_numpy(units)] = True
-    found = np.empty((len(starts), bins.stop - bins.start, len(units)), dtype=dtype)
-    mask = Mask(hide, hide, scheme(prompt).causal)
-
-    def inputs(batch: slice) -> tuple[torch.Tensor, Mask]:
-        return torch.from_numpy(recording.counts(starts[batch]).astype(np.float32)), mask
-
-    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    for batch, predicted in predict_in_batches(
-        predictor, recording.name, prompt, len(starts), inputs, **how
-    ):
-        log_rates = predicted[:, bins][:, :, units].clamp(min=LOWEST).cpu().numpy()
-        if not np.isfinite(log_rates).all():
-            raise ValueError(
-                f"session {recording.name!r}: NaN or infinite log-rates were predicted"
-            )
-        with np.errstate(over="ignore"):  # too large for float16 is infinite
-            found[batch] = log_rates
-    return found
-
-
-def misfit(predictor: PredictorLike, recording: Recording) -> str | None:
-    """Why a predictor cannot predict the windows of a recording; ``None`` if it can."""
-    if not isinstance(predictor, MtM):
-        return None
-    name, n = recording.name, len(recording.units)
-    known = {other: predictor.session_layers(other).n_neurons for other in predictor.session_names}
-    if name not in known:
-        return (f"the model does not know session {name!r}; train it on the session, or go on with "
-                "it: python -m mtm train ... --start MODEL")  # fmt: skip
-    if known[name] != n:
-        return (f"session {name!r} has {n} units in {recording.path} ({recording.build}), the "
-                f"model knows {known[name]}; a model is for the build it learned")  # fmt: skip
-    if predictor.n_bins != BINS or abs(predictor.bin_size - BIN_SIZE) > 1e-9:
-        return (f"the model takes {predictor.n_bins} bins of {predictor.bin_size} s, the "
-                f"benchmark has {BINS} of {BIN_SIZE} s; prepare the sessions with --align ts2")  # fmt: skip
-    return None
-
-
 def predict_task(
     predictor: PredictorLike,
-    recording: Recording,
+    recording: BenchmarkSession,
     task: str,
     *,
     dtype: str = "float16",
-    kept: dict[Any, dict[float, np.ndarray]] | None = None,
+    cache: dict[Any, Any] | None = None,
     **options: Any,
 ) -> dict[str, np.ndarray] | None:
-    """The tensors of a prediction file.
+    """Predict a task: the tensors of a prediction file.
+
+    Behaviour is decoded from the log-rates that the predictor gives when nothing is hidden, by
+    linear decoders that are fitted to the training and validation trials.
 
     Args:
-        predictor: see `predict_windows`.
+        predictor: as in :func:`mtm.evaluate`, except for an array.
         recording: of the task's build.
         task: one of `TASKS`.
         dtype: of TS2 predictions, "float16" or "float32".
-        kept: one predictor's features of one recording, kept from a behaviour task to the next
-            that looks at the same windows; changed in place, {} to begin with.
-        **options: ``batch_size`` and ``progress`` of `predict_windows`.
+        cache: {} to reuse a predictor's features in the next behaviour task of this recording.
+        **options: ``batch_size`` and ``progress`` as in :func:`mtm.evaluate`.
 
     Returns:
-        TS2: ``predictions`` (W, 50 or 5, n) log-rates of what was hidden, ``window_timestamps``
-        (W,) float64, ``unit_ids`` (n, width) uint8. TS1: ``predictions`` (K, 1, C) or (K, 50, 1)
-        float32, ``trial_id`` (K,) int64. ``None`` where the file lacks the behaviour.
+        `BenchmarkSession.index` and ``predictions``. TS2: (W, 50 or 5, n) log-rates of what was
+        hidden. TS1: (K, 1, C) or (K, 50, 1) float32. ``None`` where the file lacks the behaviour.
 
     Raises:
-        SessionError: also for too few trials to fit a decoder.
-        ValueError, MemoryError: see `predict_windows`.
+        SessionError: for too few trials to fit a decoder.
+        ValueError: for predictions of a wrong shape, or NaN or infinite ones.
     """
-    spec = TASKS[task]
-    if not spec.events:
-        starts, hidden = recording.windows(), recording.scored(task)
-        predicted = predict_windows(
-            predictor, recording, starts, spec.prompt, hidden=hidden, dtype=dtype, **options
-        )
-        ids = recording.ids(hidden[1])
-        return {"predictions": predicted, "window_timestamps": starts, "unit_ids": ids}
-    train, val, test = (trials(recording, task, part) for part in ("train", "val", "test"))
-    if train is None or val is None or test is None or not len(test.rows):
+    spec, index = TASKS[task], recording.index(task)
+    if index is None:
         return None
-    fit = Trials(*map(np.concatenate, zip(train, val, strict=True)))
-    _require_trials(recording, task, fit)
-    key, kept = (spec.prompt, spec.events), {} if kept is None else kept
-    if key not in kept:
-        kept.clear()  # the windows of one event are all that memory should hold
-    known, asked = kept.setdefault(key, {}), [fit.starts.tolist(), test.starts.tolist()]
-    if new := sorted({*asked[0], *asked[1]} - known.keys()):
-        options |= {"dtype": "float32"}
-        found = predict_windows(predictor, recording, np.array(new), spec.prompt, **options)
-        known.update(zip(new, found.reshape(len(new), -1), strict=True))
-    features = [np.array([known[s] for s in each], dtype=np.float64) for each in asked]
-    x, x_test = principal_axes(*features)
-    if spec.classes:
-        found = decode_classes(x, x_test, fit.values[:, 0], spec.classes)
-    elif spec.group == "licks":
-        found = decode_counts(x, x_test, fit.values[..., 0])
-    else:
-        found = decode_traces(x, x_test, fit.values[..., 0], fit.trusted)
-    found = found.reshape(len(x_test), *spec.shape).astype(np.float32)
-    return {"predictions": found, "trial_id": test.rows}
+    if spec.events:
+        cache = {} if cache is None else cache
+        decoded = _predict_behaviour(predictor, recording, task, cache, options)
+        return index | {"predictions": decoded}
+    bins, units = recording.scored(task)
+    session = recording.session(index["window_timestamps"])
+    queries, predicted = Queries(units[None], units[None], bins), []
+    # A real test part has 70,000 windows, too many for their predictions to be kept as float64.
+    for trials in np.array_split(np.arange(session.n_trials), session.n_trials // 1000 + 1):
+        log_rates = predict_queries(predictor, session, spec.prompt, trials, queries, **options)
+        predicted.append(log_rates[:, bins][:, :, units].astype(dtype))
+    return index | {"predictions": np.concatenate(predicted)}
 
 
-def _require_trials(recording: Recording, task: str, fit: Trials) -> None:
-    """Raise SessionError where trials do not suffice to fit a decoder with cross-validation."""
-    if len(fit.rows) < 2 * FOLDS:
-        recording.fail(task, f"{len(fit.rows)} trials to fit to, {2 * FOLDS} are needed; leave "
-                       "the task out")  # fmt: skip
-    present, count = np.unique(fit.values, return_counts=True)
-    if TASKS[task].classes and (len(present) < 2 or count.min() < 2):
-        recording.fail(task, f"classes {present.tolist()} have {count.tolist()} trials to fit to; "
-                       "two or more with 2 each are needed; leave the task out")  # fmt: skip
-
-
-# --------------------------------------------------------------------------------- to disk
-
-
-def _save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Path:
-    with replacing(path) as partial:
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata)
-    return path
-
-
-def save(
-    folder: str | Path,
-    label: str,
+def _predict_behaviour(
+    predictor: PredictorLike,
+    recording: BenchmarkSession,
     task: str,
-    seed: int,
-    recording: Recording,
-    tensors: dict[str, np.ndarray],
-    model: str = "",
-) -> Path:
-    """Write ``<folder>/<label>/<task>/<session>/seed_<seed>.safetensors``; returns the path.
+    cache: dict[Any, Any],
+    options: dict[str, Any],
+) -> np.ndarray:
+    """Decode a behaviour in the test trials, (K, 1, C) or (K, 50, 1) float32."""
+    spec = TASKS[task]
+    train, val, test = (recording.trials(task, part) for part in SPLITS["ts1"])
+    if (spec.prompt, spec.events) not in cache:
+        cache.clear()  # features of one kind of window are all that is kept in memory
+        with open_file(recording.path) as file:
+            starts = file.column(f"task_aligned_intervals/{spec.events}/start")
+        session, everything = recording.session(starts), np.ones((1, len(recording.units)), bool)
+        queries, trials = Queries(~everything, everything, slice(BINS)), np.arange(session.n_trials)
+        log_rates = predict_queries(predictor, session, spec.prompt, trials, queries, **options)
+        features = log_rates.reshape(session.n_trials, -1)
+        cache[spec.prompt, spec.events] = session.behaviour["event-time"], features
+    starts, features = cache[spec.prompt, spec.events]
+    try:
+        fit = Trials(*map(np.concatenate, zip(train, val, strict=True)))
+        x, x_test = (features[np.searchsorted(starts, part.starts)] for part in (fit, test))
+        decoded = decode_trials(*decoding.principal_axes(x, x_test), fit, spec)
+    except ValueError as error:
+        recording.fail(task, f"too few trials to fit a decoder ({error}); leave the task out")
+    return decoded.reshape(len(test.rows), *spec.shape).astype(np.float32)
+
+
+def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) -> np.ndarray:
+    """Decode a behaviour in the form that the scorer asks for; penalties are cross-validated.
+
+    Classes are decoded by logistic regression with equal weight for each class, samples by ridge
+    regression, where a sample that is not trusted is replaced by the mean of the trusted ones at
+    its place.
 
     Args:
-        folder: of all predictions.
-        label: the model's name at the benchmark.
-        task: one of `TASKS`.
-        seed: of the training run.
-        recording: whose predictions these are.
-        tensors: from `predict_task`.
-        model: from `fingerprint`, by which `check` tells the files of one model from another's.
+        x: features (K, F) of the trials to fit to.
+        x_test: features (K', F).
+        fit: the trials to fit to.
+        task: see `Task`.
 
-    Raises:
-        ValueError: for a label or a seed that does not go into a path.
+    Returns:
+        log-probabilities (K', C), values (K', 50), or log-rates (K', 50) of licks.
     """
-    _check_label(label)
-    if seed < 0:
-        raise ValueError(f"a seed is 0 or more, got {seed}")
-    path = Path(folder) / label / task / recording.name / f"seed_{seed}.safetensors"
-    more = {"context_window": str(LENGTH), "bin_size": str(BIN_SIZE)}
-    more |= {"ibl_bwb_eval_version": SCORER} | ({"model": model} if model else {})
-    return _save(path, tensors, _metadata(label, task, seed, recording) | more)
+    if task.group:
+        samples = np.where(fit.trusted, fit.values[..., 0], 0.0)
+        means = samples.sum(axis=0) / np.maximum(fit.trusted.sum(axis=0), 1)
+        search = decoding.search_trace(x, np.where(fit.trusted, samples, means))
+        found = search.predict(x_test).reshape(len(x_test), -1)
+        if task.group == "licks":  # a line may fall below 0: at least half a lick in all trials
+            found = np.log(np.maximum(found, 0.5 / len(samples)))
+        return found
+    classes, n_each = np.unique(fit.values, return_counts=True)
+    solver = "newton-cholesky" if len(classes) == 2 else "lbfgs"
+    logistic = LogisticRegression(solver=solver, class_weight="balanced", max_iter=1000)
+    folds = StratifiedKFold(min(decoding.FOLDS, *n_each), shuffle=True, random_state=0)
+    grid = {"C": decoding.CHOICE_PENALTIES}
+    search = GridSearchCV(logistic, grid, cv=folds, scoring="balanced_accuracy")
+    log_probabilities = decoding.fitted(search, x, fit.values[:, 0]).predict_log_proba(x_test)
+    found = np.full((len(x_test), task.classes), LOWEST)  # also of classes never seen
+    found[:, classes] = log_probabilities.clip(min=LOWEST)
+    return found
 
 
-def fingerprint(predictor: PredictorLike) -> str:
-    """SHA-256 of a model's weights; "" for a predictor that is no model."""
-    if not isinstance(predictor, torch.nn.Module):
-        return ""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(predictor.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _check_label(label: str) -> None:
-    if not re.fullmatch(r"\w[\w.-]*", label, re.ASCII):
-        raise ValueError(f"label {label!r}: use letters, digits, and - _ . after the first")
-
-
-def _metadata(label: str, task: str, seed: int, recording: Recording) -> dict[str, str]:
-    """What a prediction file has to say of itself."""
-    return {
-        "label": label,
-        "task": task,
-        "seed": str(seed),
-        "recording_id": recording.name,
-        "unit_filtering": recording.build,
-        "dataset_version": recording.version,
-    }
+# ---------------------------------------------------------------------------------- export
 
 
 def export(
@@ -292,117 +366,148 @@ def export(
     seeds: Sequence[int] | None = None,
     **options: Any,
 ) -> list[Path]:
-    """Write the prediction files of models, which differ in their seed; returns the paths.
+    """Write the prediction files of models that differ in their seed; returns the paths.
 
-    Each file serves the tasks of its build, and a model the build whose sessions it knows with
-    their number of units: models of both builds may be given at once. A behaviour that a session
-    lacks is left out there. Models that have learned from windows of a test part are refused.
+    Each file serves the tasks of its build, and a model the files whose session it knows with that
+    number of units, so that models of both builds may be given at once. A behaviour that a session
+    lacks is left out there.
 
     Args:
-        models: see `predict_windows`.
+        models: as in `predict_task`.
         files: session files of either or both builds.
-        folder, label: see `save`.
+        folder: of all predictions.
+        label: name of the model at the benchmark.
         tasks: some of `TASKS`. Default: all that the files serve.
-        seeds: of the models of a build, in their order. Default: from 43 on, as the benchmark.
+        seeds: of the models of a file, in their order. Default: from 43 on, as the benchmark.
         **options: of `predict_task`.
 
     Raises:
-        SessionError: for a file that is no session file of the benchmark, or that no model is for;
-            for a model that has learned from the test part, before anything is predicted.
-        ValueError: for unknown tasks, a bad label, seeds that do not go with the models.
+        SessionError: before anything is predicted, for a file that no model fits, and for a model
+            that fits no file or was trained on windows of a test part.
+        ValueError: for unknown tasks, a bad label, or the wrong number of seeds.
     """
-    _check_label(label)
     models = list(models) if isinstance(models, Sequence) else [models]
-    models = [model.model if type(model) is Fit else model for model in models]
-    tasks = checked_tasks(tasks)
-    recordings = [read(path) for path in files]
-    recordings = [r for r in recordings if any(TASKS[task].build == r.build for task in tasks)]
+    tasks = list(TASKS if tasks is None else tasks)
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    if not re.fullmatch(r"\w[\w.-]*", label, re.ASCII):
+        raise ValueError(f"label {label!r}: use letters, digits, and - _ . after the first")
+    builds = {TASKS[task].build for task in tasks}
+    recordings = [each for each in map(BenchmarkSession, files) if each.build in builds]
     if not recordings:
-        needed = " or ".join(sorted({TASKS[task].build for task in tasks}))
-        raise SessionError(f"none of the files has the units that the tasks are scored on "
-                           f"({needed}); download that build")  # fmt: skip
-    builds: dict[str, list[Recording]] = {recording.build: [] for recording in recordings}
-    for recording in recordings:
-        builds[recording.build].append(recording)
-    numbered = {build: models_for(mine, models, seeds) for build, mine in builds.items()}
-    used = [id(model) for chosen in numbered.values() for model in chosen.values()]
-    for place, model in enumerate(models, start=1):
-        if id(model) not in used:
-            problem = next(filter(None, (misfit(model, r) for r in recordings)))
-            raise SessionError(
-                f"model {place} of {len(models)} serves none of the files: {problem}"
-            )
-    for build, mine in builds.items():
-        for recording in mine:
-            require_untaught(numbered[build], recording)
-    marks, paths = {id(model): fingerprint(model) for model in models}, []
-    for build, mine in builds.items():
-        asked = [task for task in tasks if TASKS[task].build == build]
-        for recording in map(dataclasses.replace, mine):  # copies: spikes of one at a time
-            for seed, model in numbered[build].items():
-                kept: dict[Any, Any] = {}
-                for task in asked:
-                    made = predict_task(model, recording, task, kept=kept, **options)
-                    if made is not None:
-                        mark = marks[id(model)]
-                        paths.append(save(folder, label, task, seed, recording, made, mark))
+        raise SessionError(f"none of the files is of the build that the tasks need: {builds}")
+    plan = [(recording, models_for(recording, models, seeds)) for recording in recordings]
+    used = [id(model) for _, chosen in plan for model in chosen.values()]
+    if unused := [n for n, model in enumerate(models, start=1) if id(model) not in used]:
+        raise SessionError(f"models {unused} of {len(models)} fit none of the files")
+    for recording, chosen in plan:
+        require_untrained(chosen, recording)
+    paths = []
+    for recording, chosen in plan:
+        for seed, model in chosen.items():
+            cache: dict[Any, Any] = {}
+            for task in (task for task in tasks if TASKS[task].build == recording.build):
+                tensors = predict_task(model, recording, task, cache=cache, **options)
+                if tensors is not None:
+                    paths.append(save(folder, label, task, seed, recording, tensors))
     return paths
 
 
-def require_untaught(models: dict[int, PredictorLike], recording: Recording) -> None:
-    """Refuse models (seed -> model) that have learned from windows of the test part.
-
-    The two suites split a recording in different ways: training time of one is test time of the
-    other. Models and baselines keep fingerprints of what they learned from; see
-    `mtm.prediction.require_unseen`.
-
-    Raises:
-        SessionError: naming session, number of windows, and remedy.
-    """
-    learned = {seed: getattr(model, "seen", None) or {} for seed, model in models.items()}
-    windows = recording.learnable() if any(learned.values()) else None
-    if windows is None:
-        return
-    mine, suite = windows.fingerprints(np.arange(windows.n_trials)), SUITES[recording.build]
-    for seed, seen in learned.items():
-        known = np.isin(mine, np.concatenate([np.zeros(0, np.int64), *seen.values()])) & (mine != 0)
-        if known.any():
-            recording.fail(f"{suite}_test_domain", f"the model of seed {seed} has learned from "
-                           f"{int(known.sum())} of {len(mine)} windows of the test part of {suite}"
-                           "; train another on the windows of the other parts: python -m mtm "
-                           f"prepare bwb {recording.path.name} --out DIR --align ts2 --split "
-                           f"{suite}")  # fmt: skip
-
-
-def checked_tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
-    """The tasks asked for, all by default; raises ValueError that lists the known ones."""
-    if unknown := [task for task in tasks or () if task not in TASKS]:
-        raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    return tuple(tasks or TASKS)
-
-
 def models_for(
-    recordings: Sequence[Recording],
-    models: Sequence[PredictorLike],
-    seeds: Sequence[int] | None = None,
+    recording: BenchmarkSession, models: Sequence[PredictorLike], seeds: Sequence[int] | None
 ) -> dict[int, PredictorLike]:
-    """Seed -> model, of those that know all recordings of a build.
-
-    Raises:
-        SessionError: when there is none.
-        ValueError: for seeds that are fewer, more, or twice the same.
-    """
-    problems = [next(filter(None, (misfit(m, r) for r in recordings)), None) for m in models]
-    fitting = [model for model, problem in zip(models, problems, strict=True) if problem is None]
+    """Seed -> model, of the models that fit a session file; functions fit all."""
+    fitting, name, n_units = [], recording.name, len(recording.units)
+    for predictor in models:
+        model: Any = getattr(predictor, "model", predictor)
+        if hasattr(model, "session_layers"):
+            known = name in model.session_names and model.n_bins == BINS
+            if not known or model.session_layers(name).n_neurons != n_units:
+                continue
+        fitting.append(predictor)
     if not fitting:
-        raise SessionError(problems[0] if problems else "no model is given; name one or more")
+        recording.fail(
+            str(recording.path),
+            f"no model knows this session with {n_units} units ({recording.build}) and {BINS} bins;"
+            " train one: python -m mtm prepare bwb FILE --out DIR --align ts2, then train DIR",
+        )
     found = list(range(FIRST_SEED, FIRST_SEED + len(fitting)) if seeds is None else seeds)
-    if len(found) != len(fitting) or len(set(found)) != len(found):
+    if len(set(found)) != len(fitting):
         raise ValueError(f"{len(fitting)} models need as many different seeds, got {found}")
     return dict(zip(found, fitting, strict=True))
 
 
-# ------------------------------------------------------------------------- checked and packed
+def require_untrained(models: dict[int, PredictorLike], recording: BenchmarkSession) -> None:
+    """Refuse models (seed -> model) that were trained on windows of the test part.
+
+    Training time of one suite is test time of the other. A model's training trials are compared
+    with all windows in the test part that training with any split of the file cuts, and with those
+    of the behaviour tasks. Windows one second apart suffice: whatever the stride, the first and the
+    last window of each trial are the same.
+
+    Raises:
+        SessionError: naming the session, the suite and the remedy.
+    """
+    suite = SUITES[recording.build]
+    with open_file(recording.path) as file:
+        test, groups = file.intervals(f"{suite}_test_domain"), set(file.file)
+        aligned = file.file["task_aligned_intervals"]
+        starts = [aligned[name]["start"][()] for name in aligned if name != "domain"]
+    for split, part in itertools.product(SUITES.values(), SPLITS["ts1"]):
+        if f"{split}_{part}_domain" in groups:
+            starts.append(ts2_windows(recording.path, part, 1.0, LENGTH, split))
+    every = np.unique(np.concatenate(starts))[:, None]
+    overlap = (every + 1e-6 < test[:, 1]) & (every + LENGTH - 1e-6 > test[:, 0])
+    windows = recording.session(every[overlap.any(axis=1), 0])
+    for seed, model in models.items():
+        try:
+            require_unseen(model, windows, np.arange(windows.n_trials))
+        except ValueError:
+            recording.fail(
+                f"{suite}_test_domain",
+                f"the model of seed {seed} was trained on windows of this part; train another: "
+                f"python -m mtm prepare bwb {recording.path.name} --out DIR --align ts2 "
+                f"--split {suite}, then train DIR",
+            )
+
+
+def save(
+    folder: str | Path,
+    label: str,
+    task: str,
+    seed: int,
+    recording: BenchmarkSession,
+    tensors: dict[str, np.ndarray],
+) -> Path:
+    """Write ``<folder>/<label>/<task>/<session>/seed_<seed>.safetensors``; returns the path.
+
+    The tensors are those of `predict_task`.
+    """
+    path = Path(folder) / label / task / recording.name / f"seed_{seed}.safetensors"
+    metadata = _metadata(label, task, seed, recording)
+    metadata |= {"ibl_bwb_eval_version": SCORER, "context_window": str(LENGTH)}
+    return _write(path, tensors, metadata | {"bin_size": str(BIN_SIZE)})
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Path:
+    with atomic_write(path) as partial:
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata)
+    return path
+
+
+def _metadata(label: str, task: str, seed: int, recording: BenchmarkSession) -> dict[str, str]:
+    """The metadata that the benchmark requires of a prediction file."""
+    return {
+        "label": label,
+        "task": task,
+        "seed": str(seed),
+        "recording_id": recording.name,
+        "unit_filtering": recording.build,
+        "dataset_version": recording.version,
+    }
+
+
+# --------------------------------------------------------------------------- check and pack
 
 
 def check(
@@ -412,225 +517,116 @@ def check(
     label: str | None = None,
     deterministic: bool = False,
 ) -> list[str]:
-    """What would spoil an upload, each finding naming file and remedy; an empty list = ready.
+    """Find what would spoil an upload: a list of problems with file and remedy; empty when ready.
 
-    The scorer matches what it can and is silent about the rest. This compares every prediction
-    file with what its session file asks for: windows or trials, their order, units, shapes,
-    numbers and metadata; and the files with each other: sessions, tasks, seeds, and the models
-    that `export` made them with. Files of TS3 (``ts3-unit_cosmos``) are let through unchecked.
+    Each prediction file is compared with its session file: windows or trials, units and their
+    order, shapes, numbers and metadata. All sessions must have the same seeds. Files of TS3
+    (``ts3-unit_cosmos``) are not checked.
 
     Args:
         folder: that `export` wrote to.
         files: the session files, of each build whose tasks are in the folder.
-        label: which to check. Default: the only one, and it is a finding that there are several.
-        deterministic: one seed will do, as is declared with the upload.
+        label: which to check. Default: the only one.
+        deterministic: accept one seed, as is declared with the upload.
 
     Raises:
         SessionError: when a session file cannot be read.
     """
-    try:
-        root = _only(folder, label)
-    except ValueError as error:
-        return [str(error)]
-    recordings = {(recording.build, recording.name): recording for recording in map(read, files)}
-    found, findings = _listed(root)
-    seeds: dict[tuple[str, str], set[int]] = {}
-    made: dict[tuple[str, int], dict[tuple[str, str], Path]] = {}
+    folder, recordings = Path(folder), [BenchmarkSession(path) for path in files]
+    labels = sorted(path.name for path in folder.glob("*") if path.is_dir())
+    label = labels[0] if label is None and len(labels) == 1 else label
+    if label not in labels:
+        return [f"{folder}: has predictions of {labels or 'no label'}; name the one to upload"]
+    found, findings = list_predictions(folder / label)
     for (task, session, seed), path in found.items():
-        recording = recordings.get((TASKS[task].build, session))
-        if recording is None:
-            findings.append(f"{path}: no session file of {TASKS[task].build} with this id was "
-                            "given to check it with; name it, or remove this")  # fmt: skip
-            continue
-        seeds.setdefault((task, session), set()).add(seed)
-        expected = _metadata(root.name, task, seed, recording)
-        problems, model = _check_file(path, recording, task, expected)
-        findings += problems
-        if model:
-            made.setdefault((recording.build, seed), {}).setdefault((session, model), path)
-    for files_of in made.values():
-        findings += _check_models(files_of)
-    return findings + _check_seeds(root, seeds, recordings, deterministic)
-
-
-def _check_models(made: dict[tuple[str, str], Path]) -> list[str]:
-    """Findings about the models of a seed and a build: one for all sessions, or each its own.
-
-    Args:
-        made: session and weights -> a file that they made.
-    """
-    models, sessions = ({key[i] for key in made} for i in (1, 0))
-    if len(models) == 1 or len(models) == len(made) == len(sessions):
-        return []
-    one, other = [next(p for key, p in made.items() if key[1] == m) for m in sorted(models)[:2]]
-    return [f"{one}: made by another model than {other}, which is of the same seed and build; "
-            "export all of it with one model, or remove what is not meant"]  # fmt: skip
-
-
-def _only(folder: str | Path, label: str | None) -> Path:
-    """The folder of a label; without one, the only folder; raises ValueError that names it."""
-    folder = Path(folder)
-    inside = folder.iterdir() if folder.is_dir() else ()
-    labels = sorted(path.name for path in inside if path.is_dir())
-    if not labels or (label is not None and label not in labels):
-        raise ValueError(f"{folder / (label or '')}: holds no predictions; export them first")
-    if label is None and len(labels) > 1:
-        raise ValueError(
-            f"{folder}: holds {', '.join(labels)}, an upload has one label; name it, or move the "
-            "others away"
-        )
-    return folder / (label or labels[0])
-
-
-def _listed(root: Path) -> tuple[dict[tuple[str, str, int], Path], list[str]]:
-    """The prediction files under a label by task, session and seed; a finding for all else."""
-    found, findings = {}, []
-    for path in sorted(path for path in root.rglob("*") if not path.is_dir()) or [root]:
-        match = re.fullmatch(r"([^/]+)/([^/]+)/seed_(0|[1-9]\d*)\.safetensors",
-                             path.relative_to(root).as_posix())  # fmt: skip
-        if match and match[1] in TASKS:
-            found[match[1], match[2], int(match[3])] = path
-        elif not NOT_CHECKED.fullmatch(path.relative_to(root).as_posix()):
-            findings.append(f"{path}: not <label>/<task>/<session>/seed_<n>.safetensors of a known "
-                            "task; remove it")  # fmt: skip
-    return found, findings
-
-
-def _check_seeds(
-    root: Path,
-    seeds: dict[tuple[str, str], set[int]],
-    recordings: dict[tuple[str, str], Recording],
-    deterministic: bool,
-) -> list[str]:
-    """Findings about sessions without predictions, and seeds."""
-    findings, known = [], sorted(set().union(*seeds.values()))
-    for task in dict.fromkeys(task for task, _ in seeds):
-        for build, session in recordings:
-            place, recording = root / task / session, recordings[build, session]
-            if build != TASKS[task].build:
-                continue
-            here = seeds.get((task, session))
-            if here is None and (not TASKS[task].events or truth(recording, task) is not None):
-                findings.append(f"{place}: no predictions for this session; export them")
-            elif here is not None and sorted(here) != known:
-                findings.append(f"{place}: has seeds {sorted(here)} where others have {known}; "
-                                "export the same of all")  # fmt: skip
-    if known and known[-1] - known[0] + 1 != len(known):
-        findings.append(f"{root}: seeds {known} leave some out; number them one after the other")
-    if known and len(known) < LEAST_SEEDS and not deterministic:
-        findings.append(f"{root}: seeds {known}, {LEAST_SEEDS} are needed; train with others, "
-                        "or declare the model deterministic")  # fmt: skip
+        mine = [
+            each for each in recordings if (each.build, each.name) == (TASKS[task].build, session)
+        ]
+        problems = _check_file(path, mine[0], task, label, seed) if mine else ["no session file"]
+        findings += [f"{path}: {problem}; export it again or remove it" for problem in problems]
+    seeds = sorted({seed for _, _, seed in found})
+    for recording in recordings:
+        for task in sorted({task for task, _, _ in found if TASKS[task].build == recording.build}):
+            here = [seed for seed in seeds if (task, recording.name, seed) in found]
+            if here != seeds and (here or recording.index(task) is not None):
+                place = folder / label / task / recording.name
+                findings.append(f"{place}: has seeds {here}, others have {seeds}; export them all")
+    if len(seeds) < (1 if deterministic else LEAST_SEEDS) or seeds[-1] - seeds[0] >= len(seeds):
+        need = f"{LEAST_SEEDS} are needed, numbered one after the other"
+        findings.append(f"{folder / label}: seeds {seeds}; {need}, or a deterministic model")
     return findings
 
 
+def list_predictions(root: Path) -> tuple[dict[tuple[str, str, int], Path], list[str]]:
+    """The prediction files of a label by task, session and seed; a finding for other files."""
+    found, findings = {}, []
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        place = path.relative_to(root).as_posix()
+        match = re.fullmatch(r"([^/]+)/([^/]+)/seed_(0|[1-9]\d*)\.safetensors", place)
+        if match and match[1] in TASKS:
+            found[match[1], match[2], int(match[3])] = path
+        elif not re.fullmatch(r"ts3-unit_cosmos/seed_\d+\.safetensors", place):
+            findings.append(f"{path}: not <task>/<session>/seed_<n>.safetensors; remove it")
+    return found, findings
+
+
 def _check_file(
-    path: Path, recording: Recording, task: str, metadata: dict[str, str]
-) -> tuple[list[str], str]:
-    """Findings about one prediction file, and what it says of the model that made it."""
-    try:
-        tensors, said = _load(path)
-    except ValueError as error:
-        return [str(error)], ""
-    problems = [
-        f"says {key} {said.get(key)!r}, its place and the session file say {value!r}"
-        for key, value in metadata.items()
-        if said.get(key) != value
-    ]
-    more = ["trial_id"] if TASKS[task].events else ["window_timestamps", "unit_ids"]
-    if lacking := sorted({"predictions", *more} - tensors.keys()):
-        problems.append(f"lacks {', '.join(lacking)}")
-    elif TASKS[task].events:
-        problems += _check_trials(tensors, recording, task)
-    else:
-        problems += _check_windows(tensors, recording, task)
-    return [f"{path}: {problem}; export it again" for problem in problems], said.get("model", "")
-
-
-def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors and metadata of a prediction file; raises ValueError that names it."""
+    path: Path, recording: BenchmarkSession, task: str, label: str, seed: int
+) -> list[str]:
+    """Problems of a prediction file."""
     try:
         with safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); export it again") from error
-
-
-def _check_windows(tensors: dict[str, np.ndarray], recording: Recording, task: str) -> list[str]:
-    """Problems of a TS2 file."""
-    starts, (bins, units) = recording.windows(), recording.scored(task)
-    given, ids, problems = tensors["window_timestamps"], recording.ids(units), []
-    if given.dtype != np.float64 or given.ndim != 1:
-        problems.append(f"window_timestamps are {given.dtype} {given.shape}, not float64 (W,)")
-    else:
-        missing, extra = len(np.setdiff1d(starts, given)), len(np.setdiff1d(given, starts))
-        if missing or extra:
-            near = len(given) == len(starts) and np.allclose(np.sort(given), starts, 0, 1e-6)
-            why = " (only the last bits differ: take them from bwb.ts2_windows)" if near else ""
-            problems.append(f"{missing} windows are missing and {extra} are not of the task{why}")
-        if len(np.unique(given)) != len(given):
-            problems.append("some windows are there twice")
-    found = tensors["unit_ids"]
-    if found.dtype != np.uint8 or found.ndim != 2 or sorted(_rows(found)) != sorted(_rows(ids)):
-        problems.append(f"unit_ids are not those of the {len(ids)} scored units")
-    elif _rows(found) != _rows(ids):
-        problems.append("units are in another order than in the session file")
-    shape = (len(given), bins.stop - bins.start, len(units))
-    events, dtypes = float(recording.rates[units].mean()), ("float16", "float32")
-    return problems + _check_numbers(tensors["predictions"], shape, dtypes, events, IMPLAUSIBLE)
-
-
-def _rows(ids: np.ndarray) -> list[bytes]:
-    return [row.tobytes().rstrip(b"\0") for row in ids]
-
-
-def _check_trials(tensors: dict[str, np.ndarray], recording: Recording, task: str) -> list[str]:
-    """Problems of a TS1 file."""
-    expected, given, problems = truth(recording, task), tensors["trial_id"], []
-    if expected is None:
-        return ["the session file has no such behaviour in its test part"]
-    wanted = expected["trial_id"]
-    if given.dtype != np.int64 or given.ndim != 1:
-        problems.append(f"trial_id is {given.dtype} {given.shape}, not int64 (K,)")
-    elif sorted(given.tolist()) != sorted(wanted.tolist()):
-        n = len(np.setdiff1d(wanted, given)), len(np.setdiff1d(given, wanted))
-        problems.append(f"{n[0]} trials are missing and {n[1]} are not of the task, or some are "
-                        "there twice")  # fmt: skip
-    events = None
-    if TASKS[task].group == "licks":  # in all parts: the test part may be unlike the others
-        parts = [trials(recording, task, part) for part in ("train", "val", "test")]
-        events = float(np.concatenate([part.values for part in parts if part]).mean())
-    shape, numbers = (len(given), *TASKS[task].shape), tensors["predictions"]
-    return problems + _check_numbers(numbers, shape, ("float32",), events, IMPLAUSIBLE_LICKS)
+            tensors, said = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    except (SafetensorError, OSError) as error:
+        return [f"cannot be read ({error})"]
+    problems = [
+        f"says {key} {(said or {}).get(key)!r}, its place and the session file say {value!r}"
+        for key, value in _metadata(label, task, seed, recording).items()
+        if (said or {}).get(key) != value
+    ]
+    index = recording.index(task)
+    if index is None:
+        return [*problems, "the session has no such behaviour in its test part"]
+    if lacking := sorted({"predictions", *index} - tensors.keys()):
+        return [*problems, f"lacks {', '.join(lacking)}"]
+    # The order of rows (windows or trials) is free, that of units is not.
+    key, wanted = next(iter(index.items()))
+    given = tensors[key]
+    missing, others = len(np.setdiff1d(wanted, given)), len(np.setdiff1d(given, wanted))
+    if missing or others or given.shape != wanted.shape or given.dtype != wanted.dtype:
+        exact = "" if TASKS[task].events else " and equal to the last bit (bwb.ts2_windows)"
+        problems.append(
+            f"{key} is {given.dtype} {given.shape}: {missing} of {len(wanted)} are missing, "
+            f"{others} are not of the task; need {wanted.dtype}, each once{exact}"
+        )
+    if "unit_ids" in index and not np.array_equal(tensors["unit_ids"], index["unit_ids"]):
+        problems.append("unit_ids are not the scored units in the order of the session file")
+    return problems + _check_numbers(tensors["predictions"], len(given), recording, task)
 
 
 def _check_numbers(
-    predictions: np.ndarray,
-    shape: tuple[int, ...],
-    dtypes: Sequence[str],
-    events: float | None,
-    bounds: tuple[float, float],
+    predictions: np.ndarray, n_rows: int, recording: BenchmarkSession, task: str
 ) -> list[str]:
-    """Problems of the predictions.
-
-    Where ``events`` are expected in a bin, they are log-rates, and their mean rate divided by that
-    is between the ``bounds``.
-    """
+    """Problems of the predictions: their shape, type and range."""
+    spec, dtypes, shape = TASKS[task], ["float32"], (n_rows, *TASKS[task].shape)
+    if not spec.events:
+        bins, units = recording.scored(task)
+        dtypes, shape = ["float16", "float32"], (n_rows, bins.stop - bins.start, int(units.sum()))
     if predictions.shape != shape or predictions.dtype.name not in dtypes:
-        return [f"predictions are {predictions.dtype} {predictions.shape}, not "
-                f"{' or '.join(dtypes)} {shape}"]  # fmt: skip
-    total, least = 0.0, np.inf
-    for at in pieces(len(predictions)):
-        piece = predictions[at].astype(np.float64)
-        if not np.isfinite(piece).all():
-            return ["predictions hold NaN or infinite values"]
-        total, least = total + np.exp(piece.clip(max=80.0)).sum(), min(least, piece.min())
-    if not events or not predictions.size:
+        wanted = f"{' or '.join(dtypes)} {shape}"
+        return [f"predictions are {predictions.dtype} {predictions.shape}, not {wanted}"]
+    if not np.isfinite(predictions).all():
+        return ["predictions hold NaN or infinite values"]
+    if spec.events and spec.group != "licks":
         return []
-    mean = total / predictions.size
-    if least >= 0 or not bounds[0] < mean / events < bounds[1]:
-        return [f"predictions are log-rates of {mean:.3g} in a bin, where the session has "
-                f"{events:.3g}; write the natural log of the expected count in a bin"]  # fmt: skip
-    return []
+    # Log-rates: bins are short, so most are below 0, and their rates are near the recorded ones.
+    problem = "none is below 0" if predictions.min() >= 0 else ""
+    if not (spec.events or problem):
+        mean, own = np.exp(predictions.astype(np.float32)).mean(), recording.rates[units].mean()
+        if not PLAUSIBLE[0] < mean / own < PLAUSIBLE[1]:
+            problem = f"their mean rate is {mean:.3g} in a bin, the session's {own:.3g}"
+    remedy = "write the natural log of the expected count in a bin"
+    return [f"predictions are no log-rates ({problem}): {remedy}"] if problem else []
 
 
 def pack(
@@ -641,24 +637,22 @@ def pack(
     *,
     deterministic: bool = False,
 ) -> Path:
-    """Zip a label's predictions for the upload, if `check` finds nothing; returns the zip's path.
+    """Zip a label's predictions for the upload if `check` finds nothing; returns the zip's path.
 
     Args:
-        folder, label: see `save`.
+        folder, label, files, deterministic: as in `check`.
         out: the zip; its root holds ``<label>/<task>/...``.
-        files, deterministic: see `check`.
 
     Raises:
         ValueError: with all findings.
     """
-    findings = check(folder, files, label=label, deterministic=deterministic)
-    if findings:
-        listed = "".join(f"\n- {finding}" for finding in findings)
-        raise ValueError(f"{Path(folder) / label} is not ready to be uploaded:{listed}")
     folder, out = Path(folder), Path(out)
-    with replacing(out) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
+    if findings := check(folder, files, label=label, deterministic=deterministic):
+        listed = "".join(f"\n- {finding}" for finding in findings)
+        raise ValueError(f"{folder / label} is not ready to be uploaded:{listed}")
+    with atomic_write(out) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file:
         for path in sorted((folder / label).rglob("*.safetensors")):
-            packed.write(path, path.relative_to(folder).as_posix())
+            file.write(path, path.relative_to(folder).as_posix())
     return out
 
 
@@ -666,11 +660,11 @@ def pack(
 
 
 def write_truth(
-    files: Iterable[str | Path], folder: str | Path, tasks: Sequence[str] = tuple(TASKS)
+    files: Iterable[str | Path], folder: str | Path, tasks: Iterable[str] = TASKS
 ) -> list[Path]:
-    """Ground truth for the scorer's ``--gt_dir``, made of the session files; returns the paths.
+    """Write ground truth for the scorer's ``--gt_dir``; returns the paths.
 
-    The benchmark keeps its own files to itself, but the session files hold all that is in them.
+    The benchmark does not publish its ground truth, but the session files contain it.
 
     Args:
         files: session files; each serves the tasks of its build.
@@ -678,67 +672,38 @@ def write_truth(
         tasks: some of `TASKS`.
     """
     paths = []
-    for recording in map(read, files):
-        for task in tasks:
-            made = truth(recording, task) if TASKS[task].build == recording.build else None
-            if made is not None:
-                if "targets" in made:
-                    made["targets"] = made["targets"].astype(np.float32)
-                place = Path(folder) / task / recording.name / "ground_truth.safetensors"
-                paths.append(_save(place, made, {"recording_id": recording.name, "task": task}))
+    for recording in map(BenchmarkSession, files):
+        for task in (task for task in tasks if TASKS[task].build == recording.build):
+            if (truth := recording.truth(task)) is not None:
+                path = Path(folder) / task / recording.name / "ground_truth.safetensors"
+                paths.append(_write(path, truth, {}))
     return paths
 
 
 def score(
-    folder: str | Path, files: Iterable[str | Path], *, label: str | None = None
+    folder: str | Path, files: Iterable[str | Path], *, label: str = ""
 ) -> dict[tuple[str, str, int], dict[str, float]]:
-    """What the scorer says of predictions, computed from the session files.
-
-    Like the scorer, it goes by what windows or trials a file and its session have in common, and by
-    the order of units in the file. Sums are float64, the scorer's float32.
+    """Score predictions with the benchmark's scorer, against the session files.
 
     Args:
-        folder, files, label: see `check`.
+        folder, files, label: as in `check`.
 
     Returns:
-        (task, session, seed) -> scores: ``poisson_d2`` and ``bps`` (bits per spike, pooled over
-        units) for TS2; ``bacc``, ``r2`` or ``poisson_d2`` for TS1. NaN where there is none.
+        (task, session, seed) -> the scorer's metrics: ``poisson_d2`` and ``bps`` (bits per spike,
+        pooled over units) for TS2; ``bacc``, ``r2`` or ``poisson_d2`` and others for TS1. What the
+        scorer cannot match is left out; `check` finds it.
 
     Raises:
-        SessionError: when a session file cannot be read.
-        ValueError: for predictions that cannot be read or matched, and when there are none.
+        ImportError: without the package ``ibl-bwb-eval``.
     """
-    recordings = {(recording.build, recording.name): recording for recording in map(read, files)}
-    root, scores, last, expected = _only(folder, label), {}, None, None
-    for (task, session, seed), path in _listed(root)[0].items():
-        if last != (task, session):  # the same for all seeds
-            last, recording = (task, session), recordings.get((TASKS[task].build, session))
-            expected = recording and truth(dataclasses.replace(recording), task)
-        if expected:
-            scores[task, session, seed] = score_file(path, task, expected)
-    if not scores:
-        raise ValueError(f"{folder}: no predictions of the sessions given; export them first")
-    return scores
-
-
-def score_file(path: Path, task: str, expected: dict[str, np.ndarray]) -> dict[str, float]:
-    """Scores of one prediction file against what `truth` gives; see `score`."""
-    tensors, _ = _load(path)
-    key, target = ("trial_id", "values") if TASKS[task].events else ("window_timestamps", "targets")
-    if not {key, "predictions"} <= tensors.keys():
-        raise ValueError(f"{path}: lacks predictions or {key}; export it again")
-    _, mine, theirs = np.intersect1d(tensors[key], expected[key], return_indices=True)
-    guess, values = tensors["predictions"], expected[target]
-    shape = values.shape[1:] if not TASKS[task].classes else TASKS[task].shape
-    if not len(mine) or guess.shape[1:] != shape:
-        raise ValueError(f"{path}: {len(mine)} windows or trials match and predictions have shape "
-                         f"{guess.shape}, not (..., {shape}); export it again")  # fmt: skip
-    if not TASKS[task].events:
-        return poisson_scores((guess[mine[at]], values[theirs[at]]) for at in pieces(len(mine)))
-    guess, values = guess[mine].astype(np.float64), values[theirs]
-    if TASKS[task].classes:
-        return {"bacc": mean_recall(guess[:, 0].argmax(axis=1), values[:, 0])}
-    if TASKS[task].group == "licks":
-        return {"poisson_d2": poisson_scores([(guess, values)])["poisson_d2"]}
-    trusted = expected["mask"][theirs] if "mask" in expected else np.ones(values.shape[:2], bool)
-    return {"r2": float(r2_score(values[trusted], guess[trusted]))}
+    try:
+        ts1, ts2 = (import_module(f"ibl_bwb_eval.scoring.{suite}") for suite in ("ts1", "ts2"))
+    except ImportError as error:
+        install = f"pip install --no-deps ibl-bwb-eval=={SCORER} torchmetrics rich"
+        raise ImportError(f"the benchmark's scorer is missing: {install}") from error
+    root = Path(folder) / label
+    tasks = [task for task in TASKS if any(root.rglob(f"{task}/*/seed_*.safetensors"))]
+    with tempfile.TemporaryDirectory() as truth:
+        write_truth(files, truth, tasks)
+        found = ts1.score_dir(root, truth) | ts2.score_dir(root, truth)
+    return {key[1:]: values for key, values in found.items()}

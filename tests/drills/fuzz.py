@@ -57,7 +57,6 @@ instrumented = atheris.instrument_imports if atheris else lambda **_: contextlib
 with contextlib.redirect_stderr(io.StringIO()), instrumented(include=["mtm"]):  # it lists modules
     import mtm
     from mtm import binning, cli, hub, masks, metrics, official, recipes, run
-    from mtm.bwb.tasks import mean_recall, poisson_scores
     from mtm.data import huggingface
 
 import hypothesis  # noqa: E402
@@ -66,7 +65,7 @@ import torch  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from hypothesis.extra import numpy as hnp  # noqa: E402
 from scipy.stats import poisson  # noqa: E402
-from sklearn.metrics import balanced_accuracy_score, d2_tweedie_score, r2_score  # noqa: E402
+from sklearn.metrics import d2_tweedie_score, r2_score  # noqa: E402
 
 LONGEST = 5.0  # seconds of CPU time for one case
 MEMORY = 4 << 30  # bytes that a case may ask for on top of what the libraries take
@@ -709,16 +708,6 @@ def scores(draw: Draw) -> None:
         near(psth[i], r2_score(*means) if varies else math.nan, "R2 of PSTHs")
     total = sum(gains) / spikes.sum() if spikes.sum() else math.nan
     near(metrics.pooled_bits_per_spike(log_rates, counts, null), total, "pooled bits per spike")
-    theirs = poisson_scores([(log_rates[:1], counts[:1]), (log_rates[1:], counts[1:])])
-    own = metrics.poisson_d2(log_rates, counts)
-    near(
-        theirs["poisson_d2"], np.nanmean(own) if np.isfinite(own).any() else math.nan, "D2, pieces"
-    )
-    labels, guess = (
-        np.array(draw(st.lists(st.integers(0, 2), min_size=5, max_size=5))) for _ in "ab"
-    )
-    if set(guess.tolist()) <= set(labels.tolist()):
-        near(mean_recall(guess, labels), balanced_accuracy_score(labels, guess), "recall")
 
 
 def near(found: float, expected: float, what: str) -> None:
