@@ -8,17 +8,16 @@ FOLDER is that of real_data.py, or the word "simulated". Two parts:
   that validation trials choose, see `mtm.baselines`; and with MtM's settings), each of MtM's
   schemes by itself, and MtM without its prompt. Six tasks.
 - animals: one animal after the other is left out entirely. A model learns from 1, 3 and all
-  sessions of the other animals, goes on with a session of the one left out, and is compared with a
-  model that knows that session alone. The same with a quarter of that session's training trials,
+  sessions of the other animals, is fine-tuned to a session of the one left out, and is compared
+  with a model of that session alone. The same with a quarter of that session's training trials,
   each model with that of two learning rates which suits it. Four tasks.
 
 All with the recipe `mtm`, at depth 1 and with three seeds, on test trials, neurons of at least
-1 Hz. What differs is compared session by session: a claim holds if the 95 % interval of the mean
+1 Hz. Differences are taken session by session: a claim holds if the 95 % interval of the mean
 difference over sessions (Student's t) lies above 0, and fails if it lies below; else it is open.
-What is done is kept in --work, so that the command goes on where it was stopped. Out come
-results/claims.json and .md, and the picture book/_assets/claims.png (of simulated animals, where
-the oracle is scored too, claims_simulated). On 2 cores: 8 minutes for each session and seed of
-the first part, 2 hours for the second. On a GPU, --depth 5 has the paper's size.
+Out come results/claims.json and .md, and the picture book/_assets/claims.png (of simulated animals,
+where the oracle is scored too, claims_simulated). On 2 cores: 8 minutes for each session and seed
+of the first part, 2 hours for the second. On a GPU, --depth 5 has the paper's size.
 """
 
 from __future__ import annotations
@@ -32,15 +31,16 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from real_data import (
+from common import (
     FOUR,
-    PICTURES,
-    RESULTS,
     Method,
     described,
     kept,
+    parser,
     recordings,
+    require_known,
     run,
+    trained,
     write_json,
 )
 from scipy import stats
@@ -49,9 +49,8 @@ import mtm
 from mtm.baselines import OPTIONS, SETTINGS, temporal_ndt1
 from mtm.masks import MTM_SCHEMES
 from mtm.plots import BLUE, RED
-from mtm.recipes import RECIPES
-from mtm.report import Mean, Report, mean_of
 from mtm.prediction import TASKS
+from mtm.report import Mean, Report, mean_of
 
 ALONE = "this session alone"
 AFTER = {"after 1 of others": 1, "after 3 of others": 3, "after all of others": 99}  # sessions
@@ -73,24 +72,17 @@ class Claim(NamedTuple):
 
 
 def schemes(depth: int, epochs: int) -> dict[str, Method]:
-    """Models that differ in what was hidden while they learned."""
+    """Models that differ in what was hidden while they were trained."""
     rows: dict[str, dict[str, Any]] = {"MtM": {}, "MtM, no prompt": {"prompt": False}}
     rows |= {f"{name} alone": {"schemes": (name,), "prompt": False} for name in MTM_SCHEMES}
     rows["temporal, as MtM"] = {"schemes": ("temporal",), "prompt": False}
-    how = {"depth": depth, "epochs": epochs, "progress": False}
-
-    def trained(settings: dict[str, Any]) -> Method:
-        def make(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
-            return mtm.fit(sessions, seed=seed, **how, **settings)
-
-        return Method(make, {**how, **settings}, seeded=True)
 
     def temporal(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
         return temporal_ndt1(sessions, seed=seed, depth=depth, progress=False)
 
-    told = {"depth": depth, "baseline": "temporal", **OPTIONS, **SETTINGS}
-    found = {name: trained(settings) for name, settings in rows.items()}
-    return found | {"temporal": Method(temporal, told, seeded=True)}
+    settings = {"depth": depth, "baseline": "temporal", **OPTIONS, **SETTINGS}
+    found = {name: trained(depth=depth, epochs=epochs, **how) for name, how in rows.items()}
+    return found | {"temporal": Method(temporal, settings, seeded=True)}
 
 
 # ----------------------------------------------------------------------------------- other animals
@@ -112,7 +104,7 @@ def held_out(sessions: list[mtm.Session]) -> dict[str, list[mtm.Session]]:
 
 
 def truth(sessions: list[mtm.Session]) -> dict[str, Method]:
-    """The oracle, where the true rates are known: what could be had."""
+    """The oracle, where the true rates are known."""
     if any(session.rates is None for session in sessions):
         return {}
     return {"oracle": Method(lambda sessions, seed: mtm.oracle(sessions[0]), {})}
@@ -120,18 +112,17 @@ def truth(sessions: list[mtm.Session]) -> dict[str, Method]:
 
 def animals(others: list[mtm.Session], depth: int, epochs: int, work: Path) -> dict[str, Method]:
     """For a session of an animal left out: alone, and after some and all sessions of others."""
-    how = {"epochs": epochs, "progress": False}
 
     def learner(n: int = 0, every: int = 1, **settings: Any) -> Method:
         def make(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
             start = pretrained(others[:n], seed, depth, epochs, work) if n else None
             size = {} if n else {"depth": depth}
             some = [fewer(session, every) for session in sessions]
-            return mtm.fit(some, start, seed=seed, **how, **size, **settings)
+            how = {"epochs": epochs, "progress": False, **size, **settings}
+            return mtm.fit(some, start, seed=seed, **how)
 
-        told = {**how, "depth": depth, **settings} | ({"every": every} if every > 1 else {})
-        if n:
-            told["others"] = [session.name for session in others[:n]]
+        names = [session.name for session in others[:n]]
+        told = {"epochs": epochs, "depth": depth, "every": every, "others": names, **settings}
         return Method(make, told, seeded=True)
 
     found = {ALONE: learner()} | {name: learner(n) for name, n in AFTER.items()}
@@ -142,18 +133,18 @@ def animals(others: list[mtm.Session], depth: int, epochs: int, work: Path) -> d
 def fewer(session: mtm.Session, every: int) -> mtm.Session:
     """One of ``every`` training trials; validation and test trials stay."""
     split = session.split()
-    kept_trials = np.concatenate([split.train[::every], split.val, split.test])
-    return session if every == 1 else session.select(trials=np.sort(kept_trials))
+    trials = np.concatenate([split.train[::every], split.val, split.test])
+    return session if every == 1 else session.select(trials=np.sort(trials))
 
 
 def pretrained(
     others: list[mtm.Session], seed: int, depth: int, epochs: int, work: Path
 ) -> mtm.MtM:
-    """A model of other animals' sessions; made once, and gone on with where it was stopped."""
+    """A model of other animals' sessions; made once, resumed where it was stopped."""
     told = json.dumps([[s.name for s in others], seed, depth, epochs])
     folder = work / f"{len(others)}-{seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-    mtm.fit(others, depth=depth, epochs=epochs, seed=seed, folder=folder, progress=False)
-    return mtm.load(folder)
+    how = {"depth": depth, "epochs": epochs, "seed": seed, "folder": folder, "progress": False}
+    return mtm.fit(others, **how).model
 
 
 # ------------------------------------------------------------------------------------- what is said
@@ -282,28 +273,19 @@ def draw(judged: dict[str, list[tuple[Claim, Mean]]]) -> plt.Figure:
 
 def main() -> None:
     """Read the command line, run, judge, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--part", choices=("schemes", "animals"), help="default: both")
-    parser.add_argument("--alone", nargs="*", help="sessions of the part 'schemes'; default all")
-    parser.add_argument(
-        "--left-out", nargs="*", help="of the part 'animals'; default one an animal"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--depth", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=RECIPES["mtm"].epochs)
-    parser.add_argument("--work", type=Path, default=Path("_build/claims"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--pictures", type=Path, default=PICTURES)
-    options = parser.parse_args()
+    made = parser(__doc__, "claims")
+    made.add_argument("folder", type=Path)
+    made.add_argument("--part", choices=("schemes", "animals"), help="default: both")
+    made.add_argument("--alone", nargs="*", help="sessions of the part 'schemes'; default all")
+    made.add_argument("--left-out", nargs="*", help="of the part 'animals'; default one an animal")
+    options = made.parse_args()
     simulated = options.folder == Path("simulated")
     if simulated:
         sessions = mtm.simulate(5, 120, 48, seed=1, bin_size=0.1)  # as many bins as recordings
     else:
-        names = sorted(path.stem for path in options.folder.glob("steinmetz2019/*.npz"))
-        sessions = recordings(options.folder, names)
-    check(options.alone, [session.name for session in sessions])
-    check(options.left_out, list(held_out(sessions)))
+        sessions = recordings(options.folder, "steinmetz")
+    require_known(options.alone, [session.name for session in sessions])
+    require_known(options.left_out, list(held_out(sessions)))
     scores = measured(sessions, options)
     judged = judge(scores)
     facts = described(sessions, options) | {"scores": scores}
@@ -320,12 +302,6 @@ def main() -> None:
         "standard error over sessions. Made by `python benchmarks/claims.py`.\n\n" + table(judged)
     )
     print(table(judged))
-
-
-def check(names: list[str] | None, known: list[str]) -> None:
-    """Stop at a name that is not known."""
-    if strangers := set(names or ()) - set(known):
-        raise SystemExit(f"{min(strangers)!r} is none of: {', '.join(known)}")
 
 
 def measured(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[str, Scores]:

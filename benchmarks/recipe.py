@@ -11,124 +11,53 @@ FOLDER is that of real_data.py, or the word "simulated". Two parts, on different
   paper's with as many epochs as ours, and with all of its 1,000. And after how many steps ours
   validates as well as the paper's does at best.
 
-What is done is kept in --work, so that the command goes on where it was stopped. Out come
-results/recipe.json and .md, and the picture book/_assets/recipe.png. On 2 cores: 2 hours.
+Out come results/recipe.json and .md, and the picture book/_assets/recipe.png. On 2 cores: 2 hours.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-from real_data import (
+from common import (
     FOUR,
     HISTORY,
-    PICTURES,
-    RESULTS,
     Method,
+    Scores,
     described,
     kept,
     markdown,
+    parser,
     recordings,
+    require_known,
     run,
     table,
     write_json,
 )
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mtm
-from mtm import training as train
 from mtm.masks import SCHEMES, register
 from mtm.model import MtMConfig
 from mtm.plots import BLUE
-from mtm.recipes import RECIPES
+from mtm.recipes import RECIPES, changed
 from mtm.report import Mean, mean_of
 
 SEARCH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05")
-TEST = ("03_Cori_2016-12-18", "09_Hench_2017-06-16", "ibl_DY_016_2020-09-12_probe00")  # fmt: skip
+TEST = ("03_Cori_2016-12-18", "09_Hench_2017-06-16", "ibl_DY_016_2020-09-12_probe00")
 OURS, BASE = "ours", "ours, hiding 0.3"
 PUBLISHED = {"positions": "learned", "input_counts": "raw"}  # the authors' options
 AGAIN = "causal again"  # drawn as often as each of the others
-AVERAGE = 0.99  # decay of the running average of the weights, a step
-
-Trick = Callable[[list[mtm.Session]], Any]
-
-
-# --------------------------------------------------------- tried, and not part of the package
-
-
-@contextmanager
-def neurons_alike(sessions: list[mtm.Session]) -> Iterator[None]:
-    """The loss of a neuron is divided by the square root of its mean count."""
-    [session] = sessions
-    means = session.counts[session.split().train].mean(axis=(0, 1))
-    weights = torch.from_numpy((means + 0.005) ** -0.5 * means.mean() ** 0.5).float()
-    plain = train.masked_loss
-
-    def weighted(log_rates: Any, counts: Any, target: Any, reduction: str) -> Any:
-        if not torch.is_grad_enabled():
-            return plain(log_rates, counts, target, reduction)
-        return (torch.where(target, log_rates.exp() - counts * log_rates, 0.0) * weights).sum()
-
-    with mock.patch.object(train, "masked_loss", weighted):
-        yield
-
-
-@contextmanager
-def weights_averaged(sessions: list[mtm.Session]) -> Iterator[None]:
-    """Validated, and kept, is a running average of the weights."""
-    averages: dict[int, torch.Tensor] = {}
-    validate = train.validate
-
-    def take(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        with torch.no_grad():
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                averages.setdefault(id(p), p.detach().clone()).lerp_(p, 1 - AVERAGE)
-
-    def validated(model: mtm.MtM, *args: Any) -> dict[str, float]:
-        for p in model.parameters():
-            p.data, averages[id(p)] = averages[id(p)], p.data
-        try:
-            return validate(model, *args)
-        finally:
-            best[:] = [copy.deepcopy(model.state_dict())]
-            for p in model.parameters():
-                p.data, averages[id(p)] = averages[id(p)], p.data
-
-    def kept_as_best(run: Any, entry: dict[str, Any], model: mtm.MtM) -> bool:
-        better = keep(run, entry, model)
-        if better:
-            run.best = best[0]
-        return better
-
-    best: list[dict[str, torch.Tensor]] = []
-    keep = train.Run.add
-    hook = register_optimizer_step_post_hook(take)
-    try:
-        with (
-            mock.patch.object(train, "validate", validated),
-            mock.patch.object(train.Run, "add", kept_as_best),
-        ):
-            yield
-    finally:
-        hook.remove()
 
 
 # ------------------------------------------------------------------------------ what is tried
 
 
-def variants() -> dict[str, tuple[dict[str, Any], Trick | None]]:
-    """Name -> what differs from our recipe: settings and sizes, or a trick.
+def variants() -> dict[str, dict[str, Any]]:
+    """Name -> what differs from our recipe: settings and sizes.
 
     The search began with the schemes' own shares, as in the paper. That more is hidden is the one
     change that it added to the recipe.
@@ -173,41 +102,30 @@ def variants() -> dict[str, tuple[dict[str, Any], Trick | None]]:
         "the authors' options": {**PUBLISHED, "init": "paper"},
         "the authors' options, two layers": {**PUBLISHED, "init": "paper", "depth": 2},
     }
-    tricks: dict[str, tuple[dict[str, Any], Trick]] = {
-        "neurons weigh alike": ({}, neurons_alike),
-        "weights averaged": ({}, weights_averaged),
-    }  # fmt: skip
-    whole = {name: (changes, None) for name, changes in plain.items()} | tricks
-    return {name: ({"ratios": {}} | changes, trick) for name, (changes, trick) in whole.items()}
+    own = dict.fromkeys(shares, 0.3)  # the schemes' own shares
+    return {name: how | {"ratios": own | how.get("ratios", {})} for name, how in plain.items()}
 
 
-def trained(changes: dict[str, Any], trick: Trick | None = None, config: str = "mtm") -> Method:
-    """A recipe with changes, at depth 1 unless they say another."""
-    sizes = {f.name for f in fields(MtMConfig)}
+def trained(changes: dict[str, Any], config: str = "mtm") -> Method:
+    """A recipe with changes, at depth 1 unless they name another."""
+    sizes = {"depth", *(field.name for field in fields(MtMConfig))}
     of_model = {name: value for name, value in changes.items() if name in sizes}
     of_training = {name: value for name, value in changes.items() if name not in sizes}
-    settings = replace(RECIPES[config], **of_training)
+    settings = changed(RECIPES[config], of_training)
     if settings.init == "paper":
         of_model = PUBLISHED | of_model
 
     def make(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
-        model = MtMConfig.from_depth(**({"depth": 1} | of_model))
-        how = {"config": replace(settings, seed=seed), "progress": False}
-        if trick is None:
-            return mtm.fit(sessions, model, **how)
-        with trick(sessions):
-            return mtm.fit(sessions, model, **how)
+        model = MtMConfig.from_depth(**{"depth": 1} | of_model)
+        return mtm.fit(sessions, model, config=replace(settings, seed=seed), progress=False)
 
-    told = {"train": asdict(settings), "model": of_model, "trick": getattr(trick, "__name__", None)}
-    return Method(make, told, seeded=True)
+    return Method(make, {"train": asdict(settings), "model": of_model}, seeded=True)
 
 
 # ----------------------------------------------------------------------------------- the search
 
 
-def differences(
-    whole: dict[str, dict[str, dict[str, Mean]]], names: list[str]
-) -> dict[str, dict[str, Mean]]:
+def differences(whole: dict[str, Scores], names: list[str]) -> dict[str, dict[str, Mean]]:
     """Variant -> task, and "mean" of the four -> score over ours, mean over sessions."""
     found: dict[str, dict[str, Mean]] = {}
     for name in names:
@@ -292,30 +210,24 @@ def read_history(report: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Read the command line, run, write the JSON, the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--search", nargs="*", default=SEARCH, help="recordings to search on")
-    parser.add_argument("--test", nargs="*", default=TEST, help="recordings to test on")
-    parser.add_argument("--variants", nargs="*", help="some, by name; default all")
-    parser.add_argument("--search-seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the test")
-    parser.add_argument("--work", type=Path, default=Path("_build/recipe"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--pictures", type=Path, default=PICTURES)
-    options = parser.parse_args()
-    options.depth, options.epochs = 1, RECIPES["mtm"].epochs
+    arguments = parser(__doc__, "recipe")
+    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("--search", nargs="*", default=SEARCH, help="recordings to search on")
+    arguments.add_argument("--test", nargs="*", default=TEST, help="recordings to test on")
+    arguments.add_argument("--variants", nargs="*", help="some, by name; default all")
+    arguments.add_argument("--search-seeds", nargs="+", type=int, default=[0])
+    options = arguments.parse_args()
     known = variants()
-    if strangers := set(options.variants or ()) - set(known):
-        parser.error(f"unknown variant {min(strangers)!r}; known: {', '.join(known)}")
-    tried = {name: trained(*known[name]) for name in options.variants or known}
-    searched = recordings(options.folder, list(options.search))
+    require_known(options.variants, list(known))
+    every = {name: trained(changes) for name, changes in known.items()}
+    tried = {name: every[name] for name in options.variants or known}
+    searched = recordings(options.folder, options.search)
     how = {"part": "val", "tasks": FOUR}
     seconds = run(searched, tried, options.search_seeds, options.work / "search", **how)
-    every = {name: trained(*variant) for name, variant in known.items()}
     scores = table(searched, every, options.search_seeds, options.work / "search")
     found = differences(scores, list(known))
 
-    tested, rivals = recordings(options.folder, list(options.test)), contest()
+    tested, rivals = recordings(options.folder, options.test), contest()
     work, long = options.work / "test", list(rivals)[-1]
     for name, method in rivals.items():  # the paper's take long: one seed of them
         seeds = options.seeds if name == OURS else options.seeds[:1]
@@ -338,7 +250,7 @@ def main() -> None:
 
 def report(
     found: dict[str, dict[str, Mean]],
-    whole: dict[str, dict[str, dict[str, Mean]]],
+    whole: dict[str, Scores],
     races: dict[str, Any],
     searched: list[str],
 ) -> str:

@@ -1,4 +1,4 @@
-"""Training steps at the paper's size: beside their matrix products alone, and a plain step.
+"""Training steps at the paper's size, beside their matrix products alone.
 
     python benchmarks/train_step.py [--device cuda] [--batches 16 64] [--compile] [--profile]
 
@@ -9,24 +9,17 @@ AdamW. Beside it stand
 - the floor: the time that its matrix products alone take, one after the other and in turn with the
   steps, in the same precision: forward, and both gradients, attention without regard to causality;
 - the ceiling: the rate of one large square matrix product, and the share of it that the step's
-  floating-point operations reach;
-- the plain step, in turn with ours: the same parameters and arithmetic in single precision, a
-  boolean mask for attention, masks drawn on the CPU, torch's own dropout, AdamW a tensor at a time,
-  and a look at the loss in every step.
+  floating-point operations reach.
 
-Every model and batch is measured in a process of its own, and every peak of memory in another. What
-the budget of seconds, or half of the machine's memory, cannot hold is left out and listed.
+Every model and batch is measured in a process of its own. A batch whose steps would take longer
+than the budget, or that runs out of memory, is left out and listed.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
-import os
-import platform
-import resource
 import subprocess
 import sys
 import time
@@ -37,20 +30,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from common import RESULTS, machine, peak_bytes, timed, write_json
 from torch import Tensor, nn
 
-from mtm.training import Batch
-from mtm.training import autocast
-from mtm.masks import MTM_SCHEMES, SCHEMES, Mask, MaskSampler
+from mtm.masks import MTM_SCHEMES, SCHEMES, MaskSampler
 from mtm.model import MtM, MtMConfig
 from mtm.recipes import RECIPES
-from mtm.training import accumulate, make_optimizer, masked_loss
+from mtm.training import Batch, accumulate, autocast, make_optimizer
 
 NEURONS = (548, 601, 652)
 N_BINS, N_REGIONS = 100, 8
-THEIR_INPUT = {"positions": "learned", "input_counts": "raw"}
-MODELS = {"ndt1": THEIR_INPUT, "ndt2": {"tokenizer": "ndt2", **THEIR_INPUT}}
+PUBLISHED = {"positions": "learned", "input_counts": "raw"}  # the authors' options
+MODELS = {"ndt1": PUBLISHED, "ndt2": {"tokenizer": "ndt2", **PUBLISHED}}
 SMALL = {"depth": 1, "width": 32, "heads": 2, "mlp_width": 64, "stitch_width": 40}
 RECIPE = RECIPES["mtm"]
 
@@ -59,16 +50,11 @@ def main() -> None:
     """Measure every model and batch in a process of its own, print and write the JSON."""
     options = parse()
     if options.cell:
-        model, batch, what = options.cell
-        act = peak if what in ("ours", "plain") else measure
-        print(json.dumps(act(Bench(options, model, int(batch)), what)))
+        model, batch = options.cell
+        print(json.dumps(measure(Bench(options, model, int(batch)))))
         return
     cuda = options.device.startswith("cuda")
-    device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    report = {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+    report = machine(options.device) | {
         "bins": N_BINS,
         "neurons": NEURONS,
         "repeats": options.repeats,
@@ -79,8 +65,8 @@ def main() -> None:
         "models": {},
         "left_out": [],
     }
-    name = f"train_step_{device.replace(' ', '_').lower()}.json" if cuda else "train_step.json"
-    path = options.json or Path(__file__).parent / "results" / name
+    name = f"_{report['device'].replace(' ', '_').lower()}.json" if cuda else ".json"
+    path = options.json or RESULTS / f"train_step{name}"
     for name in options.models:
         report["models"][name] = {}
         for numbers in cells(name, options, report["left_out"]):
@@ -90,12 +76,9 @@ def main() -> None:
             for key, value in numbers.items():
                 print(f"{key:<26} {value}", flush=True)
             if options.json or not options.small:  # each time: a run can take hours
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(report, indent=1) + "\n")
+                write_json(path, report)
     for line in report["left_out"]:
         print("left out:", line)
-    if options.json or not options.small:
-        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
@@ -116,7 +99,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--profile", action="store_true", help="what a step of 16 trials does")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)  # model, batch, what
+    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)  # model, batch
     options = parser.parse_args()
     cuda = options.device.startswith("cuda")
     options.batches = sorted(options.batches or ((16, 64, 256, 512) if cuda else (16, 64, 512)))
@@ -125,61 +108,23 @@ def parse() -> argparse.Namespace:
 
 
 def cells(name: str, options: argparse.Namespace, left_out: list[str]) -> Iterator[dict[str, Any]]:
-    """Numbers of one model, batch by batch; foretold from the one before whether it fits.
-
-    What does not fit, or runs out of memory, is added to ``left_out``, with the reason.
-    """
+    """Numbers of one model, batch by batch. What does not fit is added to ``left_out``."""
     last: dict[str, Any] = {}
     for batch in options.batches:
-        what = "both"
-        if last:
-            grows = batch / last["batch"]
-            ours = len(NEURONS) * last["step_s"] * grows
-            if ours > options.budget:
-                left_out.append(f"{name}, {batch} trials: a round would take {ours:.0f} s")
-                continue
-            plain = grows * last.get("plain_step_s", math.inf) * len(NEURONS)
-            memory = grows * last.get("plain_peak_gb", math.inf)
-            if ours + plain > options.budget or memory > largest_gb(options.device):
-                what = "ours alone"
-                foretold = f"a round would take {plain:.0f} s and {memory:.0f} GB"
-                why = foretold if math.isfinite(plain) else f"as with {last['batch']}"
-                left_out.append(f"{name}, {batch} trials, plain: {why}")
-        numbers, why = run(name, batch, what, options)
-        if numbers is None and what == "both":
-            left_out.append(f"{name}, {batch} trials, plain: {why}")
-            what = "ours alone"
-            numbers, why = run(name, batch, what, options)
-        if numbers is None:
-            left_out.append(f"{name}, {batch} trials: {why}")
+        expected = len(NEURONS) * last["step_s"] * batch / last["batch"] if last else 0.0
+        if expected > options.budget:
+            left_out.append(f"{name}, {batch} trials: a round would take {expected:.0f} s")
             continue
-        for step in ("ours", "plain") if what == "both" else ("ours",):
-            most, _ = run(name, batch, step, options)
-            prefix = "" if step == "ours" else "plain_"
-            numbers |= {f"{prefix}peak_gb": most["peak_gb"]} if most else {}
-        last = numbers
-        yield numbers
-
-
-def largest_gb(device: str) -> float:
-    """Memory that the plain step may fill: half of a CPU's; a GPU says itself when it is full."""
-    if device.startswith("cuda"):
-        return math.inf
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2e9
-
-
-def run(
-    name: str, batch: int, what: str, options: argparse.Namespace
-) -> tuple[dict[str, Any] | None, str]:
-    """What a process of its own finds, or None and the last line of its error."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--cell", name, str(batch), what]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1]), ""
-    why = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
-    if done.returncode > 0 and "OutOfMemory" not in why:
-        sys.exit(done.stderr)
-    return None, why
+        command = [sys.executable, __file__, *sys.argv[1:], "--cell", name, str(batch)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            last = json.loads(done.stdout.splitlines()[-1])
+            yield last
+            continue
+        why = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
+        if done.returncode > 0 and "OutOfMemory" not in why:
+            sys.exit(done.stderr)
+        left_out.append(f"{name}, {batch} trials: {why}")
 
 
 # ------------------------------------------------------------------------------------- the steps
@@ -234,108 +179,25 @@ class Bench:
         return step
 
 
-class Plain(nn.Module):
-    """The same model, written as one writes it first."""
-
-    def __init__(self, model: MtM) -> None:
-        super().__init__()
-        self.model = model
-        self.dropout = nn.Dropout(model.config.dropout)
-        self.embed_dropout = nn.Dropout(model.config.embed_dropout)
-
-    def forward(self, counts: Tensor, session: str, mask: Mask, prompt: str) -> Tensor:
-        """Log-rates (B, T, N) of counts (B, T, N)."""
-        model, layers = self.model, self.model.session_layers(session)
-        x = model.tokenizer(counts.masked_fill(mask.hidden, 0), layers)
-        prefix = torch.stack([layers.token, model.prompt_tokens[model.prompts.index(prompt)]])
-        x = self.embed_dropout(torch.cat([prefix.expand(len(x), -1, -1), x], dim=1))
-        bins = torch.arange(N_BINS).repeat_interleave(layers.n_patches)
-        bins = torch.cat([torch.tensor([-1, -1]), bins])
-        allowed = bins[:, None] >= bins if mask.causal else torch.ones(len(bins), len(bins)).bool()
-        if mask.causal and model.config.tokenizer == "ndt1":
-            allowed = allowed.tril()  # the session token does not look at the prompt
-        allowed = allowed.to(x.device)
-        for layer in model.layers:
-            x = x + self.attend(layer.norm1(x), layer.attention, allowed)
-            x = x + self.dropout(layer.down(F.gelu(layer.up(layer.norm2(x)))))
-        return model.tokenizer.read_out(model.norm(x)[:, 2:], layers)
-
-    def attend(self, x: Tensor, attention: nn.Module, allowed: Tensor) -> Tensor:
-        """Self-attention of (B, L, D)."""
-        n_trials, length, width = x.shape
-        shape = (n_trials, length, attention.heads, width // attention.heads)
-        q = attention.query(x).reshape(shape).transpose(1, 2)
-        k = attention.key(x).reshape(shape).transpose(1, 2)
-        v = attention.value(x).reshape(shape).transpose(1, 2)
-        p = self.dropout.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p)
-        return attention.out(self.dropout(x.transpose(1, 2).reshape(n_trials, length, width)))
-
-
-def plain_step(bench: Bench) -> Callable[[int, str], float]:
-    """The plain step on a copy of the model, after a look that it computes the same loss."""
-    model = Plain(copy.deepcopy(bench.model)).to(bench.device).train()
-    groups = [
-        {key: group[key] for key in ("params", "weight_decay")}
-        for group in make_optimizer(model.model, RECIPE).param_groups
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=RECIPE.lr, foreach=False, fused=False)
-    sampler = MaskSampler(MTM_SCHEMES)
-    regions = {n: codes.cpu() for n, codes in bench.regions.items()}
-
-    def loss_of(counts: Tensor, n: int, mask: Mask, scheme: str) -> Tensor:
-        log_rates = model(counts, scheme, mask, str(n))
-        nll = F.poisson_nll_loss(log_rates, counts, reduction="none")
-        return nll[mask.target].mean()
-
-    def step(n: int, scheme: str) -> float:
-        counts = bench.data[n][bench.trials].float()
-        mask = sampler.draw(scheme, counts.cpu(), regions[n])
-        hidden, target = mask.hidden.to(counts.device), mask.target.to(counts.device)
-        loss = loss_of(counts, n, Mask(hidden, target, mask.causal), scheme)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.clip, foreach=False)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    model.eval(), bench.model.eval()
-    with torch.no_grad():
-        for scheme in MTM_SCHEMES:
-            counts = bench.data[NEURONS[0]][:4].float()
-            mask = bench.sampler.draw(scheme, counts, bench.regions[NEURONS[0]])
-            log_rates = bench.model(counts, scheme, mask, str(NEURONS[0]))
-            ours = masked_loss(log_rates, counts, mask.target, "mean")
-            torch.testing.assert_close(loss_of(counts, NEURONS[0], mask, scheme), ours)
-    model.train(), bench.model.train()
-    return step
-
-
 # --------------------------------------------------------------------------------- the measurements
 
-
-def peak(bench: Bench, what: str) -> dict[str, float]:
-    """Peak of memory of a step of the largest session, GB, in a process that does nothing else."""
-    step = plain_step(bench) if what == "plain" else bench.step
-    for scheme in ("neuron", "causal"):
-        step(NEURONS[-1], scheme)
-    if bench.device.type == "cuda":
-        return {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3)}
-    return {"peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)}
+Act = Callable[[int, str], Any]  # of a session's number of neurons and a scheme: (wall, CPU) s
 
 
-def measure(bench: Bench, what: str) -> dict[str, Any]:
-    """Seconds of ours, of what it is compared with in turn, and of its matrix products alone."""
+def measure(bench: Bench) -> dict[str, Any]:
+    """Peak of memory, and seconds of steps and passes in turn with their matrix products alone."""
     options, device = bench.options, bench.device
+    for scheme in ("neuron", "causal"):
+        bench.step(NEURONS[-1], scheme)
+    peak = round(peak_bytes(device) / 1e9, 3)  # before anything else takes memory
     made = {n: products(bench, n) for n in NEURONS}
-    acts = {
-        "step": clock(bench.step, device),
-        "step_floor": lambda n, _: alone(made[n][0], device),
-    }
-    if what == "both":
-        acts["plain_step"] = clock(plain_step(bench), device)
+
+    def clock(act: Callable[[int, str], object]) -> Act:
+        return lambda n, scheme: timed(lambda: act(n, scheme), device)[1]
+
+    acts = {"step": clock(bench.step), "step_floor": lambda n, _: alone(made[n][0], device)}
     if options.compile:
-        acts["compiled_step"] = clock(bench.compiled_step(), device)
+        acts["compiled_step"] = clock(bench.compiled_step())
     found = rounds(acts, options)
     numbers: dict[str, Any] = {"model": bench.name, "batch": bench.batch, "rounds": found.shape[2]}
     numbers |= compare(acts, found)
@@ -347,7 +209,7 @@ def measure(bench: Bench, what: str) -> dict[str, Any]:
         numbers["profile"] = profile(bench)
     bench.model.eval()
     forward = {
-        "forward": clock(bench.forward, device),
+        "forward": clock(bench.forward),
         "forward_floor": lambda n, _: alone(made[n][1], device),
     }
     numbers |= compare(forward, rounds(forward, options))
@@ -359,32 +221,16 @@ def measure(bench: Bench, what: str) -> dict[str, Any]:
         "steps_per_s": 1 / numbers["step_s"],
         "tokens_per_s": tokens / numbers["step_s"],
         "step_tflop": operations / 1e12,
+        "peak_gb": peak,
     }
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in numbers.items()}
-
-
-Act = Callable[[int, str], Any]  # of a session's number of neurons and a scheme: (wall, CPU) s
-
-
-def clock(act: Callable[[int, str], object], device: torch.device) -> Act:
-    """An act that returns the wall and CPU seconds it took."""
-
-    def timed(n: int, scheme: str) -> tuple[float, float]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        act(n, scheme)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - wall, time.process_time() - cpu
-
-    return timed
 
 
 def rounds(acts: dict[str, Act], options: argparse.Namespace) -> np.ndarray:
     """Wall and CPU seconds, (acts, sessions, repeats, 2): acts and sessions in turn, then schemes.
 
-    Before, steps with full attention and with causal: of each session where shapes are new to the
-    compiler or the device, else of the first. There are fewer repeats, but two or more (one with
-    causal attention), when the budget of seconds is spent.
+    Before, untimed acts with full and with causal attention, of each session where shapes are new
+    to the compiler or the device. Repeats end, after two or more, when the budget is spent.
     """
     everywhere = options.compile or options.device.startswith("cuda")
     for n in NEURONS if everywhere else NEURONS[:1]:
@@ -403,9 +249,9 @@ def rounds(acts: dict[str, Act], options: argparse.Namespace) -> np.ndarray:
 
 
 def compare(acts: dict[str, Act], found: np.ndarray) -> dict[str, float]:
-    """Seconds of each act, and its ratio to the first.
+    """Seconds of each act, and its ratio to the first, taken pair by pair.
 
-    A ratio is taken for each pair, one after the other, so that what slows both leaves it alone.
+    What slows two acts that follow each other leaves their ratio alone.
     """
     numbers, first = {}, next(iter(acts))
     for name, taken in zip(acts, found, strict=True):
@@ -433,7 +279,7 @@ def typical(found: np.ndarray) -> np.ndarray:
 
 
 def never_waits(bench: Bench) -> bool:
-    """Whether a step of every scheme gets by without the host waiting for the device."""
+    """Whether the host does not wait for the device in a step of any scheme."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         for scheme in MTM_SCHEMES:
@@ -509,13 +355,7 @@ def seconds(shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int
     a = torch.randn(many, rows, inner, dtype=dtype, device=device)
     b = torch.randn(many, inner, columns, dtype=dtype, device=device)
     out = torch.empty(many, rows, columns, dtype=dtype, device=device)
-    found = []
-    for _ in range(repeats + 1):
-        wall, cpu = time.perf_counter(), time.process_time()
-        torch.bmm(a, b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append((time.perf_counter() - wall, time.process_time() - cpu))
+    found = [timed(lambda: torch.bmm(a, b, out=out), device)[1] for _ in range(repeats + 1)]
     return np.median(found[1:], axis=0)
 
 
