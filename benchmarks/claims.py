@@ -29,20 +29,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import common
 import matplotlib.pyplot as plt
 import numpy as np
-from common import (
-    FOUR,
-    Method,
-    described,
-    kept,
-    parser,
-    recordings,
-    require_known,
-    run,
-    trained,
-    write_json,
-)
 from scipy import stats
 
 import mtm
@@ -71,7 +60,7 @@ class Claim(NamedTuple):
 # ---------------------------------------------------------------------- schemes, session by session
 
 
-def schemes(depth: int, epochs: int) -> dict[str, Method]:
+def schemes(depth: int, epochs: int) -> dict[str, common.Method]:
     """Models that differ in what was hidden while they were trained."""
     rows: dict[str, dict[str, Any]] = {"MtM": {}, "MtM, no prompt": {"prompt": False}}
     rows |= {f"{name} alone": {"schemes": (name,), "prompt": False} for name in MTM_SCHEMES}
@@ -81,8 +70,8 @@ def schemes(depth: int, epochs: int) -> dict[str, Method]:
         return temporal_ndt1(sessions, seed=seed, depth=depth, progress=False)
 
     settings = {"depth": depth, "baseline": "temporal", **OPTIONS, **SETTINGS}
-    found = {name: trained(depth=depth, epochs=epochs, **how) for name, how in rows.items()}
-    return found | {"temporal": Method(temporal, settings, seeded=True)}
+    found = {name: common.trained(depth=depth, epochs=epochs, **how) for name, how in rows.items()}
+    return found | {"temporal": common.Method(temporal, settings, seeded=True)}
 
 
 # ----------------------------------------------------------------------------------- other animals
@@ -103,17 +92,19 @@ def held_out(sessions: list[mtm.Session]) -> dict[str, list[mtm.Session]]:
     return found
 
 
-def truth(sessions: list[mtm.Session]) -> dict[str, Method]:
+def truth(sessions: list[mtm.Session]) -> dict[str, common.Method]:
     """The oracle, where the true rates are known."""
     if any(session.rates is None for session in sessions):
         return {}
-    return {"oracle": Method(lambda sessions, seed: mtm.oracle(sessions[0]), {})}
+    return {"oracle": common.Method(lambda sessions, seed: mtm.oracle(sessions[0]), {})}
 
 
-def animals(others: list[mtm.Session], depth: int, epochs: int, work: Path) -> dict[str, Method]:
+def animals(
+    others: list[mtm.Session], depth: int, epochs: int, work: Path
+) -> dict[str, common.Method]:
     """For a session of an animal left out: alone, and after some and all sessions of others."""
 
-    def learner(n: int = 0, every: int = 1, **settings: Any) -> Method:
+    def learner(n: int = 0, every: int = 1, **settings: Any) -> common.Method:
         def make(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
             start = pretrained(others[:n], seed, depth, epochs, work) if n else None
             size = {} if n else {"depth": depth}
@@ -123,7 +114,7 @@ def animals(others: list[mtm.Session], depth: int, epochs: int, work: Path) -> d
 
         names = [session.name for session in others[:n]]
         told = {"epochs": epochs, "depth": depth, "every": every, "others": names, **settings}
-        return Method(make, told, seeded=True)
+        return common.Method(make, told, seeded=True)
 
     found = {ALONE: learner()} | {name: learner(n) for name, n in AFTER.items()}
     slowly = learner(max(AFTER.values()), every=4, lr=FEW_LR)
@@ -158,7 +149,7 @@ def claims() -> dict[str, list[Claim]]:
         "MtM predicts activity better than temporal masking": [
             Claim("schemes", "MtM", than, task)
             for than in ("temporal", "temporal, as MtM")
-            for task in FOUR
+            for task in common.FOUR
         ],
         "MtM decodes behaviour better than temporal masking": [
             Claim("schemes", "MtM", "temporal", task) for task in DECODING
@@ -172,23 +163,25 @@ def claims() -> dict[str, list[Claim]]:
         "all schemes together are better than one, where it was not trained": [
             Claim("schemes", "MtM", f"{scheme} alone", task)
             for scheme in MTM_SCHEMES
-            for task in FOUR
+            for task in common.FOUR
             if task != own[scheme]
         ],
         "all schemes together are better than one even at its own task": [
             Claim("schemes", "MtM", f"{scheme} alone", own[scheme]) for scheme in MTM_SCHEMES
         ],
         "the prompt helps": [
-            Claim("schemes", "MtM", "MtM, no prompt", task) for task in (*FOUR, *DECODING)
+            Claim("schemes", "MtM", "MtM, no prompt", task) for task in (*common.FOUR, *DECODING)
         ],
         "other animals help": [
-            Claim("animals", after, ALONE, task) for after in AFTER for task in FOUR
+            Claim("animals", after, ALONE, task) for after in AFTER for task in common.FOUR
         ],
         "other animals help where trials are few": [
-            Claim("animals", FEW_AFTER, FEW, task) for task in FOUR
+            Claim("animals", FEW_AFTER, FEW, task) for task in common.FOUR
         ],
         "more of them help more": [
-            Claim("animals", more, fewer, task) for fewer, more in pairwise(AFTER) for task in FOUR
+            Claim("animals", more, fewer, task)
+            for fewer, more in pairwise(AFTER)
+            for task in common.FOUR
         ],
     }
     return found
@@ -222,13 +215,13 @@ def half_width(mean: Mean) -> float:
 
 
 def collected(
-    session: mtm.Session, methods: dict[str, Method], seeds: list[int], work: Path
+    session: mtm.Session, methods: dict[str, common.Method], seeds: list[int], work: Path
 ) -> dict[str, dict[str, list[float]]]:
     """Method -> task -> the score of each seed that is done."""
     found: dict[str, dict[str, list[float]]] = {}
     for name, method in methods.items():
         for seed in seeds:
-            [path] = kept(work, name, method, [session], seed)
+            [path] = common.kept(work, name, method, [session], seed)
             if path.exists():
                 for task, scores in Report.from_json(path).tasks.items():
                     value = scores.mean(scores.score)
@@ -273,7 +266,7 @@ def draw(judged: dict[str, list[tuple[Claim, Mean]]]) -> plt.Figure:
 
 def main() -> None:
     """Read the command line, run, judge, write."""
-    made = parser(__doc__, "claims")
+    made = common.parser(__doc__, "claims")
     made.add_argument("folder", type=Path)
     made.add_argument("--part", choices=("schemes", "animals"), help="default: both")
     made.add_argument("--alone", nargs="*", help="sessions of the part 'schemes'; default all")
@@ -281,20 +274,20 @@ def main() -> None:
     options = made.parse_args()
     simulated = options.folder == Path("simulated")
     if simulated:
-        sessions = mtm.simulate(5, 120, 48, seed=1, bin_size=0.1)  # as many bins as recordings
+        sessions = mtm.simulate(5, 120, 48, seed=1, bin_size=0.1)
     else:
-        sessions = recordings(options.folder, "steinmetz")
-    require_known(options.alone, [session.name for session in sessions])
-    require_known(options.left_out, list(held_out(sessions)))
+        sessions = common.recordings(options.folder, "steinmetz")
+    common.require_known(options.alone, [session.name for session in sessions])
+    common.require_known(options.left_out, list(held_out(sessions)))
     scores = measured(sessions, options)
     judged = judge(scores)
-    facts = described(sessions, options) | {"scores": scores}
+    facts = common.described(sessions, options) | {"scores": scores}
     facts["claims"] = {
         text: [[*claim, *mean, verdict(mean)] for claim, mean in comparisons]
         for text, comparisons in judged.items()
     }
     out = options.out / ("claims_simulated" if simulated else "claims")
-    write_json(out.with_suffix(".json"), facts)
+    common.write_json(out.with_suffix(".json"), facts)
     draw(judged).savefig(options.pictures / f"{out.name}.png", dpi=110)
     who = "simulated animals" if simulated else "recordings"
     out.with_suffix(".md").write_text(
@@ -316,7 +309,7 @@ def measured(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[s
         "animals": (
             options.left_out,
             {n: animals(others[n], **how, work=models) for n in others},
-            FOUR,
+            common.FOUR,
         ),
     }
     scores: dict[str, Scores] = {}
@@ -325,7 +318,7 @@ def measured(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[s
         for name in names or methods:
             session, rows = by_name[name], methods[name] | truth(sessions)
             if options.part in (None, part):
-                run([session], rows, options.seeds, options.work / part, tasks=tasks)
+                common.run([session], rows, options.seeds, options.work / part, tasks=tasks)
             scores[part][name] = collected(session, rows, options.seeds, options.work / part)
     return scores
 

@@ -13,19 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import (
-    Method,
-    averages,
-    described,
-    draw,
-    markdown,
-    parser,
-    recordings,
-    run,
-    table,
-    trained,
-    write_json,
-)
+import common
 
 import mtm
 from mtm.masks import MTM_SCHEMES
@@ -42,18 +30,18 @@ class Prompted:
         return self.model.predict_log_rates(counts, self.prompt, mask, session)
 
 
-def methods(depth: int, epochs: int) -> dict[str, Method]:
+def methods(depth: int, epochs: int) -> dict[str, common.Method]:
     """One model of each session and seed, shown each prompt."""
     models: dict[tuple[str, int], mtm.Fit] = {}
 
-    def prompted(name: str) -> Method:
+    def prompted(name: str) -> common.Method:
         def make(sessions: list[mtm.Session], seed: int) -> Prompted:
             key = (sessions[0].name, seed)
             if key not in models:
-                models[key] = trained(depth=depth, epochs=epochs).make(sessions, seed)
+                models[key] = common.trained(depth=depth, epochs=epochs).make(sessions, seed)
             return Prompted(models[key].model, name)
 
-        return Method(make, {"depth": depth, "epochs": epochs, "prompt": name}, seeded=True)
+        return common.Method(make, {"depth": depth, "epochs": epochs, "prompt": name}, seeded=True)
 
     return {f"prompt {name}": prompted(name) for name in MTM_SCHEMES}
 
@@ -64,28 +52,28 @@ def sessions_of(where: list[str]) -> list[mtm.Session]:
         return mtm.simulate(3, 200, 96, seed=0)
     if all(Path(path).suffix == ".npz" for path in where):
         return [mtm.Session.load(path) for path in where]
-    return recordings(Path(where[0]), where[1:])
+    return common.recordings(Path(where[0]), where[1:])
 
 
 def main() -> None:
     """Read the command line, run, write the JSON and the picture."""
-    arguments = parser(__doc__, "prompts")
+    arguments = common.parser(__doc__, "prompts")
     arguments.add_argument("where", nargs="+")
     options = arguments.parse_args()
     sessions = sessions_of(options.where)
     chosen = methods(options.depth, options.epochs)
-    seconds = run(sessions, chosen, options.seeds, options.work)
-    whole = table(sessions, chosen, options.seeds, options.work)
+    seconds = common.run(sessions, chosen, options.seeds, options.work)
+    whole = common.table(sessions, chosen, options.seeds, options.work)
     alone = len(sessions) == 1  # its errors are over neurons, and over seeds for behaviour
-    means = whole[sessions[0].name] if alone else averages(whole)
-    facts = described(sessions, options) | {"study": "prompt", "seconds": seconds}
-    write_json(options.out / "study_prompt.json", facts | {"scores": whole, "mean": means})
+    means = whole[sessions[0].name] if alone else common.averages(whole)
+    facts = common.described(sessions, options) | {"study": "prompt", "seconds": seconds}
+    common.write_json(options.out / "study_prompt.json", facts | {"scores": whole, "mean": means})
     who = sessions[0].name if alone else f"{len(sessions)} sessions"
     over = "neurons (behaviour: seeds)" if alone else "sessions"
     title = f"prompt: {who}, {len(options.seeds)} seeds"
-    figure = draw(means, f"{title}, mean ± standard error over {over}")
+    figure = common.draw(means, f"{title}, mean ± standard error over {over}")
     figure.savefig(options.pictures / "study_prompt.png", dpi=110)
-    print(markdown(title, means))
+    print(common.markdown(title, means))
 
 
 if __name__ == "__main__":

@@ -15,83 +15,47 @@ is written to results/real_data.json and .md, the picture to book/_assets/real_d
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
-from common import (
-    Method,
-    Scores,
-    averages,
-    busy,
-    described,
-    draw,
-    markdown,
-    parser,
-    recordings,
-    require_known,
-    run,
-    same_bins,
-    table,
-    trained,
-    write_json,
-)
 
 import mtm
 from mtm.baselines import fit_baseline
-from mtm.report import Mean
 
 
-def methods(depth: int, epochs: int) -> dict[str, Method]:
+def methods(depth: int, epochs: int) -> dict[str, common.Method]:
     """Every method, by name."""
 
-    def baseline(name: str, **kind: bool) -> Method:
-        return Method(lambda sessions, seed: fit_baseline(name, sessions), {}, **kind)
+    def baseline(name: str, **kind: bool) -> common.Method:
+        return common.Method(lambda sessions, seed: fit_baseline(name, sessions), {}, **kind)
 
-    def transformer(name: str, ratios: tuple[float, ...]) -> Method:
+    def transformer(name: str, ratios: tuple[float, ...]) -> common.Method:
         settings = {"depth": depth, "ratios": ratios}
 
         def make(sessions: list[mtm.Session], seed: int) -> Any:
             return fit_baseline(name, sessions, seed=seed, progress=False, **settings)
 
-        return Method(make, settings, seeded=True)
+        return common.Method(make, settings, seeded=True)
 
     def means(sessions: list[mtm.Session], seed: int) -> dict[str, np.ndarray]:
         return {session.name: mtm.mean_rates(session) for session in sessions}
 
     return {
-        "mean rate": Method(means, {}),
+        "mean rate": common.Method(means, {}),
         "PSTH": baseline("PSTH"),
         "ridge": baseline("ridge"),
         "low-rank GLM": baseline("low-rank GLM"),
         "reduced-rank regression": baseline("reduced-rank regression", joint=True),
         "temporal NDT1": transformer("temporal NDT1", (0.1, 0.3)),
         "random-token NDT2": transformer("random-token NDT2", (0.3,)),  # slow: one share alone
-        "MtM": trained(depth=depth, epochs=epochs),
-        "MtM, sessions together": trained(joint=True, depth=depth, epochs=epochs),
+        "MtM": common.trained(depth=depth, epochs=epochs),
+        "MtM, sessions together": common.trained(joint=True, depth=depth, epochs=epochs),
     }
 
 
-def carry_over(
-    whole: dict[str, Scores], rest: dict[str, Method], earlier: dict[str, Any]
-) -> list[str]:
-    """Fill in rows of methods that were not run, as they were before; return their names."""
-    used = set()
-    for session, tasks in whole.items():
-        for task, rows in earlier.get(session, {}).items():
-            mine = tasks.setdefault(task, {})
-            for name, (value, error, n) in rows.items():
-                if name in rest and name not in mine:
-                    numbers = (np.nan if x is None else x for x in (value, error))
-                    mine[name] = Mean(*numbers, n)
-                    used.add(name)
-            order = [*[n for n in rest if n in mine], *[n for n in mine if n not in rest]]
-            tasks[task] = {name: mine[name] for name in order}
-    return [name for name in rest if name in used]
-
-
-def winners(whole: dict[str, Scores]) -> list[str]:
+def winners(whole: dict[str, common.Scores]) -> list[str]:
     """A sentence for each session and task: the best method, and how MtM compares."""
     lines = []
     for session, tasks in whole.items():
@@ -116,47 +80,45 @@ def winners(whole: dict[str, Scores]) -> list[str]:
 
 def main() -> None:
     """Read the command line, run, write the table."""
-    arguments = parser(__doc__, "real_data")
+    arguments = common.parser(__doc__, "real_data")
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("--recordings", nargs="*", default=[])
     arguments.add_argument(
-        "--methods", nargs="*", default=[], help="default all; rows of the others stay as they are"
+        "--methods", nargs="*", default=[], help="default all; of the others, what is in --work"
     )
     options = arguments.parse_args()
     known = methods(options.depth, options.epochs)
-    require_known(options.methods, list(known))
-    sessions = recordings(options.folder, options.recordings)
+    common.require_known(options.methods, list(known))
+    sessions = common.recordings(options.folder, options.recordings)
     for session in sessions:
-        print(f"{session!r}\n  scored: {len(busy(session))} neurons of at least 1 Hz", flush=True)
+        n_busy = len(common.busy(session))
+        print(f"{session!r}\n  scored: {n_busy} neurons of at least 1 Hz", flush=True)
     chosen = {name: known[name] for name in options.methods or known}
-    seconds = run(sessions, chosen, options.seeds, options.work)
-    whole = table(sessions, known, options.seeds, options.work)
-    path, before = options.out / "real_data.json", []
-    if options.methods and path.exists():
-        rest = {name: known[name] for name in known if name not in options.methods}
-        before = carry_over(whole, rest, json.loads(path.read_text())["scores"])
-    means, alike = averages(whole), max(same_bins(sessions), key=len)
-    together = averages({session.name: whole[session.name] for session in alike})
-    facts = described(sessions, options) | {"seconds": seconds, "scores": whole, "mean": means}
-    write_json(path, facts | {"mean_with_the_same_bins": together, "measured_before": before})
-    earlier = f" Measured before, with seeds of their own: {', '.join(before)}." if before else ""
+    seconds = common.run(sessions, chosen, options.seeds, options.work)
+    whole = common.table(sessions, known, options.seeds, options.work)
+    means, alike = common.averages(whole), max(common.same_bins(sessions), key=len)
+    together = common.averages({session.name: whole[session.name] for session in alike})
+    facts = common.described(sessions, options) | {"seconds": seconds, "scores": whole}
+    facts |= {"mean": means, "mean_with_the_same_bins": together}
+    common.write_json(options.out / "real_data.json", facts)
+    title = f"{len(alike)} recordings with the same bins"
     text = [
         "# Real recordings: who wins where",
         "",
         "Test trials. Activity: bits per spike over each neuron's test mean, mean over neurons "
         "of at least 1 Hz ± standard error over neurons. Behaviour: accuracy of the choice, R2 of "
         "traces, ± standard error over seeds. Bold: the best of those that see activity. Made by "
-        f"`python benchmarks/real_data.py`. Seeds: {options.seeds}.{earlier}",
+        f"`python benchmarks/real_data.py`. Seeds: {options.seeds}.",
         "",
-        markdown("Mean over recordings (± standard error over recordings)", means),
-        markdown(f"Mean over the {len(alike)} recordings with the same bins", together),
-        *[markdown(name, tasks) for name, tasks in whole.items()],
+        common.markdown("Mean over recordings (± standard error over recordings)", means),
+        common.markdown(f"Mean over the {title}", together),
+        *[common.markdown(name, tasks) for name, tasks in whole.items()],
         "## Who wins",
         "",
         *[f"- {line}" for line in winners(whole)],
         "",
     ]
-    figure = draw(together, f"{len(alike)} recordings, mean ± standard error over recordings")
+    figure = common.draw(together, f"{title}, mean ± standard error over recordings")
     figure.savefig(options.pictures / "real_data.png", dpi=110)
     (options.out / "real_data.md").write_text("\n".join(text))
     print("\n".join(text))

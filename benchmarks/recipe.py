@@ -2,7 +2,7 @@
 
     python benchmarks/recipe.py FOLDER [--search NAME ...] [--test NAME ...]
 
-FOLDER is that of real_data.py, or the word "simulated". Two parts, on different recordings:
+FOLDER is that of real_data.py. Two parts, on different recordings:
 
 - search: our recipe, but hiding the paper's shares, with one thing changed at a time. All take the
   same steps on the same trials, unless the change is of just that, and are scored on validation
@@ -21,29 +21,15 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import common
 import matplotlib.pyplot as plt
 import numpy as np
-from common import (
-    FOUR,
-    HISTORY,
-    Method,
-    Scores,
-    described,
-    kept,
-    markdown,
-    parser,
-    recordings,
-    require_known,
-    run,
-    table,
-    write_json,
-)
 
 import mtm
 from mtm.masks import SCHEMES, register
 from mtm.model import MtMConfig
 from mtm.plots import BLUE
-from mtm.recipes import RECIPES, changed
+from mtm.recipes import RECIPES, recipe
 from mtm.report import Mean, mean_of
 
 SEARCH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05")
@@ -106,12 +92,12 @@ def variants() -> dict[str, dict[str, Any]]:
     return {name: how | {"ratios": own | how.get("ratios", {})} for name, how in plain.items()}
 
 
-def trained(changes: dict[str, Any], config: str = "mtm") -> Method:
+def trained(changes: dict[str, Any], config: str = "mtm") -> common.Method:
     """A recipe with changes, at depth 1 unless they name another."""
     sizes = {"depth", *(field.name for field in fields(MtMConfig))}
     of_model = {name: value for name, value in changes.items() if name in sizes}
     of_training = {name: value for name, value in changes.items() if name not in sizes}
-    settings = changed(RECIPES[config], of_training)
+    settings = recipe(config, **of_training)
     if settings.init == "paper":
         of_model = PUBLISHED | of_model
 
@@ -119,20 +105,20 @@ def trained(changes: dict[str, Any], config: str = "mtm") -> Method:
         model = MtMConfig.from_depth(**{"depth": 1} | of_model)
         return mtm.fit(sessions, model, config=replace(settings, seed=seed), progress=False)
 
-    return Method(make, {"train": asdict(settings), "model": of_model}, seeded=True)
+    return common.Method(make, {"train": asdict(settings), "model": of_model}, seeded=True)
 
 
 # ----------------------------------------------------------------------------------- the search
 
 
-def differences(whole: dict[str, Scores], names: list[str]) -> dict[str, dict[str, Mean]]:
+def differences(whole: dict[str, common.Scores], names: list[str]) -> dict[str, dict[str, Mean]]:
     """Variant -> task, and "mean" of the four -> score over ours, mean over sessions."""
     found: dict[str, dict[str, Mean]] = {}
     for name in names:
-        gains: dict[str, list[float]] = {task: [] for task in (*FOUR, "mean")}
+        gains: dict[str, list[float]] = {task: [] for task in (*common.FOUR, "mean")}
         for tasks in whole.values():
-            if name in tasks.get(FOUR[0], {}):
-                each = [tasks[task][name].value - tasks[task][BASE].value for task in FOUR]
+            if name in tasks.get(common.FOUR[0], {}):
+                each = [tasks[task][name].value - tasks[task][BASE].value for task in common.FOUR]
                 for task, gain in zip(gains, [*each, float(np.mean(each))], strict=True):
                     gains[task].append(gain)
         if gains["mean"]:
@@ -147,7 +133,7 @@ def draw(found: dict[str, dict[str, Mean]], n_sessions: int) -> plt.Figure:
     means = [found[name]["mean"] for name in names]
     low = -0.12
     ax.barh(names, [max(m.value, low) for m in means], color="0.8", height=0.7)
-    for marker, task in zip("os^D", FOUR, strict=True):
+    for marker, task in zip("os^D", common.FOUR, strict=True):
         values = np.array([found[name][task].value for name in names])
         inside = values > low
         ax.plot(values[inside], np.flatnonzero(inside), marker, ms=4, mfc="none", label=task)
@@ -168,9 +154,9 @@ def draw(found: dict[str, dict[str, Mean]], n_sessions: int) -> plt.Figure:
 
 def search_table(found: dict[str, dict[str, Mean]]) -> str:
     """Markdown: each variant, best first."""
-    lines = ["| changed | mean | " + " | ".join(FOUR) + " |", "| --- " * 6 + "|"]
+    lines = ["| changed | mean | " + " | ".join(common.FOUR) + " |", "| --- " * 6 + "|"]
     for name, gains in found.items():
-        cells = [f"{gains[task].value:+.3f}" for task in FOUR]
+        cells = [f"{gains[task].value:+.3f}" for task in common.FOUR]
         mean = f"{gains['mean'].value:+.3f} ± {gains['mean'].error:.3f}"
         lines.append(f"| {name} | {'0' if name == BASE else mean} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
@@ -179,7 +165,7 @@ def search_table(found: dict[str, dict[str, Mean]]) -> str:
 # ------------------------------------------------------------------------------------- the test
 
 
-def contest() -> dict[str, Method]:
+def contest() -> dict[str, common.Method]:
     """Ours, and the paper's recipe with as many epochs and with all of its own."""
     epochs = RECIPES["mtm"].epochs
     return {
@@ -191,11 +177,11 @@ def contest() -> dict[str, Method]:
 
 def race(session: mtm.Session, ours: list[Path], theirs: Path) -> dict[str, Any]:
     """Steps after which ours validates as well as the paper's does at its best; each seed's."""
-    goal = read_history(theirs)
+    goal = history(theirs)
     best = max(entry["mean"] for entry in goal)
     found: dict[str, Any] = {"goal": best, "steps of the paper": goal[-1]["step"], "steps": []}
     for path in ours:
-        there = [e["step"] for e in read_history(path) if e["mean"] >= best]
+        there = [e["step"] for e in history(path) if e["mean"] >= best]
         found["steps"].append(there[0] if there else None)
     found["shares"] = [s and s / goal[-1]["step"] for s in found["steps"]]
     print(f"{session.name}: as good as the paper's best, {best:.3f}, after {found['steps']} of "
@@ -203,14 +189,14 @@ def race(session: mtm.Session, ours: list[Path], theirs: Path) -> dict[str, Any]
     return found
 
 
-def read_history(report: Path) -> list[dict[str, Any]]:
+def history(report: Path) -> list[dict[str, Any]]:
     """What was kept beside a report."""
-    return json.loads(report.with_suffix(HISTORY).read_text())["history"]
+    return json.loads(report.with_suffix(common.HISTORY).read_text())["history"]
 
 
 def main() -> None:
     """Read the command line, run, write the JSON, the table and the picture."""
-    arguments = parser(__doc__, "recipe")
+    arguments = common.parser(__doc__, "recipe")
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("--search", nargs="*", default=SEARCH, help="recordings to search on")
     arguments.add_argument("--test", nargs="*", default=TEST, help="recordings to test on")
@@ -218,30 +204,30 @@ def main() -> None:
     arguments.add_argument("--search-seeds", nargs="+", type=int, default=[0])
     options = arguments.parse_args()
     known = variants()
-    require_known(options.variants, list(known))
+    common.require_known(options.variants, list(known))
     every = {name: trained(changes) for name, changes in known.items()}
     tried = {name: every[name] for name in options.variants or known}
-    searched = recordings(options.folder, options.search)
-    how = {"part": "val", "tasks": FOUR}
-    seconds = run(searched, tried, options.search_seeds, options.work / "search", **how)
-    scores = table(searched, every, options.search_seeds, options.work / "search")
+    searched = common.recordings(options.folder, options.search)
+    how = {"part": "val", "tasks": common.FOUR}
+    seconds = common.run(searched, tried, options.search_seeds, options.work / "search", **how)
+    scores = common.table(searched, every, options.search_seeds, options.work / "search")
     found = differences(scores, list(known))
 
-    tested, rivals = recordings(options.folder, options.test), contest()
+    tested, rivals = common.recordings(options.folder, options.test), contest()
     work, long = options.work / "test", list(rivals)[-1]
     for name, method in rivals.items():  # the paper's take long: one seed of them
         seeds = options.seeds if name == OURS else options.seeds[:1]
-        seconds |= run(tested, {name: method}, seeds, work, tasks=FOUR)
-    whole = table(tested, rivals, options.seeds, work)
+        seconds |= common.run(tested, {name: method}, seeds, work, tasks=common.FOUR)
+    whole = common.table(tested, rivals, options.seeds, work)
     races = {}
     for session in tested:
-        ours = [kept(work, OURS, rivals[OURS], [session], seed)[0] for seed in options.seeds]
-        theirs = kept(work, long, rivals[long], [session], options.seeds[0])[0]
+        ours = [common.kept(work, OURS, rivals[OURS], [session], seed)[0] for seed in options.seeds]
+        theirs = common.kept(work, long, rivals[long], [session], options.seeds[0])[0]
         races[session.name] = race(session, ours, theirs)
-    facts = described([*searched, *tested], options) | {"seconds": seconds}
+    facts = common.described([*searched, *tested], options) | {"seconds": seconds}
     facts |= {"recipe": asdict(RECIPES["mtm"]), "search_seeds": options.search_seeds}
     facts |= {"searched": scores, "differences": found, "tested": whole, "races": races}
-    write_json(options.out / "recipe.json", facts)
+    common.write_json(options.out / "recipe.json", facts)
     draw(found, len(searched)).savefig(options.pictures / "recipe.png", dpi=110)
     text = report(found, whole, races, [s.name for s in searched])
     (options.out / "recipe.md").write_text(text)
@@ -250,7 +236,7 @@ def main() -> None:
 
 def report(
     found: dict[str, dict[str, Mean]],
-    whole: dict[str, Scores],
+    whole: dict[str, common.Scores],
     races: dict[str, Any],
     searched: list[str],
 ) -> str:
@@ -271,7 +257,7 @@ def report(
         "Bits per spike on test trials ± standard error over neurons, ours with three seeds, the "
         "paper's with one.",
         "",
-        *[markdown(name, tasks) for name, tasks in whole.items()],
+        *[common.markdown(name, tasks) for name, tasks in whole.items()],
         "## Steps until ours validates as well as the paper's recipe at its best",
         "",
         "| recording | steps of the paper's | steps of ours, each seed | share |",

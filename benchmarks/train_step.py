@@ -1,6 +1,6 @@
 """Training steps at the paper's size, beside their matrix products alone.
 
-    python benchmarks/train_step.py [--device cuda] [--batches 16 64] [--compile] [--profile]
+    python benchmarks/train_step.py [--device cuda] [--batches 16 64] [--compile]
 
 Batches of trials of 100 bins, sessions of 548, 601 and 652 neurons and the four schemes in turn. A
 step is what `fit` does: gather the counts, draw a mask, forward, Poisson loss, backward, clip,
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from mtm.masks import MTM_SCHEMES, SCHEMES, MaskSampler
 from mtm.model import MtM, MtMConfig
 from mtm.recipes import RECIPES
-from mtm.training import Batch, accumulate, autocast, make_optimizer
+from mtm.training import Batch, accumulate, make_optimizer
 
 NEURONS = (548, 601, 652)
 N_BINS, N_REGIONS = 100, 8
@@ -97,7 +97,6 @@ def parse() -> argparse.Namespace:
         choices=("default", "reduce-overhead", "max-autotune"),
         help="measure with the encoder compiled, too; reduce-overhead: CUDA graphs",
     )
-    parser.add_argument("--profile", action="store_true", help="what a step of 16 trials does")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)  # model, batch
     options = parser.parse_args()
@@ -111,9 +110,8 @@ def cells(name: str, options: argparse.Namespace, left_out: list[str]) -> Iterat
     """Numbers of one model, batch by batch. What does not fit is added to ``left_out``."""
     last: dict[str, Any] = {}
     for batch in options.batches:
-        expected = len(NEURONS) * last["step_s"] * batch / last["batch"] if last else 0.0
-        if expected > options.budget:
-            left_out.append(f"{name}, {batch} trials: a round would take {expected:.0f} s")
+        if last and len(NEURONS) * last["step_s"] * batch / last["batch"] > options.budget:
+            left_out.append(f"{name}, {batch} trials: more than the budget of seconds")
             continue
         command = [sys.executable, __file__, *sys.argv[1:], "--cell", name, str(batch)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -158,14 +156,6 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
-    @torch.no_grad()
-    def forward(self, n: int, scheme: str) -> None:
-        """A pass without dropout and gradients."""
-        counts = self.data[n][self.trials].float()
-        mask = self.sampler.draw(scheme, counts, self.regions[n])
-        with autocast(self.device):
-            self.model(counts, scheme, mask, str(n))
-
     def compiled_step(self) -> Callable[[int, str], None]:
         """The step with the encoder compiled."""
         compiled = torch.compile(self.model.encode, mode=self.options.compile)
@@ -185,7 +175,7 @@ Act = Callable[[int, str], Any]  # of a session's number of neurons and a scheme
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Peak of memory, and seconds of steps and passes in turn with their matrix products alone."""
+    """Peak of memory, and seconds of steps in turn with their matrix products alone."""
     options, device = bench.options, bench.device
     for scheme in ("neuron", "causal"):
         bench.step(NEURONS[-1], scheme)
@@ -195,7 +185,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     def clock(act: Callable[[int, str], object]) -> Act:
         return lambda n, scheme: timed(lambda: act(n, scheme), device)[1]
 
-    acts = {"step": clock(bench.step), "step_floor": lambda n, _: alone(made[n][0], device)}
+    acts = {"step": clock(bench.step), "step_floor": lambda n, _: alone(made[n], device)}
     if options.compile:
         acts["compiled_step"] = clock(bench.compiled_step())
     found = rounds(acts, options)
@@ -205,17 +195,9 @@ def measure(bench: Bench) -> dict[str, Any]:
     numbers["causal_step_s"] = float(np.median(causal, axis=1).mean()) if causal.size else None
     if device.type == "cuda":
         numbers["waits_for_no_device"] = never_waits(bench)
-    if options.profile and bench.batch == 16:
-        numbers["profile"] = profile(bench)
-    bench.model.eval()
-    forward = {
-        "forward": clock(bench.forward),
-        "forward_floor": lambda n, _: alone(made[n][1], device),
-    }
-    numbers |= compare(forward, rounds(forward, options))
     tokens = bench.batch * np.mean([bench.model.n_tokens(str(n)) + 2 for n in NEURONS])
     operations = np.mean(
-        [sum(2 * math.prod(s) * k for s, k in step.items()) for step, _ in made.values()]
+        [sum(2 * math.prod(s) * k for s, k in step.items()) for step in made.values()]
     )
     numbers |= {
         "steps_per_s": 1 / numbers["step_s"],
@@ -292,37 +274,18 @@ def never_waits(bench: Bench) -> bool:
     return True
 
 
-def profile(bench: Bench) -> dict[str, float]:
-    """The ten operations that take most of the steps' time themselves, and their shares."""
-    cuda = bench.device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if cuda:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        for scheme in MTM_SCHEMES:
-            bench.step(NEURONS[-1], scheme)
-    spent = {
-        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
-        for event in profiler.key_averages()
-    }
-    top = sorted(spent, key=spent.get, reverse=True)[:10]
-    return {name: round(spent[name] / sum(spent.values()), 4) for name in top}
-
-
 # -------------------------------------------------------------------------- matrix products alone
 
 Shape = tuple[int, int, int, int]  # matrices, rows, inner, columns
 
 
-def products(bench: Bench, n_neurons: int) -> tuple[Counter[Shape], Counter[Shape]]:
-    """Matrix products of a step, and of a forward pass, with how often each is made."""
-    forward: Counter[Shape] = Counter()
+def products(bench: Bench, n_neurons: int) -> Counter[Shape]:
+    """Matrix products of a step, with how often each is made."""
     step: Counter[Shape] = Counter()
     model, config, batch = bench.model, bench.config, bench.batch
 
     def note(shape: Shape, left_needs_gradient: bool = True) -> None:
         many, rows, inner, columns = shape
-        forward[shape] += 1
         step[shape] += 1
         step[many, inner, rows, columns] += 1  # gradient of the right factor, a weight
         step[many, rows, columns, inner] += left_needs_gradient
@@ -340,7 +303,7 @@ def products(bench: Bench, n_neurons: int) -> tuple[Counter[Shape], Counter[Shap
     for _ in range(config.depth):
         note((batch * config.heads, length, d, length))  # queries with keys
         note((batch * config.heads, length, length, d))  # weights with values
-    return step, forward
+    return step
 
 
 def alone(made: Counter[Shape], device: torch.device) -> np.ndarray:

@@ -3,9 +3,9 @@
     python benchmarks/weights.py simulated  three animals; into mtm/weights/simulated, for the book
     python benchmarks/weights.py FOLDER     the eleven recordings of real_data.py's folder
 
-A run that was stopped goes on when the same command is given again. --out has another folder for
-the model: `config.json`, `weights.safetensors`, and `README.md`, the card, whose every number was
-measured by this script. `mtm.load` reads it, `mtm.fit(session, mtm.load(folder))` goes on from it.
+A run that was stopped is resumed by the same command. --out is another folder for the model:
+`model.safetensors`, `config.json`, and `README.md`, the card, whose every number was measured by
+this script. `mtm.load` reads it, `mtm.fit(session, mtm.load(folder))` fine-tunes it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from real_data import FOUR, busy, recordings
+from common import FOUR, busy, recordings
 
 import mtm
-from mtm import checkpoint as hub
+from mtm.checkpoint import SHIPPED
 from mtm.recipes import RECIPES
 from mtm.report import Report
 
@@ -25,14 +25,14 @@ TOLD = ("epochs", "batch_size", "batches_per_step", "lr", "weight_decay", "ratio
 
 CARD = """# {title}
 
-A multi-task-masking (MtM) model of neural population activity: it fills in hidden neurons, regions
-and future bins of the sessions that it knows, and is a start for new ones.
+A multi-task-masking (MtM) model of neural population activity: it predicts hidden neurons, regions
+and future bins of the sessions that it was trained on, and can be fine-tuned to new ones.
 
 ```python
 import mtm
 
 model = mtm.load({folder})
-result = mtm.fit(session, model)  # yours: goes on with a session that it has not seen
+result = mtm.fit(session, model)  # fine-tuned to a session of yours
 ```
 
 ## Data
@@ -53,7 +53,7 @@ and evaluation refuses them.
 ## Scores
 
 Bits per spike on test trials over each neuron's mean in them; mean over neurons of at least 1 Hz ±
-standard error over sessions. "Mean rate" knows each neuron's mean in the training trials{oracle}.
+standard error over sessions. "Mean rate" is each neuron's mean in the training trials{oracle}.
 
 {scores}
 
@@ -95,10 +95,9 @@ def main() -> None:
     if simulated:
         sessions = mtm.simulate(3, 200, 96, seed=0)
     else:
-        names = sorted(path.stem for path in Path(options.folder).glob("steinmetz2019/*.npz"))
-        sessions = recordings(Path(options.folder), names)
+        sessions = recordings(Path(options.folder), "steinmetz")
     name = "simulated" if simulated else "steinmetz"
-    out = options.out or (hub.SHIPPED / name if simulated else options.work / f"{name}-model")
+    out = options.out or (SHIPPED / name if simulated else options.work / f"{name}-model")
     how = {"depth": options.depth, "epochs": options.epochs, "folder": options.work / name}
     fit = mtm.fit(sessions, **how)
     mtm.save(fit, out)
