@@ -49,9 +49,8 @@ def gain(
 ) -> np.ndarray:
     """Gain in log-likelihood over a null model in bits, (N,); see :func:`bits_per_spike`."""
     f, y = _check(log_rates, counts)
-    if null_log_rates is None:
-        null = _mean_nll(y)
-    else:
+    null = _mean_nll(y)
+    if null_log_rates is not None:
         given = np.broadcast_to(null_log_rates, np.shape(counts))
         null = poisson_nll(*_check(given, counts)).sum(axis=0)
     return (null - poisson_nll(f, y).sum(axis=0)) / LOG2
@@ -113,20 +112,21 @@ def psth_r2(log_rates: ArrayLike, counts: ArrayLike, conditions: ArrayLike) -> n
         conditions: (K,) or (K, C) numbers; a histogram is the mean over trials with equal rows.
             Rows with NaN are left out.
     """
-    shape = np.shape(counts)
-    f, y = (x.reshape(shape) for x in _check(log_rates, counts))
+    f, y = (x.reshape(np.shape(counts)) for x in _check(log_rates, counts))
     labels = np.asarray(conditions, dtype=np.float64)
     if len(labels) != len(y):
         raise ValueError(f"need one condition per trial, got {len(labels)} for {len(y)} trials")
     labels = labels.reshape(len(y), -1)
     known = ~np.isnan(labels).any(axis=1)
     if not known.any():
-        return np.full(shape[-1], np.nan)
-    groups, member = np.unique(labels[known], axis=0, return_inverse=True)
-    average = np.equal.outer(np.arange(len(groups)), member.reshape(-1)).astype(np.float64)
-    average /= average.sum(axis=1, keepdims=True)  # (groups, trials): weights of the means
-    rates, observed = (np.tensordot(average, x[known], axes=1) for x in (np.exp(f), y))
-    return _r2(rates.reshape(-1, shape[-1]), observed.reshape(-1, shape[-1]))
+        return np.full(y.shape[-1], np.nan)
+    _, group = np.unique(labels[known], axis=0, return_inverse=True)
+
+    def average(x: np.ndarray) -> np.ndarray:  # (K, T, N) -> (groups x bins, N)
+        means = [x[known][group == g].mean(axis=0) for g in range(group.max() + 1)]
+        return np.concatenate(means)
+
+    return _r2(average(np.exp(f)), average(y))
 
 
 def _r2(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:

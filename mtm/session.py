@@ -88,7 +88,7 @@ class Session:
         self.counts = self._check_counts(counts)
         self.n_trials, self.n_bins, self.n_neurons = self.counts.shape
         labels = [""] * self.n_neurons if regions is None else list(regions)
-        labels = [r.decode() if isinstance(r, bytes) else "" if r is None else r for r in labels]
+        labels = [r.decode() if isinstance(r, bytes) else r or "" for r in labels]
         self.regions = np.array(labels, dtype=np.str_)
         if self.regions.shape != (self.n_neurons,):
             self._fail(
@@ -137,9 +137,7 @@ class Session:
             return counts if isinstance(values, MemoryMapped) else counts.copy()
         if counts.dtype.kind not in "uibf":
             self._fail("counts", f"need numbers, got dtype {counts.dtype}")
-        if not np.isfinite(counts).all():
-            self._fail("counts", "NaN or infinite entries; leave those trials out")
-        if counts.min() < 0 or counts.max() > np.iinfo(np.uint16).max:
+        if not (counts.min() >= 0 and counts.max() <= np.iinfo(np.uint16).max):  # NaN is neither
             self._fail("counts", f"must be 0 to 65535, got {counts.min()} to {counts.max()}")
         whole = counts.astype(np.uint8 if counts.max() < 256 else np.uint16)
         if not np.array_equal(whole, counts):
@@ -475,11 +473,11 @@ def _doubt_times(
     if length > 100:
         doubts.append(f"trials of {length:g} s; window is in seconds, not milliseconds")
     if spikes.size and events.size:
-        spans = sorted((np.ptp(spikes), np.ptp(events)))
-        if len(events) >= 10 and spans[1] > 300 * spans[0] > 0:
+        spans = np.ptp(spikes), np.ptp(events)
+        if len(events) >= 10 and max(spans) > 300 * min(spans) > 0:
             doubts.append(
-                f"spikes span {np.ptp(spikes):.3g} s and events {np.ptp(events):.3g} s; both must "
-                "be in seconds, on the same clock"
+                f"spikes span {spans[0]:.3g} s and events {spans[1]:.3g} s; both must be in "
+                "seconds, on the same clock"
             )
         overlap = np.maximum(length - np.diff(events), 0).sum() / (length * len(events))
         if overlap > 0.1 and not split_given:

@@ -58,7 +58,7 @@ def test_counts_are_copied(dtype):
         ({"counts": np.full((20, 5, 4), -1)}, "counts: must be 0 to 65535, got -1"),
         ({"counts": np.full((20, 5, 4), 70_000)}, "counts: must be 0 to 65535"),
         ({"counts": np.full((20, 5, 4), 0.5)}, "counts: not whole numbers"),
-        ({"counts": np.full((20, 5, 4), np.nan)}, "counts: NaN"),
+        ({"counts": np.full((20, 5, 4), np.nan)}, "counts: must be 0 to 65535, got nan"),
         ({"counts": np.full((20, 5, 4), "x")}, "counts: need numbers"),
         ({"counts": np.ones((4, 20, 5))}, "regions: .* 5 neurons, the last axis"),  # transposed
         ({"regions": ["CA1"]}, "regions: need one label for each of the 4 neurons"),
