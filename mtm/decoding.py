@@ -101,8 +101,10 @@ def decode(
     compare it with the control ``time_course``; the others are ``shuffled``, ``raw_counts`` and
     ``smoothed_counts``.
 
-    Where the session has a behaviour ``reaction-time-filter``, as IBL recordings have, only trials
-    in which it is 1 are fitted and scored, as in the paper.
+    All trials of the session with a known behaviour are fitted and scored. The paper decodes only
+    those with a valid reaction time: pass ``trial_filter="reaction-time"`` to
+    ``ibl.load_session``. The trials of the session that it returns are split as in the whole
+    recording.
 
     Args:
         predictor: as in :func:`mtm.evaluate`.
@@ -187,11 +189,7 @@ class Decoder:
     def __post_init__(self) -> None:
         session, whole = self.session, self.region is None
         split = choose_split(self.predictor, session, self.split_seed, allow_seen=self.allow_seen)
-        passed = np.ones(session.n_trials, dtype=bool)
-        if "reaction-time-filter" in session.behaviour:
-            passed = session.behaviour["reaction-time-filter"] == 1
-        trials = np.concatenate(split)
-        self.trials = trials[passed[trials]]  # (K,) training, validation, then test trials
+        self.trials = np.concatenate(split)  # (K,) training, validation, then test trials
         self.is_test = np.isin(self.trials, split.test)
         if not self.allow_seen:
             require_unseen(self.predictor, session, self.trials[self.is_test])

@@ -115,11 +115,10 @@ def test_trials_without_choice_or_with_nan_are_left_out(session):
     behaviour = {key: value.astype(float) for key, value in session.behaviour.items()}
     behaviour["choice"][::4] = 0
     behaviour["trace"][1::4, 3] = np.nan
-    behaviour["reaction-time-filter"] = (np.arange(120) % 4 != 2).astype(float)
     holes = Session(session.counts, session.regions, "s", behaviour=behaviour)
     results = decode(holes.counts + 0.0, holes)
-    assert results["choice"].n_train + results["choice"].n_test == 60
-    assert results["trace"].n_train + results["trace"].n_test == 60
+    assert results["choice"].n_train + results["choice"].n_test == 90
+    assert results["trace"].n_train + results["trace"].n_test == 90
 
 
 def test_predictor_functions_see_only_the_region(session):

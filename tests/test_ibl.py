@@ -341,6 +341,9 @@ def test_bad_trials_are_kept_counted_or_dropped(variant):
     facts = ("trials in the table", "without stimOn_times", "rejected by the filter")
     assert [filtered.provenance[key] for key in facts] == [K, 1, 2]
     assert filtered.trial_ids.tolist() == np.delete(np.arange(K), [3, 5, 6]).tolist()
+    for few, all_ in zip(filtered.split(), kept.split(), strict=True):  # of the whole recording
+        assert set(filtered.trial_ids[few]) == set(kept.trial_ids[all_]) - {5, 6}
+    assert "reaction-time-filter" not in kept.behaviour
 
 
 def test_trials_after_a_probe_stopped_are_left_out(variant):

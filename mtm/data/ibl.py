@@ -125,7 +125,9 @@ def load_session(
             those before or after the time in which all probes recorded.
         atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos". All three are
             columns of ``Session.neurons``. None: load without regions (a probe without histology).
-        trial_filter: "reaction-time" keeps the trials that `reaction_time_filter` accepts.
+        trial_filter: "reaction-time" keeps the trials that `reaction_time_filter` accepts. The
+            paper trains on all trials and decodes behaviour from these: load the session twice.
+            A trial is in the same part of the split both times.
         units: "good" keeps the clusters with label 1 (IBL's three quality criteria) only.
         probes: names of those to load, as ``["probe00"]``. Default: all with a spike sorting.
 
