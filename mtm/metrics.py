@@ -119,7 +119,7 @@ def psth_r2(log_rates: ArrayLike, counts: ArrayLike, conditions: ArrayLike) -> n
     labels = labels.reshape(len(y), -1)
     known = ~np.isnan(labels).any(axis=1)
     if not known.any():
-        return np.full(y.shape[-1], np.nan)
+        return np.full(np.shape(counts)[-1], np.nan)
     _, group = np.unique(labels[known], axis=0, return_inverse=True)
 
     def average(x: np.ndarray) -> np.ndarray:  # (K, T, N) -> (groups x bins, N)

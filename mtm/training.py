@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from mtm import distributed
 from mtm.checkpoint import History, Run, best_entry, without_nan
 from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
-from mtm.metrics import LOG2, log_mean
+from mtm.metrics import LOG2, log_mean, poisson_nll
 from mtm.model import MtM, MtMConfig
 from mtm.recipes import TrainConfig, recipe
 from mtm.session import Session, SessionError, require_alike
@@ -288,7 +287,7 @@ def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: st
 
     All tensors are (B, T, N); ``reduction`` is "mean" or "sum", over the targets.
     """
-    nll = F.poisson_nll_loss(log_rates, counts, log_input=True, full=False, reduction="none")
+    nll = poisson_nll(log_rates, counts)
     total = torch.where(target, nll, 0.0).sum()
     return total / target.sum().clamp(min=1) if reduction == "mean" else total
 
