@@ -293,8 +293,7 @@ def _parts(file: SessionFile, split: str | None, cut: bool) -> dict[str, np.ndar
     if split == "auto":
         suite = SUITES.get(file.provenance["unit_filtering"], "ts2")
         split = next((name for name in ("pretrain", suite) if name in present), None)
-    regime = "pretrain" if "pretrain" in present else "eval" if present else None
-    file.provenance |= {"split": split, "regime": regime}
+    file.provenance["split"] = split
     if split is None and not cut:
         return {}
     if split not in present:

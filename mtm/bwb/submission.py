@@ -9,21 +9,14 @@ From session files and trained models to the zip::
 
 A window is 1 s = 50 bins of 20 ms. Tasks on single units (TS2) are scored in every window of the
 test part, one every 20 ms; tasks on behaviour (TS1) in one window of each test trial. TS3, the
-region of a unit, is not covered.
+region of a unit, is not covered. What is predicted, and the main score:
 
-===================================  ===================  ===========================  ===========
-task                                 build of the file    predicted                    score
-===================================  ===================  ===========================  ===========
-ts2-co_smoothing                     selected_units       held-out units, all bins     poisson_d2
-ts2-forecasting                      selected_units       all units, last 5 bins       poisson_d2
-ts1-choice, -reward                  all_units            2 logits a trial             bacc
-ts1-stimulus_contrast                all_units            5 logits a trial             bacc
-ts1-whisker_motion_energy,           all_units            z-scored value, 50 samples   r2
--left_paw_speed, -right_paw_speed
-ts1-wheel_speed                      all_units            value, 50 samples            r2
-ts1-licking_rate                     all_units            log of the expected licks    poisson_d2
-                                                          in each of 50 samples
-===================================  ===================  ===========================  ===========
+- ``ts2-co_smoothing``: log-rates of the held-out units, all bins (poisson_d2);
+- ``ts2-forecasting``: log-rates of all units, last 5 bins (poisson_d2);
+- ``ts1-choice``, ``-reward``, ``-stimulus_contrast``: 2, 2 and 5 logits a trial (bacc);
+- ``ts1-whisker_motion_energy``, ``-left_paw_speed``, ``-right_paw_speed``: 50 z-scored samples a
+  trial; ``ts1-wheel_speed``: 50 samples (r2);
+- ``ts1-licking_rate``: log of the expected licks in each of 50 samples (poisson_d2).
 
 The scorer (package ``ibl-bwb-eval``) matches windows by exact equality of their starts, does not
 check the order of units, and skips what it cannot match without an error; hence `check`.
@@ -38,7 +31,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -48,6 +41,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from mtm import decoding
 from mtm.bwb.files import SPLITS, SUITES, load_session, open_file, ts2_windows
+from mtm.data.recording import Recording
 from mtm.files import atomic_write
 from mtm.prediction import PredictorLike, Queries, predict_queries, require_unseen
 from mtm.session import Session, SessionError
@@ -116,7 +110,7 @@ class Trials(NamedTuple):
     trusted: np.ndarray
 
 
-class BenchmarkSession:
+class BenchmarkSession(Recording):
     """What the tasks need of a session file.
 
     Attributes:
@@ -129,18 +123,14 @@ class BenchmarkSession:
     def __init__(self, path: str | Path) -> None:
         flag = "units/ts2_co_smoothing_is_held_out_test"
         with open_file(path) as file:
-            self.path, self.name = Path(path), file.name
-            self.build = file.provenance["unit_filtering"]
+            super().__init__(file.name)
+            self.path, self.build = Path(path), file.provenance["unit_filtering"]
             self.version = file.provenance["derived_version"]
             self.units = file.column("units/id")
             self.rates = file.column("units/firing_rate") * BIN_SIZE
             self.held_out = np.zeros(len(self.units), dtype=bool)
             if flag in file.file:  # in eval files of selected units
                 self.held_out = file.column(flag) == 1
-
-    def fail(self, dataset: str, problem: str) -> NoReturn:
-        """Raise a SessionError that names the session and the dataset."""
-        raise SessionError(f"session {self.name!r}, {dataset}: {problem}")
 
     def windows(self) -> np.ndarray:
         """Starts (W,) of the windows that the TS2 tasks score, seconds."""
@@ -318,20 +308,14 @@ def _predict_behaviour(
 
 
 def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) -> np.ndarray:
-    """Decode a behaviour in the form that the scorer asks for; penalties are cross-validated.
+    """Decode a behaviour from features (K', F), fitted to features (K, F) of the trials ``fit``.
 
     Classes are decoded by logistic regression with equal weight for each class, samples by ridge
     regression, where a sample that is not trusted is replaced by the mean of the trusted ones at
-    its place.
-
-    Args:
-        x: features (K, F) of the trials to fit to.
-        x_test: features (K', F).
-        fit: the trials to fit to.
-        task: see `Task`.
+    its place. Penalties are cross-validated.
 
     Returns:
-        log-probabilities (K', C), values (K', 50), or log-rates (K', 50) of licks.
+        log-probabilities (K', C), samples (K', 50), or log-rates (K', 50) of licks.
     """
     if task.group:
         samples = np.where(fit.trusted, fit.values[..., 0], 0.0)
