@@ -66,15 +66,11 @@ class Decoded:
         others = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.others.items())
         return f"{self.behaviour}: {self.metric} {self.score:.3f} ({others})"
 
-    def to_row(self) -> dict[str, Any]:
-        """A row of a table of scores."""
-        scores = {self.metric: self.score, **self.others}
-        trials = {"train_trials": self.n_train, "test_trials": self.n_test}
-        return {"session": self.session, "seed": 0, **scores, **trials}
-
     def to_dict(self) -> dict[str, Any]:
-        """The same for JSON, rounded to six decimals."""
-        return {k: round(v, 6) if isinstance(v, float) else v for k, v in self.to_row().items()}
+        """The scores as a row of a table."""
+        trials = {"train_trials": self.n_train, "test_trials": self.n_test}
+        names = {"session": self.session, "seed": 0}
+        return {**names, self.metric: self.score, **self.others, **trials}
 
 
 def decode(
@@ -199,7 +195,6 @@ class Decoder:
             raise SessionError(
                 f"session {session.name!r} has no region {self.region!r}; known: {known}"
             )
-        self._predicted: dict[str, np.ndarray] = {}  # prompt -> log-rates (K, T, N')
         self._features: dict[tuple[str | int, bytes], tuple[np.ndarray, np.ndarray]] = {}
 
     def decode(self, behaviour: str) -> Decoded:
@@ -219,7 +214,7 @@ class Decoder:
         return Decoded(behaviour, self.session.name, metric, found, others, len(y), len(truth))
 
     def features(self, source: str | int, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features (K', F) and (K'', F) of the trials to fit to and to test on.
+        """Features (K', F) and (K'', F) of the trials to fit to and to test on, computed once.
 
         Args:
             source: the prompt with which activity is predicted, or the width in bins of the
@@ -228,23 +223,19 @@ class Decoder:
         """
         key = source, usable.tobytes()
         if key not in self._features:
-            flat = self._activity(source).reshape(len(usable), -1)
-            fit, test = flat[usable & ~self.is_test], flat[usable & self.is_test]
-            self._features[key] = principal_axes(fit, test)
+            session, inside, trials = self.session, self.inside, self.trials[usable]
+            if isinstance(source, int):
+                values = session.counts[trials].astype(np.float64)
+                if source:
+                    values = gaussian_filter1d(values, source, axis=1, mode="nearest")
+            else:
+                queries = Queries(~inside[None], inside[None], slice(0, session.n_bins))
+                how = {"batch_size": self.batch_size}
+                values = predict_queries(self.predictor, session, source, trials, queries, **how)
+            flat = values[:, :, inside].reshape(len(trials), -1)
+            is_test = self.is_test[usable]
+            self._features[key] = principal_axes(flat[~is_test], flat[is_test])
         return self._features[key]
-
-    def _activity(self, source: str | int) -> np.ndarray:
-        """(K, T, N') predicted log-rates, or smoothed counts, of the neurons inside the region."""
-        session, inside = self.session, self.inside
-        if isinstance(source, int):
-            counts = session.counts[self.trials][:, :, inside].astype(np.float64)
-            return gaussian_filter1d(counts, source, axis=1, mode="nearest") if source else counts
-        if source not in self._predicted:
-            queries = Queries(~inside[None], inside[None], slice(0, session.n_bins))
-            self._predicted[source] = predict_queries(
-                self.predictor, session, source, self.trials, queries, batch_size=self.batch_size
-            )[:, :, inside]
-        return self._predicted[source]
 
     def _controls(self, usable: np.ndarray, y: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         """Controls without a predictor: computed once, however many predictors are compared."""

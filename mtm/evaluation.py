@@ -172,7 +172,7 @@ def _evaluate(
                 raise
             left_out[name] = str(error)
         else:
-            scores[name] = TaskScores(pd.DataFrame([decoded.to_row()]), decoded.metric)
+            scores[name] = TaskScores(pd.DataFrame([decoded.to_dict()]), decoded.metric)
     sizes = {"trials": len(trials), "neurons": session.n_neurons}
     return Report(scores, {session.name: sizes}, left_out)
 

@@ -31,6 +31,7 @@ TASKS = {
 
 TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}  # of a batch; the fastest measured on each device
 TRIALS_AT_ONCE = 256  # of a batch, for predictors without tokens
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 class Predictor(Protocol):
@@ -177,7 +178,8 @@ def predict_in_batches(
     """
     if batch_size is None:
         n_tokens = _attribute(predictor, "n_tokens", None)
-        tokens = TOKENS_AT_ONCE[torch.device(getattr(predictor, "device", "cpu")).type]
+        device = torch.device(getattr(predictor, "device", "cpu")).type
+        tokens = TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cpu"])
         batch_size = max(1, tokens // n_tokens(session)) if n_tokens else TRIALS_AT_ONCE
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -189,13 +191,13 @@ def predict_in_batches(
             try:
                 log_rates = _predict(predictor, *inputs(batch), scheme, session, wanted)
             except (RuntimeError, MemoryError) as error:
-                # torch and numpy have no common exception for this, but all say "memory".
-                if not isinstance(error, MemoryError) and "memory" not in str(error):
+                # torch has no exception of its own for this on a CPU, nor for cuBLAS.
+                no_memory = any(text in str(error) for text in OUT_OF_MEMORY)
+                if not (no_memory or isinstance(error, MemoryError)):
                     raise
                 if batch.stop - start == 1:
-                    raise MemoryError(
-                        f"session {session!r}: memory runs out with a single trial"
-                    ) from error
+                    message = f"session {session!r}: memory runs out with a single trial"
+                    raise MemoryError(message) from error
                 batch_size = (batch.stop - start) // 2
                 continue
             yield batch, log_rates
