@@ -34,16 +34,13 @@ from mtm.data.regions import LEVELS, acronyms, within
 from mtm.files import optional
 from mtm.session import Session, SessionError
 
+FILTERS, UNITS = ("reaction-time",), ("good",)
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
 TRIAL_COLUMNS = (
     *("stimOn_times", "goCue_times", "firstMovement_times", "response_times", "feedback_times"),
     *("choice", "feedbackType", "probabilityLeft", "contrastLeft", "contrastRight"),
 )
 LOCATIONS = "channels.brainLocationIds_ccf_2017"
-PROBE_DATASETS = (
-    *("spikes.times", "spikes.clusters", LOCATIONS),
-    *("clusters.channels", "clusters.depths", "clusters.metrics", "clusters.uuids"),
-)
 SILENCE = 0.1  # seconds without a spike of a whole probe that do not yet mean that it was off
 
 
@@ -57,14 +54,14 @@ def connect(
 ) -> Any:
     """Make a ONE on a folder or, with credentials, on IBL's public server. Never asks anything.
 
-    With ``cache_dir`` alone, ONE works without a network. The folder needs ONE's tables
-    (``sessions.pqt``, ``datasets.pqt``): `mtm.data.synthetic.index_alf` makes them for an ALF tree,
-    ``one.save_cache()`` for what a server's ONE has downloaded.
-
-    With credentials, ONE downloads into ``cache_dir``, by default ``~/Downloads/ONE/<server>``.
-    Pass ``username`` and ``password`` of a free account (``<base_url>/signup``), or ``token``, the
-    text that ``<base_url>/me`` shows (the only way for accounts that sign in through ORCiD). ONE
-    keeps a token in ``~/.one``; later ``username`` alone is enough on the same machine.
+    Args:
+        cache_dir: a folder with ONE's tables (``sessions.pqt``, ``datasets.pqt``), made by
+            `mtm.data.synthetic.index_alf` or, after downloads, by ``one.save_cache()``. It is read
+            without a network. With credentials, where to download to.
+        username, password: of a free account (``<base_url>/signup``). ONE keeps the log-in, so
+            later the username alone is enough on the same machine.
+        token: instead of both: the text that ``<base_url>/me`` shows (for ORCiD accounts).
+        base_url: of the server.
 
     Raises:
         ValueError: neither folder nor credentials; a username without password or token.
@@ -113,8 +110,7 @@ def load_session(
 ) -> Session:
     """Load one IBL session: all probes, all trials, behaviour.
 
-    Neurons are all sorted clusters, probe after probe, those that never fired included. A probe's
-    sorting is that of iblsorter, else pykilosort, else the one that is there.
+    Neurons are all sorted clusters of all probes, those that never fired included.
 
     Args:
         one: from `connect`, or any ONE.
@@ -132,53 +128,49 @@ def load_session(
         probes: names of those to load, as ``["probe00"]``. Default: all with a spike sorting.
 
     Returns:
-        the session, named by the eid. Its ``neurons`` have ``probe``, ``cluster`` (id on its
-        probe), ``allen_id``, ``allen``, ``beryl``, ``cosmos``, and where present ``depth``
-        (micrometres from the tip), ``label``, ``uuid``. Splits go by all trials of the table.
+        the session, named by the eid. ``neurons`` has ``probe``, ``cluster`` (id on its probe),
+        ``allen_id``, ``allen``, ``beryl``, ``cosmos``, and where present ``depth`` (micrometres
+        from the tip), ``label``, ``uuid``.
 
     Raises:
         SessionError: naming the eid, the dataset and the remedy.
         ValueError: for an unknown ``atlas``, ``trial_filter`` or ``units``.
     """
-    known = {"atlas": LEVELS, "trial_filter": ("reaction-time",), "units": ("good",)}
-    for name, value in (("atlas", atlas), ("trial_filter", trial_filter), ("units", units)):
-        if value not in (None, *known[name]):
-            words = ", ".join(known[name])
-            raise ValueError(f"{name} must be None or one of {words}; got {value!r}")
+    _check(atlas=(atlas, LEVELS), trial_filter=(trial_filter, FILTERS), units=(units, UNITS))
     session = _OneSession(one, eid)
     trials = _trials(session, align, trial_filter)
-    collections = _sortings(session, probes)
-    sorted_ = [_probe(session, *item, atlas is not None) for item in collections.items()]
-    spikes = pd.concat([spikes for spikes, _ in sorted_], ignore_index=True)
-    clusters = pd.concat([table for _, table in sorted_], ignore_index=True)
-    if "uuid" in clusters:
-        clusters["uuid"] = clusters["uuid"].fillna("")  # of a probe without uuids
+    spikes, clusters = _spikes(session, probes, atlas is not None, units)
     trials = _while_recorded(session, trials, align, window, spikes)
-    keep = np.ones(len(clusters), dtype=bool)
-    if units == "good":
-        keep = clusters.get("label", pd.Series(0, index=clusters.index)).to_numpy() >= 1
-        if not keep.any():
-            session.fail("clusters.metrics", "no cluster has label 1; pass units=None")
-    spikes = spikes[keep[spikes["neuron"]]]
-    clusters = clusters[keep]
-    session.provenance |= {"collections": collections, "align": align, "units": units}
-    return Session.from_spike_times(
-        spikes["time"].to_numpy(),
-        spikes["neuron"].to_numpy(),
-        trials[align].to_numpy(),
-        clusters=clusters.index,
-        regions=None if atlas is None else clusters[atlas.lower()].to_numpy(),
-        window=window,
-        bin_size=bin_size,
-        traces=_whisker(session) | _wheel(session),
-        behaviour=_behaviour(trials),
-        trial_ids=trials.index.to_numpy(),
-        n_recorded=session.provenance["trials in the table"],
-        name=session.name,
-        subject=session.provenance.get("subject", ""),
-        neurons={name: clusters[name].to_numpy() for name in clusters},
-        provenance=session.provenance,
-    )
+    session.provenance |= {"align": align, "units": units}
+    fields = _fields(session, trials, spikes, clusters)
+    regions = None if atlas is None else clusters[atlas.lower()].to_numpy()
+    grid = {"align_times": trials[align].to_numpy(), "window": window, "bin_size": bin_size}
+    return Session.from_spike_times(regions=regions, **grid, **fields)
+
+
+def _check(**options: tuple[str | None, tuple[str, ...]]) -> None:
+    for name, (value, known) in options.items():
+        if value not in (None, *known):
+            raise ValueError(f"{name} must be None or one of {', '.join(known)}; got {value!r}")
+
+
+def _fields(
+    session: _OneSession, trials: pd.DataFrame, spikes: pd.DataFrame, clusters: pd.DataFrame
+) -> dict[str, Any]:
+    """The arguments of `Session.from_spike_times` but regions and time grid."""
+    return {
+        "spike_times": spikes["time"].to_numpy(),
+        "spike_clusters": spikes["neuron"].to_numpy(),
+        "clusters": clusters.index,
+        "traces": _whisker(session) | _wheel(session),
+        "behaviour": _behaviour(trials),
+        "trial_ids": trials.index.to_numpy(),
+        "n_recorded": session.provenance["trials in the table"],
+        "name": session.name,
+        "subject": session.provenance["subject"],
+        "neurons": {name: clusters[name].to_numpy() for name in clusters},
+        "provenance": session.provenance,
+    }
 
 
 def search(
@@ -288,22 +280,17 @@ class _OneSession(Recording):
 
     def __init__(self, one: Any, eid: Any) -> None:
         self.one = one
-        self.files: dict[str, Any] = {}  # dataset -> file on disk, or None
         try:
             self.id = one.to_eid(eid)
         except ValueError as error:
             raise SessionError(f"session {eid!r}: not a session id ({error})") from error
         server = None if one.offline else one.alyx.base_url
         super().__init__(str(self.id or eid), origin="ONE", server=server, eid=str(self.id or eid))
-        found: Any = () if self.id is None else one.list_datasets(self.id, details=True)
-        if not len(found):
-            self.fail(
-                "datasets",
-                f"none in {one!r}; one.search() lists the sessions there are (after adding files, "
-                "call index_alf again and connect anew)",
-            )
-        self.paths = sorted({re.sub(r"#[^#/]*#/", "", path) for path in found["rel_path"]})
-        self.sizes = dict(zip(found["rel_path"], found["file_size"], strict=True))
+        paths = () if self.id is None else one.list_datasets(self.id)
+        if not len(paths):
+            self.fail("datasets", f"none in {one!r}; ibl.search(one) lists the sessions there are "
+                      "(after adding files, call index_alf and connect again)")  # fmt: skip
+        self.paths = sorted({re.sub(r"#[^#/]*#/", "", path) for path in paths})
 
     def find(self, name: str, collection: str | None = None) -> str | None:
         """Path of the dataset ``object.attribute`` in a collection; by default in any.
@@ -315,44 +302,22 @@ class _OneSession(Recording):
         found = [path for path in self.paths if re.fullmatch(pattern, path)]
         return min(found, key=lambda path: (path.count("/"), path), default=None)
 
-    def fetch(self, collection: str, *names: str) -> None:
-        """Download the datasets that are there and not on disk yet, in one request."""
-        found = [self.find(name, collection) for name in names]
-        paths = [path for path in found if path is not None and path not in self.files]
-        if not paths:
-            return
-        with warnings.catch_warnings():  # tables that ONE saved do not say which is the default
-            warnings.filterwarnings("ignore", message="No default revision")
-            files, _ = self.one.load_datasets(
-                self.id,
-                [path.rpartition("/")[2] for path in paths],
-                collections=[path.rpartition("/")[0] for path in paths],
-                download_only=True,
-                assert_present=False,
-                check_hash=False,
-            )
-        for path, file in zip(paths, files, strict=True):
-            if file is not None and not self.one.offline:
-                # ONE takes a download that was cut, even long ago, for the whole file.
-                if file.stat().st_size < (self.sizes.get(str(file.relative_to_session())) or 0):
-                    file.unlink()
-                    self.fail(path, "the download was cut, and is removed; load again")
-            self.files[path] = file
-
     def load(self, name: str, collection: str, remedy: str = "choose another session") -> Any:
-        """Content of a dataset: numbers (n,), or a table."""
+        """Content of a dataset, downloaded where it is not on disk: numbers (n,), or a table."""
         path = self.find(name, collection)
         if path is None:
             self.fail(f"{collection}/{name}", f"no such dataset; {remedy}")
-        self.fetch(collection, name)
-        file = self.files[path]
-        if file is None:
-            self.fail(path, "listed, but not on disk; restore the file")
-        if revision := re.search(r"#([^#/]+)#", str(file)):
-            self.provenance.setdefault("revisions", {})[path] = revision[1]
-        place = ("lab", "subject", "date", "number")
-        self.provenance |= dict(zip(place, map(str, file.session_parts), strict=True))
-        with self.reading(path, f"delete {file} and load again"):
+        with self.reading(path, f"delete the file in {self.one.cache_dir} and load again"):
+            with warnings.catch_warnings():  # tables that ONE saved do not say which is the default
+                warnings.filterwarnings("ignore", message="No default revision")
+                where = {"collection": path.rpartition("/")[0], "check_hash": False}
+                file = self.one.load_dataset(
+                    self.id, path.rpartition("/")[2], download_only=True, **where
+                )
+            if revision := re.search(r"#([^#/]+)#", str(file)):
+                self.provenance.setdefault("revisions", {})[path] = revision[1]
+            place = ("lab", "subject", "date", "number")
+            self.provenance |= dict(zip(place, map(str, file.session_parts), strict=True))
             if path.endswith(".npy"):
                 array = np.load(file, allow_pickle=False) + 0  # text cannot be added to
                 if array.ndim > 2 or array.size != len(array):
@@ -366,21 +331,20 @@ class _OneSession(Recording):
 
 def _trials(session: _OneSession, align: str, trial_filter: str | None) -> pd.DataFrame:
     """The trials to use; their index is the row in the table."""
-    if path := session.find("trials.table"):
-        trials = session.load("trials.table", path.rpartition("/")[0])
-    elif path := session.find(f"trials.{align}"):
-        folder = path.rpartition("/")[0]
-        names = [n for n in {*TRIAL_COLUMNS, align} if session.find(f"trials.{n}", folder)]
-        with session.reading(path):
-            trials = pd.DataFrame({n: session.load(f"trials.{n}", folder) for n in names})
-    else:
+    path = session.find("trials.table") or session.find(f"trials.{align}")
+    if path is None:
         session.fail("alf/_ibl_trials.table.pqt", "no trials table; choose another session")
-    if align not in trials:
-        events = sorted(name for name in trials if name.endswith("_times"))
-        session.fail(path, f"no column {align!r} to align to; there are {events}")
+    folder = path.rpartition("/")[0]
     with session.reading(path):
-        names = [name for name in (*TRIAL_COLUMNS, align) if name in trials]
-        trials = trials[list(dict.fromkeys(names))].astype(np.float64).reset_index(drop=True)
+        trials = session.load("trials.table", folder) if "table" in path else pd.DataFrame()
+        for name in {*TRIAL_COLUMNS, align} - {*trials}:  # in files of their own
+            if session.find(f"trials.{name}", folder):
+                trials[name] = session.load(f"trials.{name}", folder)
+        if align not in trials:
+            events = sorted(name for name in trials if name.endswith("_times"))
+            session.fail(path, f"no column {align!r} to align to; there are {events}")
+        names = [name for name in dict.fromkeys((*TRIAL_COLUMNS, align)) if name in trials]
+        trials = trials[names].astype(np.float64).reset_index(drop=True)
     keep = np.isfinite(trials[align].to_numpy())
     session.provenance |= {"trials in the table": len(keep), f"without {align}": int((~keep).sum())}
     if trial_filter is not None:
@@ -417,22 +381,18 @@ def _while_recorded(
 
 
 def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Behaviour with one value per trial, as far as the trials table has the columns for it."""
-    column = {name: trials[name].to_numpy() for name in trials}
-    found = {}
-    for ours, name in (("choice", "choice"), ("block", "probabilityLeft")):
-        if name in column:
-            found[ours] = column[name]
-    if (kind := column.get("feedbackType")) is not None:
-        found["reward"] = np.where(np.isnan(kind), np.nan, kind > 0)
-    if {"contrastLeft", "contrastRight"} <= set(column):
-        # NaN on the side without a stimulus; on both, the stimulus is not known.
-        left, right = column["contrastLeft"], column["contrastRight"]
-        signed = np.nan_to_num(right) - np.nan_to_num(left)
-        found["contrast"] = np.where(np.isnan(left) & np.isnan(right), np.nan, signed)
-    if {"stimOn_times", "firstMovement_times"} <= set(column):
-        found["reaction-time"] = column["firstMovement_times"] - column["stimOn_times"]
-    return found
+    """Behaviour with one value per trial; one that is known of no trial is left out."""
+    column = trials.reindex(columns=list(TRIAL_COLUMNS))
+    left, right, kind = column["contrastLeft"], column["contrastRight"], column["feedbackType"]
+    found = {
+        "choice": column["choice"],
+        "block": column["probabilityLeft"],
+        "reward": (kind > 0).astype(float).where(kind.notna()),
+        # The side without a stimulus is NaN; where both are, the stimulus is not known.
+        "contrast": (right.fillna(0) - left.fillna(0)).where(left.notna() | right.notna()),
+        "reaction-time": column["firstMovement_times"] - column["stimOn_times"],
+    }
+    return {key: x.to_numpy() for key, x in found.items() if x.notna().any()}
 
 
 # ---------------------------------------------------------------- spikes and regions
@@ -441,39 +401,61 @@ def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:
 def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, str]:
     """Probe name -> collection with its spike sorting, probes in order."""
     found: dict[str, list[str]] = {}
-    present = {path.split("/")[1] for path in session.paths if path.startswith("alf/probe")}
     pattern = r"alf/(probe[^/]+)(?:/([^/]+))?/(?:_[^_/]+_)?spikes\.times\.npy"
     for path in session.paths:
         if match := re.fullmatch(pattern, path):
             found.setdefault(match[1], []).append(match[2] or "")
-    names = sorted(present) if wanted is None else [wanted] if isinstance(wanted, str) else wanted
-    if missing := sorted(set(names) - present):
+    present = {path.split("/")[1] for path in session.paths if path.startswith("alf/probe")}
+    names = present if wanted is None else {wanted} if isinstance(wanted, str) else {*wanted}
+    if missing := sorted(names - present):
         session.fail("alf", f"no {', '.join(missing)}; it has {sorted(present)}")
-    if not set(names) & set(found):
+    if not names & set(found):
         session.fail("alf/probe*/*/spikes.times.npy", "no spike sorting; choose another session")
-    if unsorted := [probe for probe in names if probe not in found]:
+    if unsorted := sorted(names - set(found)):
         session.warn(f"alf/{unsorted[0]}", f"no spike sorting; left out {', '.join(unsorted)}")
     best = {}
-    for probe in sorted(set(names) & set(found)):
+    for probe in sorted(names & set(found)):
         known = [sorter for sorter in SORTERS if sorter in found[probe]]
         best[probe] = f"alf/{probe}/{(known or sorted(found[probe]))[0]}".rstrip("/")
     return best
 
 
+def _spikes(
+    session: _OneSession, wanted: Sequence[str] | None, regions: bool, units: str | None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Spikes (time, neuron, probe) of all probes, and the table of their clusters by neuron."""
+    collections = session.provenance["collections"] = _sortings(session, wanted)
+    all_spikes, all_clusters, offset = [], [], 0
+    for probe, collection in collections.items():
+        spikes, clusters = _probe(session, probe, collection, regions)
+        # Neurons are numbered on over the probes.
+        all_spikes.append(spikes.assign(neuron=spikes["cluster"] + offset, probe=probe))
+        all_clusters.append(clusters)
+        offset += len(clusters)
+    spikes = pd.concat(all_spikes, ignore_index=True)
+    clusters = pd.concat(all_clusters, ignore_index=True)
+    session.provenance["clusters"] = offset
+    if "uuid" in clusters:
+        clusters["uuid"] = clusters["uuid"].fillna("")  # of a probe without uuids
+    if units == "good":
+        good = clusters["label"] >= 1 if "label" in clusters else np.zeros(offset, dtype=bool)
+        if not np.any(good):
+            session.fail("clusters.metrics", "no cluster has label 1; pass units=None")
+        clusters = clusters[good]
+        spikes = spikes[spikes["neuron"].isin(clusters.index)]
+    return spikes, clusters
+
+
 def _probe(
     session: _OneSession, probe: str, collection: str, regions: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Spikes (time, neuron, probe) of one probe, and the table of its clusters."""
-    session.fetch(collection, *PROBE_DATASETS)
+    """Spikes (time, cluster) of one probe, and the table of its clusters."""
     remedy = f"leave the probe out with probes=..., all but {probe!r}"
     channels = session.load("clusters.channels", collection, remedy)
+    times = session.load("spikes.times", collection, remedy)
+    ids = session.load("spikes.clusters", collection, remedy)
     with session.reading(f"{collection}/spikes", remedy):
-        spikes = pd.DataFrame(
-            {
-                "time": session.load("spikes.times", collection, remedy),
-                "cluster": session.load("spikes.clusters", collection, remedy).astype(np.int64),
-            }
-        )
+        spikes = pd.DataFrame({"time": times, "cluster": ids.astype(np.int64)})
     timed = np.isfinite(spikes["time"])
     if not timed.all():
         session.warn(f"{collection}/spikes.times", f"left out {(~timed).sum()} without a time")
@@ -498,9 +480,7 @@ def _probe(
             if {"label", "cluster_id"} <= set(metrics):  # clusters without a spike have no row
                 label = metrics.drop_duplicates("cluster_id").set_index("cluster_id")["label"]
                 clusters["label"] = label.reindex(clusters["cluster"]).to_numpy(np.float64)
-    offset = session.provenance.get("clusters", 0)  # neurons are numbered on over the probes
-    session.provenance["clusters"] = offset + n
-    return spikes.assign(neuron=spikes["cluster"] + offset, probe=probe), clusters
+    return spikes, clusters
 
 
 def _allen_ids(session: _OneSession, collection: str, channels: np.ndarray) -> np.ndarray:
@@ -528,7 +508,6 @@ def _wheel(session: _OneSession) -> Trace:
     """Wheel speed at 1 kHz, rad/s; nothing, with a warning, where there is no usable wheel."""
     folder = (session.find("wheel.position") or "alf/").rpartition("/")[0]
     try:
-        session.fetch(folder, "wheel.position", "wheel.timestamps")
         position = session.load("wheel.position", folder)
         times = session.load("wheel.timestamps", folder)
         return {"wheel-speed": wheel_speed(*ordered_samples(times, position))}
@@ -548,7 +527,6 @@ def _whisker(session: _OneSession) -> Trace:
         name = f"{camera}Camera"
         folder = (session.find(f"{name}.ROIMotionEnergy") or "alf/").rpartition("/")[0]
         try:
-            session.fetch(folder, f"{name}.ROIMotionEnergy", f"{name}.times")
             energy = session.load(f"{name}.ROIMotionEnergy", folder)
             times = session.load(f"{name}.times", folder)
         except SessionError as error:
