@@ -67,7 +67,7 @@ def test_a_cut_download_goes_on_where_it_was(server, tmp_path):
 
 
 def test_a_later_call_goes_on_and_no_half_file_is_left(server, tmp_path):
-    server.cuts = recording.ATTEMPTS
+    server.cuts = len(recording.WAITS)
     server.ranges = False  # each answer starts again
     with pytest.raises(ConnectionError, match="100000 of 300000 bytes.*goes on from there"):
         download(f"{server.url}/file", tmp_path / "file", **WANTED)

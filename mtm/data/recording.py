@@ -24,7 +24,7 @@ from mtm.session import SessionError
 
 WHEEL_RATE, WHEEL_CUTOFF = 1000.0, 20.0  # Hz
 LONGEST = 1e5  # seconds; no recording lasts longer (a day has 86,400)
-ATTEMPTS = 4  # of a download, each goes on where the one before was cut
+WAITS = (0, 2, 4, 8)  # seconds before each attempt; each goes on where the one before was cut
 CHUNK = 1 << 20  # bytes
 
 
@@ -45,7 +45,7 @@ class Recording:
 
     @contextmanager
     def reading(self, dataset: str, remedy: str = "download it again") -> Iterator[None]:
-        """Turn any error of a damaged or foreign file into a SessionError that names it."""
+        """Turn any error of a damaged or foreign file into a SessionError that names the file."""
         try:
             yield
         except (SessionError, ImportError):
@@ -139,22 +139,10 @@ def download(
     problem: Exception | None = None
     style: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": None if progress else True}
     with tqdm(total=size, desc=path.name, leave=False, **style) as bar:
-        for attempt in range(ATTEMPTS):
-            if (have := part.stat().st_size) == size:
-                break
-            time.sleep(2**attempt if attempt else 0)
-            try:
-                _append(url, part, have, etag, timeout, bar)
-            except urllib.error.HTTPError as error:
-                if error.code == 404:
-                    raise FileNotFoundError(f"{public(url)}: not on the server") from error
-                if error.code < 500 and error.code not in (408, 429):  # too slow, too often
-                    raise ConnectionError(f"{public(url)}: {error}") from error
-                problem = error
-            except (OSError, http.client.HTTPException) as error:
-                if getattr(error, "errno", None) and not isinstance(error, ConnectionError):
-                    raise  # of the disk
-                problem = error
+        for wait in WAITS:
+            if part.stat().st_size < size:
+                time.sleep(wait)
+                problem = _append(url, part, etag, timeout, bar)
     if (have := part.stat().st_size) != size:
         if have > size:
             part.unlink()
@@ -167,16 +155,32 @@ def download(
     return path
 
 
-def _append(url: str, part: Path, have: int, etag: str, timeout: float, bar: Any) -> None:
-    """Ask once for the missing bytes, and write what arrives to the end of the part file."""
+def _append(url: str, part: Path, etag: str, timeout: float, bar: Any) -> Exception | None:
+    """Ask once for the missing bytes; returns a problem of the server or network that may pass."""
+    have = part.stat().st_size
+    # With If-Range, a server whose file has changed sends all of the new one.
     headers = {"Range": f"bytes={have}-", "If-Range": f'"{etag}"'} if have else {}
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
-        if answer.headers.get("ETag", etag).removeprefix("W/").strip('"') != etag:
-            raise ConnectionError("the file has changed; list again")
-        # 206: a server that sends the range asked for; others send the whole file.
-        with open(part, "ab" if answer.status == 206 else "wb") as file:
-            bar.n = file.tell()
-            while chunk := answer.read1(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
+    try:
+        request = urllib.request.Request(url, headers=headers)
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            if answer.headers.get("ETag", etag).removeprefix("W/").strip('"') != etag:
+                raise ValueError("the file has changed; list again")
+            # 206: a server that sends the range asked for; others send the whole file.
+            with open(part, "ab" if answer.status == 206 else "wb") as file:
+                bar.n = file.tell()
+                while chunk := answer.read1(CHUNK):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            raise FileNotFoundError(f"{public(url)}: not on the server") from error
+        if error.code < 500 and error.code not in (408, 429):  # too slow, too often
+            raise ConnectionError(f"{public(url)}: {error}") from error
+        return error
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "errno", None) and not isinstance(error, ConnectionError):
+            raise  # of the disk
+        return error
+    except ValueError as error:
+        raise ConnectionError(f"{public(url)}: {error}") from error
+    return None
