@@ -333,7 +333,7 @@ def described(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[
         }
         for s in sessions
     }
-    device = mtm.training.pick_device()
+    device = mtm.distributed.pick_device()
     facts = machine(device)
     facts = {"machine": facts.pop("device"), "device": str(device), **facts}
     return {"train": train, **facts, "sessions": about}

@@ -33,10 +33,11 @@ import torch
 from common import RESULTS, machine, peak_bytes, timed, write_json
 from torch import Tensor, nn
 
+from mtm.batches import Batch
 from mtm.masks import MTM_SCHEMES, SCHEMES, MaskSampler
 from mtm.model import MtM, MtMConfig
 from mtm.recipes import RECIPES
-from mtm.training import Batch, accumulate, make_optimizer
+from mtm.training import accumulate, make_optimizer
 
 NEURONS = (548, 601, 652)
 N_BINS, N_REGIONS = 100, 8

@@ -14,7 +14,9 @@ The core, to be read in this order::
 Around it::
 
     recipes      settings of training: ours and the paper's
-    distributed  several processes that train one model (torchrun)
+    batches      batches of trials for training, and their order
+    distributed  what a run computes on: device, precision, compiler, processes
+    progress     bar in terminals, line in notebooks, TensorBoard
     checkpoint   models and training runs on disk and on the Hugging Face Hub
     official     checkpoints of the authors' code
     prediction   one interface for whatever predicts hidden activity

@@ -13,9 +13,12 @@ import json
 import math
 import tempfile
 import time
+from base64 import b64decode, b64encode
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from mtm import distributed
 from mtm.files import atomic_write, optional
-from mtm.model import CheckpointError, MtM
+from mtm.model import CheckpointError, MtM, MtMConfig
 from mtm.official import OfficialMtM
 
 MODEL, CONFIG, RUN, HISTORY = "model.safetensors", "config.json", "run.safetensors", "history.jsonl"
@@ -96,10 +99,11 @@ def save(model: Any, folder: str | Path, info: dict[str, Any] | None = None) -> 
         info = info or model.to_dict()
         model = model.model
     folder = Path(folder)
-    description = {"version": VERSION, "model": model.settings(), "info": info or {}}
+    described = settings(model)
+    description = {"version": VERSION, "model": described, "info": info or {}}
     _write(folder / MODEL, model.state_dict(), description)
     # For people, without the long lists of fingerprints of the training trials.
-    readable = description | {"model": {k: v for k, v in model.settings().items() if k != "seen"}}
+    readable = description | {"model": {k: v for k, v in described.items() if k != "seen"}}
     with atomic_write(folder / CONFIG) as partial:
         partial.write_text(json.dumps(readable, indent=1) + "\n")
     return folder
@@ -114,7 +118,7 @@ def load(folder: str | Path) -> MtM:
     tensors, description = _read_model(folder)
     try:
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-            model = CLASSES[description["model"]["class"]].from_settings(description["model"])
+            model = from_settings(description["model"])
         model.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: description and weights do not match: {error}") from error
@@ -128,6 +132,31 @@ def describe(folder: str | Path) -> dict[str, Any]:
         CheckpointError: when the folder has no model, or a damaged one.
     """
     return _read_model(folder, with_tensors=False)[1]
+
+
+def settings(model: MtM) -> dict[str, Any]:
+    """Return everything about a model but its weights, as JSON can hold it."""
+    official = isinstance(model, OfficialMtM)
+    names = ("n_bins", "bin_size", "causal", "init", "split_seed")
+    return {
+        "class": "official" if official else "mtm",
+        "config": asdict(model.config),
+        "prompts": list(model.prompts),
+        **{name: getattr(model, name) for name in (*names, *["n_places"] * official)},
+        "sessions": {name: model.session_layers(name).n_neurons for name in model.session_names},
+        "seen": {name: b64encode(each.tobytes()).decode() for name, each in model.seen.items()},
+    }
+
+
+def from_settings(described: dict[str, Any]) -> MtM:
+    """Make the model that :func:`settings` describes, with new weights."""
+    given = {**described, "config": MtMConfig(**described["config"])}
+    kind, split_seed, seen = (given.pop(key) for key in ("class", "split_seed", "seen"))
+    model = CLASSES[kind](**given)
+    model.split_seed = split_seed
+    for name, each in seen.items():
+        model.seen[name] = np.frombuffer(b64decode(each), dtype=np.int64)
+    return model
 
 
 def _read_model(

@@ -36,7 +36,7 @@ from mtm.recipes import CHOICES, RECIPES, TrainConfig, recipe
 from mtm.report import Report, score_table
 from mtm.session import SessionError
 from mtm.simulation import simulate
-from mtm.training import fit, model_config, pick_device
+from mtm.training import fit, model_config
 
 EXAMPLE = """example, from nothing to scores in a few minutes:
   python -m mtm simulate sessions --sessions 3
@@ -304,7 +304,7 @@ def run_train(options: argparse.Namespace) -> None:
     with distributed.process_group(_device(options)) as device:
         if distributed.rank() > 0:  # process 0 prints for all
             sys.stdout = open(os.devnull, "w")
-        _train(options, device or pick_device())
+        _train(options, device or distributed.pick_device())
 
 
 def _train(options: argparse.Namespace, device: torch.device) -> None:
@@ -368,7 +368,7 @@ def _add_evaluate(commands: Any) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """Print the scores of a model on test trials, beside the null, the oracle and baselines."""
-    model = checkpoint.load(options.model).to(_device(options) or pick_device())
+    model = checkpoint.load(options.model).to(_device(options) or distributed.pick_device())
     sessions = _sessions(options)
     for path in filter(None, (options.json, options.report)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -494,7 +494,7 @@ def run_export(options: argparse.Namespace) -> None:
     files = [path for path in options.inputs if not path.is_dir()]
     if not folders or not files:
         raise ValueError("name one or more folders of models, and one or more session files (.h5)")
-    device = _device(options) or pick_device()
+    device = _device(options) or distributed.pick_device()
     predictions = options.out / "predictions"
     models = [checkpoint.load(folder).to(device) for folder in folders]
     how = {"tasks": options.tasks, "seeds": options.seed, "dtype": options.dtype, "progress": True}

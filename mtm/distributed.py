@@ -1,11 +1,9 @@
-"""Training with several processes: each computes the gradients of a share of every step's batches.
+"""What a run computes on: device, precision, compiler, several processes.
 
-All processes hold the same weights, add up their gradients and take the same optimizer step, so the
-number of processes does not change what is trained (up to rounding, and dropout, which each process
-draws by itself). Only the parameters used in a step are sent: the shared layers and the layers of
-the step's sessions. DistributedDataParallel would send those of all sessions in every step.
-
-Start the processes with ``torchrun``::
+Several processes hold the same weights; each computes the gradients of a share of every step's
+batches. They add up their gradients and take the same optimizer step, so their number does not
+change what is trained (up to rounding and dropout). Only the parameters used in a step are sent:
+the shared layers and the layers of the step's sessions. Start the processes with ``torchrun``::
 
     torchrun --nproc-per-node 4 -m mtm train sessions --out model
 """
@@ -13,6 +11,7 @@ Start the processes with ``torchrun``::
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,86 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from mtm.model import MtM
+from mtm.recipes import TrainConfig
+
+# ------------------------------------------------------------------- device, precision, compilation
+
+
+def pick_device() -> torch.device:
+    """Return the GPU if there is one (CUDA, else Apple's MPS), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device. From pinned memory, the host does not wait for the GPU."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def uses_bf16(device: torch.device, precision: str = "auto") -> bool:
+    """Return whether to compute in bfloat16; "auto" does on GPUs since Ampere, which support it."""
+    if precision != "auto":
+        return precision == "bf16"
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """Return the context of forward passes, with matrix products in bfloat16 if it is used."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
+
+
+@contextmanager
+def compiled(model: MtM, mode: str) -> Iterator[None]:
+    """Compile the model's encoder within the context; ``mode`` "none" does nothing.
+
+    Only the encoder, whose shapes are the same for all sessions: session layers would be compiled
+    again for each number of neurons.
+    """
+    if mode == "none":
+        yield
+        return
+    # torch stops compiling after 8 graphs, counted over all models of a process.
+    new_name = hasattr(torch._dynamo.config, "recompile_limit")  # since torch 2.7
+    limit = {"recompile_limit" if new_name else "cache_size_limit": 64}
+    vars(model)["encode"] = torch.compile(model.encode, mode=mode)
+    try:
+        with torch._dynamo.config.patch(limit):
+            yield
+    finally:
+        del model.encode
+
+
+def setup_line(device: torch.device, counts_on: torch.device, config: TrainConfig) -> str:
+    """Return a line that says on what a run computes."""
+    parts = [f"training on {device}", "bf16" if uses_bf16(device, config.precision) else "float32"]
+    if device.type == "cpu":
+        parts.insert(1, f"threads: {torch.get_num_threads()}")
+    elif device.type == "cuda":
+        parts[0] += f" ({torch.cuda.get_device_name(device)})"
+        parts.append(f"counts on {counts_on}")
+    parts += [f"torch.compile {config.compile}"] * (config.compile != "none")
+    parts += [f"{processes()} processes"] * (processes() > 1)
+    return ", ".join(parts)
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Return the peak memory in GB: of the GPU, else of this process; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ---------------------------------------------------------------------------------- processes
 
 
 def processes() -> int:

@@ -18,10 +18,8 @@ a new model predicts the mean rates (``init="paper"`` starts as theirs).
 from __future__ import annotations
 
 import math
-import operator
-from base64 import b64decode, b64encode
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
@@ -72,9 +70,7 @@ class MtMConfig:
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "mlp_width", "stitch_width", "patch_size"):
-            size = operator.index(getattr(self, name))
-            object.__setattr__(self, name, size)  # a plain int, which JSON can hold
-            if size < 1:
+            if (size := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
@@ -106,9 +102,10 @@ class MtMConfig:
         return cls(**{**sizes, **fields})
 
     @classmethod
-    def published(cls, **fields: Any) -> Self:
+    def published(cls, depth: int = 5, **fields: Any) -> Self:
         """The authors' model: the paper's sizes, learned positions and raw counts."""
-        return cls(**{"positions": "learned", "input_counts": "raw", **fields})
+        theirs = {"positions": "learned", "input_counts": "raw"}
+        return cls.from_depth(depth, **{**theirs, **fields})
 
 
 class SessionLayers(nn.Module):
@@ -483,14 +480,14 @@ class MtM(nn.Module):
         for i, (tokens, (_, _, mask, session)) in enumerate(zip(embedded, batches, strict=True)):
             causal = mask is not None and mask.causal
             groups.setdefault((len(tokens.bins), self.n_tokens(session), causal), []).append(i)
-        log_rates: dict[int, Tensor] = {}
+        log_rates = [torch.empty(0)] * len(batches)
         for members in groups.values():
             joined = torch.cat([embedded[i].x for i in members])
             x = self.encode(embedded[members[0]]._replace(x=joined))
             parts = x.split([len(embedded[i].x) for i in members])
             for i, part in zip(members, parts, strict=True):
                 log_rates[i] = self.read_out(part, batches[i][3])
-        return [log_rates[i] for i in range(len(batches))]
+        return log_rates
 
     @torch.no_grad()
     def predict_log_rates(
@@ -551,7 +548,9 @@ class MtM(nn.Module):
         if layers.token is not None:
             start = self.token_std * torch.randn(self.config.width)
             if token == "mean":
-                start = torch.stack(self._session_tokens()).mean(dim=0)
+                others = [self.session_layers(other).token for other in self._keys]
+                start = torch.stack([each.detach() for each in others if each is not None])
+                start = start.mean(dim=0)
             layers.token.data.copy_(start)
         if self.config.tokenizer == "ndt2":
             self.tokenizer.grow(layers.n_patches)
@@ -570,10 +569,6 @@ class MtM(nn.Module):
         layers: Any = self.sessions[self._keys[name]]
         return layers
 
-    def _session_tokens(self) -> list[Tensor]:
-        tokens = (self.session_layers(name).token for name in self._keys)
-        return [token.detach() for token in tokens if token is not None]
-
     @property
     def session_names(self) -> list[str]:
         """Names of the sessions that the model knows."""
@@ -588,35 +583,11 @@ class MtM(nn.Module):
         """Where the parameters are."""
         return self.norm.weight.device
 
-    def settings(self) -> dict[str, Any]:
-        """Everything about the model but its weights, as JSON can hold it."""
-        plain = ("n_bins", "bin_size", "causal", "init", "split_seed")
-        return {
-            "class": "mtm",
-            "config": asdict(self.config),
-            "prompts": list(self.prompts),
-            **{key: getattr(self, key) for key in plain},
-            "sessions": {name: self.session_layers(name).n_neurons for name in self._keys},
-            "seen": {name: b64encode(each.tobytes()).decode() for name, each in self.seen.items()},
-        }
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """The model that :meth:`settings` describes, with new weights."""
-        others = ("class", "split_seed", "seen")  # what is no argument of the constructor
-        given = {key: value for key, value in settings.items() if key not in others}
-        model = cls(**{**given, "config": MtMConfig(**settings["config"])})
-        model.split_seed = settings["split_seed"]
-        for name, each in settings["seen"].items():
-            model.seen[name] = np.frombuffer(b64decode(each), dtype=np.int64)
-        return model
-
     def n_parameters(self) -> dict[str, Any]:
         """Number of parameters: ``core``, all tokens included, and ``sessions``, name -> layers."""
-        layers = {name: self.session_layers(name) for name in self._keys}
         sessions = {
-            name: sum(p.numel() for p in each.parameters() if p is not each.token)
-            for name, each in layers.items()
+            name: sum(p.numel() for p in layers.parameters() if p is not layers.token)
+            for name, layers in ((name, self.session_layers(name)) for name in self._keys)
         }
         total = sum(p.numel() for p in self.parameters())
         return {"core": total - sum(sessions.values()), "sessions": sessions}
@@ -624,19 +595,15 @@ class MtM(nn.Module):
     def summary(self) -> str:
         """Number of parameters of each part and of each session, as a table."""
         core, sessions = self.n_parameters().values()
-        parts: dict[str, Iterable[Tensor]] = {
-            "tokenizer": self.tokenizer.parameters(),
-            "prompt tokens": [self.prompt_tokens],
-            "session tokens": self._session_tokens(),
-            f"layers ({self.config.depth})": self.layers.parameters(),
-            "final norm": self.norm.parameters(),
+        rows = {
+            name: sum(p.numel() for p in getattr(self, name).parameters())
+            for name in ("tokenizer", "layers", "norm")
         }
-        rows = {name: sum(p.numel() for p in part) for name, part in parts.items()}
+        rows["prompt and session tokens"] = core - sum(rows.values())
         rows["core, all of these"] = core
         for name, size in sessions.items():
             rows[f"session {name!r}, {self.session_layers(name).n_neurons} neurons"] = size
         rows["total"] = core + sum(sessions.values())
-        wide = max(map(len, rows))
-        title = f"MtM with the {self.config.tokenizer} tokenizer, width {self.config.width}"
-        lines = [f"  {name:<{wide}} {size:>12,}" for name, size in rows.items()]
+        title = f"MtM, {self.config.tokenizer}, width {self.config.width}, depth {len(self.layers)}"
+        lines = [f"  {name:<{max(map(len, rows))}} {size:>12,}" for name, size in rows.items()]
         return "\n".join([f"{title}; parameters", *lines])

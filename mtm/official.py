@@ -137,10 +137,6 @@ class OfficialMtM(MtM):
         """Log-rates of several batches, one after the other: trials differ in padding."""
         return [self(*batch) for batch in batches]
 
-    def settings(self) -> dict[str, Any]:
-        """Everything about the model but its weights, as JSON can hold it."""
-        return {**super().settings(), "class": "official", "n_places": self.n_places}
-
 
 # ---------------------------------------------------------------- import of a checkpoint
 

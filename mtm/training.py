@@ -10,273 +10,33 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import math
-import sys
 import time
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import tqdm
 
 from mtm import distributed
-from mtm.checkpoint import History, Run, best_entry, without_nan
-from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
-from mtm.metrics import LOG2, log_mean, poisson_nll
+from mtm.batches import Batch, SessionData, Step, counts_device, steps_of, steps_per_epoch
+from mtm.checkpoint import History, Run, best_entry, settings, without_nan
+from mtm.distributed import autocast, compiled, peak_memory, pick_device, setup_line
+from mtm.masks import NO_REGION, MaskSampler, scheme
+from mtm.metrics import LOG2, poisson_nll
 from mtm.model import MtM, MtMConfig
+from mtm.progress import Progress, TensorBoard
 from mtm.recipes import TrainConfig, recipe
 from mtm.session import Session, SessionError, require_alike
 
 VALIDATION_BATCH = 64  # validation trials that share a mask, whatever the batch size of training
 VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
-LOG_INTERVAL = 30.0  # seconds between two lines in a log
-
-
-# ------------------------------------------------------------------------------------------ batches
-
-
-class Batch(NamedTuple):
-    """Trials of one session with a mask: the arguments of ``MtM.forward``."""
-
-    counts: Tensor  # (B, T, N)
-    scheme: str | None
-    mask: Mask
-    session: str
-
-    def split(self, size: int) -> list[Batch]:
-        """Return batches of at most ``size`` trials."""
-        parts = (x.split(size) for x in (self.counts, self.mask.hidden, self.mask.target))
-        return [
-            self._replace(counts=counts, mask=Mask(hidden, target, self.mask.causal))
-            for counts, hidden, target in zip(*parts, strict=True)
-        ]
-
-
-class SessionData:
-    """A session prepared for training: counts on a device, split, null model.
-
-    The counts stay integers of one or two bytes, on the training device or, if they are too many,
-    in main memory or on disk (see :func:`counts_device`); batches become floats.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        config: TrainConfig,
-        device: torch.device,
-        counts_on: torch.device | None = None,
-    ) -> None:
-        split, counts_on = session.split(config.split_seed), counts_on or device
-        self.session, self.name, self.device = session, session.name, device
-        counts = np.require(session.counts, requirements=["C", "W", "A"])
-        # As bytes, since torch cannot index uint16: (K, T, N) or, if wide, (K, T, 2 N).
-        self.wide = counts.dtype == np.uint16
-        self.counts = torch.from_numpy(counts.view(np.uint8)).to(counts_on)
-        self.regions = torch.from_numpy(session.region_codes).to(device)  # (N,)
-        self.train, self.val = split.train, torch.from_numpy(split.val)
-        # The null model of validation: each neuron's log mean count in the training trials, (N,).
-        self.null = torch.from_numpy(log_mean(session.counts[split.train])).float().to(device)
-        fingerprints = session.fingerprints(split.train)
-        self.fingerprints = fingerprints[fingerprints != 0]  # 0: too few spikes to tell
-        content = b"".join(x.tobytes() for x in (fingerprints, split.train, split.val))
-        self.digest = hashlib.sha256(content).hexdigest()[:16]
-
-    def batch(self, trials: Tensor | np.ndarray) -> Tensor:
-        """Return the counts of some trials, (B, T, N) float32, on the training device."""
-        counts = self.counts[_to_device(torch.as_tensor(trials), self.counts.device)]
-        counts = _to_device(counts, self.device)
-        return (counts.view(torch.int16).int() & 0xFFFF if self.wide else counts).float()
-
-
-Step = list[tuple[SessionData, np.ndarray]]
-"""The batches of an optimizer step: a session, and indices of some of its trials."""
-
-
-def _to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device. From pinned memory, the host does not wait for the GPU."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
-def counts_device(sessions: Sequence[Session], device: torch.device) -> torch.device:
-    """Return where counts stay during training: on a GPU if they fill at most half of it."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if sum(session.counts.nbytes for session in sessions) > free / 2:
-            return torch.device("cpu")
-    return device
-
-
-def steps_per_epoch(data: Sequence[SessionData], config: TrainConfig) -> int:
-    """Return the number of steps that use every training trial once."""
-    n_batches = sum(math.ceil(len(session.train) / config.batch_size) for session in data)
-    return math.ceil(n_batches / config.batches_per_step)
-
-
-def steps_of(
-    data: Sequence[SessionData], config: TrainConfig, order: np.random.Generator
-) -> Iterator[Step]:
-    """Yield the steps of an epoch, in which every training trial occurs once.
-
-    Batches are composed anew in each epoch and come in random order. The batches of a step are of
-    different sessions, as long as enough sessions have batches left.
-    """
-    # Cut each session's shuffled trials into batches, and shuffle the batches of all sessions.
-    batches = []
-    for session in data:
-        trials = order.permutation(session.train)
-        cuts = range(config.batch_size, len(trials), config.batch_size)
-        batches += [(session, batch) for batch in np.split(trials, cuts)]
-    waiting = deque(batches[i] for i in order.permutation(len(batches)))
-    # A step takes the next batches in this order, but one per session.
-    while waiting:
-        step: Step = []
-        names: set[str] = set()  # sessions in the step
-        skipped: deque[tuple[SessionData, np.ndarray]] = deque()  # their batches, for later steps
-        while len(step) < config.batches_per_step and (waiting or skipped):
-            if not waiting:  # too few sessions are left: use each of them once more
-                waiting, skipped, names = skipped, deque(), set()
-            batch = waiting.popleft()
-            (skipped if batch[0].name in names else step).append(batch)
-            names.add(batch[0].name)
-        waiting.extendleft(reversed(skipped))
-        yield step
-
-
-# ------------------------------------------------------------------- device, precision, compilation
-
-
-def pick_device() -> torch.device:
-    """Return the GPU if there is one (CUDA, else Apple's MPS), else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def uses_bf16(device: torch.device, precision: str = "auto") -> bool:
-    """Return whether to compute in bfloat16; "auto" does on GPUs since Ampere, which support it."""
-    if precision != "auto":
-        return precision == "bf16"
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
-    """Return the context of forward passes, with matrix products in bfloat16 if it is used."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
-
-
-@contextmanager
-def compiled(model: MtM, config: TrainConfig) -> Iterator[None]:
-    """Compile the encoder within the context, if the settings say so.
-
-    Only the encoder, whose shapes are the same for all sessions: session layers would be compiled
-    again for each number of neurons.
-    """
-    if config.compile == "none":
-        yield
-        return
-    # torch stops compiling after 8 graphs, counted over all models of a process.
-    new_name = hasattr(torch._dynamo.config, "recompile_limit")  # since torch 2.7
-    limit = {"recompile_limit" if new_name else "cache_size_limit": 64}
-    vars(model)["encode"] = torch.compile(model.encode, mode=config.compile)
-    try:
-        with torch._dynamo.config.patch(limit):
-            yield
-    finally:
-        del model.encode
-
-
-def setup_of(device: torch.device, data: list[SessionData], config: TrainConfig, run: Run) -> str:
-    """Return a line with device, precision and processes, and where a stopped run resumes."""
-    parts = [f"training on {device}", "bf16" if uses_bf16(device, config.precision) else "float32"]
-    if device.type == "cpu":
-        parts.insert(1, f"threads: {torch.get_num_threads()}")
-    elif device.type == "cuda":
-        parts[0] += f" ({torch.cuda.get_device_name(device)})"
-        parts.append(f"counts on {data[0].counts.device}")
-    parts += [f"torch.compile {config.compile}"] * (config.compile != "none")
-    parts += [f"{distributed.processes()} processes"] * (distributed.processes() > 1)
-    parts += [f"resuming after step {run.step}"] * (run.step > 0)
-    return ", ".join(parts)
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """Return the peak memory in GB: of the GPU, else of this process; None on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-class Progress:
-    """Progress display: a bar in a terminal, one live line in a notebook, lines in a log.
-
-    Args:
-        epochs: of the whole run.
-        show: False shows nothing.
-        setup: the first line.
-    """
-
-    def __init__(self, epochs: int, show: bool, setup: str) -> None:
-        self.epochs, self.show, self.line, self.last = epochs, show, None, time.monotonic()
-        ipython = sys.modules.get("IPython")
-        shell = ipython.get_ipython() if ipython else None
-        if show and shell is not None and type(shell).__name__ != "TerminalInteractiveShell":
-            from IPython.display import display
-
-            self.line = display({"text/plain": ""}, raw=True, display_id=True)
-        self.print(setup)
-        no_bar = not show or self.line is not None or not sys.stderr.isatty()
-        self.bar = tqdm(total=epochs, unit="epoch", disable=no_bar, leave=False)
-
-    def print(self, text: str) -> None:
-        """Print a line; in a notebook, in the place of the one before."""
-        if self.line is not None:
-            self.line.update({"text/plain": text}, raw=True)
-        elif self.show:
-            print(text, file=sys.stderr, flush=True)
-
-    def update(self, epoch: int, history: History) -> None:
-        """Show the epoch and the last validation score."""
-        score = f"validation {history[-1]['mean']:.3f} bits per spike" if history else ""
-        self.bar.update(epoch - self.bar.n)
-        self.bar.set_postfix_str(score)
-        log_due = self.bar.disable and time.monotonic() - self.last > LOG_INTERVAL
-        if log_due or self.line is not None:
-            self.print(f"epoch {epoch} of {self.epochs}  {score}")
-            self.last = time.monotonic()
-
-
-def tensorboard(run: Run) -> Any:
-    """Return a TensorBoard writer; None without a folder or the package tensorboard."""
-    if run.folder is None or not importlib.util.find_spec("tensorboard"):
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    # What a stopped run wrote after its last save is replaced.
-    return SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
-
-
-def flat(entry: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a history entry, with names as ``validation/neuron``."""
-    groups = {k: v if isinstance(v, dict) else {"": v} for k, v in entry.items()}
-    numbers = {f"{k}/{name}".rstrip("/"): x for k, v in groups.items() for name, x in v.items()}
-    return {name: x for name, x in numbers.items() if x is not None}
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -287,8 +47,7 @@ def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: st
 
     All tensors are (B, T, N); ``reduction`` is "mean" or "sum", over the targets.
     """
-    nll = poisson_nll(log_rates, counts)
-    total = torch.where(target, nll, 0.0).sum()
+    total = torch.where(target, poisson_nll(log_rates, counts), 0.0).sum()
     return total / target.sum().clamp(min=1) if reduction == "mean" else total
 
 
@@ -304,25 +63,24 @@ def accumulate(
         the contribution of each of ``batches`` to the loss, (batches,), on the device.
     """
     losses = torch.zeros(len(batches), device=model.device)
-    pieces: list[tuple[int, Batch, Tensor | float]] = []  # number of the batch, trials, weight
-    for i, batch in enumerate(batches):
-        weight: Tensor | float = 1.0
-        if config.loss == "mean":  # of the whole batch: its pieces add up to the mean
-            weight = 1 / batch.mask.target.sum().clamp(min=1) / (n_batches or len(batches))
-        size = config.micro_batch or len(batch.counts)
-        pieces += [(i, piece, weight) for piece in batch.split(size)]
-    # One forward pass for all, or one for each piece.
-    n_together = 1 if config.micro_batch else max(1, len(pieces))
-    for first in range(0, len(pieces), n_together):
-        together = pieces[first : first + n_together]
+    weights: list[Tensor | float] = [1.0] * len(batches)  # of the sum over a batch's targets
+    if config.loss == "mean":
+        n = n_batches or len(batches)
+        weights = [1 / batch.mask.target.sum().clamp(min=1) / n for batch in batches]
+    # Batches that pass through the model together: all of the step, or each piece alone.
+    groups = [list(enumerate(batches))] if batches else []
+    if config.micro_batch:
+        pieces = [batch.split(config.micro_batch) for batch in batches]
+        groups = [[(i, piece)] for i, several in enumerate(pieces) for piece in several]
+    for group in groups:
         with autocast(model.device, config.precision):
-            log_rates = model.forward_many([piece for _, piece, _ in together])
+            log_rates = model.forward_many([batch for _, batch in group])
         parts = [
-            weight * masked_loss(out.float(), piece.counts, piece.mask.target, "sum")
-            for out, (_, piece, weight) in zip(log_rates, together, strict=True)
+            weights[i] * masked_loss(out.float(), batch.counts, batch.mask.target, "sum")
+            for out, (i, batch) in zip(log_rates, group, strict=True)
         ]
         torch.stack(parts).sum().backward()
-        for (i, _, _), part in zip(together, parts, strict=True):
+        for (i, _), part in zip(group, parts, strict=True):
             losses[i] += part.detach()
     return losses
 
@@ -330,12 +88,14 @@ def accumulate(
 def make_optimizer(model: MtM, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW with weight decay on weight matrices, or on everything with ``decay_all``."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    decayed: list[Tensor] = []
-    rest: list[Tensor] = []
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": config.weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
     for parameter in model.parameters():
-        (decayed if config.decay_all or id(parameter) in matrices else rest).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
-    groups += [{"params": rest, "weight_decay": 0.0}] if rest else []
+        decayed = config.decay_all or id(parameter) in matrices
+        groups[0 if decayed else 1]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, fused=model.device.type in ("cpu", "cuda"))
 
 
@@ -368,15 +128,13 @@ class Trainer:
         self.first_phase = phases[config.tune]  # epochs that train session layers only
         # Losses still on the device: step, session and scheme of each batch, losses (batches,).
         self.pending: list[tuple[int, list[tuple[str, str]], Tensor]] = []
-        self.n_trials = sum(len(one.train) for one in data)  # of an epoch, as the tokens
-        self.n_tokens = sum(len(one.train) * model.n_tokens(one.name) for one in data)
 
     def train(self, progress: Progress, on_validation: Callable[[History], Any] | None) -> None:
         """Train, and leave the model with the weights of the best validation."""
         model, config, run = self.model, self.config, self.run
         distributed.broadcast(model.state_dict().values())
         run.restore(model, self.optimizer)  # does nothing in a new run
-        board = tensorboard(run)
+        board = TensorBoard(run)
         epochs_done, steps_done = divmod(run.step, self.per_epoch)
         started, since = time.perf_counter() - run.seconds, (run.step, time.perf_counter())
         for epoch in range(epochs_done + 1, config.epochs + 1):
@@ -398,24 +156,21 @@ class Trainer:
             # Validations are spread evenly over the epochs; the last one follows the last epoch.
             before, now = (e * config.validations // config.epochs for e in (epoch - 1, epoch))
             if now > before:
-                entry: dict[str, Any] = {"epoch": epoch, "step": run.step}
-                entry["lr"] = schedule.get_last_lr()[0]
+                entry: dict[str, Any] = {
+                    "epoch": epoch,
+                    "step": run.step,
+                    "lr": schedule.get_last_lr()[0],
+                }
                 entry |= self.mean_losses()  # here the host waits for the device
-                speed = (run.step - since[0]) / self.per_epoch / (time.perf_counter() - since[1])
-                entry["trials_per_second"] = speed * self.n_trials
-                entry["tokens_per_second"] = speed * self.n_tokens
+                entry |= self.speed(run.step - since[0], time.perf_counter() - since[1])
                 entry["validation"] = validate(model, self.data, config)
                 entry["mean"] = float(np.nanmean([*entry["validation"].values()]))
                 run.seconds = entry["seconds"] = time.perf_counter() - started
-                entry["memory_gb"] = peak_memory(model.device)
                 is_best = run.add(entry, model)
                 self.save()
                 if is_best:
                     run.save_model(model)
-                if board is not None:
-                    for name, value in flat(entry).items():
-                        board.add_scalar(name, value, run.step)
-                    board.flush()
+                board.add(entry)
                 if on_validation is not None and distributed.rank() == 0:
                     on_validation(run.history)
                 since = run.step, time.perf_counter()
@@ -469,7 +224,7 @@ class Trainer:
         used = parameters_of(model, places)
         distributed.all_reduce_gradients(used, losses)
         if config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(used, config.clip)
+            clip_grad_norm_(used, config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # frees memory before the next forward pass
         self.run.step += 1
@@ -483,10 +238,9 @@ class Trainer:
             for (session, name), loss in zip(places, losses.tolist(), strict=True):
                 if not math.isfinite(loss):
                     where = f"step {step}, session {session!r}, scheme {name!r}"
-                    self.fail(f"the loss became {loss} in {where}")
-                total = self.run.losses.setdefault(name, [0.0, 0])
-                total[0] += loss
-                total[1] += 1
+                    raise diverged(f"the loss became {loss} in {where}", self.config)
+                total, number = self.run.losses.get(name, [0.0, 0])
+                self.run.losses[name] = [total + loss, number + 1]
 
     def mean_losses(self) -> dict[str, Any]:
         """Return the mean loss since the last validation, of all batches and of each scheme."""
@@ -495,20 +249,28 @@ class Trainer:
         total, number = (sum(column) for column in zip(*sums.values(), strict=True))
         return {"loss": total / number, "losses": {k: s / n for k, (s, n) in sorted(sums.items())}}
 
+    def speed(self, n_steps: int, seconds: float) -> dict[str, Any]:
+        """Return the speed of some steps, and the peak memory."""
+        trials = {one.name: len(one.train) * n_steps / self.per_epoch for one in self.data}
+        tokens = sum(n * self.model.n_tokens(name) for name, n in trials.items())
+        return {
+            "trials_per_second": sum(trials.values()) / seconds,
+            "tokens_per_second": tokens / seconds,
+            "memory_gb": peak_memory(self.model.device),
+        }
+
     def save(self) -> None:
         """Save the state of the run; raise FloatingPointError if it is not finite."""
         self.read_losses()
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
-            self.fail(f"weights became infinite or NaN in step {self.run.step}")
+            problem = f"weights became infinite or NaN in step {self.run.step}"
+            raise diverged(problem, self.config)
         self.run.save(self.model, self.optimizer)
 
-    def fail(self, problem: str) -> NoReturn:
-        """Raise a FloatingPointError that says what to do, and which weights are kept."""
-        kept = ""
-        if self.run.history and self.run.folder is not None:
-            epoch = best_entry(self.run.history)["epoch"]
-            kept = f"; the best weights so far, of epoch {epoch}, are kept in {self.run.folder}"
-        raise FloatingPointError(f"{problem}; lower lr (now {self.config.lr:g}) or set clip{kept}")
+
+def diverged(problem: str, config: TrainConfig) -> FloatingPointError:
+    """Return the error of a run whose numbers are no longer finite, with the remedy."""
+    return FloatingPointError(f"{problem}; lower lr (now {config.lr:g}) or set clip")
 
 
 def out_of_patience(history: History, config: TrainConfig) -> bool:
@@ -544,10 +306,7 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
             found[s, i] = _validation_gain(model, data[i], name, config)
     found = distributed.all_reduce(found).cpu().double()
     if not bool(found.isfinite().all()):
-        raise FloatingPointError(
-            "predictions of the validation trials are not finite; lower lr "
-            f"(now {config.lr:g}) or set clip"
-        )
+        raise diverged("predictions of the validation trials are not finite", config)
     gain, spikes = found.sum(dim=1).unbind(dim=1)
     if not bool((spikes > 0).any()):
         raise SessionError(
@@ -615,16 +374,9 @@ class Fit:
         """The history entry whose weights the model has."""
         return best_entry(self.history)
 
-    def predict_log_rates(
-        self,
-        counts: Tensor,
-        scheme: str | None,
-        mask: Mask | None,
-        session: str,
-        neurons: Tensor | None = None,
-    ) -> Tensor:
+    def predict_log_rates(self, *batch: Any, **options: Any) -> Tensor:
         """Return the model's log-rates, see :meth:`mtm.MtM.predict_log_rates`."""
-        return self.model.predict_log_rates(counts, scheme, mask, session, neurons)
+        return self.model.predict_log_rates(*batch, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """Return settings and history as JSON can hold them."""
@@ -675,17 +427,15 @@ def fit(
     device = torch.device(device) if device else pick_device()
     counts_on = counts_device(sessions, device)
     data = [SessionData(session, config, device, counts_on) for session in sessions]
+    setup = setup_line(device, counts_on, config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)  # the caller's generators keep their state
         network = _build(start, data, config, depth).to(device)
         run = Run(folder, _description(network, start, data, config), save_every, restart)
-        show = progress and distributed.rank() == 0
-        display = Progress(config.epochs, show, setup_of(device, data, config, run))
-        try:
-            with compiled(network, config):
+        setup += f", resuming after step {run.step}" if run.step else ""
+        with Progress(config.epochs, progress and distributed.rank() == 0, setup) as display:
+            with compiled(network, config.compile):
                 Trainer(network, data, config, run).train(display, on_validation)
-        finally:
-            display.bar.close()
     run.save_model(network)
     result = Fit(network, run.history, config)
     display.print(f"{run.step} steps in {run.seconds:.0f} s on {device.type}; {result}")
@@ -698,11 +448,9 @@ def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -
     With ``init="paper"``, as in the recipe ``paper``, the authors' model (depth 5, learned
     positions, raw counts as input), else ours (depth 2). ``fields`` are of :class:`MtMConfig`.
     """
-    if config.init != "paper":
-        return MtMConfig.from_depth(depth or 2, **fields)
-    theirs = MtMConfig.published()
-    options = {"positions": theirs.positions, "input_counts": theirs.input_counts}
-    return MtMConfig.from_depth(depth or theirs.depth, **{**options, **fields})
+    if config.init == "paper":
+        return MtMConfig.published(depth or 5, **fields)
+    return MtMConfig.from_depth(depth or 2, **fields)
 
 
 def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
@@ -783,28 +531,21 @@ def _check_start(
             f"session {session.name!r} has {session.n_bins} bins of {session.bin_size} s, the "
             f"model was trained on {model.n_bins} bins of {model.bin_size} s"
         )
-    if config.tune == "session-layers" and model.config.tokenizer == "ndt2":
-        warnings.warn(
-            "tune='session-layers' with ndt2 trains next to nothing: a bias per neuron and a token",
-            stacklevel=4,
-        )
 
 
 def _description(
     model: MtM, start: MtM | MtMConfig | None, data: list[SessionData], config: TrainConfig
 ) -> dict[str, Any]:
     """Return what identifies a run; a stopped run resumes only if it is the same."""
-    weights = hashlib.sha256()
-    if isinstance(start, MtM):  # those of a new model follow from the settings
-        for name, value in start.state_dict().items():
-            weights.update(name.encode())
-            weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    weights = None  # those of a new model follow from the settings
+    if isinstance(start, MtM):
+        values = parameters_to_vector(start.parameters()).detach().cpu().numpy()
+        weights = hashlib.sha256(values.tobytes()).hexdigest()[:16]
+    kind = {key: value for key, value in settings(model).items() if key not in ("sessions", "seen")}
     return {
         "train": asdict(config),
-        "model": {
-            key: value for key, value in model.settings().items() if key not in ("sessions", "seen")
-        },
+        "model": kind,
         "sessions": {one.name: [*one.session.counts.shape, one.digest] for one in data},
         "order of sessions": [one.name for one in data],
-        "initial weights": weights.hexdigest()[:16],
+        "initial weights": weights,
     }

@@ -285,7 +285,7 @@ def test_training_keeps_counts_where_they_are(tmp_path):
     code = (
         "import re, sys, torch\n"
         "from mtm import Sessions, TrainConfig\n"
-        "from mtm.training import SessionData\n"
+        "from mtm.batches import SessionData\n"
         "def own():\n"
         "    status = open('/proc/self/status').read()\n"
         "    return int(re.search(r'RssAnon:\\s+(\\d+)', status)[1]) / 1e3\n"

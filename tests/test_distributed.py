@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from mtm import MtM, MtMConfig, Sessions, distributed, fit, load, simulate
+from mtm.batches import Batch
 from mtm.masks import MaskSampler
 from mtm.recipes import TrainConfig
-from mtm.training import Batch, accumulate, parameters_of
+from mtm.training import accumulate, parameters_of
 
 SETTINGS = {
     "epochs": 4, "validations": 4, "batch_size": 8, "batches_per_step": 5,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mtm import from_official, load, save
+from mtm.checkpoint import settings
 from mtm.masks import Mask
 from mtm.model import CheckpointError, MtMConfig
 from mtm.official import ABLATION_EID, HELD_OUT_EIDS, PAPER_EIDS, REPEATED_SITE_EIDS, OfficialMtM
@@ -81,7 +82,7 @@ def test_a_state_dict_and_a_pickled_module_give_the_same_model(tmp_path, monkeyp
         torch.save({"model": whole, "epoch": 3}, tmp_path / "model_best.pt")
     torch.save(module.state_dict(), tmp_path / "weights.pt")
     pickled = quietly(tmp_path / "model_best.pt")  # knows its heads
-    assert pickled.settings() == expected.settings() and pickled.config.heads == 4
+    assert settings(pickled) == settings(expected) and pickled.config.heads == 4
     assert isinstance(pickled, OfficialMtM) and not pickled.training
     for model in (pickled, quietly(tmp_path / "weights.pt", heads=4)):
         found, wanted = model.state_dict(), expected.state_dict()
@@ -162,7 +163,7 @@ def test_an_imported_model_is_saved_and_loaded(tmp_path):
     for ndt2 in (False, True):
         model = quietly(theirs(ndt2=ndt2), heads=4)
         again = load(save(model, tmp_path / str(ndt2)))
-        assert isinstance(again, OfficialMtM) and again.settings() == model.settings()
+        assert isinstance(again, OfficialMtM) and settings(again) == settings(model)
         counts = torch.poisson(torch.ones(2, 5, 4))
         for name in ("neuron", "causal"):
             nothing = torch.zeros_like(counts, dtype=torch.bool)

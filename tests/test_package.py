@@ -24,8 +24,19 @@ SECRET = "s3cr3t-0123456789"
 # A module imports only from those after it.
 FLOORS = (
     *("__main__", "cli", "__init__", "bwb", "baselines", "evaluation", "training", "plots"),
-    *("decoding", "checkpoint", "official", "prediction", "data", "simulation", "distributed"),
-    *("model", "recipes", "report", "session", "masks", "metrics", "binning", "files"),
+    *("decoding", "progress", "checkpoint", "official", "prediction", "data", "simulation"),
+    *(
+        "batches",
+        "distributed",
+        "model",
+        "recipes",
+        "report",
+        "session",
+        "masks",
+        "metrics",
+        "binning",
+        "files",
+    ),
 )
 CORE = {"session", "binning", "masks", "model", "metrics", "training", "evaluation", "decoding"}
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mtm import Mask, MtM, Session, evaluate, metrics
+from mtm import Mask, Session, evaluate, metrics
+from mtm.batches import Batch
+from mtm.checkpoint import from_settings, settings
 from mtm.masks import MTM_SCHEMES
 from mtm.official import from_official, their_key
 from mtm.recipes import TrainConfig
-from mtm.training import Batch, accumulate
+from mtm.training import accumulate
 
 FILES = {"ndt1_prompt.pt": 12, "ndt1_no_prefix.pt": 6, "ndt2_no_prefix.pt": 6}
 
@@ -168,9 +170,9 @@ def test_their_causal_mode_leaks_and_ours_does_not(fixture):
     nothing = torch.zeros_like(mask.hidden)
     future = counts.clone()
     future[:, -1] += 5
-    settings = model.settings()
-    del settings["n_places"]
-    plain, weights = MtM.from_settings(settings).eval(), model.state_dict()
+    described = {**settings(model), "class": "mtm"}
+    del described["n_places"]
+    plain, weights = from_settings(described).eval(), model.state_dict()
     if "tokenizer.space" in weights:  # of the places that these sessions need
         weights["tokenizer.space"] = weights["tokenizer.space"][: len(plain.tokenizer.space)]
     plain.load_state_dict(weights)

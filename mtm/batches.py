@@ -1,0 +1,120 @@
+"""Batches of training: trials of a session with a mask, and the order in which they come."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtm.distributed import to_device
+from mtm.masks import Mask
+from mtm.metrics import log_mean
+from mtm.recipes import TrainConfig
+from mtm.session import Session
+
+
+class Batch(NamedTuple):
+    """Trials of one session with a mask: the arguments of ``MtM.forward``."""
+
+    counts: Tensor  # (B, T, N)
+    scheme: str | None
+    mask: Mask
+    session: str
+
+    def split(self, size: int) -> list[Batch]:
+        """Return batches of at most ``size`` trials."""
+        parts = (x.split(size) for x in (self.counts, self.mask.hidden, self.mask.target))
+        return [
+            self._replace(counts=counts, mask=Mask(hidden, target, self.mask.causal))
+            for counts, hidden, target in zip(*parts, strict=True)
+        ]
+
+
+class SessionData:
+    """A session prepared for training: counts on a device, split, null model.
+
+    The counts stay integers, mostly of one byte, on the training device or, if they are too many,
+    in main memory or on disk (see :func:`counts_device`); batches become floats.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        config: TrainConfig,
+        device: torch.device,
+        counts_on: torch.device | None = None,
+    ) -> None:
+        split = session.split(config.split_seed)
+        self.session, self.name, self.device = session, session.name, device
+        # torch can hold uint16, but not index it.
+        counts = session.counts if session.counts.dtype == np.uint8 else session.counts.astype("i4")
+        counts = np.require(counts, requirements=["C", "W", "A"])
+        self.counts = torch.from_numpy(counts).to(counts_on or device)  # (K, T, N)
+        self.regions = torch.from_numpy(session.region_codes).to(device)  # (N,)
+        self.train, self.val = split.train, torch.from_numpy(split.val)
+        # The null model of validation: each neuron's log mean count in the training trials, (N,).
+        self.null = torch.from_numpy(log_mean(session.counts[split.train])).float().to(device)
+        fingerprints = session.fingerprints(split.train)
+        self.fingerprints = fingerprints[fingerprints != 0]  # 0: too few spikes to tell
+        content = b"".join(x.tobytes() for x in (fingerprints, split.train, split.val))
+        self.digest = hashlib.sha256(content).hexdigest()[:16]
+
+    def batch(self, trials: Tensor | np.ndarray) -> Tensor:
+        """Return the counts of some trials, (B, T, N) float32, on the training device."""
+        counts = self.counts[to_device(torch.as_tensor(trials), self.counts.device)]
+        return to_device(counts, self.device).float()
+
+
+Step = list[tuple[SessionData, np.ndarray]]
+"""The batches of an optimizer step: a session, and indices of some of its trials."""
+
+
+def counts_device(sessions: Sequence[Session], device: torch.device) -> torch.device:
+    """Return where counts stay during training: on a GPU if they fill at most half of it."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if sum(session.counts.nbytes for session in sessions) > free / 2:
+            return torch.device("cpu")
+    return device
+
+
+def steps_per_epoch(data: Sequence[SessionData], config: TrainConfig) -> int:
+    """Return the number of steps that use every training trial once."""
+    n_batches = sum(math.ceil(len(session.train) / config.batch_size) for session in data)
+    return math.ceil(n_batches / config.batches_per_step)
+
+
+def steps_of(
+    data: Sequence[SessionData], config: TrainConfig, order: np.random.Generator
+) -> Iterator[Step]:
+    """Yield the steps of an epoch, in which every training trial occurs once.
+
+    Batches are composed anew in each epoch and come in random order. The batches of a step are of
+    different sessions, as long as enough sessions have batches left.
+    """
+    # Cut each session's shuffled trials into batches, and shuffle the batches of all sessions.
+    batches = []
+    for session in data:
+        trials = order.permutation(session.train)
+        cuts = range(config.batch_size, len(trials), config.batch_size)
+        batches += [(session, batch) for batch in np.split(trials, cuts)]
+    waiting = deque(batches[i] for i in order.permutation(len(batches)))
+    # A step takes the next batches in this order, but one per session.
+    while waiting:
+        step: Step = []
+        names: set[str] = set()  # sessions in the step
+        skipped: deque[tuple[SessionData, np.ndarray]] = deque()  # their batches, for later steps
+        while len(step) < config.batches_per_step and (waiting or skipped):
+            if not waiting:  # too few sessions are left: use each of them once more
+                waiting, skipped, names = skipped, deque(), set()
+            batch = waiting.popleft()
+            (skipped if batch[0].name in names else step).append(batch)
+            names.add(batch[0].name)
+        waiting.extendleft(reversed(skipped))
+        yield step
