@@ -3,12 +3,9 @@
 import json
 import re
 import shutil
-import socket
-import threading
-import time
 import warnings
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,7 @@ from hypothesis import strategies as st  # noqa: E402
 from pynwb import behavior as nwb_behavior  # noqa: E402
 
 from mtm.data import nwb  # noqa: E402
-from mtm.session import Session, SessionError  # noqa: E402
+from mtm.session import SessionError  # noqa: E402
 
 REAL = Path(__file__).parents[2] / "shared/data/A2929-200711.nwb"
 N, K, WINDOW = 6, 40, (-0.2, 0.6)
@@ -104,41 +101,26 @@ HEAD = np.stack([np.sin(T_HEAD), T_HEAD], axis=1)
 
 
 def add_series(file):
-    def series(kind, name, data, **times):
-        more = {"reference_frame": "r"} if kind is nwb_behavior.SpatialSeries else {"unit": "u"}
-        return kind(
-            name=name, data=data, **more, **(times or {"rate": 100.0, "starting_time": 0.5})
-        )
+    def spatial(name, data, **times):
+        return nwb_behavior.SpatialSeries(name=name, data=data, reference_frame="r", **times)
 
-    spatial, plain = nwb_behavior.SpatialSeries, pynwb.TimeSeries
-    stamps, line = {"timestamps": T_HEAD}, np.arange(7000.0)
+    def plain(name, data, **times):
+        return pynwb.TimeSeries(**{"name": name, "data": data, "unit": "u", "rate": 1.0} | times)
+
+    even = {"rate": 100.0, "starting_time": 0.5}
     module = file.create_processing_module("behavior", "b")
-    module.add(nwb_behavior.Position(spatial_series=series(spatial, "head", HEAD, **stamps)))
-    compass = series(spatial, "head", HEAD[:, 0])
+    head = spatial("head", HEAD, timestamps=T_HEAD)
+    module.add(nwb_behavior.Position(spatial_series=head))
+    compass = spatial("head", HEAD[:, 0], **even)
     module.add(nwb_behavior.CompassDirection(spatial_series=compass))
-    eye = series(spatial, "eye", HEAD, **stamps)
-    module.add(nwb_behavior.EyeTracking(spatial_series=eye))
-    module.add(nwb_behavior.PupilTracking(time_series=series(plain, "pupil", line)))
-    module.add(nwb_behavior.BehavioralTimeSeries(time_series=series(plain, "speed", line)))
-    rare = series(plain, "rewards", np.ones(4), timestamps=[1.0, 9.0, 17.0, 33.0])
-    with warnings.catch_warnings():  # deprecated, but in many files
-        warnings.simplefilter("ignore")
-        module.add(nwb_behavior.BehavioralEvents(time_series=rare))
+    pupil = plain("pupil", np.arange(7000.0), **even)
+    module.add(nwb_behavior.PupilTracking(time_series=pupil))
     order = np.random.default_rng(5).permutation(7000)
-    messy = np.where(np.arange(7000) % 9 == 0, np.nan, 4 * T_HEAD + 1)
-    shuffled = {"timestamps": np.append(T_HEAD[order], np.nan)}
-    file.add_acquisition(
-        plain(
-            name="messy",
-            data=np.append(messy[order], 7.0),
-            unit="V",
-            conversion=0.5,
-            offset=2.0,
-            **shuffled,
-        )
-    )
-    file.add_acquisition(plain(name="cube", data=np.zeros((5, 2, 2)), unit="u", rate=1.0))
-    file.add_acquisition(plain(name="words", data=["a", "b"], unit="u", rate=1.0))
+    data = np.append(np.where(np.arange(7000) % 9 == 0, np.nan, 4 * T_HEAD + 1)[order], 7.0)
+    stamps = {"timestamps": np.append(T_HEAD[order], np.nan), "rate": None}
+    file.add_acquisition(plain("messy", data, conversion=0.5, offset=2.0, **stamps))
+    file.add_acquisition(plain("rewards", np.ones(4), timestamps=[1.0, 9.0, 17.0, 33.0], rate=None))
+    file.add_acquisition(plain("cube", np.zeros((5, 2, 2))))
 
 
 @pytest.fixture(autouse=True)
@@ -275,16 +257,13 @@ def test_behaviour(path):
 def test_traces(path):
     names = {"x": "Position/head[0]", "t": "behavior/Position/head[1]", "pupil": "pupil"}
     names |= {"turn": "processing/behavior/CompassDirection/head", "messy": "messy"}
-    names |= {"eye": "eye[1]", "speed": "BehavioralTimeSeries/speed"}
     session = nwb.load_session(path, window=WINDOW, traces=names)
     middle = START[:, None] + session.times + 0.01  # (K, T): the mean of a line is its middle
     read = session.behaviour
     np.testing.assert_allclose(read["t"], middle, rtol=1e-6)
-    np.testing.assert_allclose(read["eye"], middle, rtol=1e-6)
     np.testing.assert_allclose(read["x"], np.sin(middle), atol=1e-4)
     np.testing.assert_array_equal(read["x"], read["turn"])
     np.testing.assert_allclose(read["pupil"], (middle - 0.5) * 100, rtol=1e-5)
-    np.testing.assert_array_equal(read["pupil"], read["speed"])
     np.testing.assert_allclose(read["messy"], 0.5 * (4 * middle + 1) + 2, rtol=1e-6)
     assert session.provenance["traces"]["t"] == "processing/behavior/Position/head[1]"
     assert "pupil" in nwb.load_session(path, traces=["pupil"]).behaviour
@@ -299,7 +278,6 @@ def test_traces(path):
         ("Position/head[2]", ["(7000, 2)"]),
         ("pupil[1]", ["(7000,)"]),
         ("cube", ["(5, 2, 2)"]),
-        ("words", ["could not convert string"]),
     ],
 )
 def test_traces_that_cannot_be(path, name, words):
@@ -411,10 +389,9 @@ def test_what_is_mended(edited):
     early = edited(lambda file: None, [-1.0, -2.0], window=WINDOW)  # before the file's zero
     np.testing.assert_array_equal(early.counts, brute_force(spikes(), [-1.0, -2.0]))
     assert early.counts.any()
-    odd = ["Ä/β\t", "", "NaN", "🐭", "unknown", 'x"\n']
-    names = np.array(odd, dtype=object)
-    session = edited(put("units/brain_area", names), region="brain_area")
-    assert session.regions.tolist() == ["Ä/β", "", "NaN", "🐭", "unknown", 'x"']
+    names = np.array(["Ä/β\t", "", "NaN", "🐭", "unknown", 'x"\n'], dtype=object)
+    labels = edited(put("units/brain_area", names), region="brain_area").regions
+    assert labels.tolist() == ["Ä/β", "", "NaN", "🐭", "unknown", 'x"']
     latin = edited(put("units/brain_area", np.array([b"caf\xe9"] * 6)), region="brain_area")
     assert latin.region_names == ["caf\ufffd"]
 
@@ -423,13 +400,12 @@ def test_without_an_identifier_the_file_names_it(edited):
     assert edited(put("identifier", "")).name == "edited.nwb"
 
 
-FLOATS = st.floats(width=64, allow_nan=True, allow_infinity=True)
-SECONDS = st.one_of(st.floats(-5, 70), st.sampled_from([np.nan, np.inf, -np.inf, 1e300, 0.0, -1e9]))
+SECONDS = st.one_of(st.floats(-5, 70), st.sampled_from([np.nan, np.inf, 1e300, 0.0, -1e9]))
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=6)
 
 
 @settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -437,40 +413,35 @@ TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",
 @given(data=st.data())
 def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data):
     trains = data.draw(st.lists(st.lists(SECONDS, max_size=12), max_size=4))
-    n, k = len(trains), data.draw(st.integers(0, 4))
+    n, k, steps = len(trains), *data.draw(st.tuples(st.integers(0, 4), st.integers(0, 5)))
 
     def rows(values, size):
-        return data.draw(st.lists(values, min_size=size, max_size=size))
+        kind = object if values is TEXTS else float
+        return np.array(data.draw(st.lists(values, min_size=size, max_size=size)), kind)
 
-    copy = tmp_path / "any.nwb"
+    copy, locations = tmp_path / "any.nwb", rows(TEXTS, n)
     shutil.copy(minimal, copy)
     with h5py.File(copy, "r+") as file:
         del file["units"], file["intervals/trials"]
         units, trials = file.create_group("units"), file.create_group("intervals/trials")
-        units["id"] = np.array(rows(st.integers(-3, 3), n), dtype=int)
+        text = {"dtype": h5py.string_dtype()}
+        units["id"], trials["id"] = np.arange(n), np.arange(k)
         units["spike_times"] = np.array([t for train in trains for t in train], dtype=float)
         units["spike_times_index"] = np.cumsum([len(train) for train in trains], dtype=np.uint32)
-        kind = h5py.string_dtype()
-        locations = np.array(rows(TEXTS, n), object)
-        units.create_dataset("location", data=locations, dtype=kind)
-        column = data.draw(TEXTS).replace("/", "").strip(".") or "quality"
-        if column not in units:
-            units.create_dataset(column, data=np.array(rows(TEXTS, n), object), dtype=kind)
-        trials["id"] = np.arange(k)
-        trials["start_time"] = np.array(rows(SECONDS, k), dtype=float)
-        trials["value"] = np.array(rows(FLOATS, k), dtype=float)
+        units.create_dataset("location", data=locations, **text)
+        trials["start_time"], trials["value"] = rows(SECONDS, k), rows(st.floats(), k)
         trials["short"] = np.zeros(data.draw(st.integers(0, 4)))
-        trials.create_dataset("side", data=np.array(rows(TEXTS, k), object), dtype=kind)
-        steps = data.draw(st.integers(0, 5))
-        file["acquisition/trace/data"] = np.array(rows(FLOATS, steps), dtype=float)
-        file["acquisition/trace/timestamps"] = np.array(rows(SECONDS, steps), dtype=float)
-    options = {
-        "align": data.draw(st.sampled_from(["start_time", "value", "short", "side", [0.5, 1.0]])),
-        "behaviour": data.draw(st.sampled_from([None, ["side"], ["short"], ["value"]])),
-        "traces": data.draw(st.sampled_from([(), ["trace"]])),
-        "region": data.draw(st.sampled_from(["auto", None, "location", "quality"])),
-        "units": data.draw(st.sampled_from([None, {"location": ""}])),
+        trials.create_dataset("side", data=rows(TEXTS, k), **text)
+        file["acquisition/trace/data"] = rows(st.floats(), steps)
+        file["acquisition/trace/timestamps"] = rows(SECONDS, steps)
+    choices = {
+        "align": ["start_time", "value", "short", "side", [0.5, 1.0]],
+        "behaviour": [None, ["side"], ["short"], ["value"]],
+        "traces": [(), ["trace"]],
+        "region": ["auto", None, "location", "quality"],
+        "units": [None, {"location": ""}],
     }
+    options = {key: data.draw(st.sampled_from(values)) for key, values in choices.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="session '")  # ours; all others are errors,
         warnings.filterwarnings("ignore", message="overflow")  # except of samples at 1e300 s
@@ -480,13 +451,10 @@ def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data)
         except SessionError as error:
             assert re.match(r"session .+, .+: ", str(error), re.DOTALL)
             return
-    assert isinstance(session, Session) and session.n_neurons <= n
-    finite = [np.array([t for t in train if np.isfinite(t)]) for train in trains]
     kept = np.flatnonzero(locations == "") if options["units"] else np.arange(n)
     assert session.n_neurons == len(kept)
-    total = sum(len(finite[row]) for row in kept)
+    total = sum(np.isfinite(trains[row]).sum() for row in kept)
     assert session.counts.sum() <= total * session.n_trials
-    assert json.loads(json.dumps(session.provenance)) == session.provenance
 
 
 # ------------------------------------------------------------------------------- streaming
@@ -495,51 +463,37 @@ def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data)
 class Archive(BaseHTTPRequestHandler):
     """``/file`` with ranges, ``/moved`` to it, ``/whole`` without ranges, the rest 404."""
 
-    protocol_version = "HTTP/1.1"
+    content, sent = b"", 0
 
     def do_GET(self):
-        server, place = self.server, self.path.partition("?")[0]
-        server.requests += 1
-        if server.requests > server.talkative:
-            time.sleep(1)
-            return
-        if place == "/moved" or place not in ("/file", "/whole") or server.requests > server.limit:
-            self.send_response(302 if place == "/moved" else 403 if place == "/file" else 404)
+        place, ranges = self.path.partition("?")[0], self.headers.get("Range")
+        if place not in ("/file", "/whole"):
+            self.send_response(302 if place == "/moved" else 404)
             self.send_header("Location", "/file?signature=secret")
             self.send_header("Content-Length", "0")
             return self.end_headers()
-        content, ranges = server.content, self.headers.get("Range")
+        first, last = 0, len(self.content) - 1
         if ranges is None or place == "/whole":
             self.send_response(200)
-            first, last = 0, len(content) - 1
-            self.close_connection = True
         else:
             first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", ranges).groups())
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-            server.sent += last + 1 - first
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(self.content)}")
+            type(self).sent += last + 1 - first
         self.send_header("Content-Length", str(last + 1 - first))
         self.end_headers()
         if ranges is not None:  # without, remfile asks for the length alone, and hangs up
-            self.wfile.write(content[first : last + 1])
+            self.wfile.write(self.content[first : last + 1])
 
     def log_message(self, *args):
         pass
 
 
 @pytest.fixture
-def archive(path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Archive)
-    server.daemon_threads = True
-    server.content, server.sent, server.requests, server.limit = path.read_bytes(), 0, 0, 10**6
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    server.talkative = 10**6
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def archive(path, serve):
+    handler = type("Handler", (Archive,), {"content": path.read_bytes()})
+    handler.url = serve(handler)
+    return handler
 
 
 def test_streamed_is_the_same(archive, path):
@@ -576,13 +530,8 @@ def test_servers_that_do_not_serve(archive):
         assert words in text and f"{archive.url}/{place}" in text and "secret" not in text
     archive.content = b"no NWB" * 1000
     assert "cannot be read" in refusal(nwb.load_session, f"{archive.url}/file")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        closed = f"http://127.0.0.1:{free.getsockname()[1]}/x"
-    text = refusal(nwb.load_session, closed.replace("//", "//user:secret@"))
-    assert closed in text and "ConnectionError" in text and "secret" not in text
-    for bad in ("http://", "https://[::1", "HTTP://127.0.0.1:99999/x"):
-        refusal(nwb.load_session, bad)
+    text = refusal(nwb.load_session, "http://user:secret@127.0.0.1:1/x")  # nobody listens there
+    assert "http://127.0.0.1:1/x" in text and "ConnectionError" in text and "secret" not in text
 
 
 # ----------------------------------------------------------------------------- a real file
