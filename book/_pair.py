@@ -5,8 +5,9 @@
 
 A page is a notebook when its front matter says so to the book (jupytext's text representation, or
 `file_format: mystnb`). The twin has no outputs, opens with a Colab badge and a cell that on
-Colab installs the package from a clone, whose files a page may read, and is the same, byte for
-byte, however often it is written. Edit the page, never the twin.
+Colab installs the package from a clone, whose files a page may read (and BrainWideBench's scorer,
+for a page that calls it), and is the same, byte for byte, however often it is written. Edit the
+page, never the twin.
 """
 
 import sys
@@ -26,6 +27,9 @@ if "google.colab" in sys.modules and not Path("../benchmarks").exists():
     %pip install -q "./mtm-book[data,nwb,bwb]"
     %cd -q mtm-book/book
     %env GOMP_SPINCOUNT=1000"""
+SCORER = """
+    %pip install -q torchmetrics rich
+    %pip install -q --no-deps ibl-bwb-eval==0.1.0"""  # its own pins would replace torch
 METADATA = {
     "accelerator": "GPU",
     "colab": {"gpuType": "T4"},
@@ -38,7 +42,8 @@ def twin(name: str, text: str) -> str:
     """The notebook that belongs to page `name`, as the text of its .ipynb file."""
     new = nbformat.v4
     badge = f"[![Open in Colab]({BADGE})]({COLAB}/blob/{BRANCH}/book/{name}.ipynb)"
-    cells = [new.new_markdown_cell(badge), new.new_code_cell(SETUP)]
+    setup = SETUP + (SCORER if "submission.score(" in text else "")
+    cells = [new.new_markdown_cell(badge), new.new_code_cell(setup)]
     solution = False  # whether the cell belongs to one: folded, as it is in the book
     for cell in jupytext.reads(text, fmt="md:myst").cells:
         if cell.cell_type == "code":

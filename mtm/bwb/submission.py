@@ -683,7 +683,7 @@ def score(
     try:
         ts1, ts2 = (import_module(f"ibl_bwb_eval.scoring.{suite}") for suite in ("ts1", "ts2"))
     except ImportError as error:
-        install = f"pip install --no-deps ibl-bwb-eval=={SCORER} torchmetrics rich"
+        install = f"pip install torchmetrics rich; pip install --no-deps ibl-bwb-eval=={SCORER}"
         raise ImportError(f"the benchmark's scorer is missing: {install}") from error
     root = Path(folder) / label
     tasks = [task for task in TASKS if any(root.rglob(f"{task}/*/seed_*.safetensors"))]
