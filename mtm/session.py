@@ -323,7 +323,7 @@ class Session:
             bin_size: seconds.
             traces: continuous behaviour: name -> (sample times (S',) in seconds, values (S',));
                 averaged within each bin.
-            behaviour, neurons, name, **fields: as in :class:`Session`.
+            behaviour, neurons, name, fields: as in :class:`Session`.
 
         Warns:
             UserWarning: for times that seem to be in milliseconds, windows that overlap (a random
