@@ -13,6 +13,7 @@ The core, to be read in this order::
 
 Around it::
 
+    files        files written as a whole, arrays on disk, optional packages
     recipes      settings of training: ours and the paper's
     batches      batches of trials for training, and their order
     distributed  what a run computes on: device, precision, compiler, processes
