@@ -287,44 +287,36 @@ def _regions(file: _NwbFile, table: _Table, region: str | None) -> tuple[np.ndar
             if region != "auto" or any(map(has_region, labels)):
                 return labels, source
     if region not in ("auto", None):
-        file.fail(
-            f"regions from {region}",
-            "no such labels; pass None, 'electrodes/<column of the electrodes>', or one of "
-            f"{table.scalars}",
-        )
+        problem = "no such labels; pass None, 'electrodes/<column of the electrodes>', or one of "
+        file.fail(f"regions from {region}", f"{problem}{table.scalars}")
     return np.full(table.n, ""), None
 
 
 def _labels(file: _NwbFile, table: _Table, source: str) -> np.ndarray | None:
     """Labels (N,) from one source; None where the file does not have it."""
-    if source.startswith("electrodes/"):
-        return _electrode_labels(file, table, source.removeprefix("electrodes/"))
     if source == "electrode_group/location" and "electrode_group" in table.columns:
         groups = file.read(table.columns["electrode_group"])
         labels = [file.h5[group].attrs.get("location", "") for group in groups]
         return np.array([x.decode() if isinstance(x, bytes) else x for x in labels])
-    return table.column(source) if source in table.scalars else None
-
-
-def _electrode_labels(file: _NwbFile, table: _Table, column: str) -> np.ndarray | None:
-    """The label that most electrodes of a unit have, (N,); None where the file has none."""
-    electrodes = _Table(file, ELECTRODES)
+    if not source.startswith("electrodes/"):
+        return table.column(source) if source in table.scalars else None
+    electrodes, column = _Table(file, ELECTRODES), source.removeprefix("electrodes/")
     if column not in electrodes.scalars:
         return None
     if "electrodes" in table.columns:
         places, rows = table.ragged("electrodes")
+        if np.any((places < 0) | (places >= electrodes.n)):
+            problem = f"not rows of the {electrodes.n} electrodes"
+            file.fail("units/electrodes", f"{problem}; pass another region=, or None")
     elif "peak_channel_id" in table.scalars:
         places = pd.Index(electrodes.id).get_indexer(table.column("peak_channel_id"))
         rows = np.flatnonzero(places >= 0)
         places = places[rows]
     else:
         return None
-    if np.any((places < 0) | (places >= electrodes.n)):
-        file.fail("units/electrodes", f"not rows of the {electrodes.n} electrodes; pass another "
-                  "region=, or None")  # fmt: skip
+    # The label that most of a unit's electrodes have; sort=False: on a tie the first listed.
     labels = np.char.strip(electrodes.column(column).astype(np.str_))[places]
     votes = pd.DataFrame({"unit": rows, "label": labels})[[has_region(label) for label in labels]]
-    # sort=False: on a tie the label that is listed first
     best = votes.groupby("unit")["label"].agg(lambda x: x.value_counts(sort=False).idxmax())
     return best.reindex(np.arange(table.n), fill_value="").to_numpy(np.str_)
 
@@ -374,10 +366,9 @@ def _behaviour(
         if values.dtype.kind == "U":
             codes, known = pd.factorize(np.where(values == "", None, values), sort=True)
             levels[key] = list(known)
-            values = np.where(codes < 0, np.nan, codes)
-        elif values.dtype.kind == "f":
-            values = np.where(np.isfinite(values), values, np.nan)
-        columns[key] = values.astype(np.int64) if values.dtype == bool else values
+            columns[key] = np.where(codes < 0, np.nan, codes)
+        else:
+            columns[key] = np.where(np.isfinite(values), values, np.nan)
     return columns
 
 
