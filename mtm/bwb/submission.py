@@ -1,7 +1,5 @@
 """BrainWideBench (arXiv 2609.22064): predict its tasks, check the predictions, pack the upload.
 
-From session files and trained models to the zip::
-
     export(models, files, "predictions", "my-model")
     check("predictions", files)  # a list of problems; empty when ready
     score("predictions", files)  # the scorer's numbers, from the session files themselves
@@ -11,12 +9,11 @@ A window is 1 s = 50 bins of 20 ms. Tasks on single units (TS2) are scored in ev
 test part, one every 20 ms; tasks on behaviour (TS1) in one window of each test trial. TS3, the
 region of a unit, is not covered. What is predicted, and the main score:
 
-- ``ts2-co_smoothing``: log-rates of the held-out units, all bins (poisson_d2);
-- ``ts2-forecasting``: log-rates of all units, last 5 bins (poisson_d2);
-- ``ts1-choice``, ``-reward``, ``-stimulus_contrast``: 2, 2 and 5 logits a trial (bacc);
-- ``ts1-whisker_motion_energy``, ``-left_paw_speed``, ``-right_paw_speed``: 50 z-scored samples a
-  trial; ``ts1-wheel_speed``: 50 samples (r2);
-- ``ts1-licking_rate``: log of the expected licks in each of 50 samples (poisson_d2).
+- ``ts2-co_smoothing``: log-rates of the held-out units; ``ts2-forecasting``: of all units, in the
+  last 5 bins (poisson_d2);
+- ``ts1-choice``, ``-reward``, ``-stimulus_contrast``: 2, 2 and 5 logits (bacc);
+- ``ts1-whisker_motion_energy``, ``-left_paw_speed``, ``-right_paw_speed`` (z-scored),
+  ``-wheel_speed``: 50 samples (r2); ``ts1-licking_rate``: log of the licks in each (poisson_d2).
 
 The scorer (package ``ibl-bwb-eval``) matches windows by exact equality of their starts, does not
 check the order of units, and skips what it cannot match without an error; hence `check`.
@@ -55,17 +52,13 @@ PLAUSIBLE = (0.1, 10.0)  # mean predicted rate, as a multiple of the recorded on
 
 
 class Task(NamedTuple):
-    """A task: the build of its files, and the masking scheme whose prompt a model gets.
+    """A task: what it is predicted from. The last three fields are of tasks on behaviour."""
 
-    Tasks on behaviour also have the name of their windows in ``task_aligned_intervals``, and the
-    number of classes of a trial, or the group of the file that holds 50 samples of a trial.
-    """
-
-    build: str
-    prompt: str
-    events: str = ""
-    classes: int = 0
-    group: str = ""
+    build: str  # of its files
+    prompt: str  # masking scheme whose prompt a model gets
+    events: str = ""  # name of its windows in the file's `task_aligned_intervals`
+    classes: int = 0  # of a trial
+    group: str = ""  # of the file, with 50 samples of a trial, where there are no classes
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,19 +88,12 @@ TASKS = {
 
 
 class Trials(NamedTuple):
-    """The trials of a behaviour task that are scored or fitted to, in the order of the file.
+    """The trials of a behaviour task that are scored or fitted to, in the order of the file."""
 
-    Attributes:
-        rows: (K,) int64, of the file's ``trials``.
-        starts: (K,) of the windows, seconds.
-        values: (K, 1) int64 classes, or (K, 50, 1) float32 samples in the task's unit.
-        trusted: (K, 50) bool, samples that are scored.
-    """
-
-    rows: np.ndarray
-    starts: np.ndarray
-    values: np.ndarray
-    trusted: np.ndarray
+    rows: np.ndarray  # (K,) int64, of the file's `trials`
+    starts: np.ndarray  # (K,) of the windows, seconds
+    values: np.ndarray  # (K, 1) int64 classes, or (K, 50, 1) float32 samples in the task's unit
+    trusted: np.ndarray  # (K, 50) bool, samples that are scored
 
 
 class BenchmarkSession(Recording):
@@ -133,14 +119,13 @@ class BenchmarkSession(Recording):
                 self.held_out = file.column(flag) == 1
 
     def windows(self) -> np.ndarray:
-        """Starts (W,) of the windows that the TS2 tasks score, seconds."""
+        """Starts (W,) in seconds of the windows that the TS2 tasks score."""
         return ts2_windows(self.path, "test")
 
     def session(self, starts: np.ndarray) -> Session:
         """The windows of 1 s that begin at ``starts`` (W,), seconds, as trials."""
-        grid: dict[str, Any] = {"window": (0.0, LENGTH), "bin_size": BIN_SIZE}
-        split = SUITES[self.build]
-        return load_session(self.path, align=starts, atlas=None, split=split, **grid)
+        grid: dict[str, Any] = {"window": (0.0, LENGTH), "bin_size": BIN_SIZE, "atlas": None}
+        return load_session(self.path, align=starts, split=SUITES[self.build], **grid)
 
     def scored(self, task: str) -> tuple[slice, np.ndarray]:
         """Bins and units (N,) bool that a TS2 task hides and scores."""
@@ -192,10 +177,8 @@ class BenchmarkSession(Recording):
     def index(self, task: str) -> dict[str, np.ndarray] | None:
         """What identifies the rows and columns of a prediction file.
 
-        Returns:
-            TS2: ``window_timestamps`` (W,) float64 and ``unit_ids`` (n, width) uint8, the ASCII
-            codes of ``<session>/<unit>``. TS1: ``trial_id`` (K,) int64; ``None`` where the file
-            lacks the behaviour.
+        TS2: ``window_timestamps`` (W,) float64 and ``unit_ids`` (n, width) uint8, the ASCII codes
+        of ``<session>/<unit>``. TS1: ``trial_id`` (K,) int64; ``None`` without the behaviour.
         """
         if TASKS[task].events:
             rows = self.trials(task, "test").rows
@@ -207,9 +190,8 @@ class BenchmarkSession(Recording):
     def truth(self, task: str) -> dict[str, np.ndarray] | None:
         """The scorer's ground truth: `index`, and what was to be predicted.
 
-        Returns:
-            TS2: also ``targets`` (W, 50 or 5, n) float32 counts. TS1: also ``values`` (K, 1) int64
-            or (K, 50, 1) float32, and for the paws ``mask`` (K, 50) bool.
+        TS2: ``targets`` (W, 50 or 5, n) float32 counts. TS1: ``values`` (K, 1) int64 or
+        (K, 50, 1) float32, and for the paws ``mask`` (K, 50) bool.
         """
         index = self.index(task)
         if index is None:
@@ -266,8 +248,8 @@ def predict_task(
         return None
     if spec.events:
         cache = {} if cache is None else cache
-        decoded = _predict_behaviour(predictor, recording, task, cache, options)
-        return index | {"predictions": decoded}
+        index["predictions"] = _predict_behaviour(predictor, recording, task, cache, **options)
+        return index
     bins, units = recording.scored(task)
     session = recording.session(index["window_timestamps"])
     queries, predicted = Queries(units[None], units[None], bins), []
@@ -283,7 +265,7 @@ def _predict_behaviour(
     recording: BenchmarkSession,
     task: str,
     cache: dict[Any, Any],
-    options: dict[str, Any],
+    **options: Any,
 ) -> np.ndarray:
     """Decode a behaviour in the test trials, (K, 1, C) or (K, 50, 1) float32."""
     spec = TASKS[task]
@@ -312,10 +294,8 @@ def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) ->
 
     Classes are decoded by logistic regression with equal weight for each class, samples by ridge
     regression, where a sample that is not trusted is replaced by the mean of the trusted ones at
-    its place. Penalties are cross-validated.
-
-    Returns:
-        log-probabilities (K', C), samples (K', 50), or log-rates (K', 50) of licks.
+    its place. Penalties are cross-validated. Returns log-probabilities (K', C), samples (K', 50),
+    or log-rates (K', 50) of licks.
     """
     if task.group:
         samples = np.where(fit.trusted, fit.values[..., 0], 0.0)
@@ -331,10 +311,9 @@ def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) ->
     folds = StratifiedKFold(min(decoding.FOLDS, *n_each), shuffle=True, random_state=0)
     grid = {"C": decoding.CHOICE_PENALTIES}
     search = GridSearchCV(logistic, grid, cv=folds, scoring="balanced_accuracy")
-    log_probabilities = decoding.fitted(search, x, fit.values[:, 0]).predict_log_proba(x_test)
-    found = np.full((len(x_test), task.classes), LOWEST)  # also of classes never seen
-    found[:, classes] = log_probabilities.clip(min=LOWEST)
-    return found
+    found = np.full((len(x_test), task.classes), -np.inf)  # of classes never seen
+    found[:, classes] = decoding.fitted(search, x, fit.values[:, 0]).predict_log_proba(x_test)
+    return found.clip(min=LOWEST)
 
 
 # ---------------------------------------------------------------------------------- export
@@ -352,9 +331,8 @@ def export(
 ) -> list[Path]:
     """Write the prediction files of models that differ in their seed; returns the paths.
 
-    Each file serves the tasks of its build, and a model the files whose session it knows with that
-    number of units, so that models of both builds may be given at once. A behaviour that a session
-    lacks is left out there.
+    Models and files of both builds may be given at once: a file serves the tasks of its build, and
+    a model the files whose session it knows with that number of units.
 
     Args:
         models: as in `predict_task`.
@@ -366,8 +344,8 @@ def export(
         **options: of `predict_task`.
 
     Raises:
-        SessionError: before anything is predicted, for a file that no model fits, and for a model
-            that fits no file or was trained on windows of a test part.
+        SessionError: for a file that no model fits, or a model that fits no file or was trained
+            on windows of a test part; before anything is predicted.
         ValueError: for unknown tasks, a bad label, or the wrong number of seeds.
     """
     models = list(models) if isinstance(models, Sequence) else [models]
@@ -381,7 +359,7 @@ def export(
     if not recordings:
         raise SessionError(f"none of the files is of the build that the tasks need: {builds}")
     plan = [(recording, models_for(recording, models, seeds)) for recording in recordings]
-    used = [id(model) for _, chosen in plan for model in chosen.values()]
+    used = {id(model) for _, chosen in plan for model in chosen.values()}
     if unused := [n for n, model in enumerate(models, start=1) if id(model) not in used]:
         raise SessionError(f"models {unused} of {len(models)} fit none of the files")
     for recording, chosen in plan:
@@ -401,14 +379,16 @@ def models_for(
     recording: BenchmarkSession, models: Sequence[PredictorLike], seeds: Sequence[int] | None
 ) -> dict[int, PredictorLike]:
     """Seed -> model, of the models that fit a session file; functions fit all."""
-    fitting, name, n_units = [], recording.name, len(recording.units)
-    for predictor in models:
-        model: Any = getattr(predictor, "model", predictor)
-        if hasattr(model, "session_layers"):
-            known = name in model.session_names and model.n_bins == BINS
-            if not known or model.session_layers(name).n_neurons != n_units:
-                continue
-        fitting.append(predictor)
+    n_units = len(recording.units)
+
+    def fits(predictor: Any) -> bool:
+        model = getattr(predictor, "model", predictor)
+        if not hasattr(model, "session_layers"):
+            return True
+        known = recording.name in model.session_names and model.n_bins == BINS
+        return known and model.session_layers(recording.name).n_neurons == n_units
+
+    fitting = [predictor for predictor in models if fits(predictor)]
     if not fitting:
         recording.fail(
             str(recording.path),
@@ -422,15 +402,12 @@ def models_for(
 
 
 def require_untrained(models: dict[int, PredictorLike], recording: BenchmarkSession) -> None:
-    """Refuse models (seed -> model) that were trained on windows of the test part.
+    """Raise a SessionError for models (seed -> model) that were trained on the test part.
 
     Training time of one suite is test time of the other. A model's training trials are compared
     with all windows in the test part that training with any split of the file cuts, and with those
     of the behaviour tasks. Windows one second apart suffice: whatever the stride, the first and the
     last window of each trial are the same.
-
-    Raises:
-        SessionError: naming the session, the suite and the remedy.
     """
     suite = SUITES[recording.build]
     with open_file(recording.path) as file:
@@ -449,9 +426,8 @@ def require_untrained(models: dict[int, PredictorLike], recording: BenchmarkSess
         except ValueError:
             recording.fail(
                 f"{suite}_test_domain",
-                f"the model of seed {seed} was trained on windows of this part; train another: "
-                f"python -m mtm prepare bwb {recording.path.name} --out DIR --align ts2 "
-                f"--split {suite}, then train DIR",
+                f"the model of seed {seed} was trained on windows of this part; "
+                f"prepare the file again with --align ts2 --split {suite}, and train another",
             )
 
 
@@ -463,17 +439,14 @@ def save(
     recording: BenchmarkSession,
     tensors: dict[str, np.ndarray],
 ) -> Path:
-    """Write ``<folder>/<label>/<task>/<session>/seed_<seed>.safetensors``; returns the path.
+    """Write the tensors of `predict_task`; returns the path.
 
-    The tensors are those of `predict_task`.
+    It is ``<folder>/<label>/<task>/<session>/seed_<seed>.safetensors``.
     """
     path = Path(folder) / label / task / recording.name / f"seed_{seed}.safetensors"
     metadata = _metadata(label, task, seed, recording)
     metadata |= {"ibl_bwb_eval_version": SCORER, "context_window": str(LENGTH)}
-    return _write(path, tensors, metadata | {"bin_size": str(BIN_SIZE)})
-
-
-def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Path:
+    metadata |= {"bin_size": str(BIN_SIZE)}
     with atomic_write(path) as partial:
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata)
     return path
@@ -504,8 +477,7 @@ def check(
     """Find what would spoil an upload: a list of problems with file and remedy; empty when ready.
 
     Each prediction file is compared with its session file: windows or trials, units and their
-    order, shapes, numbers and metadata. All sessions must have the same seeds. Files of TS3
-    (``ts3-unit_cosmos``) are not checked.
+    order, shapes, numbers and metadata. All sessions must have the same seeds. TS3 is not checked.
 
     Args:
         folder: that `export` wrote to.
@@ -522,11 +494,12 @@ def check(
     if label not in labels:
         return [f"{folder}: has predictions of {labels or 'no label'}; name the one to upload"]
     found, findings = list_predictions(folder / label)
+    by_build = {(recording.build, recording.name): recording for recording in recordings}
     for (task, session, seed), path in found.items():
-        mine = [
-            each for each in recordings if (each.build, each.name) == (TASKS[task].build, session)
-        ]
-        problems = _check_file(path, mine[0], task, label, seed) if mine else ["no session file"]
+        recording = by_build.get((TASKS[task].build, session))
+        problems = ["no session file"]
+        if recording is not None:
+            problems = _check_file(path, recording, task, label, seed)
         findings += [f"{path}: {problem}; export it again or remove it" for problem in problems]
     seeds = sorted({seed for _, _, seed in found})
     for recording in recordings:
@@ -574,7 +547,7 @@ def _check_file(
     if lacking := sorted({"predictions", *index} - tensors.keys()):
         return [*problems, f"lacks {', '.join(lacking)}"]
     # The order of rows (windows or trials) is free, that of units is not.
-    key, wanted = next(iter(index.items()))
+    (key, wanted), *_ = index.items()
     given = tensors[key]
     missing, others = len(np.setdiff1d(wanted, given)), len(np.setdiff1d(given, wanted))
     if missing or others or given.shape != wanted.shape or given.dtype != wanted.dtype:
@@ -646,21 +619,18 @@ def pack(
 def write_truth(
     files: Iterable[str | Path], folder: str | Path, tasks: Iterable[str] = TASKS
 ) -> list[Path]:
-    """Write ground truth for the scorer's ``--gt_dir``; returns the paths.
+    """Write ground truth, which the session files contain, for the scorer's ``--gt_dir``.
 
-    The benchmark does not publish its ground truth, but the session files contain it.
-
-    Args:
-        files: session files; each serves the tasks of its build.
-        folder: becomes ``<folder>/<task>/<session>/ground_truth.safetensors``.
-        tasks: some of `TASKS`.
+    Returns the paths, ``<folder>/<task>/<session>/ground_truth.safetensors``.
     """
     paths = []
     for recording in map(BenchmarkSession, files):
         for task in (task for task in tasks if TASKS[task].build == recording.build):
             if (truth := recording.truth(task)) is not None:
                 path = Path(folder) / task / recording.name / "ground_truth.safetensors"
-                paths.append(_write(path, truth, {}))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file({k: np.ascontiguousarray(v) for k, v in truth.items()}, path)
+                paths.append(path)
     return paths
 
 
