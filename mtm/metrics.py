@@ -5,7 +5,6 @@ of the same shape (..., N), e.g. trials x bins x neurons, as arrays or tensors o
 return one value per neuron, (N,) float64.
 
 A score is NaN where it is undefined: without spikes, or, for D2 and R2, where counts never vary.
-Such neurons should be counted and reported, not averaged in.
 
 Sources: Pei et al. 2021 (bits per spike); arXiv 2407.14668, section 4 and Figure 7 (both R2).
 """
@@ -27,10 +26,7 @@ Values = TypeVar("Values", np.ndarray, Tensor)
 
 
 def poisson_nll(log_rates: Values, counts: Values) -> Values:
-    """Negative log-likelihood of each count in nats, without the constant log(count!).
-
-    Takes arrays or tensors (on any device, with gradients) and checks nothing.
-    """
+    """NLL of each count in nats without log(count!); arrays, or tensors with gradients."""
     exp = torch.exp if isinstance(log_rates, Tensor) else np.exp
     return exp(log_rates) - counts * log_rates
 
@@ -69,32 +65,25 @@ def bits_per_spike(
             uses the scored data, so the training mean scores below 0 against it. The honest
             alternative is ``log_mean(training counts)``.
     """
-    return _ratio(gain(log_rates, counts, null_log_rates), _check_counts(counts).sum(axis=0))
+    spikes = _check_counts(counts).sum(axis=0, dtype=np.float64)
+    return _share(gain(log_rates, counts, null_log_rates), spikes, spikes > 0)
 
 
 def pooled_bits_per_spike(
     log_rates: ArrayLike, counts: ArrayLike, null_log_rates: ArrayLike | None = None
 ) -> float:
-    """Bits per spike of the whole population: total gain over total spikes.
-
-    Neurons with many spikes weigh more than in the mean of :func:`bits_per_spike` over neurons.
-    """
-    total = gain(log_rates, counts, null_log_rates).sum()
-    return float(_ratio(total, _check_counts(counts).sum()))
+    """Bits per spike of the whole population: total gain over total spikes."""
+    spikes = float(_check_counts(counts).sum(dtype=np.float64))
+    total = float(gain(log_rates, counts, null_log_rates).sum())
+    return total / spikes if spikes else float("nan")
 
 
 def poisson_d2(log_rates: ArrayLike, counts: ArrayLike) -> np.ndarray:
-    """Share of the Poisson deviance from the mean that is explained, (N,): 1 = perfect, 0 = mean.
-
-    The mean is each neuron's over these entries.
-    """
+    """Share of the Poisson deviance from each neuron's mean that is explained, (N,)."""
     f, y = _check(log_rates, counts)
     perfect = (y - xlogy(y, y)).sum(axis=0)  # NLL of rates equal to the counts
     null = _mean_nll(y)
-    deviance = null - perfect
-    spikes = y.sum(axis=0)
-    varies = (spikes > 0) & (deviance > 1e-9 * (np.abs(perfect) + spikes))  # above rounding errors
-    return _ratio(null - poisson_nll(f, y).sum(axis=0), np.where(varies, deviance, 0.0))
+    return _share(null - poisson_nll(f, y).sum(axis=0), null - perfect, np.ptp(y, axis=0) > 0)
 
 
 def trial_r2(log_rates: ArrayLike, counts: ArrayLike) -> np.ndarray:
@@ -117,29 +106,24 @@ def psth_r2(log_rates: ArrayLike, counts: ArrayLike, conditions: ArrayLike) -> n
     if len(labels) != len(y):
         raise ValueError(f"need one condition per trial, got {len(labels)} for {len(y)} trials")
     labels = labels.reshape(len(y), -1)
-    known = ~np.isnan(labels).any(axis=1)
-    if not known.any():
-        return np.full(np.shape(counts)[-1], np.nan)
-    _, group = np.unique(labels[known], axis=0, return_inverse=True)
-
-    def average(x: np.ndarray) -> np.ndarray:  # (K, T, N) -> (groups x bins, N)
-        means = [x[known][group == g].mean(axis=0) for g in range(group.max() + 1)]
-        return np.concatenate(means)
-
-    return _r2(average(np.exp(f)), average(y))
+    groups = [(labels == row).all(axis=1) for row in np.unique(labels, axis=0)]
+    groups = [group for group in groups if group.any()]  # NaN equals nothing
+    if not groups:
+        return np.full(y.shape[-1], np.nan)
+    rates = np.exp(f)
+    histograms = (np.concatenate([x[g].mean(axis=0) for g in groups]) for x in (rates, y))
+    return _r2(*histograms)  # both (groups x T, N)
 
 
 def _r2(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     residual = ((observed - predicted) ** 2).sum(axis=0)
     total = ((observed - observed.mean(axis=0)) ** 2).sum(axis=0)
-    constant = total <= 1e-12 * (observed**2).sum(axis=0)  # 0 but for rounding
-    return 1.0 - _ratio(residual, np.where(constant, 0.0, total))
+    return 1.0 - _share(residual, total, np.ptp(observed, axis=0) > 0)
 
 
-def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
-    """Quotient, NaN where the denominator is 0."""
-    top, bottom = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
-    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
+def _share(part: np.ndarray, whole: np.ndarray, defined: np.ndarray) -> np.ndarray:
+    """Quotient, NaN where it is not defined."""
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=defined)
 
 
 def _mean_nll(counts: np.ndarray) -> np.ndarray:
@@ -152,14 +136,11 @@ def _check(log_rates: ArrayLike, counts: ArrayLike) -> tuple[np.ndarray, np.ndar
     """Log-rates and counts as float64 arrays of M entries, (M, N)."""
     f, y = np.asarray(log_rates, np.float64), _check_counts(counts).astype(np.float64)
     if f.shape != np.shape(counts):
-        raise ValueError(
-            f"log-rates {f.shape} and counts {np.shape(counts)} must have the same shape"
-        )
+        shapes = f"log-rates {f.shape} and counts {np.shape(counts)}"
+        raise ValueError(f"{shapes} must have the same shape")
     if not (np.isfinite(f).all() and f.max() <= MAX_LOG_RATE):
-        raise ValueError(
-            f"log-rates must be finite and at most {MAX_LOG_RATE:g}, got {f.min():.3g} to "
-            f"{f.max():.3g}; the model has diverged, or predicts a rate of 0"
-        )
+        extremes = f"{f.min():.3g} to {f.max():.3g}"
+        raise ValueError(f"log-rates must be finite and at most {MAX_LOG_RATE:g}, got {extremes}")
     return f.reshape(y.shape), y
 
 
