@@ -4,9 +4,8 @@ A linear decoder reads the log-rates that a model predicts for every bin and neu
 on the training and validation trials, its penalty is chosen by cross-validation there, and it is
 scored on the test trials. Source: arXiv 2407.14668, section 4, and the authors' final code.
 
-Beside every score stand its controls: scores without activity (majority class, mean time course),
-from the stimulus alone, from shuffled trials, from the raw counts, and from counts smoothed by the
-Gaussian that cross-validates best, which is what a user would try without a model.
+Controls are the scores without activity, from the stimulus alone, from shuffled trials, from the
+raw counts, and from counts smoothed by the Gaussian that cross-validates best.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 import joblib
 import numpy as np
-from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, r2_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
@@ -68,9 +67,8 @@ class Decoded:
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as a row of a table."""
-        trials = {"train_trials": self.n_train, "test_trials": self.n_test}
-        names = {"session": self.session, "seed": 0}
-        return {**names, self.metric: self.score, **self.others, **trials}
+        row = {"session": self.session, "seed": 0, self.metric: self.score, **self.others}
+        return row | {"train_trials": self.n_train, "test_trials": self.n_test}
 
 
 def decode(
@@ -94,13 +92,10 @@ def decode(
 
     A behaviour of shape (K, T) is decoded with ridge regression, all bins at once. Its score is
     the R2 over all test trials and bins. The mean time course counts as explained variance, so
-    compare it with the control ``time_course``; the others are ``shuffled``, ``raw_counts`` and
-    ``smoothed_counts``.
+    compare it with the control ``time_course``; the others are as for the choice.
 
-    All trials of the session with a known behaviour are fitted and scored. The paper decodes only
-    those with a valid reaction time: pass ``trial_filter="reaction-time"`` to
-    ``ibl.load_session``. The trials of the session that it returns are split as in the whole
-    recording.
+    All trials with a known behaviour are used. The paper decodes only those with a valid reaction
+    time, as sessions loaded by ``ibl.load_session(..., trial_filter="reaction-time")``.
 
     Args:
         predictor: as in :func:`mtm.evaluate`.
@@ -120,15 +115,8 @@ def decode(
         ValueError: for an unknown prompt, predictions of a wrong shape or with NaN, or test trials
             that the predictor was trained on.
     """
-    decoder = Decoder(
-        as_predictor(predictor, session),
-        session,
-        region=region,
-        prompt=prompt,
-        split_seed=split_seed,
-        batch_size=batch_size,
-        allow_seen=allow_seen,
-    )
+    options = region, prompt, split_seed, batch_size, allow_seen
+    decoder = Decoder(as_predictor(predictor, session), session, *options)
     names = decodable(session) if behaviours is None else behaviours
     names = [names] if isinstance(names, str) else names
     return {name: decoder.decode(name) for name in names}
@@ -183,26 +171,23 @@ class Decoder:
     allow_seen: bool = False
 
     def __post_init__(self) -> None:
-        session, whole = self.session, self.region is None
+        session = self.session
         split = choose_split(self.predictor, session, self.split_seed, allow_seen=self.allow_seen)
         self.trials = np.concatenate(split)  # (K,) training, validation, then test trials
         self.is_test = np.isin(self.trials, split.test)
         if not self.allow_seen:
-            require_unseen(self.predictor, session, self.trials[self.is_test])
+            require_unseen(self.predictor, session, split.test)
+        whole = self.region is None
         self.inside = np.ones(session.n_neurons, bool) if whole else session.regions == self.region
         if not self.inside.any():
-            known = ", ".join(session.region_names) or "none"
-            raise SessionError(
-                f"session {session.name!r} has no region {self.region!r}; known: {known}"
-            )
+            known = f"known: {', '.join(session.region_names) or 'none'}"
+            raise SessionError(f"session {session.name!r} has no region {self.region!r}; {known}")
         self._features: dict[tuple[str | int, bytes], tuple[np.ndarray, np.ndarray]] = {}
 
     def decode(self, behaviour: str) -> Decoded:
         """Decode one behaviour: see :func:`decode`."""
         choice = behaviour == "choice"
-        values, usable = self._values(behaviour)
-        y, truth = values[usable & ~self.is_test], values[usable & self.is_test]
-        search, score = (search_choice, accuracy_score) if choice else (search_trace, r2)
+        usable, y, truth = self._values(behaviour)
         default = "intra-region" if self.region else "neuron" if choice else "causal"
         x, x_test = self.features(self.prompt or default, usable)
         guess = search(x, y).predict(x_test)
@@ -222,19 +207,17 @@ class Decoder:
             usable: (K,) bool, trials with a known behaviour.
         """
         key = source, usable.tobytes()
-        if key not in self._features:
-            session, inside, trials = self.session, self.inside, self.trials[usable]
-            if isinstance(source, int):
-                values = session.counts[trials].astype(np.float64)
-                if source:
-                    values = gaussian_filter1d(values, source, axis=1, mode="nearest")
-            else:
-                queries = Queries(~inside[None], inside[None], slice(0, session.n_bins))
-                how = {"batch_size": self.batch_size}
-                values = predict_queries(self.predictor, session, source, trials, queries, **how)
-            flat = values[:, :, inside].reshape(len(trials), -1)
-            is_test = self.is_test[usable]
-            self._features[key] = principal_axes(flat[~is_test], flat[is_test])
+        if key in self._features:
+            return self._features[key]
+        session, inside, trials = self.session, self.inside, self.trials[usable]
+        if isinstance(source, int):
+            counts = session.counts[trials].astype(np.float64)
+            values = gaussian_filter(counts, (0, source, 0), mode="nearest")
+        else:
+            queries, how = Queries(~inside[None], inside[None]), {"batch_size": self.batch_size}
+            values = predict_queries(self.predictor, session, source, trials, queries, **how)
+        flat, is_test = values[:, :, inside].reshape(len(trials), -1), self.is_test[usable]
+        self._features[key] = principal_axes(flat[~is_test], flat[is_test])
         return self._features[key]
 
     def _controls(self, usable: np.ndarray, y: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -245,34 +228,28 @@ class Decoder:
         key = joblib.hash((counts, usable, self.is_test, y, truth, stimulus))
         if key in CONTROLS:
             return CONTROLS[key]
-        search, score = (search_choice, accuracy_score) if choice else (search_trace, r2)
         majority = -1.0 if (y == -1).mean() > 0.5 else 1.0
-        constant = majority if choice else y.mean(axis=0)
-        name = "majority" if choice else "time_course"
-        found = {name: score(truth, np.broadcast_to(constant, truth.shape))}
-        scores, searched = [], []
-        for width in WIDTHS:
-            x, x_test = self.features(width, usable)
-            searched.append(search(x, y))
-            scores.append(score(truth, searched[-1].predict(x_test)))
-        best = int(np.argmax([search.best_score_ for search in searched]))
+        constant = np.broadcast_to(majority if choice else y.mean(axis=0), truth.shape)
+        found = {"majority" if choice else "time_course": score(truth, constant)}
+        fits = [(search(x, y), x_test) for x, x_test in (self.features(w, usable) for w in WIDTHS)]
+        scores = [score(truth, fit.predict(x_test)) for fit, x_test in fits]
+        best = int(np.argmax([fit.best_score_ for fit, _ in fits]))
         found |= {"raw_counts": scores[0], "smoothed_counts": scores[best]}
         if stimulus is not None and stimulus.size:
-            fit, test = stimulus[usable & ~self.is_test], stimulus[usable & self.is_test]
-            guess = search(fit, y).predict(test)
-            found["stimulus_only"] = accuracy_score(truth, guess)
+            fit = search(stimulus[usable & ~self.is_test], y)
+            guess = fit.predict(stimulus[usable & self.is_test])
+            found["stimulus_only"] = score(truth, guess)
             found["stimulus_only_balanced"] = balanced_accuracy_score(truth, guess)
         CONTROLS[key] = found
         return found
 
-    def _values(self, behaviour: str) -> tuple[np.ndarray, np.ndarray]:
-        """A behaviour in the trials, (K,) or (K, T), and (K,) bool, where it can be used."""
+    def _values(self, behaviour: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where a behaviour is usable, (K,) bool, and its values there: to fit to, to test on."""
         session, choice = self.session, behaviour == "choice"
         shape = session.counts.shape[: 1 if choice else 2]
         title = f"session {session.name!r}, behaviour {behaviour!r}"
         if behaviour not in session.behaviour:
-            known = ", ".join(session.behaviour) or "none"
-            raise SessionError(f"{title}: there is none; there are: {known}")
+            raise SessionError(f"{title}: there is none; there are: {', '.join(session.behaviour)}")
         values = session.behaviour[behaviour]
         if values.shape != shape:
             raise SessionError(f"{title} has shape {values.shape}; to be decoded it needs {shape}")
@@ -280,47 +257,39 @@ class Decoder:
         usable = np.isin(values, (-1, 1)) if choice else np.isfinite(values).all(axis=1)
         y, truth = values[usable & ~self.is_test], values[usable & self.is_test]
         if len(truth) == 0 or len(y) < 2 * FOLDS:
-            raise SessionError(
-                f"{title}: {len(y)} usable training and {len(truth)} test trials; at least "
-                f"{2 * FOLDS} and 1 are needed"
-            )
+            n = f"{len(y)} usable training and {len(truth)} test trials"
+            raise SessionError(f"{title}: {n}; at least {2 * FOLDS} and 1 are needed")
         if choice and (rarer := min((y == -1).sum(), (y == 1).sum())) < FOLDS:
-            raise SessionError(
-                f"{title}: {rarer} training trials of the rarer choice, {FOLDS} are needed; "
-                "choices are -1 and +1, other values count as none"
-            )
+            n = f"{rarer} training trials of the rarer choice, {FOLDS} are needed"
+            raise SessionError(f"{title}: {n}; choices are -1 and +1")
         if not choice and np.ptp(truth) == 0:
             raise SessionError(f"{title} does not vary in the test trials")
-        return values, usable
+        return usable, y, truth
 
 
-def search_choice(x: np.ndarray, choices: np.ndarray) -> GridSearchCV:
-    """Fit logistic regression of choices (K,) on features (K, F), the penalty cross-validated."""
-    # Newton's line search warns of features that never vary, as those of the mean rates.
-    solver = "newton-cholesky" if np.ptp(x, axis=0).max() > 1e-9 else "lbfgs"
-    logistic = LogisticRegression(solver=solver, max_iter=1000)
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    grid = {"C": CHOICE_PENALTIES}
-    return fitted(GridSearchCV(logistic, grid, cv=folds, scoring="accuracy"), x, choices)
+def search(x: np.ndarray, y: np.ndarray) -> GridSearchCV:
+    """Fit choices (K,) or traces (K, T) to features (K, F), the penalty cross-validated."""
+    if y.ndim == 1:
+        # Newton's line search warns of features that never vary, as those of the mean rates.
+        solver = "newton-cholesky" if np.ptp(x, axis=0).max() > 1e-9 else "lbfgs"
+        decoder, grid = LogisticRegression(solver=solver, max_iter=1000), {"C": CHOICE_PENALTIES}
+        folds, scoring = StratifiedKFold(FOLDS, shuffle=True, random_state=0), "accuracy"
+    else:
+        decoder, grid = Ridge(), {"alpha": TRACE_PENALTIES}
+        folds, scoring = KFold(FOLDS, shuffle=True, random_state=0), "neg_mean_squared_error"
+    return fitted(GridSearchCV(decoder, grid, cv=folds, scoring=scoring), x, y)
 
 
-def search_trace(x: np.ndarray, traces: np.ndarray) -> GridSearchCV:
-    """Fit ridge regression of traces (K, T) on features (K, F), the penalty cross-validated."""
-    folds = KFold(FOLDS, shuffle=True, random_state=0)
-    grid = {"alpha": TRACE_PENALTIES}
-    return fitted(
-        GridSearchCV(Ridge(), grid, cv=folds, scoring="neg_mean_squared_error"), x, traces
-    )
-
-
-def fitted(search: GridSearchCV, x: np.ndarray, y: np.ndarray) -> GridSearchCV:
+def fitted(grid: GridSearchCV, x: np.ndarray, y: np.ndarray) -> GridSearchCV:
     """Fit on one thread: in the many small problems of a search, threads wait for each other."""
     with threadpool_limits(1):
-        return search.fit(x, y)
+        return grid.fit(x, y)
 
 
-def r2(truth: np.ndarray, guess: np.ndarray) -> float:
-    """R2 over all trials and bins."""
+def score(truth: np.ndarray, guess: np.ndarray) -> float:
+    """Accuracy of choices (K,), or R2 of traces (K, T) over all trials and bins."""
+    if truth.ndim == 1:
+        return float(accuracy_score(truth, guess))
     return float(r2_score(truth.ravel(), guess.ravel()))
 
 
@@ -328,22 +297,19 @@ def principal_axes(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.nd
     """Rotate features (K, F) and (K', F) to at most K dimensions, without changing predictions.
 
     Decoders with a squared penalty and a free intercept only use inner products of centred
-    features, so projecting on the training trials' principal axes changes no prediction. It turns
-    T * N columns into at most K and makes cross-validation quick.
+    features. Their projections on the training trials' principal axes are fewer, hence quicker.
     """
     mean = x.mean(axis=0)
     _, singular, axes = np.linalg.svd(x - mean, full_matrices=False)
     keep = singular > 1e-9 * singular.max()
     keep[0] = True  # features that never vary are one column of zeros
-    axes = axes[keep]
-    return (x - mean) @ axes.T, (x_test - mean) @ axes.T
+    return (x - mean) @ axes[keep].T, (x_test - mean) @ axes[keep].T
 
 
 def _stimulus(session: Session) -> np.ndarray:
-    """What the animal saw: contrast, its side, and the block's prior where known; (K, C)."""
+    """Contrast, its side, and the block's prior or 0, (K, 3); (K, 0) without contrasts."""
     if "contrast" not in session.behaviour:
         return np.zeros((session.n_trials, 0))
-    known = session.behaviour
-    columns = [known["contrast"], np.sign(known["contrast"])]
-    columns += [known["block"]] if "block" in known else []
+    contrast = session.behaviour["contrast"]
+    columns = [contrast, np.sign(contrast), session.behaviour.get("block", 0 * contrast)]
     return np.nan_to_num(np.stack(columns, axis=1).astype(np.float64))

@@ -109,10 +109,11 @@ def psth_r2(log_rates: ArrayLike, counts: ArrayLike, conditions: ArrayLike) -> n
     groups = [(labels == row).all(axis=1) for row in np.unique(labels, axis=0)]
     groups = [group for group in groups if group.any()]  # NaN equals nothing
     if not groups:
-        return np.full(y.shape[-1], np.nan)
+        return np.full(np.shape(counts)[-1], np.nan)
     rates = np.exp(f)
-    histograms = (np.concatenate([x[g].mean(axis=0) for g in groups]) for x in (rates, y))
-    return _r2(*histograms)  # both (groups x T, N)
+    # Histograms, (groups x T, N):
+    predicted, observed = (np.concatenate([x[g].mean(0) for g in groups]) for x in (rates, y))
+    return _r2(predicted, observed)
 
 
 def _r2(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:

@@ -235,12 +235,12 @@ class Queries(NamedTuple):
     Attributes:
         hidden: (Q, N) bool, neurons hidden in each query.
         wanted: (Q, N) bool, neurons to predict in it; each neuron in one query at most.
-        bins: of both.
+        bins: of both; by default all.
     """
 
     hidden: np.ndarray
     wanted: np.ndarray
-    bins: slice
+    bins: slice = slice(0, None)
 
 
 def predict_queries(

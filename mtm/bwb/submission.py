@@ -300,7 +300,7 @@ def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) ->
     if task.group:
         samples = np.where(fit.trusted, fit.values[..., 0], 0.0)
         means = samples.sum(axis=0) / np.maximum(fit.trusted.sum(axis=0), 1)
-        search = decoding.search_trace(x, np.where(fit.trusted, samples, means))
+        search = decoding.search(x, np.where(fit.trusted, samples, means))
         found = search.predict(x_test).reshape(len(x_test), -1)
         if task.group == "licks":  # a line may fall below 0: at least half a lick in all trials
             found = np.log(np.maximum(found, 0.5 / len(samples)))
