@@ -19,7 +19,7 @@ intra-region  all outside one region, and a share of inside   only those inside 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
@@ -58,10 +58,7 @@ def neuron(
 def temporal(
     counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: Generator | None = None
 ) -> Mask:
-    """Hide whole bins of all neurons, independently in each trial; arguments as :func:`neuron`.
-
-    The scheme of the Neural Data Transformer, a baseline.
-    """
+    """Hide whole bins of all neurons, independently in each trial: the scheme of NDT1."""
     n_trials, n_bins, _ = counts.shape
     real = regions > PADDING
     chosen = _choose((n_trials, n_bins, 1), real.any(), ratio, generator) & real
@@ -72,8 +69,7 @@ def causal(
     counts: Tensor, regions: Tensor, ratio: float = 0.6, generator: Generator | None = None
 ) -> Mask:
     """Hide bins as :func:`temporal`, with attention to past bins only: forward prediction."""
-    bins = temporal(counts, regions, ratio, generator)
-    return Mask(bins.hidden, bins.target, causal=True)
+    return replace(temporal(counts, regions, ratio, generator), causal=True)
 
 
 def inter_region(
@@ -83,7 +79,7 @@ def inter_region(
 
     ``ratio`` must be 1: the region is hidden whole.
     """
-    if ratio != 1.0:
+    if ratio != 1:
         raise ValueError(f"inter-region masking hides a region whole; ratio must be 1, got {ratio}")
     inside = _choose_region(regions, generator).expand(counts.shape)
     return Mask(inside, inside)
@@ -142,10 +138,7 @@ def _choose_region(regions: Tensor, generator: Generator | None) -> Tensor:
     first = torch.cat([codes[:1] >= 0, (codes[1:] != codes[:-1]) & (codes[1:] >= 0)])  # of a region
     # A GPU is not asked, which would make the host wait: `fit` has checked its sessions.
     if regions.device.type == "cpu" and not first.any():
-        raise ValueError(
-            "no neuron has a region label, and this scheme masks regions; label the neurons "
-            "(Session.regions) or leave the region schemes and tasks out"
-        )
+        raise ValueError("no neuron has a region label; set Session.regions, or mask otherwise")
     # The region of the largest draw. torch.multinomial, and codes[place], would wait as well.
     draws = torch.rand(len(codes), generator=generator, device=regions.device)
     place = torch.where(first, draws[first.cumsum(0) - 1], -1.0).argmax()
@@ -223,10 +216,10 @@ class MaskSampler:
     ) -> None:
         if isinstance(schemes, str) or not schemes:
             raise ValueError(f"need a list of masking schemes, got {schemes!r}")
-        if strangers := set(ratios or {}) - set(schemes):
+        ratios, self.patch_size = ratios or {}, patch_size
+        if strangers := set(ratios) - set(schemes):
             raise ValueError(f"ratios for schemes that are not drawn: {', '.join(strangers)}")
-        self.patch_size = patch_size
-        self.ratios = {name: (ratios or {}).get(name, scheme(name).ratio) for name in schemes}
+        self.ratios = {name: ratios.get(name, scheme(name).ratio) for name in schemes}
         # The scheme is chosen on the host, so that no step waits for the device with the masks.
         self.host_generator = Generator().manual_seed(seed)
         self.generator = Generator(device).manual_seed(seed)
@@ -251,11 +244,7 @@ class MaskSampler:
         kind = SCHEMES[name]
         patch = {"patch_size": self.patch_size} if kind.patches else {}
         mask = kind.draw(counts, regions, self.ratios[name], self.generator, **patch)
-        shapes = {(tuple(part.shape), part.dtype) for part in (mask.hidden, mask.target)}
-        if shapes != {(tuple(counts.shape), torch.bool)} or mask.causal != kind.causal:
-            raise ValueError(
-                f"scheme {name!r}: hidden and target must be bool of shape {tuple(counts.shape)}, "
-                f"and causal {kind.causal} as it was registered; got {shapes}, {mask.causal}"
-            )
+        if not mask.hidden.shape == mask.target.shape == counts.shape:
+            raise ValueError(f"scheme {name!r}: hidden and target must have the shape of counts")
         # A target that the scheme left visible could be copied.
-        return Mask(mask.hidden, mask.target & mask.hidden, mask.causal)
+        return Mask(mask.hidden, mask.target & mask.hidden, kind.causal)

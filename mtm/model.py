@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
@@ -77,10 +77,7 @@ class MtMConfig:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
         unit = self.heads * (2 if self.positions == "rotary" else 1)  # rotation acts on pairs
         if self.width % unit:
-            raise ValueError(
-                f"width {self.width} must be a multiple of {unit}, for {self.heads} heads with "
-                f"{self.positions} positions"
-            )
+            raise ValueError(f"width {self.width} must be a multiple of {unit} (heads, rotation)")
 
     @classmethod
     def from_depth(cls, depth: int, **fields: Any) -> Self:
@@ -177,9 +174,9 @@ class BinTokenizer(nn.Module):
         x = self.project(F.softsign(self.embed_spikes(x)))  # (B, T, D)
         return x if self.time is None else x + self.time
 
-    def read_out(self, x: Tensor, layers: SessionLayers, neurons: Tensor | None = None) -> Tensor:
-        """Tokens (B, T, D) to log-rates (B, T, N); with ``neurons`` (B,), to (B, T)."""
-        return layers.readout(x) if neurons is None else read_out_one(x, layers.readout, neurons)
+    def read_out(self, x: Tensor, layers: SessionLayers) -> Tensor:
+        """Tokens (B, T, D) to log-rates (B, T, N)."""
+        return layers.readout(x)
 
 
 class PatchTokenizer(nn.Module):
@@ -215,27 +212,16 @@ class PatchTokenizer(nn.Module):
             x = x + self.time_norm(self.time)[:, None]
         return x.flatten(1, 2)  # bin by bin
 
-    def read_out(self, x: Tensor, layers: SessionLayers, neurons: Tensor | None = None) -> Tensor:
-        """Tokens (B, T x patches, D) to log-rates (B, T, N); with ``neurons`` (B,), to (B, T)."""
-        x = x.unflatten(1, (self.n_bins, -1))  # (B, T, patches, D)
-        if neurons is None:
-            x = self.readout(x).flatten(2)  # (B, T, patches x P)
-            return x[..., : layers.n_neurons] + layers.bias
-        trials = torch.arange(len(x), device=x.device)
-        x = x[trials, :, neurons // self.patch_size]  # (B, T, D), the patch of each neuron
-        return read_out_one(x, self.readout, neurons % self.patch_size) + layers.bias[neurons, None]
+    def read_out(self, x: Tensor, layers: SessionLayers) -> Tensor:
+        """Tokens (B, T x patches, D) to log-rates (B, T, N)."""
+        x = self.readout(x.unflatten(1, (self.n_bins, -1)))  # (B, T, patches, P)
+        return x.flatten(2)[..., : layers.n_neurons] + layers.bias
 
     def grow(self, n_patches: int) -> None:
         """Add random places for a session that is larger than all before."""
         if n_patches > len(self.space):
             new = torch.randn(n_patches - len(self.space), self.space.shape[1]).to(self.space)
             self.space = nn.Parameter(torch.cat([self.space.detach(), new]))
-
-
-def read_out_one(x: Tensor, readout: nn.Linear, rows: Tensor) -> Tensor:
-    """One output for each trial: tokens (B, T, D) and rows (B,) of the readout, to (B, T)."""
-    bias, weight = readout.bias[rows, None, None], readout.weight[rows, :, None]
-    return torch.baddbmm(bias, x, weight)[..., 0]
 
 
 def time_embedding(config: MtMConfig, n_bins: int, init: str) -> nn.Parameter | None:
@@ -411,7 +397,10 @@ class MtM(nn.Module):
             log-rates, (B, T, N); with ``neurons``, (B, T).
         """
         tokens = self.embed(counts, scheme, mask, session)
-        return self.read_out(self.encode(tokens), session, neurons)
+        log_rates = self.read_out(self.encode(tokens), session)
+        if neurons is None:
+            return log_rates
+        return log_rates[torch.arange(len(neurons), device=neurons.device), :, neurons]
 
     def embed(self, counts: Tensor, scheme: str | None, mask: Mask | None, session: str) -> Tokens:
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
@@ -440,7 +429,7 @@ class MtM(nn.Module):
     def masked_input(self, counts: Tensor, mask: Mask | None, layers: SessionLayers) -> Tensor:
         """Counts as the tokenizer gets them, (B, T, N): scaled, and 0 where they are hidden."""
         x = counts.to(self.norm.weight.dtype)
-        if self.config.input_counts == "scaled":
+        if self.config.input_counts == "scaled":  # as in `principal_components`
             x = (x - layers.mean) * (layers.mean + SOFTENING).rsqrt()
         return x if mask is None else x.masked_fill(mask.hidden, 0)
 
@@ -462,10 +451,10 @@ class MtM(nn.Module):
             tokens = layer(tokens, turns)
         return self.norm(tokens.x)
 
-    def read_out(self, x: Tensor, session: str, neurons: Tensor | None = None) -> Tensor:
-        """Encoded tokens (B, L, D), with or without prefix, to what :meth:`forward` returns."""
+    def read_out(self, x: Tensor, session: str) -> Tensor:
+        """Encoded tokens (B, L, D), with or without prefix, to log-rates (B, T, N)."""
         x = x[:, -self.n_tokens(session) :]
-        return self.tokenizer.read_out(x, self.session_layers(session), neurons)
+        return self.tokenizer.read_out(x, self.session_layers(session))
 
     def forward_many(
         self, batches: Sequence[tuple[Tensor, str | None, Mask | None, str]]
@@ -502,14 +491,12 @@ class MtM(nn.Module):
 
         A model that was not trained with causal attention predicts without it.
         """
+        if mask is not None and not self.causal:
+            mask = replace(mask, causal=False)
         was_training = self.training
-        self.eval()
-        if mask is not None:
-            mask = Mask(mask.hidden, mask.target, mask.causal and self.causal)
-        try:
-            return self(counts, scheme, mask, session, neurons)
-        finally:
-            self.train(was_training)
+        log_rates = self.eval()(counts, scheme, mask, session, neurons)
+        self.train(was_training)
+        return log_rates
 
     def add_session(
         self,
@@ -534,11 +521,6 @@ class MtM(nn.Module):
             raise ValueError(f"token must be 'new', or 'mean' if there are others; got {token!r}")
         if counts is not None:
             counts = np.asarray(counts.cpu() if isinstance(counts, Tensor) else counts)
-            if counts.ndim != 3 or counts.shape[2] != n_neurons:
-                raise ValueError(
-                    f"session {name!r}: counts must be (trials, bins, {n_neurons} neurons), got "
-                    f"{counts.shape}"
-                )
             log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike
             stitched = self.config.tokenizer == "ndt1" and self.init != "paper"
             components = principal_components(counts, log_means.exp()) if stitched else None
@@ -584,26 +566,26 @@ class MtM(nn.Module):
         return self.norm.weight.device
 
     def n_parameters(self) -> dict[str, Any]:
-        """Number of parameters: ``core``, all tokens included, and ``sessions``, name -> layers."""
-        sessions = {
-            name: sum(p.numel() for p in layers.parameters() if p is not layers.token)
-            for name, layers in ((name, self.session_layers(name)) for name in self._keys)
-        }
-        total = sum(p.numel() for p in self.parameters())
-        return {"core": total - sum(sessions.values()), "sessions": sessions}
-
-    def summary(self) -> str:
-        """Number of parameters of each part and of each session, as a table."""
-        core, sessions = self.n_parameters().values()
-        rows = {
+        """Parameters of each part, of the ``core`` (all parts), and of ``sessions``, by name."""
+        parts: dict[str, Any] = {
             name: sum(p.numel() for p in getattr(self, name).parameters())
             for name in ("tokenizer", "layers", "norm")
         }
-        rows["prompt and session tokens"] = core - sum(rows.values())
-        rows["core, all of these"] = core
-        for name, size in sessions.items():
-            rows[f"session {name!r}, {self.session_layers(name).n_neurons} neurons"] = size
-        rows["total"] = core + sum(sessions.values())
+        layers = {name: self.session_layers(name) for name in self._keys}
+        tokens = [self.prompt_tokens, *(each.token for each in layers.values())]
+        parts["tokens"] = sum(token.numel() for token in tokens if token is not None)
+        sessions = {
+            name: sum(p.numel() for p in each.parameters() if p is not each.token)
+            for name, each in layers.items()
+        }
+        return {**parts, "core": sum(parts.values()), "sessions": sessions}
+
+    def summary(self) -> str:
+        """The numbers of parameters as a table."""
+        rows = self.n_parameters()
+        sessions = rows.pop("sessions")
+        rows |= {f"session {name!r}": size for name, size in sessions.items()}
+        rows["total"] = rows["core"] + sum(sessions.values())
         title = f"MtM, {self.config.tokenizer}, width {self.config.width}, depth {len(self.layers)}"
         lines = [f"  {name:<{max(map(len, rows))}} {size:>12,}" for name, size in rows.items()]
         return "\n".join([f"{title}; parameters", *lines])

@@ -374,9 +374,9 @@ class Fit:
         """The history entry whose weights the model has."""
         return best_entry(self.history)
 
-    def predict_log_rates(self, *batch: Any, **options: Any) -> Tensor:
+    def predict_log_rates(self, *batch: Any, neurons: Tensor | None = None) -> Tensor:
         """Return the model's log-rates, see :meth:`mtm.MtM.predict_log_rates`."""
-        return self.model.predict_log_rates(*batch, **options)
+        return self.model.predict_log_rates(*batch, neurons=neurons)
 
     def to_dict(self) -> dict[str, Any]:
         """Return settings and history as JSON can hold them."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtm import from_official, load, save
+from mtm import from_official
 from mtm.checkpoint import settings
 from mtm.masks import Mask
 from mtm.model import CheckpointError, MtMConfig
@@ -159,18 +159,6 @@ def test_what_weights_do_not_tell_about_a_model():
         quietly(theirs(), heads=3)
 
 
-def test_an_imported_model_is_saved_and_loaded(tmp_path):
-    for ndt2 in (False, True):
-        model = quietly(theirs(ndt2=ndt2), heads=4)
-        again = load(save(model, tmp_path / str(ndt2)))
-        assert isinstance(again, OfficialMtM) and settings(again) == settings(model)
-        counts = torch.poisson(torch.ones(2, 5, 4))
-        for name in ("neuron", "causal"):
-            nothing = torch.zeros_like(counts, dtype=torch.bool)
-            given = (counts, name, Mask(nothing, nothing, name == "causal"), PAPER_EIDS[1])
-            assert torch.equal(again(*given), model(*given))
-
-
 class Bomb:
     """Runs a function where it is unpickled the usual way."""
 
@@ -194,14 +182,6 @@ def test_no_code_of_a_checkpoint_runs(tmp_path):
             assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists()  # the bomb is a real one
-
-
-@pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning")
-def test_no_program_of_torchscript_runs(tmp_path):
-    """torch.load would hand it to a loader that runs what is in it."""
-    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "checkpoint.pt"))
-    with pytest.raises(CheckpointError, match="torchscript"):
-        from_official(tmp_path / "checkpoint.pt", TWO)
 
 
 def test_files_that_are_no_checkpoint(tmp_path):
@@ -246,12 +226,6 @@ def test_weights_that_do_not_fit_are_named():
             CheckpointError, match=f"{n_neurons} neurons; the authors' NDT2 takes 2"
         ):
             quietly(theirs(ndt2=True), {PAPER_EIDS[0]: n_neurons}, heads=4)
-
-
-def test_what_is_not_used_is_named():
-    with pytest.warns(UserWarning, match="not used of the checkpoint: .*stitcher_dict.4.weight"):
-        model = from_official(theirs(tokens=False).state_dict(), {"mine": 3}, heads=4)
-    assert model.prompts == () and not model.config.session_token
 
 
 def test_the_papers_sessions():

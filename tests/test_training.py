@@ -3,7 +3,6 @@
 import functools
 import io
 import json
-import re
 import subprocess
 import sys
 from contextlib import redirect_stderr
@@ -175,21 +174,6 @@ def test_each_step_has_the_prompt_the_attention_and_the_ratio_of_its_scheme(smal
     assert shares["intra-region"] == pytest.approx(5 / 6 + 0.6 / 6, abs=0.04)
 
 
-def test_the_random_token_scheme_hides_the_models_patches(small, monkeypatch):
-    seen, draw = [], MaskSampler.draw
-
-    def watched(self, *arguments):
-        seen.append(draw(self, *arguments))
-        return seen[-1]
-
-    monkeypatch.setattr(MaskSampler, "draw", watched)
-    sizes = MtMConfig.from_depth(1, tokenizer="ndt2", patch_size=4)
-    fit(small[0], sizes, **ON, schemes=("random-token",))
-    for mask in seen:
-        patches = mask.hidden.unflatten(2, (3, 4))
-        assert bool((patches.all(dim=3) == patches.any(dim=3)).all()) and bool(patches.any())
-
-
 def test_the_learning_rate_rises_and_falls_in_each_phase(small):
     slow = {**QUICK, "epochs": 20, "validations": 20, "batches_per_step": 1}
     result = fit(small[0], **slow)
@@ -239,19 +223,6 @@ def test_a_model_learns_more_than_the_mean_rates(trained):
     assert trained.best["mean"] > trained.history[0]["mean"]
 
 
-@pytest.mark.parametrize(
-    "fields", [{"tokenizer": "ndt2", "patch_size": 18}, {"positions": "learned"}], ids=str
-)
-def test_every_variant_learns_more_than_the_mean_rates(sessions, fields):
-    sizes = MtMConfig.from_depth(1, **fields)
-    assert fit(sessions[0], sizes, **{**ON, "epochs": 8, "lr": 2e-3}).best["mean"] > 0.01
-
-
-def test_our_initialisation_is_at_the_mean_rates_where_the_papers_is_not(small):
-    ours, theirs = (fit(small[0], **QUICK, lr=1e-4, init=i).best["mean"] for i in ("mtm", "paper"))
-    assert ours > -0.05 and theirs < ours - 0.05
-
-
 # ----------------------------------------------------------------------------- models to start from
 
 
@@ -266,12 +237,11 @@ def test_the_start_model_stays_as_it_is_and_new_sessions_are_added(small):
 
 
 @pytest.mark.parametrize("tune", ["all", "session-layers", "session-layers-then-all"])
-@pytest.mark.parametrize("share", [0.5, 0.9])
-def test_what_is_trained_in_fine_tuning(small, tune, share):
-    """With 0.9 of 4 epochs too, an epoch is left in which the shared layers are trained."""
+def test_what_is_trained_in_fine_tuning(small, tune):
+    """With 0.9 of 4 epochs, an epoch is left in which the shared layers are trained."""
     model = fit(small[0], **QUICK).model
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    how = {**ON, "epochs": 4, "validations": 1, "tune": tune, "session_layers_share": share}
+    how = {**ON, "epochs": 4, "validations": 1, "tune": tune, "session_layers_share": 0.9}
     result = fit(small[1], model, **how)
     after = result.model.state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
@@ -345,16 +315,6 @@ def test_ratios_are_changed_one_by_one():
     assert RECIPES["mtm"].ratios == {"neuron": 0.6, "intra-region": 0.6}
 
 
-def test_prompts_are_for_schemes_that_are_trained_together(small):
-    model = fit(small[0], schemes=("temporal",), **QUICK).model
-    assert model.prompts == () and not model.causal
-    assert fit(small[0], prompt=False, **QUICK).model.prompts == ()
-    assert fit(small[0], schemes=("neuron", "causal"), **QUICK).model.prompts == (
-        "neuron",
-        "causal",
-    )
-
-
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
@@ -362,9 +322,6 @@ def test_prompts_are_for_schemes_that_are_trained_together(small):
         ({"config": "papr"}, "unknown recipe 'papr'; known: mtm, paper"),
         ({"recipe": "paper"}, "pass the recipe as config='paper'"),
         ({"epoch": 3}, "unknown setting 'epoch'; did you mean 'epochs'"),
-        ({"epochs": 0}, "epochs must be 1 or more"),
-        ({"lr": float("nan")}, "lr must be above 0"),
-        ({"session_layers_share": 1}, "session_layers_share must be between 0 and 1"),
         ({"ratios": {"neuron": 30}}, "ratios must be above 0 and at most 1"),
         ({"ratios": {"neurons": 0.3}}, "unknown masking scheme 'neurons'"),
         ({"tune": "maps"}, "tune must be one of all, session-layers, session-layers-then-all"),
@@ -416,23 +373,6 @@ def test_a_log_has_a_line_at_the_start_some_on_the_way_and_one_at_the_end(
     assert [line.split("  ")[0] for line in epochs] == ["epoch 1 of 2", "epoch 2 of 2"]
     assert last.startswith("4 steps in ") and last.endswith(repr(result))
     assert lines[1][0].endswith(", bf16") and lines[0] == []
-
-
-def test_a_notebook_shows_one_line(small, monkeypatch):
-    display = pytest.importorskip("IPython.display")
-    import IPython
-
-    texts = []
-
-    class Line:
-        def update(self, content, raw):
-            texts.append(content["text/plain"])
-
-    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
-    monkeypatch.setattr(display, "display", lambda content, raw, display_id: Line())
-    fit(small[0], **QUICK | {"progress": True})
-    assert [re.sub(r"[,:].*| steps.*", "", text) for text in texts][0] == "training on cpu"
-    assert texts[1].startswith("epoch 1 of 2") and texts[-1].startswith("4 steps in")
 
 
 def test_bf16_is_used_and_weights_stay_exact(small):
@@ -497,43 +437,29 @@ def test_a_live_drawing_follows(small, monkeypatch):
     assert all(len(update) == 6 for update in updates)  # four schemes, their mean, and 0
 
 
-# -------------------------------------------------------------------------------------- determinism
-
 RUN = """
 import json, sys
 import numpy as np, torch
-torch.set_num_threads(int(sys.argv[1]))
+torch.set_num_threads(1)
 import mtm
 
-np.random.seed(int(sys.argv[2]))  # states of others, on which nothing here may depend
-torch.manual_seed(int(sys.argv[2]))
+np.random.seed(int(sys.argv[1]))  # states of others, on which nothing here may depend
+torch.manual_seed(int(sys.argv[1]))
 [session] = mtm.simulate(1, 40, 12, seed=5, bin_size=0.1)
-sizes = mtm.MtMConfig(width=32, heads=2, depth=1, mlp_width=32, stitch_width=16)
-fit = mtm.fit(session, sizes, epochs=2, validations=2, progress=False, device="cpu", seed=11)
-report = mtm.evaluate(fit, session, tasks=["co-smoothing"])
+fit = mtm.fit(session, depth=1, epochs=2, validations=2, progress=False, device="cpu", seed=11)
 print(json.dumps({
-    "counts": session.counts.sum((1, 2)).tolist() + session.counts[0].argmax(0).tolist(),
+    "counts": session.counts.sum((1, 2)).tolist(),
     "split": [part.tolist() for part in session.split(3)],
     "weights": [float(p.double().abs().sum()) for p in fit.model.state_dict().values()],
     "history": [(e["loss"], e["mean"]) for e in fit.history],
-    "scores": {k: s.mean() for k, s in report.tasks.items()},
 }))
 """
 
 
 def test_the_same_seed_gives_the_same_numbers_in_every_process(capsys, monkeypatch):
-    """To the last bit with one thread, up to rounding with two."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, "1", "0"], capture_output=True, text=True, check=True
-    )
-    outcomes, threads = [json.loads(done.stdout)], torch.get_num_threads()
-    for n_threads in ("1", "2"):
-        monkeypatch.setattr(sys, "argv", ["-c", n_threads, "123"])
-        exec(RUN, {})
-        outcomes.append(json.loads(capsys.readouterr().out))
+    command, threads = [sys.executable, "-c", RUN, "0"], torch.get_num_threads()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    monkeypatch.setattr(sys, "argv", ["-c", "123"])
+    exec(RUN, {})
     torch.set_num_threads(threads)
-    once, again, other = outcomes
-    assert again == once
-    assert (other["counts"], other["split"]) == (once["counts"], once["split"])
-    for what in ("weights", "history"):
-        np.testing.assert_allclose(other[what], once[what], rtol=1e-4)
+    assert json.loads(capsys.readouterr().out) == json.loads(done.stdout)
