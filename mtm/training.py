@@ -28,7 +28,7 @@ from mtm import distributed
 from mtm.batches import Batch, SessionData, Step, counts_device, steps_of, steps_per_epoch
 from mtm.checkpoint import History, Run, best_entry, settings, without_nan
 from mtm.distributed import autocast, compiled, peak_memory, pick_device, setup_line
-from mtm.masks import NO_REGION, MaskSampler, scheme
+from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2, poisson_nll
 from mtm.model import MtM, MtMConfig
 from mtm.progress import Progress, TensorBoard
@@ -374,9 +374,16 @@ class Fit:
         """The history entry whose weights the model has."""
         return best_entry(self.history)
 
-    def predict_log_rates(self, *batch: Any, neurons: Tensor | None = None) -> Tensor:
+    def predict_log_rates(
+        self,
+        counts: Tensor,
+        scheme: str | None,
+        mask: Mask | None,
+        session: str,
+        neurons: Tensor | None = None,
+    ) -> Tensor:
         """Return the model's log-rates, see :meth:`mtm.MtM.predict_log_rates`."""
-        return self.model.predict_log_rates(*batch, neurons=neurons)
+        return self.model.predict_log_rates(counts, scheme, mask, session, neurons)
 
     def to_dict(self) -> dict[str, Any]:
         """Return settings and history as JSON can hold them."""
