@@ -17,7 +17,6 @@ import h5py  # noqa: E402
 from bwb_files import LAB, REGIONS, SUBJECT, held_out, write_session  # noqa: E402
 
 from mtm import bwb  # noqa: E402
-from mtm.binning import bin_spikes  # noqa: E402
 from mtm.session import SessionError  # noqa: E402
 
 SMALL = {"duration": 160.0, "chunk": 40.0, "gap": 4.0, "units": 6}
@@ -105,10 +104,6 @@ def test_behaviours_of_trials(written):
     np.testing.assert_array_equal(behaviour["block"], trials["probability_left"])
     reaction = trials["movement_onset_time"] - trials["stim_on_time"]
     np.testing.assert_array_equal(behaviour["reaction-time"], reaction)
-    # Signs agree: an animal is rewarded for the side where the stimulus was.
-    shown = behaviour["contrast"] != 0
-    right = np.sign(behaviour["contrast"]) == -behaviour["choice"]
-    np.testing.assert_array_equal(right[shown], behaviour["reward"][shown] == 1)
 
 
 @pytest.mark.parametrize("irregular", [(), ("whisker", "paws", "licks", "wheel")])
@@ -138,11 +133,9 @@ def test_given_times_and_other_bins(written):
     path, made = written
     times = np.array([300.0, np.nan, 20.0, 1e9, -5.0, 100.25, 519.9])
     session = bwb.load_session(path, align=times, window=(0.0, 0.5), bin_size=0.1, split=None)
-    assert session.behaviour["event-time"].tolist() == [300.0, 20.0, 100.25]
     assert session.trial_ids.tolist() == [0, 2, 5] and session.n_recorded == 7
-    assert session.provenance["trials"] == {
-        **{"in the recording": 7, "without the event": 1, "beyond the recording": 3}
-    }
+    lost = {"without the event": 1, "beyond the recording": 3}
+    assert session.provenance["trials"] == {"in the recording": 7, **lost}
     assert session.given_split is None and set(session.behaviour) == {"event-time", *TRACES}
     np.testing.assert_array_equal(session.counts, counted(made, [300.0, 20, 100.25], 0.5, 0.1))
 
@@ -163,11 +156,10 @@ def test_trials_without_the_event_and_not_valid_ones(written):
 def test_groups_may_be_absent(tmp_path):
     write_session(tmp_path / "s.h5", leave_out=("whisker", "licks", "paws/right_paw_speed"))
     session = bwb.load_session(tmp_path / "s.h5", atlas="Cosmos")
-    assert session.provenance["absent"] == [
-        *("whisker-motion-energy", "licking-rate", "right-paw-speed")
-    ]
+    absent = ["whisker-motion-energy", "licking-rate", "right-paw-speed"]
+    assert session.provenance["absent"] == absent
     assert {"wheel-speed", "left-paw-speed"} < set(session.behaviour)
-    assert not set(session.provenance["absent"]) & set(session.behaviour)
+    assert not set(absent) & set(session.behaviour)
     assert set(session.region_names) <= set(REGIONS["cosmos"])
     leave = [f"units/region_{level}" for level in REGIONS]
     write_session(tmp_path / "t.h5", leave_out=(*leave, "probes", "units/depths"))
@@ -199,29 +191,31 @@ def test_trials_belong_to_the_part_they_lie_in(tmp_path, split):
     assert (len(parts["test"]) > 0) == (regime == "eval")
 
 
-def test_which_split_is_kept(tmp_path):
-    for regime, filtering, align, expected in [
-        ("eval", "selected_units", "stim_on_time", "ts2"),
-        ("eval", "all_units", "stim_on_time", "ts1"),
-        ("eval", "all_units", "ts2", "ts1"),
-        ("eval", "selected_units", "ts2", "ts2"),
-        ("pretrain", "all_units", "stim_on_time", "pretrain"),
-        ("pretrain", "all_units", "ts2", "pretrain"),
-    ]:
-        path = tmp_path / f"{regime}-{filtering}.h5"
-        if not path.exists():
-            write_session(path, regime=regime, filtering=filtering)
+@pytest.mark.parametrize(
+    ("regime", "build", "expected"),
+    [
+        ("eval", "selected_units", "ts2"),
+        ("eval", "all_units", "ts1"),
+        ("pretrain", "all_units", "pretrain"),
+    ],
+)
+def test_the_split_follows_the_build(tmp_path, regime, build, expected):
+    path = tmp_path / "s.h5"
+    write_session(path, regime=regime, filtering=build)
+    for align in ("stim_on_time", "ts2"):
         session = bwb.load_session(path, align=align)
-        assert session.provenance["split"] == expected
-        assert session.given_split is not None
-    with pytest.raises(
-        SessionError, match="split 'ts1': not in the file; pass one of .'pretrain'."
-    ):
+        assert session.provenance["split"] == expected and session.given_split is not None
+
+
+def test_a_split_that_the_file_lacks(tmp_path):
+    path, message = tmp_path / "s.h5", "not in the file; pass one of"
+    write_session(path, regime="pretrain")
+    with pytest.raises(SessionError, match=f"split 'ts1': {message} .'pretrain'."):
         bwb.load_session(path, split="ts1")
     names = [f"pretrain_{part}_domain" for part in ("train", "val")]
     write_session(path, regime="pretrain", leave_out=names)
     assert bwb.load_session(path).given_split is None
-    with pytest.raises(SessionError, match="split None: not in the file; .*align other than 'ts2'"):
+    with pytest.raises(SessionError, match=f"split None: {message}"):
         bwb.load_session(path, align="ts2")
 
 
@@ -236,11 +230,8 @@ def windows(made, part, stride=0.02):
             begin, end = max(a, c), min(b, d)
             if end - begin < 1.0:
                 continue
-            mine = [
-                t.item()
-                for t in torch.arange(begin, end, stride, dtype=torch.float64)
-                if t + 1.0 <= end
-            ]
+            steps = torch.arange(begin, end, stride, dtype=torch.float64).tolist()
+            mine = [t for t in steps if t + 1.0 <= end]
             if mine[-1] + 1.0 < end:
                 mine.append(end - 1.0)
             starts += mine
@@ -271,22 +262,6 @@ def test_windows_as_trials(written):
     assert longer.counts.shape[1] == 50 and 0 < longer.n_trials < session.n_trials
 
 
-def test_counts_of_windows_equal_the_benchmarks_formula(tmp_path):
-    """20,000 windows anywhere; spikes at 30 kHz, as recorded. Differences only at bins' edges."""
-    rng = np.random.default_rng(8)
-    times = np.sort(np.round(rng.uniform(0, 3000, 60_000) * 30_000) / 30_000)
-    starts = rng.uniform(0, 2999, 20_000)
-    counts = bin_spikes(
-        times, np.zeros(len(times), int), starts, n_neurons=1, window=(0.0, 1.0), bin_size=0.02
-    )[..., 0]
-    for start, row in zip(starts, counts, strict=True):
-        spikes = times[np.searchsorted(times, start) : np.searchsorted(times, start + 1.0)] - start
-        expected = np.bincount(np.floor(spikes * 50).astype(int), minlength=50)
-        if not np.array_equal(row, expected):
-            edge = np.abs(spikes - 0.02 * np.round(spikes * 50))
-            assert edge.min() < 2e-8
-
-
 # ----------------------------------------------------------------------------- bad files
 
 
@@ -311,25 +286,11 @@ def change(name, edit):
 
 ERRORS = {
     "no spikes": (drop("spikes"), {}, "spikes/timestamps: not in the file; download"),
-    "no session id": (lambda f: f["session"].attrs.__delitem__("id"), {}, "cannot be read"),
     "no event": (drop("trials/stim_on_time"), {}, "no such event; there are .*'feedback_time'"),
-    "not an event": (None, {"align": "choice"}, "trials/choice: no such event"),
     "no regions": (drop("units/region_beryl"), {"atlas": "Beryl"}, "region_beryl: not in the file"),
-    "short index": (change("spikes/unit_index", lambda v: v[:-1]), {}, "spike"),
     "short choice": (change("trials/choice", lambda v: v[1:]), {}, "cannot be read.*download it"),
     "index too large": (change("spikes/unit_index", lambda v: v + 1), {}, "ids .6. are not"),
     "milliseconds": (change("spikes/timestamps", lambda v: v * 1e6), {}, "trials: none is left"),
-    "no window fits": (None, {"align": "ts2", "window": (0, 8.0)}, "trials: none is left"),
-    "validity of times": (
-        None,
-        {"trial_filter": "valid", "align": [9.0]},
-        "trial_filter: must be None, or",
-    ),
-    "another split": (
-        None,
-        {"split": "pretrain"},
-        r"not in the file; pass one of \['ts1', 'ts2'\]",
-    ),
 }
 
 
@@ -348,17 +309,6 @@ def test_errors_name_session_dataset_and_remedy(small, tmp_path, case):
         bwb.load_session(damaged(small, damage, tmp_path / "copy.h5"), **options)
 
 
-def test_missing_values_are_not_an_error(small, tmp_path):
-    def damage(file):
-        file["whisker/whisker_motion_energy"][500:503] = np.nan
-        file["trials/choice"][1] = 7
-
-    session = bwb.load_session(damaged(small, damage, tmp_path / "copy.h5"))
-    energy = session.behaviour["whisker-motion-energy"]
-    assert np.isfinite(energy).mean() > 0.95  # the line runs across so short a gap
-    assert np.isnan(session.behaviour["choice"]).nonzero()[0].tolist() == [1]
-
-
 def test_truncated_and_foreign_files(small, tmp_path):
     whole, path = small.read_bytes(), tmp_path / "cut.h5"
     for length in (0, 100, len(whole) // 2, len(whole) - 1):
@@ -375,11 +325,9 @@ def test_truncated_and_foreign_files(small, tmp_path):
 
 
 NAMES = [
-    *("spikes/timestamps", "spikes/unit_index", "units/id", "units/probe_id", "units/label"),
-    *("units/region_allen", "probes/id", "trials/stim_on_time", "trials/choice", "trials"),
-    *("trials/contrast_left", "trials/is_valid", "task_aligned_intervals/domain/start"),
-    *("ts2_test_domain/start", "ts2_train_domain", "wheel/wheel_speed", "whisker/domain/start"),
-    *("paws/is_left_paw_confident", "licks", "session", "brainset"),
+    *("spikes/timestamps", "spikes/unit_index", "units/id", "units/region_allen", "trials"),
+    *("trials/stim_on_time", "trials/choice", "task_aligned_intervals/domain/start", "session"),
+    *("ts2_test_domain/start", "wheel/wheel_speed", "paws/is_left_paw_confident", "licks"),
 ]
 EDITS = {
     "drop": lambda v: None,
@@ -398,15 +346,9 @@ OPTIONS = [
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    name=st.sampled_from(NAMES),
-    edit=st.sampled_from(sorted(EDITS)),
-    options=st.sampled_from(OPTIONS),
-)
-def test_damaged_files_give_a_session_or_a_session_error(
-    tmp_path_factory, small, name, edit, options
-):
-    path = shutil.copy(small, tmp_path_factory.getbasetemp() / "property.h5")
+@given(*map(st.sampled_from, (NAMES, sorted(EDITS), OPTIONS)))
+def test_damaged_files_give_a_session_or_a_session_error(small, name, edit, options):
+    path = shutil.copy(small, small.with_name("property.h5"))
     with h5py.File(path, "r+") as file:
         values = file[name][()] if isinstance(file[name], h5py.Dataset) else np.arange(3)
         del file[name]
