@@ -103,28 +103,21 @@ def list_sessions(
         token = page.findtext("{*}NextContinuationToken")
         query["continuation-token"] = token or ""
     if not entries:
-        raise ConnectionError(
-            f"{base_url} lists no session file {prefix!r}; build is one of {BUILDS}, regime "
-            "'eval' or 'pretrain'"
-        )
+        known = f"build is one of {BUILDS}, regime 'eval' or 'pretrain'"
+        raise ConnectionError(f"{base_url} lists no session file {prefix!r}; {known}")
     return sorted(entries)
 
 
 def download(session: Entry, folder: str | Path, *, progress: bool = True) -> Path:
     """Download a session file of `list_sessions`, or resume its download.
 
-    A file that is there already is downloaded again only if it changed on the server.
-
-    Returns:
-        ``<folder>/<build>/ibl_brain_wide_bench_2026/<regime>/<uuid>.h5``, as in the bucket.
-
-    Raises:
-        OSError: see `mtm.data.recording.download`.
+    A file that is there already is downloaded again only if it changed on the server. Returns
+    ``<folder>/<build>/ibl_brain_wide_bench_2026/<regime>/<uuid>.h5``, as in the bucket. Raises an
+    OSError if the download fails, see `mtm.data.recording.download`.
     """
     path = Path(folder) / session.url.rpartition("/brainsets/")[2]
-    return recording.download(
-        session.url, path, size=session.bytes, etag=session.etag, progress=progress
-    )
+    expected: dict[str, Any] = {"size": session.bytes, "etag": session.etag}
+    return recording.download(session.url, path, progress=progress, **expected)
 
 
 # ------------------------------------------------------------------------------ session
@@ -156,7 +149,7 @@ def load_session(
         bin_size: seconds.
         atlas: level of ``Session.regions``: "Allen", "Beryl" or "Cosmos"; ``None`` for no regions.
         split: "pretrain", "ts1" (one cut after the other), "ts2" (chunks of five minutes), or
-            ``None``. "auto": the one whose tasks the build is for, ts1 for all units and ts2 for
+            ``None``. "auto": the one that the build's tasks use, ts1 for all units and ts2 for
             selected units. Training time of one split is test time of the other.
         trial_filter: "valid" keeps the benchmark's valid trials: a choice was made, reaction times
             are 0 to 10 s, and no event is missing.
@@ -195,8 +188,7 @@ def ts2_windows(
 
     Windows lie in the time of valid trials (``task_aligned_intervals``) within the part: one every
     ``stride`` seconds from the start of each such interval, and one that ends with the interval.
-    The scorer matches windows by exact equality of these float64 numbers. They are computed by
-    `torch.arange`; numpy's differ in the last bits.
+    The scorer wants these float64 numbers exactly: `torch.arange` gives them, numpy does not.
 
     Args:
         path: a session file.
@@ -238,7 +230,7 @@ class SessionFile(recording.Recording):
         if path not in self.file:
             self.fail(path, "not in the file; download it again")
         values = self.file[path][()]
-        if values.dtype.kind in "OS":  # variable-length UTF-8, or fixed-length bytes
+        if values.dtype.kind in "OS":  # bytes
             values = np.array([_decode(value) for value in values.tolist()], dtype=np.str_)
         return values
 
@@ -307,15 +299,15 @@ def _windows(file: SessionFile, part: np.ndarray, stride: float, length: float) 
     trials = file.intervals("task_aligned_intervals/domain")
     first = np.maximum(trials[:, None, 0], part[None, :, 0]).ravel()
     last = np.minimum(trials[:, None, 1], part[None, :, 1]).ravel()
-    starts: list[np.ndarray] = [np.zeros(0)]
+    starts: list[float] = []
     for begin, end in zip(first.tolist(), last.tolist(), strict=True):
         if end - begin >= length:
-            regular = torch.arange(begin, end, stride, dtype=torch.float64).numpy()
-            regular = regular[regular + length <= end]
+            steps = torch.arange(begin, end, stride, dtype=torch.float64).tolist()
+            starts += [start for start in steps if start + length <= end]
             # Where the stride does not end with the interval, one more window does.
-            short = not len(regular) or regular[-1] + length < end
-            starts += [regular, np.array([end - length])] if short else [regular]
-    return np.sort(np.concatenate(starts))
+            if starts[-1] + length < end:
+                starts.append(end - length)
+    return np.sort(starts)
 
 
 def _trials(
@@ -326,14 +318,12 @@ def _trials(
     spikes: np.ndarray,
 ) -> dict[str, Any]:
     """Arguments of `Session.from_spike_times` for the trials that are kept."""
-    if isinstance(align, str):
-        behaviour = _behaviour(file, align)
-    else:
-        behaviour = {"event-time": np.asarray(align, dtype=np.float64)}
+    named = isinstance(align, str)
+    behaviour = _behaviour(file, align) if named else {"event-time": np.asarray(align, float)}
     time = behaviour["event-time"]
     tests = {"without the event": np.isfinite(time)}
     if trial_filter is not None:
-        if trial_filter != "valid" or not isinstance(align, str):
+        if trial_filter != "valid" or not named:
             file.fail("trial_filter", "must be None, or 'valid' with an event of the file as align")
         tests["not valid"] = file.column("trials/is_valid") == 1
     begins = time + window[0] >= spikes.min() - _TOLERANCE
@@ -342,8 +332,7 @@ def _trials(
     passed = np.logical_and.accumulate(np.stack(list(tests.values())))  # (tests, K)
     lost = -np.diff([len(time), *passed.sum(axis=1)])
     counted = {"in the recording": len(time)} | dict(zip(tests, lost.tolist(), strict=True))
-    file.provenance["trials"] = counted
-    keep = passed[-1]
+    file.provenance["trials"], keep = counted, passed[-1]
     if not keep.any():
         file.fail("trials", f"none is left ({counted}); align to other events, in seconds")
     return {
@@ -396,14 +385,11 @@ def _traces(file: SessionFile) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         if path not in file.file:
             continue
         values = file.column(path)
-        times = file.times(group, len(values))
+        times, known = file.times(group, len(values)), np.isfinite(values)
         if key == "licking-rate":  # a sample counts the 20 ms that begin with it: use their middle
             times = times + 0.01
-        known = np.isfinite(values)
         if group == "paws":
-            known &= file.column(
-                f"paws/is_{key.removesuffix('-speed').replace('-', '_')}_confident"
-            )
+            known &= file.column(f"paws/is_{path[5:].removesuffix('_speed')}_confident") == 1
         traces[key] = times[known], values[known]
     file.provenance["absent"] = [key for key in _TRACES if key not in traces]
     return traces
