@@ -188,7 +188,8 @@ def ts2_windows(
 
     Windows lie in the time of valid trials (``task_aligned_intervals``) within the part: one every
     ``stride`` seconds from the start of each such interval, and one that ends with the interval.
-    The scorer wants these float64 numbers exactly: `torch.arange` gives them, numpy does not.
+    The scorer matches windows by exact equality of these float64 numbers. They are computed by
+    `torch.arange`; numpy's differ in the last bits.
 
     Args:
         path: a session file.
@@ -230,7 +231,7 @@ class SessionFile(recording.Recording):
         if path not in self.file:
             self.fail(path, "not in the file; download it again")
         values = self.file[path][()]
-        if values.dtype.kind in "OS":  # bytes
+        if values.dtype.kind in "OS":  # variable-length UTF-8, or fixed-length bytes
             values = np.array([_decode(value) for value in values.tolist()], dtype=np.str_)
         return values
 
@@ -299,15 +300,15 @@ def _windows(file: SessionFile, part: np.ndarray, stride: float, length: float) 
     trials = file.intervals("task_aligned_intervals/domain")
     first = np.maximum(trials[:, None, 0], part[None, :, 0]).ravel()
     last = np.minimum(trials[:, None, 1], part[None, :, 1]).ravel()
-    starts: list[float] = []
+    starts: list[np.ndarray] = [np.zeros(0)]
     for begin, end in zip(first.tolist(), last.tolist(), strict=True):
         if end - begin >= length:
-            steps = torch.arange(begin, end, stride, dtype=torch.float64).tolist()
-            starts += [start for start in steps if start + length <= end]
+            regular = torch.arange(begin, end, stride, dtype=torch.float64).numpy()
+            regular = regular[regular + length <= end]
             # Where the stride does not end with the interval, one more window does.
-            if starts[-1] + length < end:
-                starts.append(end - length)
-    return np.sort(starts)
+            short = not len(regular) or regular[-1] + length < end
+            starts += [regular, np.array([end - length])] if short else [regular]
+    return np.sort(np.concatenate(starts))
 
 
 def _trials(
@@ -318,12 +319,14 @@ def _trials(
     spikes: np.ndarray,
 ) -> dict[str, Any]:
     """Arguments of `Session.from_spike_times` for the trials that are kept."""
-    named = isinstance(align, str)
-    behaviour = _behaviour(file, align) if named else {"event-time": np.asarray(align, float)}
+    if isinstance(align, str):
+        behaviour = _behaviour(file, align)
+    else:
+        behaviour = {"event-time": np.asarray(align, dtype=np.float64)}
     time = behaviour["event-time"]
     tests = {"without the event": np.isfinite(time)}
     if trial_filter is not None:
-        if trial_filter != "valid" or not named:
+        if trial_filter != "valid" or not isinstance(align, str):
             file.fail("trial_filter", "must be None, or 'valid' with an event of the file as align")
         tests["not valid"] = file.column("trials/is_valid") == 1
     begins = time + window[0] >= spikes.min() - _TOLERANCE
