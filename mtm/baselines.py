@@ -2,16 +2,16 @@
 
 =======================  =======================================================================
 PSTH                     mean time course of the training trials, smoothed and shrunk
-ridge                    linear regression of each neuron on the others, of its future on the past
-low-rank GLM             Poisson regression through a few latent variables
+ridge                    linear regression of each neuron on the others
+low-rank GLM             Poisson regression of each neuron on the others through latent variables
 reduced-rank regression  the low-rank GLM of several sessions, which share temporal filters
 temporal NDT1            our transformer, trained with temporal masking only
 random-token NDT2        our transformer on patches, trained with random-token masking only
 =======================  =======================================================================
 
-Parameters are fitted on training trials; hyperparameters (smoothing, windows, penalties, ranks, the
-share that a transformer hides, its best epoch) are chosen on validation trials. Inputs of the
-regressions are residuals, ``(count - PSTH) / sqrt(mean + population mean)``, summed over windows.
+Forward prediction of the regressions is an autoregressive Poisson GLM. Parameters are fitted on
+training trials, hyperparameters chosen on validation trials. Inputs of the regressions are
+residuals, ``(count - PSTH) / sqrt(mean + population mean)``, summed over windows of bins.
 """
 
 from __future__ import annotations
@@ -41,16 +41,13 @@ from mtm.training import Fit, fit
 SMOOTHING_WIDTHS = (0.0, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # s.d. of the PSTH kernel, bins
 PRIOR_SPIKES = (3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e9)  # weight of the mean rate in a PSTH
 AROUND = ((0, 0), (1, 1), (2, 3), (4, 7), (0, None))  # before and after the predicted bin
-RIDGE_WINDOWS = {  # those of AROUND that a ridge regression uses
-    "same bin and trial": [0, 4],
-    "up to 1 bin and trial": [0, 1, 4],
-    "up to 7 bins and trial": [0, 1, 2, 3, 4],
-}
 PAST = ((0, 0), (1, 2), (3, 6), (7, 14), (0, None))  # before the last visible bin
 COMPONENTS = (4, 16, 32)  # of the population, inputs of forward prediction
 RANKS = (8, 32, 64)  # of the low-rank GLM
+SHRINKAGES = (0.0, 0.03, 0.1, 0.3, 1.0)  # of linear predictions at low rates
+FLOOR = 0.3  # smallest linear prediction, as a share of the PSTH
 LARGEST_INPUT = 6.0
-LBFGS_STEPS = 40  # at each penalty of the low-rank GLM
+LBFGS_STEPS = 40  # at each penalty of the GLMs
 MIN_SPIKES = 5  # expected in the validation trials, for a neuron to count in a choice
 
 # Settings of the transformers; they suit temporal masking better than the recipe "mtm".
@@ -72,25 +69,21 @@ def psth(session: Session, split_seed: int = 0) -> np.ndarray:
     split = session.split(split_seed)
     train, val = (torch.from_numpy(session.counts[part]).double() for part in split[:2])
     null = torch.from_numpy(metrics.log_mean(session.counts[split.train]))
-    mean, spikes = null.exp(), train.sum((0, 1))
-    bins = torch.arange(session.n_bins).double()
-    best, found = -np.inf, null.expand(session.n_bins, -1)
+    mean, spikes, bins = null.exp(), train.sum((0, 1)), torch.arange(session.n_bins).double()
+    tried = []
     for width in SMOOTHING_WIDTHS:
         kernel = torch.exp(-0.5 * ((bins[:, None] - bins) / max(width, 1e-3)) ** 2)
         smooth = kernel / kernel.sum(1, keepdim=True) @ train.mean(0)
         for prior in PRIOR_SPIKES:
             weight = spikes / (spikes + prior)  # neurons with few spikes are shrunk more
             log_rates = (mean + weight * (smooth - mean)).log()
-            if (score := validation_score(log_rates.expand_as(val), val, null)) > best:
-                best, found = score, log_rates
-    return found[None].numpy()
+            tried.append((validation_score(log_rates.expand_as(val), val, null), log_rates))
+    return max(tried, key=itemgetter(0))[1][None].numpy()
 
 
 def validation_score(log_rates: Tensor, counts: Tensor, null: Tensor) -> float:
     """Bits per spike over the null model (N,), mean over neurons with enough expected spikes."""
-    flat = (1, -1, counts.shape[-1])
-    arrays = log_rates.reshape(flat), counts.reshape(flat), null
-    bits = metrics.bits_per_spike(*(array.numpy() for array in arrays))
+    bits = metrics.bits_per_spike(log_rates.numpy(), counts.numpy(), null.numpy())
     fired = ~np.isnan(bits)
     enough = fired & (null.exp() * (counts.numel() / len(null)) >= MIN_SPIKES).numpy()
     used = enough if enough.any() else fired
@@ -125,9 +118,9 @@ def window_matrices(
     return torch.stack(rows)
 
 
-def residuals(counts: Tensor, rates: Tensor, scale: Tensor) -> Tensor:
-    """Inputs of the regressions (K, T, N): counts minus rates (T, N), scaled; bursts are cut."""
-    return ((counts - rates) / scale).clamp(max=LARGEST_INPUT)
+def window_sums(x: Tensor, windows: Tensor) -> Tensor:
+    """Residuals (K, T, N) to features (K, T, N L), the L windows of a neuron side by side."""
+    return torch.einsum("lts,ksn->ktnl", windows, x).flatten(2)
 
 
 def shared_directions(x: Tensor, n: int) -> Tensor:
@@ -142,85 +135,53 @@ class Data:
     """A session, prepared for fitting.
 
     Attributes:
-        rates: (T, N) PSTH, counts per bin; ``null`` (N,) log of the mean count per bin.
-        largest: (N,) largest count of a bin in the training trials, the limit of predictions.
-        scale: (N,) divisor of the residuals.
-        regions: members of each region; ``alone``, the neurons without a region.
-        counts: "train" or "val" -> (K', T, N); ``inputs``, their residuals.
+        rates, null: PSTH (T, N) in counts per bin; log of the mean count per bin (N,).
+        largest, scale: (N,) largest count of a bin in training trials; divisor of the residuals.
+        regions, alone: members of each region; neurons without one.
+        counts, inputs: "train" or "val" -> counts (K', T, N) and their residuals.
     """
 
-    def __init__(self, session: Session, split_seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, session: Session, split_seed: int) -> None:
         split = session.split(split_seed)
         self.name, self.n_bins, self.n_neurons = session.name, session.n_bins, session.n_neurons
-        self.rates = torch.from_numpy(np.exp(psth(session, split_seed)[0])).to(dtype)
-        self.null = torch.from_numpy(metrics.log_mean(session.counts[split.train])).to(dtype)
+        self.rates = torch.from_numpy(psth(session, split_seed)[0]).exp().float()
+        self.null = torch.from_numpy(metrics.log_mean(session.counts[split.train])).float()
         largest = session.counts[split.train].max(axis=(0, 1))
-        self.largest = torch.from_numpy(largest).to(dtype).clamp(min=1)
-        self.link, mean = Link(self.rates, self.largest), self.null.exp()
+        self.largest = torch.from_numpy(largest).float().clamp(min=1)
+        mean = self.null.exp()
         self.scale = (mean + mean.mean()).sqrt()  # the population mean keeps rare spikes small
-        codes = torch.from_numpy(session.region_codes)
-        self.regions = [(codes == c).nonzero()[:, 0] for c in codes[codes >= 0].unique()]
-        self.alone = (codes < 0).nonzero()[:, 0]
+        self.codes = torch.from_numpy(session.region_codes)
+        names = self.codes[self.codes >= 0].unique()
+        self.regions = [(self.codes == code).nonzero()[:, 0] for code in names]
+        self.alone = (self.codes < 0).nonzero()[:, 0]
         parts = {"train": split.train, "val": split.val}
-        self.counts = {p: torch.from_numpy(session.counts[i]).to(dtype) for p, i in parts.items()}
-        self.inputs = {p: residuals(c, self.rates, self.scale) for p, c in self.counts.items()}
+        self.counts = {p: torch.from_numpy(session.counts[i]).float() for p, i in parts.items()}
+        self.inputs = {part: self.residuals(counts) for part, counts in self.counts.items()}
+
+    def residuals(self, counts: Tensor) -> Tensor:
+        """Inputs of the regressions (K, T, N): counts minus PSTH, scaled; bursts are cut."""
+        return ((counts - self.rates) / self.scale).clamp(max=LARGEST_INPUT)
+
+    def link(self, delta: Tensor, gain: Tensor | None = None, start: int = 0) -> Tensor:
+        """Log-rates for changes (K, T, N) of the PSTH's log, or with a gain (N,) of the count.
+
+        No rate exceeds the neuron's largest count in training trials. ``start``: the first bin.
+        """
+        rates = self.rates[start:]
+        if gain is not None:
+            delta = (1 + gain * delta / rates).clamp(min=FLOOR).log()
+        return torch.minimum(rates.log() + delta, self.largest.log())
+
+    def score(self, delta: Tensor, gain: Tensor | None = None, start: int = 0) -> float:
+        """:func:`validation_score` of changes (K', T, N) in the validation trials."""
+        counts = self.counts["val"][:, start:]
+        return validation_score(self.link(delta, gain, start), counts, self.null)
 
     def visible(self, scheme: str) -> Tensor:
         """(N, N) bool: whether the neuron of a column may see the neuron of a row."""
         itself = torch.eye(self.n_neurons, dtype=torch.bool)
-        same = itself.clone()  # a neuron without a region is a region of its own
-        for members in self.regions:
-            same[members[:, None], members] = True
+        same = itself | ((self.codes == self.codes[:, None]) & (self.codes >= 0))
         return {"neuron": ~itself, "inter-region": ~same, "intra-region": same & ~itself}[scheme]
-
-
-class Link(NamedTuple):
-    """Function from predicted changes to log-rates, limited by the largest count.
-
-    With a gain, changes are counts: ``log(max(rates + gain * delta, floor * rates))``. Without,
-    they are changes of the log-rate: ``log(rates) + delta``.
-    """
-
-    rates: Tensor  # (T, N), or the shape of the changes
-    largest: Tensor  # (N,)
-    gain: Tensor | None = None  # (N,)
-    floor: float = 0.0
-
-    def __call__(self, delta: Tensor) -> Tensor:
-        """Log-rates (..., N) of changes (..., N)."""
-        if self.gain is None:
-            return torch.minimum(self.rates.log() + delta, self.largest.log())
-        counts = torch.maximum(self.rates + self.gain * delta, self.floor * self.rates)
-        return torch.minimum(counts, self.largest).log()
-
-
-Tuned = tuple[float, Link]  # validation score, and the link that reaches it
-
-
-Found = tuple[str, str, "Regression", str, float]
-"""Session, scheme, fitted map, what was chosen, validation score."""
-
-
-def tune_gain(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> Tuned:
-    """Choose gain and floor for linear predictions; the gain may be smaller for low rates."""
-
-    def scored(candidate: Link) -> Tuned:
-        return validation_score(candidate(delta), counts, null), candidate
-
-    mean = null.exp()
-    candidates = [
-        link._replace(gain=strength * mean / (mean + prior * mean.mean()), floor=0.2)
-        for prior in (0.0, 0.03, 0.1, 0.3, 1.0)
-        for strength in (0.6, 0.8, 1.0, 1.25, 1.6)
-    ]
-    best = max(map(scored, candidates), key=itemgetter(0))
-    floors = [scored(best[1]._replace(floor=floor)) for floor in (0.05, 0.1, 0.3, 0.5)]
-    return max(best, *floors, key=itemgetter(0))
-
-
-def keep_log(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> Tuned:
-    """Score predictions of the log-rate, which have nothing to tune."""
-    return validation_score(link(delta), counts, null), link
 
 
 @dataclass
@@ -228,19 +189,19 @@ class Regression:
     """Fitted map from the visible entries of a trial to log-rates.
 
     Attributes:
-        scale: (N,) of the residuals.
+        data: the session.
         windows: (L, T, T).
         weights: (H, N, L, N) from neuron and window to neuron, zero where it may not see the other;
             one map (H = 1), or if ``causal`` one for each number of bins ahead.
         bias: (H, N).
-        link: from changes to log-rates.
+        gain: see :meth:`Data.link`.
     """
 
-    scale: Tensor
+    data: Data
     windows: Tensor
     weights: Tensor
     bias: Tensor
-    link: Link
+    gain: Tensor | None = None
     causal: bool = False
 
     def __call__(self, counts: Tensor, first: Tensor, neurons: Tensor | None) -> Tensor:
@@ -248,28 +209,25 @@ class Regression:
 
         ``counts`` (B, T, N) are 0 where hidden, which is everywhere from bin ``first`` (B,) on.
         """
-        x = residuals(counts.to(self.scale), self.link.rates, self.scale)
-        trial, bins = torch.arange(len(x)), torch.arange(x.shape[1])
+        x = self.data.residuals(counts)
+        trial, bins, delta = torch.arange(len(x)), torch.arange(x.shape[1]), torch.zeros_like(x)
         if neurons is not None and not self.causal:  # much faster than all neurons
             parts = torch.bmm(x, self.weights[0][..., neurons].permute(2, 0, 1))  # (B, T, L)
-            delta = torch.zeros_like(x)
             delta[trial, :, neurons] = torch.einsum("lts,bsl->bt", self.windows, parts)
-            return self.link(delta + self.bias[0])
+            return self.data.link(delta + self.bias[0], self.gain)
         sums = window_sums(x, self.windows)  # (B, T, N L)
         ahead = torch.zeros(x.shape[:2], dtype=torch.long)
         if self.causal:  # take the sums of the last visible bin, zeros where there is none
             known = torch.minimum(bins, first[:, None])  # (B, T): visible bins before each bin
             sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)[trial[:, None], known]
             ahead = (bins - known).clamp(max=len(self.weights) - 1)
-        delta = torch.empty_like(x)
         for i, (weights, bias) in enumerate(zip(self.weights, self.bias, strict=True)):
             delta[ahead == i] = sums[ahead == i] @ weights.flatten(0, 1) + bias
-        return self.link(delta)
+        return self.data.link(delta, self.gain)
 
 
-def window_sums(x: Tensor, windows: Tensor) -> Tensor:
-    """Residuals (K, T, N) to features (K, T, N L), the L windows of a neuron side by side."""
-    return torch.einsum("lts,ksn->ktnl", windows, x).flatten(2)
+Found = tuple[str, str, Regression, str, float]
+"""Session, scheme, fitted map, chosen hyperparameters, validation score."""
 
 
 # --------------------------------------------------------------- ridge: neurons from other neurons
@@ -289,13 +247,13 @@ def ridge_weights(
         among: the neurons to use; the weights of the others are 0.
         groups: positions in ``among`` of neurons that may not see each other.
     """
-    n_windows = len(gram) // cross.shape[1]
-    used = _columns(among, range(n_windows), n_windows)
+    columns = torch.arange(len(gram)).view(cross.shape[1], -1)  # (N, L)
+    used = columns[among].ravel()
     shifted = gram[used][:, used] + penalty * torch.eye(len(used), dtype=gram.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
     weights = inverse @ cross[used][:, among]
     for members in groups:
-        block = _columns(members, range(n_windows), n_windows)
+        block = columns[members].ravel()
         shift = torch.linalg.solve(inverse[block][:, block], weights[block][:, members])
         weights[:, members] -= inverse[:, block] @ shift
         weights[block[:, None], members] = 0
@@ -304,46 +262,41 @@ def ridge_weights(
     return whole
 
 
-def _columns(neurons: Tensor, windows: Sequence[int], n_windows: int) -> Tensor:
-    """Columns of the features of some neurons and windows."""
-    return (neurons[:, None] * n_windows + torch.tensor(windows)).ravel()
-
-
 def fit_ridge(data: Data) -> Iterator[Found]:
     """One regression for each scheme that the session has regions for."""
-    windows = window_matrices(data.n_bins, AROUND).double()
-    gram = cross = torch.zeros(())
+    windows, gram, cross = (
+        window_matrices(data.n_bins, AROUND).float(),
+        torch.zeros(()),
+        torch.zeros(()),
+    )
     pairs = zip(*(part["train"].split(64) for part in (data.inputs, data.counts)), strict=True)
     for x, counts in pairs:  # the features of all trials could fill the memory
-        features = window_sums(x, windows).flatten(0, 1)
+        features = window_sums(x, windows).flatten(0, 1).double()
         gram = gram + features.T @ features
-        cross = cross + features.T @ (counts - data.rates).flatten(0, 1)
+        cross = cross + features.T @ (counts - data.rates).flatten(0, 1).double()
     everyone = torch.arange(data.n_neurons)
     parts = {"neuron": [(everyone, everyone.split(1))]}  # scheme -> (among, groups) of regressions
     if data.regions:
         parts["inter-region"] = [(everyone, (*data.regions, *data.alone.split(1)))]
         parts["intra-region"] = [(m, torch.arange(len(m)).split(1)) for m in data.regions]
+    features, mean = window_sums(data.inputs["val"], windows), data.null.exp()
+    # Linear predictions of neurons with low rates are noisier than a single penalty assumes.
+    gains = [mean / (mean + shrinkage * mean.mean()) for shrinkage in SHRINKAGES]
 
-    def fitted(scheme: str, chosen: Sequence[int], penalty: float) -> tuple[Tuned, Tensor]:
-        columns = _columns(everyone, chosen, len(windows))
-        some = gram[columns][:, columns], cross[columns], penalty
-        weights = torch.stack([ridge_weights(*some, *part) for part in parts[scheme]]).sum(0)
-        delta = window_sums(data.inputs["val"], windows[chosen]) @ weights
-        return tune_gain(delta, data.link, data.counts["val"], data.null), weights
+    def fitted(scheme: str, penalty: float) -> tuple[float, Tensor, Tensor]:
+        weights = [ridge_weights(gram, cross, penalty, *part) for part in parts[scheme]]
+        whole = torch.stack(weights).sum(0).float()
+        delta = features @ whole
+        scores = [data.score(delta, gain) for gain in gains]
+        return max(scores), gains[int(np.argmax(scores))], whole
 
     start = float(data.counts["train"][..., 0].numel())
     for scheme in parts:
-        tried = {
-            name: search_penalty(partial(lambda *case: fitted(*case)[0][0], scheme, chosen), start)
-            for name, chosen in RIDGE_WINDOWS.items()
-        }
-        name = max(tried, key=tried.__getitem__)
-        (score, link), weights = fitted(scheme, RIDGE_WINDOWS[name], tried[name][1])
+        _, penalty = search_penalty(partial(lambda *case: fitted(*case)[0], scheme), start)
+        score, gain, weights = fitted(scheme, penalty)
         weights = weights.view(1, data.n_neurons, -1, data.n_neurons)
-        used, no_bias = windows[RIDGE_WINDOWS[name]], torch.zeros_like(weights[:, 0, 0])
-        found = Regression(data.scale, used, weights, no_bias, link)
-        text = f"{name}; penalty {tried[name][1]:.3g}; floor {link.floor:g}"
-        yield data.name, scheme, found, text, score
+        found = Regression(data, windows, weights, torch.zeros_like(weights[:, 0, 0]), gain)
+        yield data.name, scheme, found, f"penalty {penalty:.3g}", score
 
 
 # -------------------------------------------------------- low-rank GLM: neurons from other neurons
@@ -361,25 +314,20 @@ class LowRank:
         rank, n, mean = filters.shape[1], data.n_neurons, data.null.exp()
         self.windows = window_matrices(data.n_bins, AROUND).float()
         self.gain = (mean.mean() / (mean + 0.1 * mean.mean())).sqrt()
-        self.inputs, self.outputs, self.bias = (
-            torch.zeros(n, rank),
-            torch.zeros(rank, n),
-            torch.zeros(n),
-        )
+        self.inputs, self.outputs = torch.zeros(n, rank), torch.zeros(rank, n)
+        self.bias = torch.zeros(n)
         for members in data.regions if scheme == "intra-region" else [torch.arange(n)]:
             x = data.inputs["train"][..., members]  # two filters for each of the directions
             directions = shared_directions(x, rank // 2).repeat_interleave(2, 1)
             self.inputs[members, : directions.shape[1]] = 0.1 * directions
-        self.parameters = [self.inputs, self.outputs, self.bias]
-        for parameter in self.parameters:
-            parameter.requires_grad_()
+        self.parameters = [p.requires_grad_() for p in (self.inputs, self.outputs, self.bias)]
 
     def delta(self, x: Tensor) -> Tensor:
         """Change of all log-rates (K, T, N), from residuals (K, T, N).
 
         A neuron's contribution to itself, or its region's, is computed apart and subtracted.
         """
-        outputs = self.outputs * self.gain
+        outputs, bias = self.outputs * self.gain, self.bias * self.gain
         filters = torch.einsum("lts,lr->rts", self.windows, self.filters / self.filters.norm(dim=0))
 
         def within(members: Tensor) -> Tensor:
@@ -395,13 +343,13 @@ class LowRank:
 
         everyone = torch.arange(x.shape[-1])
         if self.scheme == "neuron":
-            return within(everyone) - itself(everyone) + self.bias * self.gain
+            return within(everyone) - itself(everyone) + bias
         order = torch.cat([*self.data.regions, self.data.alone]).argsort()
         parts = [*map(within, self.data.regions), itself(self.data.alone)]
         region = torch.cat(parts, -1)[..., order]
         if self.scheme == "intra-region":
-            return region - itself(everyone) + self.bias * self.gain
-        return within(everyone) - region + self.bias * self.gain
+            return region - itself(everyone) + bias
+        return within(everyone) - region + bias
 
     def loss(self, penalty: float) -> Tensor:
         """Negative log-likelihood of the training trials and penalty.
@@ -419,17 +367,14 @@ class LowRank:
     @torch.no_grad()
     def fitted(self) -> tuple[float, Regression]:
         """Validation score, and the map as a matrix from neuron to neuron."""
-        data = self.data
-        log_rates = data.link(self.delta(data.inputs["val"]))
-        score = validation_score(log_rates, data.counts["val"], data.null)
+        score = self.data.score(self.delta(self.data.inputs["val"]))
         filters, outputs = self.filters / self.filters.norm(dim=0), self.outputs * self.gain
         weights = torch.einsum("mr,lr,rn->mln", self.inputs, filters, outputs)
-        weights = weights * data.visible(self.scheme)[:, None]
-        bias = (self.bias * self.gain)[None]
-        return score, Regression(data.scale, self.windows, weights[None], bias, data.link)
+        weights = (weights * self.data.visible(self.scheme)[:, None])[None]
+        return score, Regression(self.data, self.windows, weights, (self.bias * self.gain)[None])
 
 
-def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], **options: Any) -> None:
+def minimise(parameters: list[Tensor], loss: Callable[[], Tensor], **options: Any) -> None:
     """Minimise a loss with L-BFGS."""
     optimizer = torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **options)
 
@@ -462,7 +407,7 @@ def _fit_rank(sessions: Sequence[Data], scheme: str, rank: int, penalty: float) 
         return torch.stack([model.loss(penalty) for model in models]).sum()
 
     while penalty > 0.1:
-        _minimise(parameters, loss, max_iter=LBFGS_STEPS, history_size=10)
+        minimise(parameters, loss, max_iter=LBFGS_STEPS, history_size=10)
         found = [model.fitted() for model in models]
         mean = float(np.mean([score for score, _ in found]))
         if mean < best[0] + 1e-4:
@@ -495,114 +440,90 @@ def fit_low_rank(sessions: Sequence[Data], ranks: Sequence[int]) -> Iterator[Fou
 
 
 class Past(NamedTuple):
-    """Samples of a regression from a bin's past to the count some bins later."""
+    """Inputs of an autoregression: window sums up to a bin, ``horizon`` bins before the target."""
 
-    own: Tensor  # (L, S, N) window sums of each neuron; S = K (T - horizon)
-    population: Tensor  # (S, C L) window sums of the components
-    rates: Tensor  # (S, N)
-    counts: Tensor  # (S, N)
+    own: Tensor  # (L, K, T - horizon, N) of each neuron
+    population: Tensor  # (K, T - horizon, C L) of the components
 
     @classmethod
     def of(cls, data: Data, part: str, components: Tensor, horizon: int) -> Past:
-        """Samples of the training or validation trials, for components (N, C)."""
-        x, counts = data.inputs[part], data.counts[part]
-        windows = window_matrices(data.n_bins, PAST, past=True).to(x.dtype)[:, :-horizon]
-        population = window_sums(x @ components, windows).flatten(0, 1)
-        own = (windows[:, None] @ x).flatten(1, 2)
-        later = (data.rates.expand_as(counts)[:, horizon:], counts[:, horizon:])
-        return cls(own, population, *(part.flatten(0, 1) for part in later))
+        """Inputs of the training or validation trials, for components (N, C)."""
+        x, windows = data.inputs[part], window_matrices(data.n_bins, PAST, past=True)
+        windows = windows[:, :-horizon].float()
+        return cls(windows[:, None] @ x, window_sums(x @ components, windows))
 
-    def predict(self, own: Tensor, population: Tensor, bias: Tensor) -> Tensor:
-        """Changes (S, N) for weights (L, N), (C L, N) and bias (N,)."""
+    def delta(self, own: Tensor, population: Tensor, bias: Tensor) -> Tensor:
+        """Changes (K, T - horizon, N) for weights (L, N), (C L, N) and bias (N,)."""
         delta = self.population @ population + bias
-        for features, weights in zip(self.own, own, strict=True):
-            delta = delta.addcmul(features, weights)
+        for sums, weights in zip(self.own, own, strict=True):
+            delta = delta.addcmul(sums, weights)
         return delta
 
 
-Coefficients = tuple[Tensor, Tensor, Tensor]  # own (L, N), population (C L, N), bias (N,)
-Solver = Callable[[Past, float], Coefficients]
+def poisson_regression(
+    past: Past, rates: Tensor, counts: Tensor, penalty: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (L, N), (C L, N) and bias (N,) of Poisson regressions of all neurons at once.
 
-
-def ridge_regression(past: Past, penalty: float) -> Coefficients:
-    """Ridge regression of counts minus rates, by the normal equations of each neuron."""
-    own, shared, residual = past.own, past.population, past.counts - past.rates
-    n_own, n_shared = len(own), shared.shape[1]
-    gram = own.new_zeros(own.shape[2], n_own + n_shared, n_own + n_shared)
-    gram[:, :n_own, :n_own] = torch.einsum("isn,jsn->nij", own, own)
-    gram[:, :n_own, n_own:] = torch.einsum("isn,sc->nic", own, shared)
-    gram[:, n_own:, :n_own] = gram[:, :n_own, n_own:].mT
-    gram[:, n_own:, n_own:] = shared.T @ shared
-    cross = torch.cat([(own * residual).sum(1), shared.T @ residual])  # (L + C L, N)
-    shifted = gram + penalty * torch.eye(n_own + n_shared, dtype=gram.dtype)
-    weights = torch.linalg.solve(shifted, cross.T).T
-    return weights[:n_own], weights[n_own:], torch.zeros_like(weights[0])
-
-
-def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficients:
-    """Poisson regressions of all neurons at once, with log-rate = log(rates) + inputs.
-
-    Minimises the negative log-likelihood plus penalty / 2 times the squared weights, without the
-    bias; a convex problem.
+    Minimises the negative log-likelihood of counts (K, T', N) with log-rate = log(rates (T', N)) +
+    inputs, plus penalty / 2 times the squared weights, without the bias; a convex problem.
     """
-    ones = torch.ones_like(past.own[0, :1])
-    power = [past.own.square().mean(1), past.population.square().mean(0)[:, None] * ones, ones]
+    ones = torch.ones_like(rates[:1])
+    power = [past.own.square().mean((1, 2)), past.population.square().mean((0, 1))[:, None] * ones]
+    sizes = [*map(len, power), 1]
     # Weights are scaled by the root of about their curvature, which speeds up L-BFGS.
-    root = (torch.cat(power) * past.rates.sum(0) + penalty).sqrt()
+    root = (torch.cat([*power, ones]) * rates.sum(0) * len(counts) + penalty).sqrt()
     scaled = torch.zeros_like(root).requires_grad_()
-    offset = past.rates.log()
 
-    def coefficients() -> Coefficients:
-        own, population, bias = (scaled / root).split([len(part) for part in power])
+    def weights() -> tuple[Tensor, Tensor, Tensor]:
+        own, population, bias = (scaled / root).split(sizes)
         return own, population, bias[0]
 
     def loss() -> Tensor:
-        own, population, bias = coefficients()
-        log_rates = offset + past.predict(own, population, bias)
+        own, population, bias = weights()
+        log_rates = rates.log() + past.delta(own, population, bias)
         squares = own.square().sum() + population.square().sum()
-        return (log_rates.exp() - past.counts * log_rates).sum(
-            dtype=torch.float64
-        ) + penalty / 2 * squares
+        nll = metrics.poisson_nll(log_rates, counts)
+        return nll.sum(dtype=torch.float64) + penalty / 2 * squares
 
-    _minimise([scaled], loss, max_iter=steps, history_size=20, tolerance_change=1e-10)
+    minimise([scaled], loss, max_iter=LBFGS_STEPS, history_size=20, tolerance_change=1e-10)
     scaled.requires_grad_(False)
-    return coefficients()
+    return weights()
 
 
-def fit_forward(
-    data: Data, solve: Solver, tune: Callable[[Tensor, Link, Tensor, Tensor], Tuned]
-) -> Found:
-    """Regressions for forward prediction, one for each number of bins ahead.
+def fit_forward(data: Data) -> Found:
+    """Autoregressive Poisson GLM, a map for each number of bins ahead.
 
     Components and penalty are chosen for the middle horizon and used for all.
     """
     start, stop = forward_bins(data.n_bins)
     horizons = range(1, 1 + max(1, min(stop - start, data.n_bins - 1)))
+    directions = shared_directions(data.inputs["train"], max(COMPONENTS))  # (N, at most N)
+
+    def solve(n: int, horizon: int, penalty: float) -> tuple[Tensor, Tensor, Tensor]:
+        past = Past.of(data, "train", directions[:, :n], horizon)
+        counts = data.counts["train"][:, horizon:]
+        return poisson_regression(past, data.rates[horizon:], counts, penalty)
+
+    def score(n: int, horizon: int, penalty: float) -> float:
+        val = Past.of(data, "val", directions[:, :n], horizon)
+        return data.score(val.delta(*solve(n, horizon, penalty)), start=horizon)
+
     middle = (len(horizons) + 1) // 2
-    directions = shared_directions(data.inputs["train"], max(COMPONENTS))
-
-    def tuned(train: Past, val: Past, penalty: float) -> Tuned:
-        delta, link = val.predict(*solve(train, penalty)), Link(val.rates, data.largest)
-        return tune(delta, link, val.counts, data.null)
-
-    tried = []
-    for n in COMPONENTS:
-        train, val = (Past.of(data, part, directions[:, :n], middle) for part in ("train", "val"))
-        best = search_penalty(partial(lambda *case: tuned(*case)[0], train, val), 300.0)
-        tried.append((*best, tuned(train, val, best[1])[1], directions[:, :n]))
-    score, penalty, link, components = max(tried, key=itemgetter(0))
+    tried = [(*search_penalty(partial(score, n, middle), 300.0), n) for n in COMPONENTS]
+    best, penalty, n = max(tried, key=itemgetter(0))
     maps, biases = [], []
     for horizon in horizons:
-        own, population, bias = solve(Past.of(data, "train", components, horizon), penalty)
-        population = population.view(components.shape[1], len(PAST), -1)
-        weights = torch.einsum("mc,cln->mln", components, population)
+        own, population, bias = solve(n, horizon, penalty)
+        population = population.view(-1, len(PAST), data.n_neurons)
+        weights = torch.einsum("mc,cln->mln", directions[:, :n], population)
         weights.diagonal(dim1=0, dim2=2).add_(own)  # each neuron from itself
         maps.append(weights)
         biases.append(bias)
-    windows, link = window_matrices(data.n_bins, PAST, past=True), link._replace(rates=data.rates)
-    fitted = windows.to(own), torch.stack(maps), torch.stack(biases), link
-    text = f"{components.shape[1]} components of the population; penalty {penalty:.3g}"
-    return data.name, "causal", Regression(data.scale, *fitted, causal=True), text, score
+    windows = window_matrices(data.n_bins, PAST, past=True).float()
+    text = f"{min(n, data.n_neurons)} components; penalty {penalty:.3g}"
+    found = Regression(data, windows, torch.stack(maps), torch.stack(biases), causal=True)
+    return data.name, "causal", found, text, best
 
 
 # ------------------------------------------------------------------------------- the predictors
@@ -616,13 +537,10 @@ class Baseline(ABC):
         split_seed: seed of the split into training, validation and test trials.
 
     Attributes:
-        seen: session -> fingerprints of its training trials, which evaluation refuses to score.
-        maps: (session, scheme) -> fitted map.
-        chosen: (session, scheme) -> chosen hyperparameters and their validation score.
+        maps, chosen: (session, scheme) -> fitted map; chosen hyperparameters, validation score.
         schemes: the masking schemes that it can predict, for at least one session.
+        seen: session -> fingerprints of its training trials, which evaluation refuses to score.
     """
-
-    dtype = torch.float64  # of the fit
 
     def __init__(self, sessions: Session | Sequence[Session], split_seed: int = 0) -> None:
         sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
@@ -635,9 +553,11 @@ class Baseline(ABC):
         self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
         self.maps: dict[tuple[str, str], Regression] = {}
         self.chosen: dict[tuple[str, str], tuple[str, float]] = {}
-        data = [Data(session, split_seed, self.dtype) for session in sessions]
-        for name, scheme, found, text, score in self._fit(data):
+        fitted = [Data(session, split_seed) for session in sessions]
+        for name, scheme, found, text, score in self._fit(fitted):
             self.maps[name, scheme], self.chosen[name, scheme] = found, (text, score)
+        for data in fitted:  # trials are not needed any more
+            data.counts, data.inputs = {}, {}
         self.schemes = tuple(dict.fromkeys(scheme for _, scheme in self.maps))
 
     @abstractmethod
@@ -656,14 +576,9 @@ class Baseline(ABC):
     ) -> Tensor:
         """Log-rates (B, T, N), in counts per bin; with ``neurons`` (B,), one a trial: (B, T).
 
-        Args:
-            counts: (B, T, N); hidden entries are set to 0.
-            scheme: "causal" predicts each bin from those before it and before the first that is
-                hidden in all neurons; "neuron", "inter-region" and "intra-region" predict each
-                neuron from those that the scheme leaves visible.
-            mask: which entries are hidden.
-            session: name of a session it was fitted on.
-            neurons: (B,) index of one neuron for each trial.
+        Hidden entries of counts (B, T, N) are set to 0. The scheme "causal" predicts each bin from
+        those before it and before the first that is hidden in all neurons; the others predict each
+        neuron from those that the scheme leaves visible.
 
         Raises:
             ValueError: for a session or a scheme that it was not fitted on.
@@ -676,8 +591,8 @@ class Baseline(ABC):
             )
         hidden = mask.hidden.all(-1)  # (B, T): bins that are hidden in all neurons
         first = torch.where(hidden.any(1), hidden.int().argmax(1), counts.shape[1])
-        visible = counts.masked_fill(mask.hidden, 0)
-        log_rates = self.maps[session, scheme](visible, first, neurons).float()
+        visible = counts.float().masked_fill(mask.hidden, 0)
+        log_rates = self.maps[session, scheme](visible, first, neurons)
         return log_rates if neurons is None else log_rates[torch.arange(len(counts)), :, neurons]
 
 
@@ -686,11 +601,9 @@ class PSTH(Baseline):
 
     def _fit(self, sessions: list[Data]) -> Iterator[Found]:
         for data in sessions:
-            counts, n = data.counts["val"], data.n_neurons
-            score = validation_score(data.link(torch.zeros_like(counts)), counts, data.null)
-            windows = torch.zeros(0, data.n_bins, data.n_bins).to(counts)
-            no_weights, no_bias = counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n)
-            found = Regression(data.scale, windows, no_weights, no_bias, data.link)
+            t, n, zeros = data.n_bins, data.n_neurons, torch.zeros
+            found = Regression(data, zeros(0, t, t), zeros(1, n, 0, n), zeros(1, n))
+            score = data.score(torch.zeros_like(data.counts["val"]))
             for scheme in MTM_SCHEMES:
                 yield data.name, scheme, found, "", score
 
@@ -699,7 +612,7 @@ class Ridge(Baseline):
     """Ridge regressions of counts, each session on its own.
 
     A neuron is predicted from the other neurons, from other regions or from its own region; its
-    future from the past, with a map for each number of bins ahead.
+    future by an autoregressive Poisson GLM.
 
     Example:
         >>> print(mtm.evaluate(Ridge(session), session))
@@ -708,7 +621,7 @@ class Ridge(Baseline):
     def _fit(self, sessions: list[Data]) -> Iterator[Found]:
         for data in sessions:
             yield from fit_ridge(data)
-            yield fit_forward(data, ridge_regression, tune_gain)
+            yield fit_forward(data)
 
 
 class LowRankGLM(Baseline):
@@ -717,14 +630,9 @@ class LowRankGLM(Baseline):
     log-rate_n(t) = log PSTH_n(t) + bias_n + sum_r V_rn sum_l f_lr sum_m x_ml(t) U_mr over the
     neurons m that n may see, with x_ml the windows of neuron m's residuals. The penalty is on the
     squares of U and V, and so on the singular values of the map. Forward prediction is an
-    autoregressive Poisson GLM.
-
-    Args:
-        sessions, split_seed: see :class:`Baseline`.
-        ranks: numbers of latent variables to choose from; default :data:`RANKS`.
+    autoregressive Poisson GLM. ``ranks`` are the numbers of latent variables to choose from.
     """
 
-    dtype = torch.float32
     together = False
 
     def __init__(
@@ -741,15 +649,11 @@ class LowRankGLM(Baseline):
     def _fit(self, sessions: list[Data]) -> Iterator[Found]:
         for group in [sessions] if self.together else [[data] for data in sessions]:
             yield from fit_low_rank(group, self.ranks)
-        for data in sessions:
-            yield fit_forward(data, poisson_regression, keep_log)
+        yield from map(fit_forward, sessions)
 
 
 class ReducedRankRegression(LowRankGLM):
-    """Low-rank GLM of several sessions fitted together, with the same filters f, rank and penalty.
-
-    Forward prediction shares nothing.
-    """
+    """Low-rank GLM of sessions that are fitted together and share filters f, rank and penalty."""
 
     together = True
 
@@ -766,25 +670,20 @@ def temporal_ndt1(
 ) -> Fit:
     """Transformer trained with temporal masking only, the paper's first baseline.
 
-    Args:
-        sessions, split_seed: see :class:`Baseline`.
-        ratios: shares of the bins to hide, with a model for each; the model with the best mean over
-            the activity tasks in the validation trials is returned.
-        depth: see :meth:`mtm.MtMConfig.from_depth`.
-        tokenizer, scheme: "ndt2" and "random-token" are the paper's second baseline.
-        **changes: settings of :func:`mtm.fit`. In ``folder``, the returned model is saved, and the
-            run of each ratio has a folder of its own, such as ``temporal-0.3``.
+    A model is trained for each of the ``ratios``, shares of the bins to hide. The one with the best
+    mean score in the activity tasks on validation trials is returned and, with ``folder``, saved
+    there; each run has a folder of its own in it. ``changes`` are settings of :func:`mtm.fit`;
+    tokenizer "ndt2" and scheme "random-token" make the paper's second baseline.
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
-    folder = changes.get("folder")
     config = MtMConfig.from_depth(depth, tokenizer=tokenizer, **OPTIONS)
     settings = {**SETTINGS, "schemes": (scheme,), "prompt": False, "split_seed": split_seed}
     settings |= changes
-    runs = []
+    runs, folder = [], changes.get("folder")
     for ratio in ratios:
         if folder is not None:
             settings["folder"] = Path(folder) / f"{scheme}-{ratio:g}"
-        runs.append(fit(sessions, config, **settings | {"ratios": {scheme: ratio}}))
+        runs.append(fit(sessions, config, **settings, ratios={scheme: ratio}))
 
     def score(run: Fit) -> float:
         scores = []
@@ -815,16 +714,10 @@ BASELINES: dict[str, Callable[..., Any]] = {
 
 
 def fit_baseline(name: str, sessions: Session | Sequence[Session], **settings: Any) -> Any:
-    """Fit a baseline by its name.
+    """Fit one of :data:`BASELINES` to one session, or to several with the same bins.
 
-    Args:
-        name: one of :data:`BASELINES`.
-        sessions: one, or several with distinct names and the same bins.
-        **settings: ``split_seed``; ``ranks`` of the low-rank GLMs; of the transformers ``ratios``,
-            ``depth`` and the settings of :func:`mtm.fit`.
-
-    Returns:
-        Fitted predictor, for :func:`mtm.evaluate`.
+    Settings are ``split_seed``; ``ranks`` of the low-rank GLMs; ``ratios``, ``depth`` and those of
+    :func:`mtm.fit` of the transformers. Returns a predictor for :func:`mtm.evaluate`.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
