@@ -43,14 +43,9 @@ def make_recording(args: argparse.Namespace, folder: Path) -> None:
         np.save(folder / f"{name}.npy", array)
 
 
-def load_recording(folder: Path) -> list[np.ndarray]:
-    """The three arrays that `make_recording` wrote."""
-    return [np.load(folder / f"{name}.npy") for name in FILES]
-
-
 def measure(folder: Path, n_neurons: int, repeats: int) -> dict:
     """Bin, save the counts, and return seconds and peak bytes."""
-    arrays = load_recording(folder)
+    arrays = [np.load(folder / f"{name}.npy") for name in FILES]
     loaded, seconds, counts = peak_bytes(), [], None
     for _ in range(repeats):
         counts = None  # free the last ones, or the peak would hold two
@@ -71,7 +66,7 @@ def measure(folder: Path, n_neurons: int, repeats: int) -> dict:
 
 def measure_loop(folder: Path, n_neurons: int, limit: float) -> dict:
     """A loop over the first trials, until the limit in seconds is met; checks its counts."""
-    times, neurons, align = load_recording(folder)
+    times, neurons, align = (np.load(folder / f"{name}.npy") for name in FILES)
     counts = np.load(folder / "counts.npy")
     looped = np.zeros_like(counts)
     bins, snap = n_bins(WINDOW, BIN_SIZE), 1e-6 * BIN_SIZE  # without snap it loses spikes on edges

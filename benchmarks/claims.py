@@ -301,16 +301,11 @@ def measured(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[s
     """Both parts' scores; of a part that was not asked for, what is done already."""
     how = {"depth": options.depth, "epochs": options.epochs}
     by_name = {session.name: session for session in sessions}
-    others = held_out(sessions)
-    models = options.work / "pretrained"
-    rivals = schemes(**how)
+    others, models = held_out(sessions), options.work / "pretrained"
+    of_animals = {name: animals(others[name], **how, work=models) for name in others}
     parts = {
-        "schemes": (options.alone, {name: rivals for name in by_name}, None),
-        "animals": (
-            options.left_out,
-            {n: animals(others[n], **how, work=models) for n in others},
-            common.FOUR,
-        ),
+        "schemes": (options.alone, dict.fromkeys(by_name, schemes(**how)), None),
+        "animals": (options.left_out, of_animals, common.FOUR),
     }
     scores: dict[str, Scores] = {}
     for part, (names, methods, tasks) in parts.items():

@@ -323,16 +323,11 @@ def averages(whole: dict[str, Scores]) -> Scores:
 def described(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[str, Any]:
     """What was measured, and on what."""
     train = {"depth": options.depth, "epochs": options.epochs, "seeds": options.seeds}
-    about = {
-        s.name: {
-            "trials": s.n_trials,
-            "bins": s.n_bins,
-            "neurons": s.n_neurons,
-            "scored": len(busy(s)),
-            "regions": len(s.region_names),
-        }
-        for s in sessions
-    }
+    about = {}
+    for s in sessions:
+        numbers = (*s.counts.shape, len(busy(s)), len(s.region_names))
+        names = ("trials", "bins", "neurons", "scored", "regions")
+        about[s.name] = dict(zip(names, numbers, strict=True))
     device = mtm.distributed.pick_device()
     facts = machine(device)
     facts = {"machine": facts.pop("device"), "device": str(device), **facts}

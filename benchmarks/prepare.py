@@ -133,12 +133,8 @@ def main() -> None:
     result = {"realistic": run(**whole, repeats=options.repeats)}
     result["growth"] = [run(**smaller, repeats=options.repeats) for smaller in sizes]
     result["machine"] = machine() | {"python": platform.python_version()}
+    print(json.dumps(result, indent=1))
     write_json(options.json, result)
-    for row in [result["realistic"], *result["growth"]]:
-        numbers = ", ".join(f"{row[key]:,} {key}" for key in whole)
-        print(f"{numbers}: {row['seconds']:.2f} s, {row['peak_bytes'] / 1e9:.2f} GB")
-    for stage, seconds in result["realistic"]["stages"].items():
-        print(f"  {stage:<26} {seconds:6.2f} s")
 
 
 if __name__ == "__main__":

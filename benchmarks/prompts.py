@@ -4,8 +4,7 @@
 
 One model of each session and seed is scored in all tasks, and is shown each prompt in turn,
 whatever the task hides. WHERE is "simulated", session files (as `python -m mtm prepare` writes), or
-the folder of recordings that real_data.py reads. Out come results/study_prompt.json and the picture
-book/_assets/study_prompt.png.
+the folder of recordings that real_data.py reads. Out comes results/study_prompt.json.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def sessions_of(where: list[str]) -> list[mtm.Session]:
 
 
 def main() -> None:
-    """Read the command line, run, write the JSON and the picture."""
+    """Read the command line, run, write the JSON."""
     arguments = common.parser(__doc__, "prompts")
     arguments.add_argument("where", nargs="+")
     options = arguments.parse_args()
@@ -69,11 +68,7 @@ def main() -> None:
     facts = common.described(sessions, options) | {"study": "prompt", "seconds": seconds}
     common.write_json(options.out / "study_prompt.json", facts | {"scores": whole, "mean": means})
     who = sessions[0].name if alone else f"{len(sessions)} sessions"
-    over = "neurons (behaviour: seeds)" if alone else "sessions"
-    title = f"prompt: {who}, {len(options.seeds)} seeds"
-    figure = common.draw(means, f"{title}, mean ± standard error over {over}")
-    figure.savefig(options.pictures / "study_prompt.png", dpi=110)
-    print(common.markdown(title, means))
+    print(common.markdown(f"prompt: {who}, {len(options.seeds)} seeds", means))
 
 
 if __name__ == "__main__":

@@ -51,13 +51,8 @@ def variants() -> dict[str, dict[str, Any]]:
     ours, sizes = RECIPES["mtm"], MtMConfig.from_depth(1)
     if AGAIN not in SCHEMES:
         register(AGAIN, SCHEMES["causal"].draw, SCHEMES["causal"].ratio, causal=True, prompt=False)
-    wide, narrow = (
-        {
-            name: round(factor * getattr(sizes, name))
-            for name in ("width", "mlp_width", "stitch_width")
-        }
-        for factor in (2, 0.5)
-    )
+    widths = ("width", "mlp_width", "stitch_width")
+    wide, narrow = ({w: round(f * getattr(sizes, w)) for w in widths} for f in (2, 0.5))
     shares = ("neuron", "intra-region")
     half = {"ratios": dict.fromkeys(shares, 0.6)}
     plain: dict[str, dict[str, Any]] = {
@@ -175,7 +170,7 @@ def contest() -> dict[str, common.Method]:
     }
 
 
-def race(session: mtm.Session, ours: list[Path], theirs: Path) -> dict[str, Any]:
+def race(ours: list[Path], theirs: Path) -> dict[str, Any]:
     """Steps after which ours validates as well as the paper's does at its best; each seed's."""
     goal = history(theirs)
     best = max(entry["mean"] for entry in goal)
@@ -184,8 +179,6 @@ def race(session: mtm.Session, ours: list[Path], theirs: Path) -> dict[str, Any]
         there = [e["step"] for e in history(path) if e["mean"] >= best]
         found["steps"].append(there[0] if there else None)
     found["shares"] = [s and s / goal[-1]["step"] for s in found["steps"]]
-    print(f"{session.name}: as good as the paper's best, {best:.3f}, after {found['steps']} of "
-          f"{goal[-1]['step']} steps")  # fmt: skip
     return found
 
 
@@ -223,7 +216,7 @@ def main() -> None:
     for session in tested:
         ours = [common.kept(work, OURS, rivals[OURS], [session], seed)[0] for seed in options.seeds]
         theirs = common.kept(work, long, rivals[long], [session], options.seeds[0])[0]
-        races[session.name] = race(session, ours, theirs)
+        races[session.name] = race(ours, theirs)
     facts = common.described([*searched, *tested], options) | {"seconds": seconds}
     facts |= {"recipe": asdict(RECIPES["mtm"]), "search_seeds": options.search_seeds}
     facts |= {"searched": scores, "differences": found, "tested": whole, "races": races}

@@ -74,12 +74,10 @@ def main() -> None:
             share = numbers["step_tflop"] / numbers["step_s"] / report["ceiling_tflops"]
             numbers["share_of_ceiling"] = round(share, 4)
             report["models"][name][str(numbers["batch"])] = numbers
-            for key, value in numbers.items():
-                print(f"{key:<26} {value}", flush=True)
+            print(json.dumps(numbers, indent=1), flush=True)
             if options.json or not options.small:  # each time: a run can take hours
                 write_json(path, report)
-    for line in report["left_out"]:
-        print("left out:", line)
+    print("left out:", report["left_out"])
 
 
 def parse() -> argparse.Namespace:
@@ -263,16 +261,16 @@ def typical(found: np.ndarray) -> np.ndarray:
 
 def never_waits(bench: Bench) -> bool:
     """Whether the host does not wait for the device in a step of any scheme."""
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # then, waiting is an error
     try:
         for scheme in MTM_SCHEMES:
             bench.step(NEURONS[0], scheme)
+        return True
     except RuntimeError as error:
         print(f"{scheme}: {error}", file=sys.stderr)
         return False
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return True
 
 
 # -------------------------------------------------------------------------- matrix products alone

@@ -264,11 +264,8 @@ def ridge_weights(
 
 def fit_ridge(data: Data) -> Iterator[Found]:
     """One regression for each scheme that the session has regions for."""
-    windows, gram, cross = (
-        window_matrices(data.n_bins, AROUND).float(),
-        torch.zeros(()),
-        torch.zeros(()),
-    )
+    windows = window_matrices(data.n_bins, AROUND).float()
+    gram = cross = torch.zeros(())
     pairs = zip(*(part["train"].split(64) for part in (data.inputs, data.counts)), strict=True)
     for x, counts in pairs:  # the features of all trials could fill the memory
         features = window_sums(x, windows).flatten(0, 1).double()
