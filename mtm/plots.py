@@ -111,20 +111,15 @@ def psth_grid(
 
 
 def before_and_after(
-    session: Session,
-    rates: np.ndarray,
-    neuron: int,
-    trials: np.ndarray,
-    by: str | None = None,
+    session: Session, rates: np.ndarray, neuron: int, trials: np.ndarray, by: str | None = None
 ) -> Figure:
     """Single trials of one neuron: its spikes, and the rates predicted while it was hidden.
 
     ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',), which are sorted
     by a behaviour if there is one.
     """
-    figure, axes = plt.subplots(
-        1, 2, sharex=True, sharey=True, figsize=(8, 3.2), layout="constrained"
-    )
+    figure = plt.figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
     order = np.arange(len(trials))
     if by is not None:
         order = np.argsort(np.asarray(session.behaviour[by])[trials], kind="stable")
@@ -206,9 +201,8 @@ def filled_in(
     shown.set(title="masked", xlabel=TIME)
     for ax, (title, image) in zip(rest, images.items(), strict=True):
         scored = np.where(target, image, np.nan)[:, order].T
-        picture = ax.imshow(
-            scored, extent=_extent(session), norm=PowerNorm(0.5, 0, highest), **IMAGE
-        )
+        norm = PowerNorm(0.5, 0, highest)
+        picture = ax.imshow(scored, extent=_extent(session), norm=norm, **IMAGE)
         ax.set(title=title, xlabel=TIME)
     figure.colorbar(picture, ax=rest, label="Hz")
     return figure
@@ -219,7 +213,7 @@ def predicted(
 ) -> Axes:
     """Spikes, predicted rate (``log_rates`` (T,)) and, if known, true rate in one trial."""
     ax = ax or plt.gca()
-    times, width = _centres(session), session.bin_size
+    times, width = session.times + session.bin_size / 2, session.bin_size
     ax.bar(times, session.counts[trial, :, neuron] / width, width, color="0.85", label="spikes")
     if session.rates is not None:
         true = session.rates[trial, :, neuron] / width
@@ -296,14 +290,12 @@ def score_bars(
     """
     ax = ax or plt.gca()
     several = any(len(report.sessions) > 1 for report in reports.values())
-    bars = {
-        name: {
-            task: scores.over("sessions" if len(scores.sessions) > 1 else "neurons", column)
-            for task, scores in report.tasks.items()
-            if column in scores.table
-        }
-        for name, report in reports.items()
-    }
+    bars: dict[str, dict[str, Mean]] = {name: {} for name in reports}
+    for name, report in reports.items():
+        for task, scores in report.tasks.items():
+            if column in scores.table:
+                over = "sessions" if len(scores.sessions) > 1 else "neurons"
+                bars[name][task] = scores.over(over, column)
     tasks = _draw_bars(bars, ax)
     ax.set_xticks(np.arange(len(tasks)), [task.replace("-", "-\n", 1) for task in tasks])
     ax.set_ylabel(f"{column.replace('_', ' ')}\n(± over {'sessions' if several else 'neurons'})")
@@ -347,10 +339,8 @@ def score_scatter(
     for session in both[0].sessions:
         if not np.array_equal(*(s.neurons[s.each_neuron["session"] == session] for s in both)):
             raise ValueError(f"session {session!r}: the two reports scored different neurons")
-    x, y = (
-        np.concatenate([scores.by_neuron(name, column) for name in both[0].sessions])
-        for scores in both
-    )
+    sessions = both[0].sessions
+    x, y = (np.concatenate([s.by_neuron(name, column) for name in sessions]) for s in both)
     given = both[0].each_neuron["region"]
     labels = np.array([region if has_region(region) else "" for region in given])
     regions = [name for name in np.unique(labels).tolist() if name]
@@ -404,16 +394,12 @@ def _draw_psth(
     """Draw the mean rate of counts (K', T) of ``trials`` (K',) for each value of a behaviour."""
     values = np.asarray(session.behaviour[by], dtype=np.float64)[trials]
     levels = np.unique(values[~np.isnan(values)])
+    centres = session.times + session.bin_size / 2
     for level, colour in zip(levels, _palette(len(levels)), strict=False):
         mean = counts[values == level].mean(axis=0) / session.bin_size
-        ax.plot(_centres(session), mean, color=colour, label=f"{by} {level:g}", **style)
+        ax.plot(centres, mean, color=colour, label=f"{by} {level:g}", **style)
     ax.set_ylim(bottom=0)
     _tidy(ax)
-
-
-def _centres(session: Session) -> np.ndarray:
-    """(T,) centres of the bins, seconds."""
-    return session.times + session.bin_size / 2
 
 
 def _extent(session: Session) -> tuple[float, float, float, float]:

@@ -44,8 +44,6 @@ def write_session(
     """Write one file; the same arguments give the same content.
 
     Args:
-        path: of the file.
-        seed: of everything random.
         regime: "eval" (splits ts1 and ts2, held-out units) or "pretrain".
         filtering: "selected_units" or "all_units" (no held-out units).
         units, rate: number of units, and their mean firing rate, Hz.
@@ -72,8 +70,8 @@ def write_session(
     made["spikes"] = {"timestamps": times, "unit_index": unit, "depth": rng.normal(size=len(unit))}
     trials = made["trials"] = _trials(rng, duration)
     row = np.flatnonzero(trials["is_valid"])
-    on, move, feedback = (trials[f"{name}_time"][row] for name in
-                          ("stim_on", "movement_onset", "feedback"))  # fmt: skip
+    events = ("stim_on_time", "movement_onset_time", "feedback_time")
+    on, move, feedback = (trials[name][row] for name in events)
     spans = [np.minimum(on, move) - 1.0, np.maximum(feedback, move) + 1.0]
     made["hulls"] = np.stack(spans, axis=1)
     domain = times[[0, -1]]
@@ -110,7 +108,6 @@ def _units(rng, n, probes):
         "depths": rng.uniform(0, 3800, n),
         "firing_rate": rng.uniform(1, 20, n),
         "label": np.ones(n),
-        "wf_template": rng.normal(size=(n, 4, 3)),
         "qc_neural": np.repeat("PASS", n),
         **{f"region_{level}": np.array(names)[region] for level, names in REGIONS.items()},
     }
@@ -209,9 +206,8 @@ def _write(file, made, filtering, strings, irregular):
     for name, bounds in made["splits"].items():
         _interval(file, f"{name}_domain", bounds)
     for group, columns in made["series"].items():
-        names = {"times": "timestamps"} if group in irregular else {"times": None}
-        stored = {names.get(key, key): values for key, values in columns.items()}
-        stored.pop(None, None)
+        stored = {key: values for key, values in columns.items() if key != "times"}
+        stored |= {"timestamps": columns["times"]} if group in irregular else {}
         _table(file, group, stored, strings).attrs["sampling_rate"] = 50
         _interval(file, f"{group}/domain", columns["times"][None, [0, -1]])
 
