@@ -41,25 +41,15 @@ CONTROLS: dict[bytes, dict[str, float]] = {}  # a few numbers for each session a
 
 @dataclass(frozen=True, repr=False)
 class Decoded:
-    """How well one behaviour was decoded.
-
-    Attributes:
-        behaviour: its name.
-        session: name of the session.
-        metric: ``"accuracy"`` or ``"R2"``.
-        score: of the predicted activity, on the test trials.
-        others: further scores and the controls, by name.
-        n_train: trials the decoder was fitted on.
-        n_test: trials it was scored on.
-    """
+    """How well one behaviour was decoded."""
 
     behaviour: str
     session: str
-    metric: str
-    score: float
-    others: dict[str, float]
-    n_train: int
-    n_test: int
+    metric: str  # "accuracy" or "R2"
+    score: float  # of the predicted activity, on the test trials
+    others: dict[str, float]  # further scores and the controls, by name
+    n_train: int  # trials the decoder was fitted on
+    n_test: int  # trials it was scored on
 
     def __repr__(self) -> str:
         others = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.others.items())
@@ -140,12 +130,11 @@ def decode_by_region(
         region -> :class:`Decoded`.
     """
     names, sizes = np.unique(session.regions[session.region_codes >= 0], return_counts=True)
-    regions = names[sizes >= least].tolist()
-    if not regions:
+    if not (sizes >= least).any():
         raise SessionError(f"session {session.name!r}: no region has {least} neurons")
     return {
         region: decode(predictor, session, behaviour, region=region, **options)[behaviour]
-        for region in regions
+        for region in names[sizes >= least].tolist()
     }
 
 

@@ -82,10 +82,7 @@ def evaluate(
     if isinstance(sessions, Session):
         return _evaluate(predictor, sessions, tasks, trials, neurons, **how)
     if trials is not None or neurons is not None:
-        raise ValueError(
-            "trials and neurons are of one session; evaluate the sessions one by one, and join "
-            "their reports with Report.join"
-        )
+        raise ValueError("trials and neurons are of one session; join reports with Report.join")
     return Report.join(_one_by_one(predictor, sessions, tasks, how))
 
 
@@ -116,9 +113,8 @@ def _one_by_one(
 def _require_known(tasks: Iterable[str], behaviours: Iterable[str]) -> None:
     """Refuse names that are neither of a task nor of a behaviour."""
     known = [*TASKS, *behaviours]
-    for task in tasks:
-        if task not in known:
-            raise ValueError(f"unknown task {task!r}; pass a list of some of: {', '.join(known)}")
+    for task in [task for task in tasks if task not in known]:
+        raise ValueError(f"unknown task {task!r}; pass a list of some of: {', '.join(known)}")
 
 
 def _evaluate(
@@ -140,30 +136,29 @@ def _evaluate(
     wanted = np.zeros(session.n_neurons, dtype=bool)
     wanted[slice(None) if neurons is None else neurons] = True
     if len(trials) == 0 or not wanted.any():
+        what, regions = "neurons" if len(trials) else "trials", ", ".join(session.region_names)
         raise ValueError(
-            f"session {session.name!r}: no {'neurons' if len(trials) else 'trials'} to score; its "
-            f"regions are: {', '.join(session.region_names) or 'none'}"
+            f"session {session.name!r}: no {what} to score; its regions are: {regions or 'none'}"
         )
     if not allow_seen:
         require_unseen(predictor, session, trials)
     _require_known(tasks or (), session.behaviour)
-    left_out = _unscorable(predictor, session, wanted, TASKS if tasks is None else tasks)
+    asked = [*TASKS, *decodable(session)] if tasks is None else tasks
+    left_out = _unscorable(predictor, session, wanted, asked)
     if tasks is not None and left_out:
         reasons = "; ".join(f"{task}: {why}" for task, why in left_out.items())
         raise SessionError(f"session {session.name!r}, {reasons}")
     scores = {}
     train_null = metrics.log_mean(session.counts[split.train])
-    for task in [t for t in (TASKS if tasks is None else tasks) if t in TASKS]:
-        if task in left_out:
-            continue
+    for task in [t for t in asked if t in TASKS and t not in left_out]:
         queries = queries_of(task, session, wanted)
         how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         log_rates = predict_queries(predictor, session, TASKS[task], trials, queries, **how)
         scores[task] = _score(log_rates, session, queries, trials, train_null)
-    names = [t for t in (decodable(session) if tasks is None else tasks) if t not in TASKS]
+    names = [t for t in asked if t not in TASKS]
     if names:
-        options: dict[str, Any] = {"split_seed": split_seed, "allow_seen": allow_seen}
-        decoder = Decoder(predictor, session, batch_size=batch_size, **options)
+        options = split_seed, batch_size, allow_seen
+        decoder = Decoder(predictor, session, None, None, *options)
     for name in names:
         try:
             decoded = decoder.decode(name)
@@ -231,16 +226,10 @@ def _score(
 def _shuffled(log_rates: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
     """Bits per spike when each trial, or each neuron, gets the prediction of another one."""
     rng = np.random.default_rng(0)
-
-    def partners(n: int) -> np.ndarray:
-        """A permutation that leaves nothing in its place (but for n = 1)."""
-        order = rng.permutation(n)
-        partner = np.empty(n, dtype=np.int64)
-        partner[order] = np.roll(order, 1)
-        return partner
-
     n_trials, _, n_neurons = counts.shape
-    trials, others = partners(n_trials), partners(n_neurons)
+    # Each one's successor in a random circle, so that none stays in its place.
+    orders = rng.permutation(n_trials), rng.permutation(n_neurons)
+    trials, others = (np.roll(order, 1)[np.argsort(order)] for order in orders)
     # Each neuron keeps its own predicted mean rate.
     mean = logsumexp(log_rates, axis=(0, 1))
     scaled = log_rates[:, :, others] - mean[others] + mean

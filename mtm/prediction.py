@@ -2,7 +2,7 @@
 
 A predictor is a model, a function ``(counts, scheme, mask, session) -> log-rates``, or an array of
 log-rates. Models and functions get counts in which every hidden entry is zero; an array is used as
-it is. Evaluation, decoding, figures and BrainWideBench submissions all predict through this file.
+it is.
 """
 
 from __future__ import annotations
@@ -73,15 +73,12 @@ def as_predictor(
     try:
         inspect.signature(_method(predictor)).bind("counts", "scheme", "mask", "session")
     except TypeError as error:
-        raise ValueError(
-            f"a predictor is a function of (counts, scheme, mask, session): {error}"
-        ) from error
+        message = f"a predictor is a function of (counts, scheme, mask, session): {error}"
+        raise ValueError(message) from error
     bin_size = _attribute(predictor, "bin_size", session.bin_size)
     if abs(bin_size - session.bin_size) > 1e-9:
-        raise SessionError(
-            f"session {session.name!r} has bins of {session.bin_size} s, the model was trained on "
-            f"bins of {bin_size} s"
-        )
+        bins = f"has bins of {session.bin_size} s, the model was trained on bins of {bin_size} s"
+        raise SessionError(f"session {session.name!r} {bins}")
     return predictor
 
 
@@ -96,19 +93,16 @@ def choose_split(
 
     Raises:
         ValueError: when the predictor was trained with another seed (unless ``allow_seen``), or
-            with an unknown one, as imported checkpoints, and none is asked for.
+            with an unknown one and none is asked for.
     """
     trained = _attribute(predictor, "split_seed", split_seed or 0)
     if split_seed is None and trained is None:
         raise ValueError(
-            "it is not known which trials this model was trained on; pass split_seed=0 to score "
-            "it on the test trials of that split, some of which may be its training trials"
+            "it is not known which trials this model was trained on; pass split_seed=0 for test "
+            "trials some of which may be its training trials"
         )
     if split_seed is not None and trained not in (None, split_seed) and not allow_seen:
-        raise ValueError(
-            f"the model was trained on the split of seed {trained}, not {split_seed}; some of the "
-            "test trials would be training trials"
-        )
+        raise ValueError(f"the model was trained on the split of seed {trained}, not {split_seed}")
     return session.split(trained if split_seed is None else split_seed)
 
 
@@ -125,8 +119,7 @@ def require_unseen(predictor: PredictorLike, session: Session, trials: np.ndarra
             raise ValueError(
                 f"session {session.name!r}: the predictor was trained on {n_known} of the "
                 f"{len(trials)} trials to be scored (in session {name!r}); score the test trials "
-                "of the split that it was trained with, or pass allow_seen=True to measure how "
-                "well it fits its training trials"
+                "of the split that it was trained with, or pass allow_seen=True"
             )
 
 
@@ -151,23 +144,19 @@ def predict_in_batches(
     scheme: str,
     n: int,
     inputs: Callable[[slice], tuple[Tensor, Mask]],
-    *,
     neurons: Tensor | None = None,
+    *,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Hide entries and predict, batch by batch; halve the batch when memory runs out.
 
     Args:
-        predictor: a model or a function.
-        session: name of the session.
-        scheme: masking scheme whose prompt a model gets.
+        predictor, session, scheme: a model or function, and the names that it gets.
         n: number of forward passes.
-        inputs: from a slice of ``range(n)`` to recorded counts (B, T, N) and a mask that
-            broadcasts to them.
+        inputs: slice of ``range(n)`` -> counts (B, T, N) and a mask that broadcasts to them.
         neurons: (n,) the one neuron wanted of each pass, for predictors that take it.
-        batch_size: passes at once. Default: what suits the device.
-        progress: show a bar on a terminal.
+        batch_size, progress: as in :func:`mtm.evaluate`.
 
     Yields:
         the slice, and log-rates (B, T, N), or (B, T) of ``neurons``, on the predictor's device.
@@ -195,10 +184,10 @@ def predict_in_batches(
                 no_memory = any(text in str(error) for text in OUT_OF_MEMORY)
                 if not (no_memory or isinstance(error, MemoryError)):
                     raise
-                if batch.stop - start == 1:
+                batch_size = (batch.stop - start) // 2
+                if batch_size == 0:
                     message = f"session {session!r}: memory runs out with a single trial"
                     raise MemoryError(message) from error
-                batch_size = (batch.stop - start) // 2
                 continue
             yield batch, log_rates
             bar.update(batch.stop - start)
@@ -222,25 +211,17 @@ def _predict(
     log_rates = torch.as_tensor(log_rates, device=counts.device).detach().float()
     expected = counts.shape[: 2 if wanted else 3]
     if log_rates.shape != expected:
-        raise ValueError(
-            f"the predictor returned shape {tuple(log_rates.shape)} for counts of shape "
-            f"{tuple(counts.shape)}; it must return a log-rate for every entry, {tuple(expected)}"
-        )
+        shapes = f"the predictor returned shape {tuple(log_rates.shape)}, not {tuple(expected)}"
+        raise ValueError(f"{shapes}; it must return a log-rate for every entry")
     return log_rates
 
 
 class Queries(NamedTuple):
-    """What to hide and predict, one query after the other.
+    """What to hide and predict, one query after the other."""
 
-    Attributes:
-        hidden: (Q, N) bool, neurons hidden in each query.
-        wanted: (Q, N) bool, neurons to predict in it; each neuron in one query at most.
-        bins: of both; by default all.
-    """
-
-    hidden: np.ndarray
-    wanted: np.ndarray
-    bins: slice = slice(0, None)
+    hidden: np.ndarray  # (Q, N) bool, neurons hidden in each query
+    wanted: np.ndarray  # (Q, N) bool, neurons to predict in it; each neuron in one query at most
+    bins: slice = slice(0, None)  # of both
 
 
 def predict_queries(
@@ -267,52 +248,37 @@ def predict_queries(
     Raises:
         ValueError: for an unknown scheme, or predictions that are NaN or infinite.
     """
-    scheme(name)  # raises ValueError for an unknown name
-    entries = slice(None), queries.bins, np.flatnonzero(queries.wanted.any(axis=0))
+    causal, (hidden, wanted, bins) = scheme(name).causal, queries
     found = np.full((len(trials), session.n_bins, session.n_neurons), np.nan)
+    entries = slice(None), bins, np.flatnonzero(wanted.any(axis=0))
     if isinstance(predictor, np.ndarray):
         found[entries] = predictor[trials][entries]
     else:
-        passes = _passes(predictor, session, name, trials, queries, options)
-        for row, neuron, log_rates in passes:
-            found[row, queries.bins, neuron] = log_rates[:, queries.bins].cpu().numpy()
+        # All that batches are made of is copied to the device once.
+        there = partial(torch.as_tensor, device=getattr(predictor, "device", "cpu"))
+        hide, target = there(hidden), there(hidden & wanted)
+        counts = there(session.counts[trials].astype(np.float32))
+        inside = torch.zeros_like(counts[0, :, :1], dtype=torch.bool)
+        inside[bins] = True
+        query, trial = np.divmod(np.arange(len(hidden) * len(trials)), len(trials))  # of each pass
+
+        def inputs(batch: slice) -> tuple[Tensor, Mask]:
+            of = there(query[batch])
+            mask = Mask(hide[of, None] & inside, target[of, None] & inside, causal)
+            return counts[there(trial[batch])], mask
+
+        # A predictor that can is asked for one neuron a pass, where each query wants one.
+        one_each = "neurons" in inspect.signature(_method(predictor)).parameters
+        one_each = one_each and (wanted.sum(axis=1) == 1).all()
+        neurons = there(wanted.argmax(axis=1)[query]) if one_each else None
+        asked = predictor, session.name, name, len(query), inputs, neurons
+        for batch, log_rates in predict_in_batches(*asked, **options):
+            row, neuron = np.nonzero(wanted[query[batch]])
+            log_rates = log_rates if one_each else log_rates[row, :, neuron]
+            found[trial[batch][row], bins, neuron] = log_rates[:, bins].cpu().numpy()
     if not np.isfinite(found[entries]).all():
         raise ValueError(f"session {session.name!r}: NaN or infinite log-rates were predicted")
     return found
-
-
-def _passes(
-    predictor: PredictorLike,
-    session: Session,
-    name: str,
-    trials: np.ndarray,
-    queries: Queries,
-    options: Mapping[str, Any],
-) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
-    """Predict batch by batch: rows of ``trials`` (M,), neurons (M,), log-rates (M, T)."""
-    # All that batches are made of is copied to the device once.
-    there = partial(torch.as_tensor, device=getattr(predictor, "device", "cpu"))
-    (hidden, wanted, bins), causal = queries, scheme(name).causal
-    in_bins = np.zeros((session.n_bins, 1), dtype=bool)
-    in_bins[bins] = True
-    counts = there(session.counts[trials].astype(np.float32))
-    hide, target, inside = there(hidden), there(hidden & wanted), there(in_bins)
-    query, trial = np.divmod(np.arange(len(hidden) * len(trials)), len(trials))  # of each pass
-
-    def inputs(batch: slice) -> tuple[Tensor, Mask]:
-        of = there(query[batch])
-        mask = Mask(hide[of, None] & inside, target[of, None] & inside, causal)
-        return counts[there(trial[batch])], mask
-
-    # A predictor that can is asked for one neuron a pass, where each query wants one.
-    parameters = inspect.signature(_method(predictor)).parameters
-    one_each = "neurons" in parameters and (wanted.sum(axis=1) == 1).all()
-    neurons = there(wanted.argmax(axis=1)[query]) if one_each else None
-    for batch, log_rates in predict_in_batches(
-        predictor, session.name, name, len(query), inputs, neurons=neurons, **options
-    ):
-        row, neuron = np.nonzero(wanted[query[batch]])
-        yield trial[batch][row], neuron, log_rates if one_each else log_rates[row, :, neuron]
 
 
 # ---------------------------------------------------------------- the activity tasks
@@ -340,13 +306,12 @@ def queries_of(task: str, session: Session, wanted: np.ndarray) -> Queries:
     if task == "forward-prediction":
         bins = slice(*forward_bins(session.n_bins))
         return Queries(np.ones_like(wanted)[None], wanted[None], bins)
-    bins = slice(0, session.n_bins)
     if task == "inter-region":  # one region a query
         hidden = codes == np.unique(codes[wanted])[:, None]
-        return Queries(hidden, hidden & wanted, bins)
+        return Queries(hidden, hidden & wanted)
     each = np.eye(session.n_neurons, dtype=bool)[wanted]  # one neuron a query
     outside = codes != codes[wanted][:, None]
-    return Queries(each | outside if task == "intra-region" else each, each, bins)
+    return Queries(each | outside if task == "intra-region" else each, each)
 
 
 def predict_held_out(
