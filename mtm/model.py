@@ -133,11 +133,13 @@ class SessionLayers(nn.Module):
             self.mean.copy_(log_means.exp())
         if init == "paper":
             return
-        if components is None:
+        if hasattr(self, "bias"):  # ndt2
             self.bias.copy_(log_means)
             return
         self.readout.weight.mul_(READOUT_SCALE)
         self.readout.bias.copy_(log_means)
+        if components is None:
+            return
         # Each output of the stitcher starts at a component: outputs 0 to R-1 at the R components
         # in turn, R to 2R-1 at their negatives, and so on.
         turn, component = divmod(np.arange(len(self.stitcher.weight)), components.shape[1])
@@ -511,8 +513,8 @@ class MtM(nn.Module):
             name: a name that no other session has.
             n_neurons: N.
             counts: (K, T, N) spike counts of its training trials. Their means scale the input.
-                Unless ``init="paper"``, predictions start at the means, and the stitcher at the
-                principal components. Default: means of 0, and a random start.
+                Unless ``init="paper"``, predictions start at the means, and the stitcher of scaled
+                counts at the principal components. Default: means of 0, and a random start.
             token: the session token starts ``"new"``, at random, or at the ``"mean"`` of others.
         """
         if name in self._keys:
@@ -522,8 +524,10 @@ class MtM(nn.Module):
         if counts is not None:
             counts = np.asarray(counts.cpu() if isinstance(counts, Tensor) else counts)
             log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike
-            stitched = self.config.tokenizer == "ndt1" and self.init != "paper"
-            components = principal_components(counts, log_means.exp()) if stitched else None
+            # Components are of scaled counts, and no start for a stitcher of raw ones.
+            scaled = self.config.tokenizer == "ndt1" and self.config.input_counts == "scaled"
+            use_components = scaled and self.init != "paper"
+            components = principal_components(counts, log_means.exp()) if use_components else None
         layers = SessionLayers(n_neurons, self.config)
         if counts is not None:
             layers.init_from(log_means, components, self.init)

@@ -215,7 +215,7 @@ def test_a_new_model_predicts_the_mean_counts(fields):
 
 def test_a_stitcher_starts_with_the_components_in_turn_and_with_both_signs():
     training = np.random.default_rng(0).poisson(1.0, (30, N_BINS, N_NEURONS))
-    model = small(init="mtm", stitch_width=25)
+    model = small(init="mtm", stitch_width=25, input_counts="scaled")
     model.add_session("new", N_NEURONS, training)
     weight = model.session_layers("new").stitcher.weight
     torch.manual_seed(0)
@@ -232,9 +232,10 @@ def test_a_stitcher_starts_with_the_components_in_turn_and_with_both_signs():
     basis = gained[:10]
     torch.testing.assert_close(basis @ basis.T, torch.eye(10).to(basis), atol=1e-4, rtol=0)
     assert weight.std() > 3 * before.std()
-    raw = small(init="paper")
-    raw.add_session("new", N_NEURONS, training)  # the authors' start looks at no counts
-    assert raw.session_layers("new").stitcher.weight.abs().max() <= N_NEURONS**-0.5
+    for fields in ({"init": "paper"}, {"init": "mtm", "input_counts": "raw"}):
+        other = small(**fields)  # the authors' start, and that of raw counts, have no components
+        other.add_session("new", N_NEURONS, training)
+        assert other.session_layers("new").stitcher.weight.abs().max() <= N_NEURONS**-0.5
 
 
 def test_components_are_what_the_neurons_share():
