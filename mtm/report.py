@@ -126,16 +126,15 @@ class TaskScores:
         if what == "seeds":
             return mean_of(runs.unstack("session").dropna().mean(axis=1))
         if what != "neurons" or pooled:
-            raise ValueError(
-                f"over must be 'sessions', 'seeds' or (unless pooled) 'neurons', got {what!r}"
-            )
+            known = "'sessions', 'seeds' or (unless pooled) 'neurons'"
+            raise ValueError(f"over must be {known}, got {what!r}")
         if not self.per_neuron:
             return Mean(self.mean(column), np.nan, 0)
         each = self._by_neuron(column).groupby("session").agg(["mean", "sem", "count"])
         each = each[each["count"] > 0]
         if each.empty:
             return mean_of([])
-        error = np.sqrt((each["sem"] ** 2).sum(skipna=False)) / len(each)
+        error = np.linalg.norm(each["sem"]) / len(each)
         return Mean(float(each["mean"].mean()), float(error), int(each["count"].sum()))
 
     def by_session(self, column: str | None = None, pooled: bool = False) -> dict[str, float]:
@@ -205,7 +204,6 @@ class Report:
             ValueError: when reports of one session scored other neurons or other trials.
         """
         joined = cls({}, {})
-        reasons: dict[str, dict[str, None]] = {}  # keys: each reason once, in order
         for report in reports:
             for task, scores in report.tasks.items():
                 table = scores.table
@@ -215,16 +213,15 @@ class Report:
                 joined.tasks[task] = TaskScores(table, scores.score)
             joined.sessions |= report.sessions
             for task, reason in report.left_out.items():
-                reasons.setdefault(task, {})[reason] = None
-        joined.left_out = {task: "; ".join(each) for task, each in reasons.items()}
+                known = joined.left_out.setdefault(task, reason)
+                joined.left_out[task] = known if reason in known else f"{known}; {reason}"
         return joined
 
     def n_dropped(self, task: str) -> int:
         """Neurons of the scored sessions that were not scored: no label, or not asked for."""
         scores = self.tasks[task]
-        if not scores.per_neuron:
-            return 0
-        return sum(self.sessions[s]["neurons"] for s in scores.sessions) - len(scores.neurons)
+        recorded = sum(self.sessions[name]["neurons"] for name in scores.sessions)
+        return recorded - len(scores.neurons) if scores.per_neuron else 0
 
     def share(self, ceiling: Report, column: str = "bits_per_spike_train_null") -> dict[str, float]:
         """Task -> score as a share of another report's on the same sessions, such as the oracle's.
@@ -233,17 +230,13 @@ class Report:
         without this column in both reports are left out.
         """
         if set(self.sessions) != set(ceiling.sessions):
-            both = ", ".join(self.sessions), ", ".join(ceiling.sessions)
-            raise ValueError(
-                "a share needs reports of the same sessions, not {} and {}".format(*both)
-            )
-        shares = {}
-        for task in [t for t in self.tasks if t in ceiling.tasks]:
-            ours, best = self.tasks[task], ceiling.tasks[task]
-            if column in ours.table and column in best.table:
-                best_mean = best.mean(column)
-                shares[task] = ours.mean(column) / best_mean if best_mean else float("nan")
-        return shares
+            ours, theirs = ", ".join(self.sessions), ", ".join(ceiling.sessions)
+            raise ValueError(f"a share needs reports of the same sessions, not {ours} and {theirs}")
+        means, best = (
+            {task: s.mean(column) for task, s in report.tasks.items() if column in s.table}
+            for report in (self, ceiling)
+        )
+        return {t: means[t] / best[t] if best[t] else np.nan for t in means if t in best}
 
     def to_frame(self) -> pd.DataFrame:
         """One table of all tasks, with a column ``task``; NaN where a task lacks a column."""
@@ -260,35 +253,33 @@ class Report:
         for task, scores in self.tasks.items():
             left = (*LABELS, *COUNTS, "gain", "gain_train_null")
             columns = [column for column in scores.table if column not in left]
-            numbers: dict[str, Any] = {column: _plain(scores.mean(column)) for column in columns}
+            numbers: dict[str, Any] = {column: scores.mean(column) for column in columns}
             numbers["errors"] = {
-                kind: {column: _plain(scores.over(kind, column).error) for column in columns}
+                kind: {column: scores.over(kind, column).error for column in columns}
                 for kind in ["neurons"] * scores.per_neuron + ["sessions", "seeds"]
             }
             if scores.per_neuron:
-                for column in NULLS:
-                    numbers[f"pooled_{column}"] = _plain(scores.mean(column, pooled=True))
-                regions = scores.by_region().items()
-                numbers |= {
+                pooled = {f"pooled_{name}": scores.mean(name, pooled=True) for name in NULLS}
+                numbers |= pooled | {
                     "neurons": len(scores.neurons),
                     "silent_neurons": scores.n_silent,
                     "dropped_neurons": self.n_dropped(task),
                     "neurons_with_nothing_visible": scores.n_blind,
-                    "regions": {region: [_plain(x) for x in mean] for region, mean in regions},
+                    "regions": {region: list(mean) for region, mean in scores.by_region().items()},
                 }
             summary[task] = numbers
-        return summary
+        return _plain(summary)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """All of it as JSON, to six decimals; also written to ``path``, if there is one."""
-        tables = {
-            task: {name: [_plain(v) for v in s.table[name].tolist()] for name in s.table}
-            for task, s in self.tasks.items()
+        content = {
+            "summary": self.to_dict(),
+            "sessions": self.sessions,
+            "scores": {task: s.score for task, s in self.tasks.items()},
+            "left_out": self.left_out,
+            "tables": {task: s.table.to_dict("list") for task, s in self.tasks.items()},
         }
-        scores = {task: s.score for task, s in self.tasks.items()}
-        content = {"summary": self.to_dict(), "sessions": self.sessions, "scores": scores}
-        content |= {"left_out": self.left_out, "tables": tables}
-        text = json.dumps(content, allow_nan=False) + "\n"
+        text = json.dumps(_plain(content), allow_nan=False) + "\n"
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(Path(path)) as partial:
@@ -299,21 +290,18 @@ class Report:
     def from_json(cls, source: str | Path) -> Report:
         """Read what :meth:`to_json` wrote: a file, or its text."""
         text = str(source) if str(source).lstrip().startswith("{") else Path(source).read_text()
-        content = json.loads(text)
-        tasks = {}
+        content, tasks = json.loads(text), {}
         for task, columns in content["tables"].items():
             nan = {k: [np.nan if v is None else v for v in values] for k, values in columns.items()}
             tasks[task] = TaskScores(pd.DataFrame(nan), content["scores"][task])
         return cls(tasks, content["sessions"], content["left_out"])
 
     def __str__(self) -> str:
-        names = list(self.sessions)
-        several = "sessions" if len(names) > 1 else "neurons"
-        if len(names) == 1 and any(s.table["seed"].max() > 0 for s in self.tasks.values()):
-            several = "seeds"
-        who = f"session {names[0]!r}" if len(names) == 1 else f"{len(names)} sessions"
+        several, who = "sessions", f"{len(self.sessions)} sessions"
+        if len(self.sessions) == 1:
+            seeds = any(scores.table["seed"].max() > 0 for scores in self.tasks.values())
+            several, who = "seeds" if seeds else "neurons", f"session {next(iter(self.sessions))!r}"
         lines = [f"{who}, {self.n_trials} trials; gain in bits per spike, ± over {several}"]
-        activity = {task: scores for task, scores in self.tasks.items() if scores.per_neuron}
         rows = {
             task: {
                 "over their test mean": s.over(several),
@@ -326,11 +314,13 @@ class Report:
                 "not scored": self.n_dropped(task),
                 "with nothing visible": s.n_blind,
             }
-            for task, s in activity.items()
+            for task, s in self.tasks.items()
+            if s.per_neuron
         }
         lines += [_text(pd.DataFrame(rows, dtype=object))] if rows else []
-        for task in [task for task in self.tasks if task not in activity]:
-            scores = self.tasks[task]
+        for task, scores in self.tasks.items():
+            if scores.per_neuron:
+                continue
             others = [c for c in scores.table if c not in (*LABELS, *COUNTS, scores.score)]
             beside = ", ".join(f"{c.replace('_', ' ')} {scores.mean(c):.3f}" for c in others)
             text = f"{task}: {scores.score} {scores.over(several)} ({beside})"
@@ -375,10 +365,8 @@ def _next_seeds(before: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         ours = table[table["session"] == name]
         first = (run[run["seed"] == run["seed"].iloc[0]][rows] for run in (ours, theirs))
         if not np.array_equal(*first):
-            raise ValueError(
-                f"session {name!r}: these reports scored other neurons or other trials, so they do "
-                "not differ by their seeds alone; join those of the same"
-            )
+            message = "these reports scored other neurons or other trials, not only other seeds"
+            raise ValueError(f"session {name!r}: {message}")
     return table.assign(seed=table["seed"] + same["seed"].max() + 1)
 
 
@@ -390,7 +378,11 @@ def _text(table: pd.DataFrame) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value for JSON: rounded to six decimals, None for NaN."""
-    if not isinstance(value, float):
-        return value
-    return None if not np.isfinite(value) else round(value, 6)
+    """A value for JSON: numbers rounded to six decimals, None for NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return round(value, 6) if np.isfinite(value) else None
+    return value

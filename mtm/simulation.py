@@ -102,10 +102,8 @@ def simulate(
         ValueError: for sizes that make no recording.
     """
     if min(n_sessions, n_trials) < 1 or n_neurons < len(circuit):
-        raise ValueError(
-            f"need at least 1 session, 1 trial and a neuron for each of the {len(circuit)} regions;"
-            f" got {n_sessions}, {n_trials}, {n_neurons}"
-        )
+        least = f"1 session, 1 trial and a neuron for each of the {len(circuit)} regions"
+        raise ValueError(f"need at least {least}; got {n_sessions}, {n_trials}, {n_neurons}")
     if bin_size >= DECISION_TIME:
         raise ValueError(f"animals decide within {DECISION_TIME} s; got bin_size {bin_size} s")
     weights = _circuit_weights(circuit, n_latents, np.random.default_rng([seed, 0]))
@@ -113,15 +111,10 @@ def simulate(
     for i in range(n_sessions):
         rng = np.random.default_rng([seed, 1, i])
         fields = _animal(circuit, weights, n_trials, n_neurons, bin_size, window, mean_rate, rng)
-        session = Session(
-            **fields,
-            name=f"sim-{i}" if seed == 0 else f"sim-{seed}-{i}",
-            subject=f"SIM_{i:03d}",
-            bin_size=bin_size,
-            window=window,
-            provenance={"origin": "mtm.simulate", "seed": seed, "session": i},
-        )
-        sessions.append(session)
+        fields["name"] = f"sim-{i}" if seed == 0 else f"sim-{seed}-{i}"
+        fields["provenance"] = {"origin": "mtm.simulate", "seed": seed, "session": i}
+        binning: dict[str, Any] = {"bin_size": bin_size, "window": window}
+        sessions.append(Session(**fields, subject=f"SIM_{i:03d}", **binning))
     return sessions
 
 
@@ -196,22 +189,18 @@ def _task(
     correct = right == (side > 0)
 
     since = grid[None, :] - reaction_time[:, None]  # (K, L) seconds since the movement began
-    speed = rng.uniform(2.0, 4.0, (n_trials, 1)) * _bump(since, MOVEMENT)  # rad/s
+    movement = _bump(since, MOVEMENT)
+    speed = rng.uniform(2.0, 4.0, (n_trials, 1)) * movement  # rad/s
     index = np.round((grid - DECISION_DELAY) / bin_size).astype(int) - 1
     carried = evidence.clip(-1, 1)[:, index.clip(0, len(steps) - 1)] * (index >= 0)
     carried = carried * np.exp(-np.maximum(since - 0.2, 0) / 0.2)  # forgotten after the report
     shown = (grid >= 0)[None, :] * (0.4 + 0.6 * np.exp(-np.maximum(grid, 0) / 0.15))
     shown = shown * np.where(since < 0.1, 1.0, 0.0)  # the stimulus goes with the response
     drive = shown * (strength**0.5)[:, None]
-    direction = np.where(right, 1.0, -1.0)[:, None]
-    signals = [
-        drive * (side < 0)[:, None],
-        drive * (side > 0)[:, None],
-        carried,
-        direction * _bump(since, MOVEMENT),
-        _bump(since, MOVEMENT),
-        correct[:, None] * _bump(since - 0.15, 0.5),
-    ]
+    left_and_right = [drive * (side == each)[:, None] for each in (-1, 1)]
+    turn = np.where(right, 1.0, -1.0)[:, None] * movement
+    reward = correct[:, None] * _bump(since - 0.15, 0.5)
+    signals = [*left_and_right, carried, turn, movement, reward]  # as INPUTS
     behaviour = {
         "choice": np.where(right, -1, 1),
         "contrast": side * strength,
@@ -260,15 +249,12 @@ def _latents(
             drive += inputs[..., INPUTS.index(name), None] * own[name]
         drive *= 1 - keep  # so that a constant drive of 1 settles at 1
         drive += region.own * np.sqrt(1 - keep**2) * rng.standard_normal(drive.shape)
-        latents[region.name] = _decay(drive, keep)
+        # z(t) = keep z(t-1) + drive(t), from 0
+        latents[region.name] = lfilter([1.0], [1.0, -keep], drive, axis=1)
     keep = np.exp(-bin_size / 0.8)
     noise = np.sqrt(1 - keep**2) * rng.standard_normal((n_trials, n_steps))
-    return latents, _decay(noise, keep) + rng.standard_normal((n_trials, 1)) * 0.5
-
-
-def _decay(drive: np.ndarray, keep: float) -> np.ndarray:
-    """z(t) = keep z(t-1) + drive(t) along axis 1, from 0."""
-    return lfilter([1.0], [1.0, -keep], drive, axis=1)
+    arousal = lfilter([1.0], [1.0, -keep], noise, axis=1)
+    return latents, arousal + rng.standard_normal((n_trials, 1)) * 0.5
 
 
 def _log_rates(
