@@ -2,16 +2,16 @@
 
 =======================  =======================================================================
 PSTH                     mean time course of the training trials, smoothed and shrunk
-ridge                    linear regression of each neuron on the others
-low-rank GLM             Poisson regression of each neuron on the others through latent variables
+ridge                    linear regression of each neuron on the others, of its future on the past
+low-rank GLM             Poisson regression through a few latent variables
 reduced-rank regression  the low-rank GLM of several sessions, which share temporal filters
 temporal NDT1            our transformer, trained with temporal masking only
 random-token NDT2        our transformer on patches, trained with random-token masking only
 =======================  =======================================================================
 
-Forward prediction of the regressions is an autoregressive Poisson GLM. Parameters are fitted on
-training trials, hyperparameters chosen on validation trials. Inputs of the regressions are
-residuals, ``(count - PSTH) / sqrt(mean + population mean)``, summed over windows of bins.
+Parameters are fitted on training trials; hyperparameters (smoothing, windows, penalties, ranks, the
+share that a transformer hides, its best epoch) are chosen on validation trials. Inputs of the
+regressions are residuals, ``(count - PSTH) / sqrt(mean + population mean)``, summed over windows.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ from mtm.training import Fit, fit
 SMOOTHING_WIDTHS = (0.0, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # s.d. of the PSTH kernel, bins
 PRIOR_SPIKES = (3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e9)  # weight of the mean rate in a PSTH
 AROUND = ((0, 0), (1, 1), (2, 3), (4, 7), (0, None))  # before and after the predicted bin
+RIDGE_WINDOWS = {  # those of AROUND that a ridge regression uses
+    "same bin and trial": [0, 4],
+    "up to 1 bin and trial": [0, 1, 4],
+    "up to 7 bins and trial": [0, 1, 2, 3, 4],
+}
 PAST = ((0, 0), (1, 2), (3, 6), (7, 14), (0, None))  # before the last visible bin
 COMPONENTS = (4, 16, 32)  # of the population, inputs of forward prediction
 RANKS = (8, 32, 64)  # of the low-rank GLM
-SHRINKAGES = (0.0, 0.03, 0.1, 0.3, 1.0)  # of linear predictions at low rates
-FLOOR = 0.3  # smallest linear prediction, as a share of the PSTH
 LARGEST_INPUT = 6.0
-LBFGS_STEPS = 40  # at each penalty of the GLMs
+LBFGS_STEPS = 40  # at each penalty of the low-rank GLM
 MIN_SPIKES = 5  # expected in the validation trials, for a neuron to count in a choice
 
 # Settings of the transformers; they suit temporal masking better than the recipe "mtm".
@@ -69,21 +72,25 @@ def psth(session: Session, split_seed: int = 0) -> np.ndarray:
     split = session.split(split_seed)
     train, val = (torch.from_numpy(session.counts[part]).double() for part in split[:2])
     null = torch.from_numpy(metrics.log_mean(session.counts[split.train]))
-    mean, spikes, bins = null.exp(), train.sum((0, 1)), torch.arange(session.n_bins).double()
-    tried = []
+    mean, spikes = null.exp(), train.sum((0, 1))
+    bins = torch.arange(session.n_bins).double()
+    best, found = -np.inf, null.expand(session.n_bins, -1)
     for width in SMOOTHING_WIDTHS:
         kernel = torch.exp(-0.5 * ((bins[:, None] - bins) / max(width, 1e-3)) ** 2)
         smooth = kernel / kernel.sum(1, keepdim=True) @ train.mean(0)
         for prior in PRIOR_SPIKES:
             weight = spikes / (spikes + prior)  # neurons with few spikes are shrunk more
             log_rates = (mean + weight * (smooth - mean)).log()
-            tried.append((validation_score(log_rates.expand_as(val), val, null), log_rates))
-    return max(tried, key=itemgetter(0))[1][None].numpy()
+            if (score := validation_score(log_rates.expand_as(val), val, null)) > best:
+                best, found = score, log_rates
+    return found[None].numpy()
 
 
 def validation_score(log_rates: Tensor, counts: Tensor, null: Tensor) -> float:
     """Bits per spike over the null model (N,), mean over neurons with enough expected spikes."""
-    bits = metrics.bits_per_spike(log_rates.numpy(), counts.numpy(), null.numpy())
+    flat = (1, -1, counts.shape[-1])
+    arrays = log_rates.reshape(flat), counts.reshape(flat), null
+    bits = metrics.bits_per_spike(*(array.numpy() for array in arrays))
     fired = ~np.isnan(bits)
     enough = fired & (null.exp() * (counts.numel() / len(null)) >= MIN_SPIKES).numpy()
     used = enough if enough.any() else fired
@@ -118,9 +125,9 @@ def window_matrices(
     return torch.stack(rows)
 
 
-def window_sums(x: Tensor, windows: Tensor) -> Tensor:
-    """Residuals (K, T, N) to features (K, T, N L), the L windows of a neuron side by side."""
-    return torch.einsum("lts,ksn->ktnl", windows, x).flatten(2)
+def residuals(counts: Tensor, rates: Tensor, scale: Tensor) -> Tensor:
+    """Inputs of the regressions (K, T, N): counts minus rates (T, N), scaled; bursts are cut."""
+    return ((counts - rates) / scale).clamp(max=LARGEST_INPUT)
 
 
 def shared_directions(x: Tensor, n: int) -> Tensor:
@@ -135,53 +142,85 @@ class Data:
     """A session, prepared for fitting.
 
     Attributes:
-        rates, null: PSTH (T, N) in counts per bin; log of the mean count per bin (N,).
-        largest, scale: (N,) largest count of a bin in training trials; divisor of the residuals.
-        regions, alone: members of each region; neurons without one.
-        counts, inputs: "train" or "val" -> counts (K', T, N) and their residuals.
+        rates: (T, N) PSTH, counts per bin; ``null`` (N,) log of the mean count per bin.
+        largest: (N,) largest count of a bin in the training trials, the limit of predictions.
+        scale: (N,) divisor of the residuals.
+        regions: members of each region; ``alone``, the neurons without a region.
+        counts: "train" or "val" -> (K', T, N); ``inputs``, their residuals.
     """
 
-    def __init__(self, session: Session, split_seed: int) -> None:
+    def __init__(self, session: Session, split_seed: int, dtype: torch.dtype) -> None:
         split = session.split(split_seed)
         self.name, self.n_bins, self.n_neurons = session.name, session.n_bins, session.n_neurons
-        self.rates = torch.from_numpy(psth(session, split_seed)[0]).exp().float()
-        self.null = torch.from_numpy(metrics.log_mean(session.counts[split.train])).float()
+        self.rates = torch.from_numpy(np.exp(psth(session, split_seed)[0])).to(dtype)
+        self.null = torch.from_numpy(metrics.log_mean(session.counts[split.train])).to(dtype)
         largest = session.counts[split.train].max(axis=(0, 1))
-        self.largest = torch.from_numpy(largest).float().clamp(min=1)
-        mean = self.null.exp()
+        self.largest = torch.from_numpy(largest).to(dtype).clamp(min=1)
+        self.link, mean = Link(self.rates, self.largest), self.null.exp()
         self.scale = (mean + mean.mean()).sqrt()  # the population mean keeps rare spikes small
-        self.codes = torch.from_numpy(session.region_codes)
-        names = self.codes[self.codes >= 0].unique()
-        self.regions = [(self.codes == code).nonzero()[:, 0] for code in names]
-        self.alone = (self.codes < 0).nonzero()[:, 0]
+        codes = torch.from_numpy(session.region_codes)
+        self.regions = [(codes == c).nonzero()[:, 0] for c in codes[codes >= 0].unique()]
+        self.alone = (codes < 0).nonzero()[:, 0]
         parts = {"train": split.train, "val": split.val}
-        self.counts = {p: torch.from_numpy(session.counts[i]).float() for p, i in parts.items()}
-        self.inputs = {part: self.residuals(counts) for part, counts in self.counts.items()}
-
-    def residuals(self, counts: Tensor) -> Tensor:
-        """Inputs of the regressions (K, T, N): counts minus PSTH, scaled; bursts are cut."""
-        return ((counts - self.rates) / self.scale).clamp(max=LARGEST_INPUT)
-
-    def link(self, delta: Tensor, gain: Tensor | None = None, start: int = 0) -> Tensor:
-        """Log-rates for changes (K, T, N) of the PSTH's log, or with a gain (N,) of the count.
-
-        No rate exceeds the neuron's largest count in training trials. ``start``: the first bin.
-        """
-        rates = self.rates[start:]
-        if gain is not None:
-            delta = (1 + gain * delta / rates).clamp(min=FLOOR).log()
-        return torch.minimum(rates.log() + delta, self.largest.log())
-
-    def score(self, delta: Tensor, gain: Tensor | None = None, start: int = 0) -> float:
-        """:func:`validation_score` of changes (K', T, N) in the validation trials."""
-        counts = self.counts["val"][:, start:]
-        return validation_score(self.link(delta, gain, start), counts, self.null)
+        self.counts = {p: torch.from_numpy(session.counts[i]).to(dtype) for p, i in parts.items()}
+        self.inputs = {p: residuals(c, self.rates, self.scale) for p, c in self.counts.items()}
 
     def visible(self, scheme: str) -> Tensor:
         """(N, N) bool: whether the neuron of a column may see the neuron of a row."""
         itself = torch.eye(self.n_neurons, dtype=torch.bool)
-        same = itself | ((self.codes == self.codes[:, None]) & (self.codes >= 0))
+        same = itself.clone()  # a neuron without a region is a region of its own
+        for members in self.regions:
+            same[members[:, None], members] = True
         return {"neuron": ~itself, "inter-region": ~same, "intra-region": same & ~itself}[scheme]
+
+
+class Link(NamedTuple):
+    """Function from predicted changes to log-rates, limited by the largest count.
+
+    With a gain, changes are counts: ``log(max(rates + gain * delta, floor * rates))``. Without,
+    they are changes of the log-rate: ``log(rates) + delta``.
+    """
+
+    rates: Tensor  # (T, N), or the shape of the changes
+    largest: Tensor  # (N,)
+    gain: Tensor | None = None  # (N,)
+    floor: float = 0.0
+
+    def __call__(self, delta: Tensor) -> Tensor:
+        """Log-rates (..., N) of changes (..., N)."""
+        if self.gain is None:
+            return torch.minimum(self.rates.log() + delta, self.largest.log())
+        counts = torch.maximum(self.rates + self.gain * delta, self.floor * self.rates)
+        return torch.minimum(counts, self.largest).log()
+
+
+Tuned = tuple[float, Link]  # validation score, and the link that reaches it
+
+
+Found = tuple[str, str, "Regression", str, float]
+"""Session, scheme, fitted map, what was chosen, validation score."""
+
+
+def tune_gain(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> Tuned:
+    """Choose gain and floor for linear predictions; the gain may be smaller for low rates."""
+
+    def scored(candidate: Link) -> Tuned:
+        return validation_score(candidate(delta), counts, null), candidate
+
+    mean = null.exp()
+    candidates = [
+        link._replace(gain=strength * mean / (mean + prior * mean.mean()), floor=0.2)
+        for prior in (0.0, 0.03, 0.1, 0.3, 1.0)
+        for strength in (0.6, 0.8, 1.0, 1.25, 1.6)
+    ]
+    best = max(map(scored, candidates), key=itemgetter(0))
+    floors = [scored(best[1]._replace(floor=floor)) for floor in (0.05, 0.1, 0.3, 0.5)]
+    return max(best, *floors, key=itemgetter(0))
+
+
+def keep_log(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> Tuned:
+    """Score predictions of the log-rate, which have nothing to tune."""
+    return validation_score(link(delta), counts, null), link
 
 
 @dataclass
@@ -189,19 +228,19 @@ class Regression:
     """Fitted map from the visible entries of a trial to log-rates.
 
     Attributes:
-        data: the session.
+        scale: (N,) of the residuals.
         windows: (L, T, T).
         weights: (H, N, L, N) from neuron and window to neuron, zero where it may not see the other;
             one map (H = 1), or if ``causal`` one for each number of bins ahead.
         bias: (H, N).
-        gain: see :meth:`Data.link`.
+        link: from changes to log-rates.
     """
 
-    data: Data
+    scale: Tensor
     windows: Tensor
     weights: Tensor
     bias: Tensor
-    gain: Tensor | None = None
+    link: Link
     causal: bool = False
 
     def __call__(self, counts: Tensor, first: Tensor, neurons: Tensor | None) -> Tensor:
@@ -209,25 +248,28 @@ class Regression:
 
         ``counts`` (B, T, N) are 0 where hidden, which is everywhere from bin ``first`` (B,) on.
         """
-        x = self.data.residuals(counts)
-        trial, bins, delta = torch.arange(len(x)), torch.arange(x.shape[1]), torch.zeros_like(x)
+        x = residuals(counts.to(self.scale), self.link.rates, self.scale)
+        trial, bins = torch.arange(len(x)), torch.arange(x.shape[1])
         if neurons is not None and not self.causal:  # much faster than all neurons
             parts = torch.bmm(x, self.weights[0][..., neurons].permute(2, 0, 1))  # (B, T, L)
+            delta = torch.zeros_like(x)
             delta[trial, :, neurons] = torch.einsum("lts,bsl->bt", self.windows, parts)
-            return self.data.link(delta + self.bias[0], self.gain)
+            return self.link(delta + self.bias[0])
         sums = window_sums(x, self.windows)  # (B, T, N L)
         ahead = torch.zeros(x.shape[:2], dtype=torch.long)
         if self.causal:  # take the sums of the last visible bin, zeros where there is none
             known = torch.minimum(bins, first[:, None])  # (B, T): visible bins before each bin
             sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)[trial[:, None], known]
             ahead = (bins - known).clamp(max=len(self.weights) - 1)
+        delta = torch.empty_like(x)
         for i, (weights, bias) in enumerate(zip(self.weights, self.bias, strict=True)):
             delta[ahead == i] = sums[ahead == i] @ weights.flatten(0, 1) + bias
-        return self.data.link(delta, self.gain)
+        return self.link(delta)
 
 
-Found = tuple[str, str, Regression, str, float]
-"""Session, scheme, fitted map, chosen hyperparameters, validation score."""
+def window_sums(x: Tensor, windows: Tensor) -> Tensor:
+    """Residuals (K, T, N) to features (K, T, N L), the L windows of a neuron side by side."""
+    return torch.einsum("lts,ksn->ktnl", windows, x).flatten(2)
 
 
 # --------------------------------------------------------------- ridge: neurons from other neurons
@@ -247,13 +289,13 @@ def ridge_weights(
         among: the neurons to use; the weights of the others are 0.
         groups: positions in ``among`` of neurons that may not see each other.
     """
-    columns = torch.arange(len(gram)).view(cross.shape[1], -1)  # (N, L)
-    used = columns[among].ravel()
+    n_windows = len(gram) // cross.shape[1]
+    used = _columns(among, range(n_windows), n_windows)
     shifted = gram[used][:, used] + penalty * torch.eye(len(used), dtype=gram.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
     weights = inverse @ cross[used][:, among]
     for members in groups:
-        block = columns[members].ravel()
+        block = _columns(members, range(n_windows), n_windows)
         shift = torch.linalg.solve(inverse[block][:, block], weights[block][:, members])
         weights[:, members] -= inverse[:, block] @ shift
         weights[block[:, None], members] = 0
@@ -262,38 +304,46 @@ def ridge_weights(
     return whole
 
 
+def _columns(neurons: Tensor, windows: Sequence[int], n_windows: int) -> Tensor:
+    """Columns of the features of some neurons and windows."""
+    return (neurons[:, None] * n_windows + torch.tensor(windows)).ravel()
+
+
 def fit_ridge(data: Data) -> Iterator[Found]:
     """One regression for each scheme that the session has regions for."""
-    windows = window_matrices(data.n_bins, AROUND).float()
+    windows = window_matrices(data.n_bins, AROUND).double()
     gram = cross = torch.zeros(())
     pairs = zip(*(part["train"].split(64) for part in (data.inputs, data.counts)), strict=True)
     for x, counts in pairs:  # the features of all trials could fill the memory
-        features = window_sums(x, windows).flatten(0, 1).double()
+        features = window_sums(x, windows).flatten(0, 1)
         gram = gram + features.T @ features
-        cross = cross + features.T @ (counts - data.rates).flatten(0, 1).double()
+        cross = cross + features.T @ (counts - data.rates).flatten(0, 1)
     everyone = torch.arange(data.n_neurons)
     parts = {"neuron": [(everyone, everyone.split(1))]}  # scheme -> (among, groups) of regressions
     if data.regions:
         parts["inter-region"] = [(everyone, (*data.regions, *data.alone.split(1)))]
         parts["intra-region"] = [(m, torch.arange(len(m)).split(1)) for m in data.regions]
-    features, mean = window_sums(data.inputs["val"], windows), data.null.exp()
-    # Linear predictions of neurons with low rates are noisier than a single penalty assumes.
-    gains = [mean / (mean + shrinkage * mean.mean()) for shrinkage in SHRINKAGES]
 
-    def fitted(scheme: str, penalty: float) -> tuple[float, Tensor, Tensor]:
-        weights = [ridge_weights(gram, cross, penalty, *part) for part in parts[scheme]]
-        whole = torch.stack(weights).sum(0).float()
-        delta = features @ whole
-        scores = [data.score(delta, gain) for gain in gains]
-        return max(scores), gains[int(np.argmax(scores))], whole
+    def fitted(scheme: str, chosen: Sequence[int], penalty: float) -> tuple[Tuned, Tensor]:
+        columns = _columns(everyone, chosen, len(windows))
+        some = gram[columns][:, columns], cross[columns], penalty
+        weights = torch.stack([ridge_weights(*some, *part) for part in parts[scheme]]).sum(0)
+        delta = window_sums(data.inputs["val"], windows[chosen]) @ weights
+        return tune_gain(delta, data.link, data.counts["val"], data.null), weights
 
     start = float(data.counts["train"][..., 0].numel())
     for scheme in parts:
-        _, penalty = search_penalty(partial(lambda *case: fitted(*case)[0], scheme), start)
-        score, gain, weights = fitted(scheme, penalty)
+        tried = {
+            name: search_penalty(partial(lambda *case: fitted(*case)[0][0], scheme, chosen), start)
+            for name, chosen in RIDGE_WINDOWS.items()
+        }
+        name = max(tried, key=tried.__getitem__)
+        (score, link), weights = fitted(scheme, RIDGE_WINDOWS[name], tried[name][1])
         weights = weights.view(1, data.n_neurons, -1, data.n_neurons)
-        found = Regression(data, windows, weights, torch.zeros_like(weights[:, 0, 0]), gain)
-        yield data.name, scheme, found, f"penalty {penalty:.3g}", score
+        used, no_bias = windows[RIDGE_WINDOWS[name]], torch.zeros_like(weights[:, 0, 0])
+        found = Regression(data.scale, used, weights, no_bias, link)
+        text = f"{name}; penalty {tried[name][1]:.3g}; floor {link.floor:g}"
+        yield data.name, scheme, found, text, score
 
 
 # -------------------------------------------------------- low-rank GLM: neurons from other neurons
@@ -311,20 +361,25 @@ class LowRank:
         rank, n, mean = filters.shape[1], data.n_neurons, data.null.exp()
         self.windows = window_matrices(data.n_bins, AROUND).float()
         self.gain = (mean.mean() / (mean + 0.1 * mean.mean())).sqrt()
-        self.inputs, self.outputs = torch.zeros(n, rank), torch.zeros(rank, n)
-        self.bias = torch.zeros(n)
+        self.inputs, self.outputs, self.bias = (
+            torch.zeros(n, rank),
+            torch.zeros(rank, n),
+            torch.zeros(n),
+        )
         for members in data.regions if scheme == "intra-region" else [torch.arange(n)]:
             x = data.inputs["train"][..., members]  # two filters for each of the directions
             directions = shared_directions(x, rank // 2).repeat_interleave(2, 1)
             self.inputs[members, : directions.shape[1]] = 0.1 * directions
-        self.parameters = [p.requires_grad_() for p in (self.inputs, self.outputs, self.bias)]
+        self.parameters = [self.inputs, self.outputs, self.bias]
+        for parameter in self.parameters:
+            parameter.requires_grad_()
 
     def delta(self, x: Tensor) -> Tensor:
         """Change of all log-rates (K, T, N), from residuals (K, T, N).
 
         A neuron's contribution to itself, or its region's, is computed apart and subtracted.
         """
-        outputs, bias = self.outputs * self.gain, self.bias * self.gain
+        outputs = self.outputs * self.gain
         filters = torch.einsum("lts,lr->rts", self.windows, self.filters / self.filters.norm(dim=0))
 
         def within(members: Tensor) -> Tensor:
@@ -340,13 +395,13 @@ class LowRank:
 
         everyone = torch.arange(x.shape[-1])
         if self.scheme == "neuron":
-            return within(everyone) - itself(everyone) + bias
+            return within(everyone) - itself(everyone) + self.bias * self.gain
         order = torch.cat([*self.data.regions, self.data.alone]).argsort()
         parts = [*map(within, self.data.regions), itself(self.data.alone)]
         region = torch.cat(parts, -1)[..., order]
         if self.scheme == "intra-region":
-            return region - itself(everyone) + bias
-        return within(everyone) - region + bias
+            return region - itself(everyone) + self.bias * self.gain
+        return within(everyone) - region + self.bias * self.gain
 
     def loss(self, penalty: float) -> Tensor:
         """Negative log-likelihood of the training trials and penalty.
@@ -364,14 +419,17 @@ class LowRank:
     @torch.no_grad()
     def fitted(self) -> tuple[float, Regression]:
         """Validation score, and the map as a matrix from neuron to neuron."""
-        score = self.data.score(self.delta(self.data.inputs["val"]))
+        data = self.data
+        log_rates = data.link(self.delta(data.inputs["val"]))
+        score = validation_score(log_rates, data.counts["val"], data.null)
         filters, outputs = self.filters / self.filters.norm(dim=0), self.outputs * self.gain
         weights = torch.einsum("mr,lr,rn->mln", self.inputs, filters, outputs)
-        weights = (weights * self.data.visible(self.scheme)[:, None])[None]
-        return score, Regression(self.data, self.windows, weights, (self.bias * self.gain)[None])
+        weights = weights * data.visible(self.scheme)[:, None]
+        bias = (self.bias * self.gain)[None]
+        return score, Regression(data.scale, self.windows, weights[None], bias, data.link)
 
 
-def minimise(parameters: list[Tensor], loss: Callable[[], Tensor], **options: Any) -> None:
+def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], **options: Any) -> None:
     """Minimise a loss with L-BFGS."""
     optimizer = torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **options)
 
@@ -404,7 +462,7 @@ def _fit_rank(sessions: Sequence[Data], scheme: str, rank: int, penalty: float) 
         return torch.stack([model.loss(penalty) for model in models]).sum()
 
     while penalty > 0.1:
-        minimise(parameters, loss, max_iter=LBFGS_STEPS, history_size=10)
+        _minimise(parameters, loss, max_iter=LBFGS_STEPS, history_size=10)
         found = [model.fitted() for model in models]
         mean = float(np.mean([score for score, _ in found]))
         if mean < best[0] + 1e-4:
@@ -437,90 +495,114 @@ def fit_low_rank(sessions: Sequence[Data], ranks: Sequence[int]) -> Iterator[Fou
 
 
 class Past(NamedTuple):
-    """Inputs of an autoregression: window sums up to a bin, ``horizon`` bins before the target."""
+    """Samples of a regression from a bin's past to the count some bins later."""
 
-    own: Tensor  # (L, K, T - horizon, N) of each neuron
-    population: Tensor  # (K, T - horizon, C L) of the components
+    own: Tensor  # (L, S, N) window sums of each neuron; S = K (T - horizon)
+    population: Tensor  # (S, C L) window sums of the components
+    rates: Tensor  # (S, N)
+    counts: Tensor  # (S, N)
 
     @classmethod
     def of(cls, data: Data, part: str, components: Tensor, horizon: int) -> Past:
-        """Inputs of the training or validation trials, for components (N, C)."""
-        x, windows = data.inputs[part], window_matrices(data.n_bins, PAST, past=True)
-        windows = windows[:, :-horizon].float()
-        return cls(windows[:, None] @ x, window_sums(x @ components, windows))
+        """Samples of the training or validation trials, for components (N, C)."""
+        x, counts = data.inputs[part], data.counts[part]
+        windows = window_matrices(data.n_bins, PAST, past=True).to(x.dtype)[:, :-horizon]
+        population = window_sums(x @ components, windows).flatten(0, 1)
+        own = (windows[:, None] @ x).flatten(1, 2)
+        later = (data.rates.expand_as(counts)[:, horizon:], counts[:, horizon:])
+        return cls(own, population, *(part.flatten(0, 1) for part in later))
 
-    def delta(self, own: Tensor, population: Tensor, bias: Tensor) -> Tensor:
-        """Changes (K, T - horizon, N) for weights (L, N), (C L, N) and bias (N,)."""
+    def predict(self, own: Tensor, population: Tensor, bias: Tensor) -> Tensor:
+        """Changes (S, N) for weights (L, N), (C L, N) and bias (N,)."""
         delta = self.population @ population + bias
-        for sums, weights in zip(self.own, own, strict=True):
-            delta = delta.addcmul(sums, weights)
+        for features, weights in zip(self.own, own, strict=True):
+            delta = delta.addcmul(features, weights)
         return delta
 
 
-def poisson_regression(
-    past: Past, rates: Tensor, counts: Tensor, penalty: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (L, N), (C L, N) and bias (N,) of Poisson regressions of all neurons at once.
+Coefficients = tuple[Tensor, Tensor, Tensor]  # own (L, N), population (C L, N), bias (N,)
+Solver = Callable[[Past, float], Coefficients]
 
-    Minimises the negative log-likelihood of counts (K, T', N) with log-rate = log(rates (T', N)) +
-    inputs, plus penalty / 2 times the squared weights, without the bias; a convex problem.
+
+def ridge_regression(past: Past, penalty: float) -> Coefficients:
+    """Ridge regression of counts minus rates, by the normal equations of each neuron."""
+    own, shared, residual = past.own, past.population, past.counts - past.rates
+    n_own, n_shared = len(own), shared.shape[1]
+    gram = own.new_zeros(own.shape[2], n_own + n_shared, n_own + n_shared)
+    gram[:, :n_own, :n_own] = torch.einsum("isn,jsn->nij", own, own)
+    gram[:, :n_own, n_own:] = torch.einsum("isn,sc->nic", own, shared)
+    gram[:, n_own:, :n_own] = gram[:, :n_own, n_own:].mT
+    gram[:, n_own:, n_own:] = shared.T @ shared
+    cross = torch.cat([(own * residual).sum(1), shared.T @ residual])  # (L + C L, N)
+    shifted = gram + penalty * torch.eye(n_own + n_shared, dtype=gram.dtype)
+    weights = torch.linalg.solve(shifted, cross.T).T
+    return weights[:n_own], weights[n_own:], torch.zeros_like(weights[0])
+
+
+def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficients:
+    """Poisson regressions of all neurons at once, with log-rate = log(rates) + inputs.
+
+    Minimises the negative log-likelihood plus penalty / 2 times the squared weights, without the
+    bias; a convex problem.
     """
-    ones = torch.ones_like(rates[:1])
-    power = [past.own.square().mean((1, 2)), past.population.square().mean((0, 1))[:, None] * ones]
-    sizes = [*map(len, power), 1]
+    ones = torch.ones_like(past.own[0, :1])
+    power = [past.own.square().mean(1), past.population.square().mean(0)[:, None] * ones, ones]
     # Weights are scaled by the root of about their curvature, which speeds up L-BFGS.
-    root = (torch.cat([*power, ones]) * rates.sum(0) * len(counts) + penalty).sqrt()
+    root = (torch.cat(power) * past.rates.sum(0) + penalty).sqrt()
     scaled = torch.zeros_like(root).requires_grad_()
+    offset = past.rates.log()
 
-    def weights() -> tuple[Tensor, Tensor, Tensor]:
-        own, population, bias = (scaled / root).split(sizes)
+    def coefficients() -> Coefficients:
+        own, population, bias = (scaled / root).split([len(part) for part in power])
         return own, population, bias[0]
 
     def loss() -> Tensor:
-        own, population, bias = weights()
-        log_rates = rates.log() + past.delta(own, population, bias)
+        own, population, bias = coefficients()
+        log_rates = offset + past.predict(own, population, bias)
         squares = own.square().sum() + population.square().sum()
-        nll = metrics.poisson_nll(log_rates, counts)
-        return nll.sum(dtype=torch.float64) + penalty / 2 * squares
+        return (log_rates.exp() - past.counts * log_rates).sum(
+            dtype=torch.float64
+        ) + penalty / 2 * squares
 
-    minimise([scaled], loss, max_iter=LBFGS_STEPS, history_size=20, tolerance_change=1e-10)
+    _minimise([scaled], loss, max_iter=steps, history_size=20, tolerance_change=1e-10)
     scaled.requires_grad_(False)
-    return weights()
+    return coefficients()
 
 
-def fit_forward(data: Data) -> Found:
-    """Autoregressive Poisson GLM, a map for each number of bins ahead.
+def fit_forward(
+    data: Data, solve: Solver, tune: Callable[[Tensor, Link, Tensor, Tensor], Tuned]
+) -> Found:
+    """Regressions for forward prediction, one for each number of bins ahead.
 
     Components and penalty are chosen for the middle horizon and used for all.
     """
     start, stop = forward_bins(data.n_bins)
     horizons = range(1, 1 + max(1, min(stop - start, data.n_bins - 1)))
-    directions = shared_directions(data.inputs["train"], max(COMPONENTS))  # (N, at most N)
-
-    def solve(n: int, horizon: int, penalty: float) -> tuple[Tensor, Tensor, Tensor]:
-        past = Past.of(data, "train", directions[:, :n], horizon)
-        counts = data.counts["train"][:, horizon:]
-        return poisson_regression(past, data.rates[horizon:], counts, penalty)
-
-    def score(n: int, horizon: int, penalty: float) -> float:
-        val = Past.of(data, "val", directions[:, :n], horizon)
-        return data.score(val.delta(*solve(n, horizon, penalty)), start=horizon)
-
     middle = (len(horizons) + 1) // 2
-    tried = [(*search_penalty(partial(score, n, middle), 300.0), n) for n in COMPONENTS]
-    best, penalty, n = max(tried, key=itemgetter(0))
+    directions = shared_directions(data.inputs["train"], max(COMPONENTS))
+
+    def tuned(train: Past, val: Past, penalty: float) -> Tuned:
+        delta, link = val.predict(*solve(train, penalty)), Link(val.rates, data.largest)
+        return tune(delta, link, val.counts, data.null)
+
+    tried = []
+    for n in COMPONENTS:
+        train, val = (Past.of(data, part, directions[:, :n], middle) for part in ("train", "val"))
+        best = search_penalty(partial(lambda *case: tuned(*case)[0], train, val), 300.0)
+        tried.append((*best, tuned(train, val, best[1])[1], directions[:, :n]))
+    score, penalty, link, components = max(tried, key=itemgetter(0))
     maps, biases = [], []
     for horizon in horizons:
-        own, population, bias = solve(n, horizon, penalty)
-        population = population.view(-1, len(PAST), data.n_neurons)
-        weights = torch.einsum("mc,cln->mln", directions[:, :n], population)
+        own, population, bias = solve(Past.of(data, "train", components, horizon), penalty)
+        population = population.view(components.shape[1], len(PAST), -1)
+        weights = torch.einsum("mc,cln->mln", components, population)
         weights.diagonal(dim1=0, dim2=2).add_(own)  # each neuron from itself
         maps.append(weights)
         biases.append(bias)
-    windows = window_matrices(data.n_bins, PAST, past=True).float()
-    text = f"{min(n, data.n_neurons)} components; penalty {penalty:.3g}"
-    found = Regression(data, windows, torch.stack(maps), torch.stack(biases), causal=True)
-    return data.name, "causal", found, text, best
+    windows, link = window_matrices(data.n_bins, PAST, past=True), link._replace(rates=data.rates)
+    fitted = windows.to(own), torch.stack(maps), torch.stack(biases), link
+    text = f"{components.shape[1]} components of the population; penalty {penalty:.3g}"
+    return data.name, "causal", Regression(data.scale, *fitted, causal=True), text, score
 
 
 # ------------------------------------------------------------------------------- the predictors
@@ -534,10 +616,13 @@ class Baseline(ABC):
         split_seed: seed of the split into training, validation and test trials.
 
     Attributes:
-        maps, chosen: (session, scheme) -> fitted map; chosen hyperparameters, validation score.
-        schemes: the masking schemes that it can predict, for at least one session.
         seen: session -> fingerprints of its training trials, which evaluation refuses to score.
+        maps: (session, scheme) -> fitted map.
+        chosen: (session, scheme) -> chosen hyperparameters and their validation score.
+        schemes: the masking schemes that it can predict, for at least one session.
     """
+
+    dtype = torch.float64  # of the fit
 
     def __init__(self, sessions: Session | Sequence[Session], split_seed: int = 0) -> None:
         sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
@@ -550,11 +635,9 @@ class Baseline(ABC):
         self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
         self.maps: dict[tuple[str, str], Regression] = {}
         self.chosen: dict[tuple[str, str], tuple[str, float]] = {}
-        fitted = [Data(session, split_seed) for session in sessions]
-        for name, scheme, found, text, score in self._fit(fitted):
+        data = [Data(session, split_seed, self.dtype) for session in sessions]
+        for name, scheme, found, text, score in self._fit(data):
             self.maps[name, scheme], self.chosen[name, scheme] = found, (text, score)
-        for data in fitted:  # trials are not needed any more
-            data.counts, data.inputs = {}, {}
         self.schemes = tuple(dict.fromkeys(scheme for _, scheme in self.maps))
 
     @abstractmethod
@@ -573,9 +656,14 @@ class Baseline(ABC):
     ) -> Tensor:
         """Log-rates (B, T, N), in counts per bin; with ``neurons`` (B,), one a trial: (B, T).
 
-        Hidden entries of counts (B, T, N) are set to 0. The scheme "causal" predicts each bin from
-        those before it and before the first that is hidden in all neurons; the others predict each
-        neuron from those that the scheme leaves visible.
+        Args:
+            counts: (B, T, N); hidden entries are set to 0.
+            scheme: "causal" predicts each bin from those before it and before the first that is
+                hidden in all neurons; "neuron", "inter-region" and "intra-region" predict each
+                neuron from those that the scheme leaves visible.
+            mask: which entries are hidden.
+            session: name of a session it was fitted on.
+            neurons: (B,) index of one neuron for each trial.
 
         Raises:
             ValueError: for a session or a scheme that it was not fitted on.
@@ -588,8 +676,8 @@ class Baseline(ABC):
             )
         hidden = mask.hidden.all(-1)  # (B, T): bins that are hidden in all neurons
         first = torch.where(hidden.any(1), hidden.int().argmax(1), counts.shape[1])
-        visible = counts.float().masked_fill(mask.hidden, 0)
-        log_rates = self.maps[session, scheme](visible, first, neurons)
+        visible = counts.masked_fill(mask.hidden, 0)
+        log_rates = self.maps[session, scheme](visible, first, neurons).float()
         return log_rates if neurons is None else log_rates[torch.arange(len(counts)), :, neurons]
 
 
@@ -598,9 +686,11 @@ class PSTH(Baseline):
 
     def _fit(self, sessions: list[Data]) -> Iterator[Found]:
         for data in sessions:
-            t, n, zeros = data.n_bins, data.n_neurons, torch.zeros
-            found = Regression(data, zeros(0, t, t), zeros(1, n, 0, n), zeros(1, n))
-            score = data.score(torch.zeros_like(data.counts["val"]))
+            counts, n = data.counts["val"], data.n_neurons
+            score = validation_score(data.link(torch.zeros_like(counts)), counts, data.null)
+            windows = torch.zeros(0, data.n_bins, data.n_bins).to(counts)
+            no_weights, no_bias = counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n)
+            found = Regression(data.scale, windows, no_weights, no_bias, data.link)
             for scheme in MTM_SCHEMES:
                 yield data.name, scheme, found, "", score
 
@@ -609,7 +699,7 @@ class Ridge(Baseline):
     """Ridge regressions of counts, each session on its own.
 
     A neuron is predicted from the other neurons, from other regions or from its own region; its
-    future by an autoregressive Poisson GLM.
+    future from the past, with a map for each number of bins ahead.
 
     Example:
         >>> print(mtm.evaluate(Ridge(session), session))
@@ -618,7 +708,7 @@ class Ridge(Baseline):
     def _fit(self, sessions: list[Data]) -> Iterator[Found]:
         for data in sessions:
             yield from fit_ridge(data)
-            yield fit_forward(data)
+            yield fit_forward(data, ridge_regression, tune_gain)
 
 
 class LowRankGLM(Baseline):
@@ -627,9 +717,14 @@ class LowRankGLM(Baseline):
     log-rate_n(t) = log PSTH_n(t) + bias_n + sum_r V_rn sum_l f_lr sum_m x_ml(t) U_mr over the
     neurons m that n may see, with x_ml the windows of neuron m's residuals. The penalty is on the
     squares of U and V, and so on the singular values of the map. Forward prediction is an
-    autoregressive Poisson GLM. ``ranks`` are the numbers of latent variables to choose from.
+    autoregressive Poisson GLM.
+
+    Args:
+        sessions, split_seed: see :class:`Baseline`.
+        ranks: numbers of latent variables to choose from; default :data:`RANKS`.
     """
 
+    dtype = torch.float32
     together = False
 
     def __init__(
@@ -646,11 +741,15 @@ class LowRankGLM(Baseline):
     def _fit(self, sessions: list[Data]) -> Iterator[Found]:
         for group in [sessions] if self.together else [[data] for data in sessions]:
             yield from fit_low_rank(group, self.ranks)
-        yield from map(fit_forward, sessions)
+        for data in sessions:
+            yield fit_forward(data, poisson_regression, keep_log)
 
 
 class ReducedRankRegression(LowRankGLM):
-    """Low-rank GLM of sessions that are fitted together and share filters f, rank and penalty."""
+    """Low-rank GLM of several sessions fitted together, with the same filters f, rank and penalty.
+
+    Forward prediction shares nothing.
+    """
 
     together = True
 
@@ -667,20 +766,25 @@ def temporal_ndt1(
 ) -> Fit:
     """Transformer trained with temporal masking only, the paper's first baseline.
 
-    A model is trained for each of the ``ratios``, shares of the bins to hide. The one with the best
-    mean score in the activity tasks on validation trials is returned and, with ``folder``, saved
-    there; each run has a folder of its own in it. ``changes`` are settings of :func:`mtm.fit`;
-    tokenizer "ndt2" and scheme "random-token" make the paper's second baseline.
+    Args:
+        sessions, split_seed: see :class:`Baseline`.
+        ratios: shares of the bins to hide, with a model for each; the model with the best mean over
+            the activity tasks in the validation trials is returned.
+        depth: see :meth:`mtm.MtMConfig.from_depth`.
+        tokenizer, scheme: "ndt2" and "random-token" are the paper's second baseline.
+        **changes: settings of :func:`mtm.fit`. In ``folder``, the returned model is saved, and the
+            run of each ratio has a folder of its own, such as ``temporal-0.3``.
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
+    folder = changes.get("folder")
     config = MtMConfig.from_depth(depth, tokenizer=tokenizer, **OPTIONS)
     settings = {**SETTINGS, "schemes": (scheme,), "prompt": False, "split_seed": split_seed}
     settings |= changes
-    runs, folder = [], changes.get("folder")
+    runs = []
     for ratio in ratios:
         if folder is not None:
             settings["folder"] = Path(folder) / f"{scheme}-{ratio:g}"
-        runs.append(fit(sessions, config, **settings, ratios={scheme: ratio}))
+        runs.append(fit(sessions, config, **settings | {"ratios": {scheme: ratio}}))
 
     def score(run: Fit) -> float:
         scores = []
@@ -711,10 +815,16 @@ BASELINES: dict[str, Callable[..., Any]] = {
 
 
 def fit_baseline(name: str, sessions: Session | Sequence[Session], **settings: Any) -> Any:
-    """Fit one of :data:`BASELINES` to one session, or to several with the same bins.
+    """Fit a baseline by its name.
 
-    Settings are ``split_seed``; ``ranks`` of the low-rank GLMs; ``ratios``, ``depth`` and those of
-    :func:`mtm.fit` of the transformers. Returns a predictor for :func:`mtm.evaluate`.
+    Args:
+        name: one of :data:`BASELINES`.
+        sessions: one, or several with distinct names and the same bins.
+        **settings: ``split_seed``; ``ranks`` of the low-rank GLMs; of the transformers ``ratios``,
+            ``depth`` and the settings of :func:`mtm.fit`.
+
+    Returns:
+        Fitted predictor, for :func:`mtm.evaluate`.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")

@@ -50,10 +50,10 @@ def masked(session, trials, hidden):
 
 
 def test_leaving_out_is_ridge_on_what_is_visible(small):
-    data = baselines.Data(small[0], 0)
-    windows = baselines.window_matrices(data.n_bins, baselines.AROUND)[[0, 1, 4]].float()
-    features = baselines.window_sums(data.inputs["train"], windows).flatten(0, 1).double()
-    targets = (data.counts["train"] - data.rates).flatten(0, 1).double()
+    data = baselines.Data(small[0], 0, torch.float64)
+    windows = baselines.window_matrices(data.n_bins, baselines.AROUND)[[0, 1, 4]].double()
+    features = baselines.window_sums(data.inputs["train"], windows).flatten(0, 1)
+    targets = (data.counts["train"] - data.rates).flatten(0, 1)
     gram, cross, everyone = features.T @ features, features.T @ targets, torch.arange(24)
     groups = {"neuron": everyone.split(1), "inter-region": [*data.regions, *data.alone.split(1)]}
     maps = {
@@ -77,19 +77,22 @@ def test_leaving_out_is_ridge_on_what_is_visible(small):
                 assert scheme == "intra-region" and n in data.alone
 
 
-def test_autoregression_against_scikit_learn(small, monkeypatch):
-    monkeypatch.setattr(baselines, "LBFGS_STEPS", 300)
-    data, horizon, n, penalty = baselines.Data(small[0], 0), 2, 7, 30.0
+def test_autoregression_against_scikit_learn(small):
+    data = baselines.Data(small[0], 0, torch.float64)
     components = baselines.shared_directions(data.inputs["train"], 4)
-    past = baselines.Past.of(data, "train", components, horizon)
-    rates, counts = data.rates[horizon:], data.counts["train"][:, horizon:]
-    own, population, bias = baselines.poisson_regression(past, rates, counts, penalty)
-    inputs = torch.cat([past.own[..., n].movedim(0, -1), past.population], -1).flatten(0, 1)
-    exposure = rates[:, n].expand(counts.shape[:2]).flatten().double()  # the offset
-    direct = PoissonRegressor(alpha=penalty / float(exposure.sum()), tol=1e-9, max_iter=1000)
-    direct.fit(inputs, counts[..., n].flatten() / exposure, sample_weight=exposure)
+    past, n, penalty = baselines.Past.of(data, "train", components, 2), 7, 30.0
+    inputs = np.concatenate([past.own[:, :, n].T, past.population], axis=1)
+    rates, counts = past.rates[:, n].numpy(), past.counts[:, n].numpy()
+
+    own, population, bias = baselines.poisson_regression(past, penalty, steps=300)
+    direct = PoissonRegressor(alpha=penalty / rates.sum(), tol=1e-9, max_iter=1000)
+    direct.fit(inputs, counts / rates, sample_weight=rates)  # the offset as an exposure
     np.testing.assert_allclose([*own[:, n], *population[:, n]], direct.coef_, atol=1e-3)
     assert float(bias[n]) == pytest.approx(direct.intercept_, abs=1e-3)
+
+    own, population, _ = baselines.ridge_regression(past, penalty)
+    direct = ScikitRidge(penalty, fit_intercept=False).fit(inputs, counts - rates)
+    np.testing.assert_allclose([*own[:, n], *population[:, n]], direct.coef_, atol=1e-8)
 
 
 def test_windows():

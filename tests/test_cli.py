@@ -56,7 +56,7 @@ def test_many_sessions_beside_a_baseline(folder, capsys):
     assert "of the oracle's: co-smoothing" in printed
     for wrong, message in (
         (["--json", str(folder)], "Is a directory"),
-        (["--by-region", "whisker"], "no behaviour 'whisker'"),
+        (["--by-region", "whisker"], "behaviour 'whisker': there is none"),
         (["--tasks", "cosmoothing"], "'cosmoothing'"),
     ):
         assert main([*evaluate, *wrong]) == 1
