@@ -70,8 +70,6 @@ def make_recording(root: Path, spikes: int, trials: int, neurons: int) -> None:
         ticks = np.sort(rng.integers(0, int(seconds * CLOCK), s))
         np.save(folder / "spikes.times.npy", ticks / CLOCK)
         np.save(folder / "spikes.clusters.npy", ids.astype(np.int32))
-        for name in ("amps", "depths"):  # written, and not read
-            (folder / f"spikes.{name}.npy").unlink()
     samples = np.arange(0, seconds, 0.01)
     np.save(alf / "_ibl_wheel.timestamps.npy", samples)
     np.save(alf / "_ibl_wheel.position.npy", np.cumsum(rng.normal(0, 0.01, len(samples))))

@@ -29,9 +29,6 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     Yields a temporary path beside ``path``, which replaces ``path`` at the end of the context.
     Folders are created. If writing fails, what was at ``path`` stays.
-
-    Raises:
-        OSError: for a full disk, naming the file and the remedy.
     """
     path = Path(path)
     partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
@@ -42,10 +39,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # before the move, or a power cut could leave an empty file
         os.replace(partial, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        problem = f"{os.strerror(error.errno)}; free some space there, or write to another place"
-        raise OSError(error.errno, problem, str(path)) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.strerror = f"{os.strerror(error.errno)}; free some space, or write elsewhere"
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -54,8 +51,7 @@ def write_arrays(
     path: str | Path, description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> Path:
     """Write arrays and a JSON description to an uncompressed ``.npz``, atomically."""
-    text = np.array(json.dumps(description))
-    content: dict[str, Any] = {DESCRIPTION: text, **arrays}
+    content: dict[str, Any] = {DESCRIPTION: np.array(json.dumps(description)), **arrays}
     with atomic_write(path) as partial, open(partial, "wb") as file:
         np.savez(file, **content)
     return Path(path)
@@ -64,28 +60,23 @@ def write_arrays(
 def read_arrays(
     path: str | Path, *, only: tuple[str, ...] | None = None, mmap: tuple[str, ...] = ()
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read what :func:`write_arrays` wrote.
+    """Read what :func:`write_arrays` wrote: the description, and the arrays by name.
 
     Args:
         path: the file.
         only: names of the arrays to read. Default: all.
         mmap: names of arrays that stay on disk and are read where they are indexed.
 
-    Returns:
-        the description, and the arrays by name.
-
     Raises:
-        FileNotFoundError: when there is no such file.
         ValueError: for a file that is damaged or of another kind.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             description = json.loads(str(file[DESCRIPTION]))
-            names = [name for name in file.files if name != DESCRIPTION]
             arrays = {
                 name: _memory_map(Path(path), file.zip, name) if name in mmap else file[name]
-                for name in names
-                if only is None or name in only
+                for name in file.files
+                if name != DESCRIPTION and (only is None or name in only)
             }
     except (FileNotFoundError, MemoryError):
         raise
@@ -117,11 +108,7 @@ def _memory_map(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def optional(module: str, extra: str) -> ModuleType:
-    """Import a module that an optional extra of this package installs.
-
-    Raises:
-        ImportError: naming the extra to install.
-    """
+    """Import a module, or name the extra of this package that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

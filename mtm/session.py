@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 
 from mtm.binning import bin_spikes, bin_trace, cluster_places
 from mtm.files import MemoryMapped, read_arrays, write_arrays
 
 FORMAT = "mtm-session 3"
-LISTED = ("format", "shape", "firing_rates")  # in a file, but no fields of a Session
+LISTED = ("format", "shape", "firing_rates")  # for `Sessions`, which reads no counts
 UNLABELLED = ("", "root", "void", "nan", "none", "unknown")
 """Labels (any case) that mean "no region": such neurons are kept, but never form a region."""
 
@@ -38,7 +39,7 @@ class Split(NamedTuple):
 
 
 class Session:
-    """One recording, binned.
+    """One recording, binned. All arguments are attributes.
 
     Args:
         counts: spike counts, (K, T, N) trials x time bins x neurons; whole numbers from 0. They are
@@ -53,14 +54,13 @@ class Session:
         neurons: table of neurons: column name -> (N,) numbers or strings.
         rates: expected count in each bin, (K, T, N); known for simulated recordings only.
         given_split: (train, val, test) trials, where the recording comes with a split of its own.
-        trial_ids: (K,) place of each trial among the ``n_recorded`` trials of the whole recording.
-            Splits are drawn among those, so that a selection of trials keeps each in its part.
-            Default: these are all trials, in order.
+        trial_ids: (K,) place of each trial among the ``n_recorded`` trials of the whole recording,
+            which splits are drawn among. Default: these are all trials, in order.
         n_recorded: number of trials of the whole recording; default K.
         provenance: where the recording comes from; anything that JSON can hold.
 
     Attributes:
-        n_trials, n_bins, n_neurons: K, T and N; all arguments are attributes, too.
+        n_trials, n_bins, n_neurons: K, T and N.
 
     Raises:
         SessionError: naming the session, the field and the remedy.
@@ -83,21 +83,12 @@ class Session:
         provenance: dict[str, Any] | None = None,
     ) -> None:
         self.name, self.subject, self.bin_size = str(name), str(subject), float(bin_size)
-        if not self.name:
-            raise SessionError("a session needs a name")
         self.counts = self._check_counts(counts)
-        self.n_trials, self.n_bins, self.n_neurons = self.counts.shape
-        labels = [""] * self.n_neurons if regions is None else list(regions)
+        self.n_trials, self.n_bins, self.n_neurons = trials, bins, units = self.counts.shape
+        labels = [""] * units if regions is None else list(regions)
         labels = [r.decode() if isinstance(r, bytes) else r or "" for r in labels]
-        self.regions = np.array(labels, dtype=np.str_)
-        if self.regions.shape != (self.n_neurons,):
-            self._fail(
-                "regions",
-                f"need one label for each of the {self.n_neurons} neurons, the last axis of counts "
-                f"{self.counts.shape}, got {len(labels)}; use '' for neurons without one",
-            )
+        self.regions = self._array("regions", labels, (units,)).astype(np.str_)
         self.window = self._check_window(window)
-        trials, bins, units = self.counts.shape
         self.behaviour: dict[str, np.ndarray] = {}
         for key, values in (behaviour or {}).items():
             array = self._array(f"behaviour {key!r}", values, (trials,), (trials, bins))
@@ -118,8 +109,7 @@ class Session:
         self.n_recorded = trials if n_recorded is None else int(n_recorded)
         ids = np.arange(trials) if trial_ids is None else trial_ids
         self.trial_ids = self._array("trial_ids", ids, (trials,)).astype(np.int64)
-        known = (self.trial_ids >= 0) & (self.trial_ids < self.n_recorded)
-        if len(np.unique(self.trial_ids)) < trials or not known.all():
+        if len(np.intersect1d(self.trial_ids, np.arange(self.n_recorded))) < trials:
             problem = f"need {trials} different numbers below n_recorded={self.n_recorded}"
             self._fail("trial_ids", problem)
         self.provenance = provenance or {}
@@ -135,16 +125,13 @@ class Session:
             self._fail("counts", f"need trials x bins x neurons, got shape {counts.shape}")
         if counts.dtype in (np.uint8, np.uint16):  # valid as they are; may be on disk
             return counts if isinstance(values, MemoryMapped) else counts.copy()
-        if counts.dtype.kind not in "uibf":
-            self._fail("counts", f"need numbers, got dtype {counts.dtype}")
         if not (counts.min() >= 0 and counts.max() <= np.iinfo(np.uint16).max):  # NaN is neither
             self._fail("counts", f"must be 0 to 65535, got {counts.min()} to {counts.max()}")
         whole = counts.astype(np.uint8 if counts.max() < 256 else np.uint16)
         if not np.array_equal(whole, counts):
             self._fail("counts", "not whole numbers; pass spike counts, not rates or smoothed data")
         if counts.dtype.kind == "f" and np.count_nonzero(whole) >= 50:
-            divisor = np.gcd.reduce(np.unique(whole))
-            if divisor > 1:
+            if (divisor := np.gcd.reduce(np.unique(whole))) > 1:
                 self._warn("counts", f"all are multiples of {divisor}, as rates in Hz would be; "
                            "counts are spikes in a bin")  # fmt: skip
         return whole
@@ -160,30 +147,27 @@ class Session:
         length = self.n_bins * self.bin_size
         start, stop = (0.0, length) if window is None else map(float, window)
         if not abs(stop - start - length) < 1e-6 * max(1.0, length):
-            self._fail(
-                "window",
-                f"({start}, {stop}) s lasts {stop - start:g} s, but {self.n_bins} bins of "
-                f"{self.bin_size} s last {length:g} s",
-            )
+            problem = f"({start}, {stop}) s, but {self.n_bins} bins last {length:g} s"
+            self._fail("window", problem)
         return start, stop
 
     def _array(self, field: str, values: ArrayLike, *shapes: tuple[int, ...]) -> np.ndarray:
         array = np.asarray(values)
         if array.shape not in shapes:
             needed, sizes = " or ".join(map(str, shapes)), self.counts.shape
-            self._fail(field, f"need shape {needed} with counts {sizes}, got {array.shape}")
+            problem = f"need shape {needed}, got {array.shape}"
+            self._fail(field, f"{problem}; counts {sizes} are trials x bins x neurons")
         return array
 
     def _check_split(self, split: Sequence[ArrayLike]) -> Split:
-        parts = []
-        for label, part in zip(Split._fields, map(np.asarray, split), strict=True):
-            part = np.unique(np.flatnonzero(part) if part.dtype == bool else part.astype(np.int64))
-            if part.size and not 0 <= part[0] <= part[-1] < self.n_trials:
-                self._fail("given_split", f"{label} has trials outside 0..{self.n_trials - 1}")
-            parts.append(part)
-        if len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
+        masks = [np.zeros(self.n_trials, dtype=int) for _ in Split._fields]
+        for mask, part in zip(masks, map(np.asarray, split), strict=True):
+            if part.dtype != bool and part.size and not 0 <= part.min() <= part.max() < len(mask):
+                self._fail("given_split", f"trials outside 0..{self.n_trials - 1}")
+            mask[part if part.dtype == bool else part.astype(np.int64)] = 1
+        if sum(masks).max() > 1:
             self._fail("given_split", "a trial is in two parts; keep them apart")
-        return Split(*parts)
+        return Split(*map(np.flatnonzero, masks))
 
     # ------------------------------------------------------------- what is in it
 
@@ -209,32 +193,34 @@ class Session:
         return np.array([index.get(region, -1) for region in self.regions.tolist()], dtype=np.int64)
 
     def __repr__(self) -> str:
-        rates, unlabelled = self.firing_rates, int((self.region_codes < 0).sum())
-        sizes = [f"{name} {np.sum(self.regions == name)}" for name in self.region_names]
+        rates, sizes = self.firing_rates, pd.Series(self.regions).value_counts()
+        regions = ", ".join(f"{name} {sizes[name]}" for name in self.region_names)
+        per = {
+            unit: ", ".join(
+                sorted(k for k, values in self.behaviour.items() if values.ndim == ndim)
+            )
+            for ndim, unit in ((1, "trial"), (2, "bin"))
+        }
         lines = [
             f"Session {self.name!r}" + (f" of subject {self.subject}" if self.subject else ""),
             f"{self.n_trials} trials x {self.n_bins} bins x {self.n_neurons} neurons; "
             f"{1000 * self.bin_size:g} ms bins, {self.window[0]:g} to {self.window[1]:g} s",
-            textwrap.shorten(f"{len(sizes)} regions: {', '.join(sizes) or 'none labelled'}", 200),
-            f"{unlabelled} neurons without a region" if unlabelled and sizes else "",
+            f"{len(self.region_names)} regions: {regions or 'none labelled'}",
             f"firing rates: mean {rates.mean():.1f} Hz, from {rates.min():.1f} to "
             f"{rates.max():.1f} Hz",
+            *(f"behaviour per {unit}: {keys}" for unit, keys in per.items() if keys),
+            *["true rates known (simulated)"] * (self.rates is not None),
         ]
-        for ndim, unit in ((1, "trial"), (2, "bin")):
-            keys = sorted(key for key, values in self.behaviour.items() if values.ndim == ndim)
-            text = f"behaviour per {unit}: " + ", ".join(keys) if keys else ""
-            lines += textwrap.wrap(text, 74, subsequent_indent="  ", break_on_hyphens=False)
-        lines.append("true rates known (simulated)" if self.rates is not None else "")
-        return "\n  ".join(filter(None, lines))
+        return "\n  ".join(textwrap.shorten(line, 200) for line in lines)
 
     # ------------------------------------------------------------ splits and selections
 
     def split(self, seed: int = 0) -> Split:
         """Split the trials at random into 70 % training, 10 % validation and 20 % test trials.
 
-        The draw depends on the session's name and the seed alone, not on which other sessions are
-        loaded, and is made among the trials of the whole recording, so that a selection of trials
-        keeps each in its part. A recording that came with its own split keeps it.
+        The draw depends on the session's name and the seed alone, and is made among the trials of
+        the whole recording, so that a selection of trials keeps each in its part. A recording that
+        came with its own split keeps it.
 
         Raises:
             SessionError: when a part has no trials. (A given split may be without test trials.)
@@ -246,9 +232,7 @@ class Session:
             rank = np.argsort(generator.permutation(self.n_recorded))[self.trial_ids]
             n_test = max(1, round(0.2 * self.n_recorded))
             n_val = max(1, round(0.1 * self.n_recorded))
-            # The first n_test trials of the permutation are for testing, the next n_val for
-            # validation, the others for training.
-            part = np.digitize(rank, [n_test, n_test + n_val])
+            part = np.digitize(rank, [n_test, n_test + n_val])  # 0 test, 1 validation, 2 training
             split = Split(*(np.flatnonzero(part == number) for number in (2, 1, 0)))
         for label, trials in split._asdict().items():
             if len(trials) == 0 and (label != "test" or self.given_split is None):
@@ -257,10 +241,7 @@ class Session:
         return split
 
     def select(self, trials: ArrayLike | None = None, neurons: ArrayLike | None = None) -> Session:
-        """Make a session of some trials and neurons (indices or boolean masks).
-
-        Each trial stays in its part of the split.
-        """
+        """Make a session of some trials and neurons (indices or masks); splits follow."""
         kept = np.arange(self.n_trials)[slice(None) if trials is None else np.asarray(trials)]
         units = np.arange(self.n_neurons)[slice(None) if neurons is None else np.asarray(neurons)]
         fields = ("name", "subject", "bin_size", "window", "n_recorded", "provenance")
@@ -277,10 +258,9 @@ class Session:
         )
 
     def fingerprints(self, trials: np.ndarray) -> np.ndarray:
-        """Hash the spikes of each of these trials, (K',) int64.
+        """Hash the spikes of each of these trials, (K',) int64, whatever the session's name.
 
-        Equal counts have equal fingerprints, whatever the session's name. 0 = fewer than ten
-        spikes, which could be another trial's by chance.
+        0 = fewer than ten spikes, which could be another trial's by chance.
         """
         fingerprints = np.zeros(len(trials), dtype=np.int64)
         for i, trial in enumerate(trials):
@@ -321,23 +301,23 @@ class Session:
             regions: label of each cluster: (N,) in that order, or a mapping from id to label.
             window: (start, stop) around each event, seconds; a whole number of bins.
             bin_size: seconds.
-            traces: continuous behaviour: name -> (sample times (S',) in seconds, values (S',));
-                averaged within each bin.
+            traces: continuous behaviour, averaged within each bin: name -> (sample times (S',) in
+                seconds, values (S',)).
             behaviour, neurons, name, fields: as in :class:`Session`.
 
         Warns:
-            UserWarning: for times that seem to be in milliseconds, windows that overlap (a random
-                split would test on what it trains on), and trials outside the recording.
-
-        Raises:
-            SessionError: naming the session, the field and the remedy.
+            UserWarning: for times that seem to be in milliseconds, windows that overlap, and trials
+                outside the recording.
         """
         if clusters is None:
             one_each = None if isinstance(regions, Mapping) else regions
             clusters = np.unique(spike_clusters) if one_each is None else np.arange(len(one_each))
         ids = np.asarray(clusters)
         if isinstance(regions, Mapping):
-            regions = _labels(regions, ids.tolist(), name)
+            if regions and not set(regions) & set(ids.tolist()):
+                problem = f"no key is a cluster id: {list(regions)[:1]} against {ids[:1].tolist()}"
+                raise SessionError(f"session {name!r}, regions: {problem}")
+            regions = [regions.get(cluster, "") for cluster in ids.tolist()]
         _doubt_times(name, spike_times, align_times, window, fields.get("given_split") is not None)
         grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
         binned, field = dict(behaviour or {}), "spikes"
@@ -347,8 +327,6 @@ class Session:
             if not counts.any():
                 raise ValueError("none falls into any trial's window; are both on one clock, in s?")
             for field, (times, values) in (traces or {}).items():
-                if field in binned:
-                    raise ValueError("a behaviour has this name, too; rename one of them")
                 binned[field] = bin_trace(times, values, align_times, **grid)
         except ValueError as error:
             raise SessionError(f"session {name!r}, {field}: {error}") from error
@@ -359,15 +337,11 @@ class Session:
     def from_spike_trains(
         cls, trains: Sequence[ArrayLike], align_times: ArrayLike, **fields: Any
     ) -> Self:
-        """Bin a list of spike trains: one array of spike times (seconds) for each neuron.
-
-        Other arguments: see :meth:`from_spike_times`.
-        """
-        ids, sizes = np.arange(len(trains)), [np.size(train) for train in trains]
-        times = np.concatenate([np.ravel(np.asarray(train, dtype=float)) for train in trains])
-        return cls.from_spike_times(
-            times, np.repeat(ids, sizes), align_times, clusters=ids, **fields
-        )
+        """Bin one array of spike times (seconds) for each neuron, as :meth:`from_spike_times`."""
+        ids = np.arange(len(trains))
+        clusters = np.repeat(ids, [np.size(train) for train in trains])
+        times = np.concatenate([np.asarray(train, dtype=float) for train in trains])
+        return cls.from_spike_times(times, clusters, align_times, clusters=ids, **fields)
 
     # ------------------------------------------------------------ files
 
@@ -378,7 +352,6 @@ class Session:
         """
         fields = ("name", "subject", "bin_size", "window", "n_recorded", "provenance")
         description = {"format": FORMAT, **{field: getattr(self, field) for field in fields}}
-        # For `Sessions`, which lists recordings without reading their counts.
         description |= {"shape": self.counts.shape, "firing_rates": self.firing_rates.tolist()}
         arrays = {"regions": self.regions, "trial_ids": self.trial_ids}
         arrays |= {f"behaviour/{key}": value for key, value in self.behaviour.items()}
@@ -395,11 +368,9 @@ class Session:
 
         Args:
             path: the file.
-            mmap: leave counts and true rates on disk, and read what is used when it is used. Many
-                sessions can be open that way where memory would not hold them.
+            mmap: leave counts and true rates on disk, and read what is used when it is used.
 
         Raises:
-            FileNotFoundError: when there is no such file.
             SessionError: when the file is damaged, or not a session of this package.
         """
         description, arrays = read_session_file(path, mmap=("counts", "rates") if mmap else ())
@@ -431,33 +402,23 @@ def has_region(label: str) -> bool:
     return label.lower() not in UNLABELLED
 
 
-def _labels(regions: Mapping[Any, str], ids: list[Any], name: str) -> list[str]:
-    """The region of each cluster id; "" for those that the mapping does not have."""
-    if regions and ids and not set(regions) & set(ids):
-        raise SessionError(
-            f"session {name!r}, regions: no key of the mapping is a cluster id; keys are like "
-            f"{next(iter(regions))!r}, ids like {ids[:1]}"
-        )
-    return [regions.get(cluster, "") for cluster in ids]
-
-
 def require_alike(sessions: Sequence[Session]) -> None:
     """Check that sessions for one model differ in name and are binned alike.
 
     Raises:
         SessionError: naming what differs, or the name that two of them have.
     """
-    names = [session.name for session in sessions]
+    names, first = [session.name for session in sessions], sessions[0]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise SessionError(f"two sessions are named {min(repeated)!r}; names must differ")
-    for field in ("n_bins", "bin_size", "window"):
-        values = {name: getattr(s, field) for name, s in zip(names, sessions, strict=True)}
-        first = next(iter(values.values()))
-        if other := [name for name, value in values.items() if not np.allclose(value, first)]:
-            raise SessionError(
-                f"sessions must have the same {field}, got {first} in {names[0]!r} and "
-                f"{values[other[0]]} in {other[0]!r}; bin them alike"
-            )
+    for session in sessions:
+        for field in ("n_bins", "bin_size", "window"):
+            one, other = getattr(first, field), getattr(session, field)
+            if not np.allclose(one, other):
+                raise SessionError(
+                    f"sessions must have the same {field}, got {one} in {first.name!r} and "
+                    f"{other} in {session.name!r}; bin them alike"
+                )
 
 
 def _doubt_times(
@@ -483,14 +444,13 @@ def _doubt_times(
         if overlap > 0.1 and not split_given:
             doubts.append(
                 f"{overlap:.0%} of the windows' time lies in the next window too, so a random "
-                "split tests on what it trains on; take events further apart, or pass a "
-                "given_split whose parts lie apart in time"
+                "split tests on what it trains on; take events further apart, or pass given_split"
             )
         outside = (events + window[1] < spikes.min()) | (events + window[0] > spikes.max())
         if 0.05 < outside.mean() < 1:
             doubts.append(
                 f"{outside.sum()} of {len(events)} trials lie before the first or after the last "
-                "spike, as if nothing had been recorded; leave them out"
+                "spike; leave them out"
             )
     for doubt in doubts:
         warnings.warn(f"session {name!r}, align_times: {doubt}", stacklevel=3)

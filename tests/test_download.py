@@ -81,7 +81,7 @@ def test_a_file_that_changed_and_one_that_is_not_there(server, tmp_path):
     server.etag = "v2"
     with pytest.raises(ConnectionError, match="changed; list again"):
         download(f"{server.url}/file", tmp_path / "file", **WANTED)
-    with pytest.raises(FileNotFoundError, match="not on the server"):
+    with pytest.raises(ConnectionError, match="Not Found"):
         download(f"{server.url}/other", tmp_path / "file", **WANTED)
     assert not (tmp_path / "file").exists()
 

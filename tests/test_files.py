@@ -24,7 +24,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_names_the_file_and_the_remedy(tmp_path, number):
-    with pytest.raises(OSError, match="free some space there, or .* place: '.*a'$") as caught:
+    with pytest.raises(OSError, match="free some space, or .*elsewhere: '.*a'$") as caught:
         with atomic_write(tmp_path / "a") as partial:
             partial.write_text("half")
             raise OSError(number, "the system's message, without a name")

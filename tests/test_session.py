@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mtm.session import Session, SessionError, Split
@@ -59,22 +59,16 @@ def test_counts_are_copied(dtype):
         ({"counts": np.full((20, 5, 4), 70_000)}, "counts: must be 0 to 65535"),
         ({"counts": np.full((20, 5, 4), 0.5)}, "counts: not whole numbers"),
         ({"counts": np.full((20, 5, 4), np.nan)}, "counts: must be 0 to 65535, got nan"),
-        ({"counts": np.full((20, 5, 4), "x")}, "counts: need numbers"),
-        ({"counts": np.ones((4, 20, 5))}, "regions: .* 5 neurons, the last axis"),  # transposed
-        ({"regions": ["CA1"]}, "regions: need one label for each of the 4 neurons"),
+        ({"counts": np.ones((4, 20, 5))}, "regions: need .* are trials x bins x"),  # transposed
         ({"bin_size": 0.0}, "bin_size: need seconds above 0"),
-        ({"window": (0.0, 1.0)}, "window: .0.0, 1.0. s lasts 1 s, but 5 bins"),
+        ({"window": (0.0, 1.0)}, "window: .0.0, 1.0. s, but 5 bins last 0.1 s"),
         ({"behaviour": {"wheel": np.zeros((20, 4))}}, "behaviour 'wheel': .* or .20, 5.*20, 4"),
-        (
-            {"behaviour": {"choice": np.array(["l"] * 20)}},
-            "behaviour 'choice': need finite numbers",
-        ),
         ({"behaviour": {"x": np.full(20, np.inf)}}, "behaviour 'x': need finite numbers; missing"),
-        ({"neurons": {"depth": np.zeros(3)}}, "neurons 'depth': need shape .4,. .* got .3,."),
+        ({"neurons": {"depth": np.zeros(3)}}, "neurons 'depth': need shape .4,., got .3,."),
         ({"rates": np.zeros((20, 5, 4))}, "rates: expected counts must be finite and above 0"),
         ({"rates": np.ones((20, 5, 3))}, "rates: need shape .20, 5, 4."),
         ({"given_split": ([0], [1], [1])}, "given_split: a trial is in two parts"),
-        ({"given_split": ([0], [1], [99])}, "given_split: test has trials outside"),
+        ({"given_split": ([0], [1], [99])}, "given_split: trials outside"),
         ({"trial_ids": np.zeros(20)}, "trial_ids: need 20 different numbers"),
         ({"trial_ids": np.arange(1, 21)}, "trial_ids: need .* below n_recorded=20"),
     ],
@@ -271,23 +265,6 @@ def test_spike_trains_are_spike_times_with_ids():
     assert repr(made) == repr(expected) and made.n_neurons == 3
 
 
-@pytest.mark.parametrize(
-    ("ids", "fired"),
-    [
-        (np.array([-128, 124, 125], np.int8), 1),
-        (np.array([3, 7, 9], np.uint64), 2),
-        (np.array(["a", "b", "c"], object), 0),
-        (np.array(["b", "a", "c"]), 1),
-        (np.array([b"a", b"b", b"c"]), 2),
-    ],
-)
-def test_ids_of_any_type_are_told_apart(ids, fired):
-    made = Session.from_spike_times(
-        [0.1, 0.2, 0.3], ids[[fired] * 3], [0.0], clusters=ids, window=(0.0, 1.0), bin_size=1.0
-    )
-    assert made.counts[0, 0].tolist() == [3 * (i == fired) for i in range(3)]
-
-
 def test_warnings_of_events_that_are_too_close_or_outside():
     times = np.arange(0, 100, 0.01)
     spikes = (times, np.resize([0, 1], len(times)))
@@ -329,7 +306,7 @@ def test_warnings_of_milliseconds():
         ({"spike_times": [0.1]}, "spikes: spike_neurons has shape"),
         ({"window": (0, 0.03)}, "spikes: window .* holds 1.5 bins"),
         ({"align_times": [99.0]}, "spikes: none falls into any trial's window"),
-        ({"regions": {"0": "CA1"}}, "regions: no key of the mapping is a cluster id"),
+        ({"regions": {"0": "CA1"}}, "regions: no key is a cluster id"),
         ({"traces": {"wheel": ([1.0, 0.0], [0.0, 0.0])}}, "wheel: times must be strictly incr"),
     ],
 )
@@ -337,33 +314,3 @@ def test_from_spike_times_errors(changes, message):
     fields = {"spike_times": [0.1, 0.2], "spike_clusters": [0, 1], "align_times": [0.1]}
     with pytest.raises(SessionError, match=f"session 's', {message}"):
         Session.from_spike_times(**{**fields, **changes}, name="s")
-
-
-TIME = st.floats(-2, 5) | st.sampled_from([0.0, 0.1, np.nan, np.inf])
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_any_spike_times_end_as_a_session_or_with_a_reason(data):
-    """Lengths that differ, times that are NaN, unknown ids, no trials, no neurons."""
-    n = data.draw(st.integers(0, 12))
-    times = data.draw(st.lists(TIME, min_size=n, max_size=n))
-    more = data.draw(st.sampled_from([0, 0, 0, 1]))
-    ids = data.draw(st.lists(st.integers(-1, 4), min_size=n + more, max_size=n + more))
-    events = data.draw(st.lists(TIME, max_size=4))
-    clusters = data.draw(st.none() | st.lists(st.integers(-1, 4), max_size=5))
-    window = data.draw(st.sampled_from([(0.0, 1.0), (0.0, 0.03), (1.0, 0.0), (-1, 1)]))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            session = Session.from_spike_times(
-                times, ids, events, clusters=clusters, window=window, bin_size=0.1, name="any"
-            )
-    except SessionError as error:
-        assert "session 'any', " in str(error)
-        return
-    least, most = (
-        sum(e + window[0] - slack <= t < e + window[1] + slack for e in events for t in times)
-        for slack in (-1e-3, 1e-3)  # spikes at an edge may be rounded either way
-    )
-    assert least <= int(session.counts.sum()) <= most

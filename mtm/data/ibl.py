@@ -1,9 +1,8 @@
 """International Brain Laboratory recordings through ONE: an eid in, a Session out.
 
 Needs ONE-api and iblatlas, not ibllib. The same code reads the public server and a folder on disk
-(downloaded, or written by `mtm.data.synthetic`), because it asks ONE only for lists of datasets and
-for datasets. Facts about IBL's pipeline are from ibllib (``brainbox.io.one``,
-``brainbox.behavior.wheel``) and from MtM's data preparation.
+(downloaded, or written by `mtm.data.synthetic`). Facts about IBL's pipeline are from ibllib
+(``brainbox.io.one``, ``brainbox.behavior.wheel``) and from MtM's data preparation.
 
 A session's behaviour, NaN = missing:
 
@@ -34,10 +33,9 @@ from mtm.data.regions import LEVELS, acronyms, within
 from mtm.files import optional
 from mtm.session import Session, SessionError
 
-FILTERS, UNITS = ("reaction-time",), ("good",)
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
 TRIAL_COLUMNS = (
-    *("stimOn_times", "goCue_times", "firstMovement_times", "response_times", "feedback_times"),
+    *("stimOn_times", "goCue_times", "firstMovement_times", "feedback_times"),
     *("choice", "feedbackType", "probabilityLeft", "contrastLeft", "contrastRight"),
 )
 LOCATIONS = "channels.brainLocationIds_ccf_2017"
@@ -66,7 +64,6 @@ def connect(
     Raises:
         ValueError: neither folder nor credentials; a username without password or token.
         FileNotFoundError: no ONE tables in ``cache_dir``.
-        requests.HTTPError: from ONE: credentials that the server refuses.
         ImportError: without the ``[data]`` extra.
     """
     api = optional("one.api", "data")
@@ -108,69 +105,52 @@ def load_session(
     units: str | None = None,
     probes: Sequence[str] | None = None,
 ) -> Session:
-    """Load one IBL session: all probes, all trials, behaviour.
-
-    Neurons are all sorted clusters of all probes, those that never fired included.
+    """Load one IBL session: all probes, clusters (silent ones included), trials, and behaviour.
 
     Args:
         one: from `connect`, or any ONE.
         eid: session id.
-        window: (start, stop) around the event, seconds.
-        bin_size: seconds.
+        window, bin_size: (start, stop) around the event, and width of a bin; seconds.
         align: the event: a column of the trials table. Trials without it are left out, as are
             those before or after the time in which all probes recorded.
-        atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos". All three are
-            columns of ``Session.neurons``. None: load without regions (a probe without histology).
-        trial_filter: "reaction-time" keeps the trials that `reaction_time_filter` accepts. The
-            paper trains on all trials and decodes behaviour from these: load the session twice.
-            A trial is in the same part of the split both times.
+        atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos". None: load
+            without regions (a probe without histology).
+        trial_filter: "reaction-time" keeps the trials that `reaction_time_filter` accepts, each in
+            its part of the split. The paper decodes behaviour from these, and trains on all.
         units: "good" keeps the clusters with label 1 (IBL's three quality criteria) only.
         probes: names of those to load, as ``["probe00"]``. Default: all with a spike sorting.
 
     Returns:
         the session, named by the eid. ``neurons`` has ``probe``, ``cluster`` (id on its probe),
         ``allen_id``, ``allen``, ``beryl``, ``cosmos``, and where present ``depth`` (micrometres
-        from the tip), ``label``, ``uuid``.
-
-    Raises:
-        SessionError: naming the eid, the dataset and the remedy.
-        ValueError: for an unknown ``atlas``, ``trial_filter`` or ``units``.
+        from the tip), ``label``, ``uuid``. Errors name the eid, the dataset and the remedy.
     """
-    _check(atlas=(atlas, LEVELS), trial_filter=(trial_filter, FILTERS), units=(units, UNITS))
+    known = {"atlas": LEVELS, "trial_filter": ("reaction-time",), "units": ("good",)}
+    for name, value in {"atlas": atlas, "trial_filter": trial_filter, "units": units}.items():
+        if value not in (None, *known[name]):
+            raise ValueError(f"{name} must be None or one of {', '.join(known[name])}: {value!r}")
     session = _OneSession(one, eid)
-    trials = _trials(session, align, trial_filter)
     spikes, clusters = _spikes(session, probes, atlas is not None, units)
+    trials = _trials(session, align, trial_filter)
     trials = _while_recorded(session, trials, align, window, spikes)
-    session.provenance |= {"align": align, "units": units}
-    fields = _fields(session, trials, spikes, clusters)
-    regions = None if atlas is None else clusters[atlas.lower()].to_numpy()
-    grid = {"align_times": trials[align].to_numpy(), "window": window, "bin_size": bin_size}
-    return Session.from_spike_times(regions=regions, **grid, **fields)
-
-
-def _check(**options: tuple[str | None, tuple[str, ...]]) -> None:
-    for name, (value, known) in options.items():
-        if value not in (None, *known):
-            raise ValueError(f"{name} must be None or one of {', '.join(known)}; got {value!r}")
-
-
-def _fields(
-    session: _OneSession, trials: pd.DataFrame, spikes: pd.DataFrame, clusters: pd.DataFrame
-) -> dict[str, Any]:
-    """The arguments of `Session.from_spike_times` but regions and time grid."""
-    return {
-        "spike_times": spikes["time"].to_numpy(),
-        "spike_clusters": spikes["neuron"].to_numpy(),
-        "clusters": clusters.index,
-        "traces": _whisker(session) | _wheel(session),
-        "behaviour": _behaviour(trials),
-        "trial_ids": trials.index.to_numpy(),
-        "n_recorded": session.provenance["trials in the table"],
-        "name": session.name,
-        "subject": session.provenance["subject"],
-        "neurons": {name: clusters[name].to_numpy() for name in clusters},
-        "provenance": session.provenance,
-    }
+    facts = session.provenance = {**session.provenance, "align": align, "units": units}
+    return Session.from_spike_times(
+        spikes["time"].to_numpy(),
+        spikes["neuron"].to_numpy(),
+        trials[align].to_numpy(),
+        clusters=clusters.index,
+        regions=None if atlas is None else clusters[atlas.lower()],
+        window=window,
+        bin_size=bin_size,
+        traces=_whisker(session) | _wheel(session),
+        behaviour=_behaviour(trials),
+        neurons=clusters.to_dict("series"),
+        name=session.name,
+        subject=facts["subject"],
+        trial_ids=trials.index.to_numpy(),
+        n_recorded=facts["trials in the table"],
+        provenance=facts,
+    )
 
 
 def search(
@@ -187,8 +167,7 @@ def search(
 
     Args:
         one: from `connect`. On a server, its database is asked; on a folder, ONE's tables.
-        project: or part of its name, as "ibl_neuropixel_brainwide_01".
-        lab, subject: or part of the name.
+        project, lab, subject: or part of the name.
         region: Allen acronym of a region that a probe went through, or of a larger one that
             contains it ("HPF" finds CA1). On a folder, each session's channels are read for that.
         quality: worst grade of the spike times that will do: "PASS", "WARNING", "FAIL".
@@ -198,10 +177,10 @@ def search(
         ValueError: for a region that the atlas does not have.
     """
     given = {"projects": project, "lab": lab, "subject": subject, "dataset_qc_lte": quality}
-    terms |= {key: value for key, value in given.items() if value is not None}
     inside = None if region is None else within(region)
-    if region is not None and not one.offline:
-        terms["atlas_acronym"] = region
+    if not one.offline:
+        given["atlas_acronym"] = region
+    terms |= {key: value for key, value in given.items() if value is not None}
     with warnings.catch_warnings():  # ONE 3.6 with pandas 3
         warnings.filterwarnings("ignore", message="The copy keyword is deprecated")
         eids = [str(eid) for eid in one.search(datasets="spikes.times.npy", **terms)]
@@ -212,30 +191,22 @@ def search(
 
 def _passes_through(session: _OneSession, ids: np.ndarray) -> bool:
     """Whether a channel of any probe is in one of the regions with these ids."""
-    try:
-        collections = [c for c in _sortings(session, None).values() if session.find(LOCATIONS, c)]
-        found = [np.abs(np.nan_to_num(session.load(LOCATIONS, c))) for c in collections]
-    except SessionError as error:  # the other sessions can still be searched
-        warnings.warn(f"{error}; left out of the search", UserWarning, stacklevel=3)
-        return False
+    collections = [c for c in _sortings(session, None).values() if session.find(LOCATIONS, c)]
+    found = [np.abs(np.nan_to_num(session.load(LOCATIONS, c))) for c in collections]
     return any(np.isin(channels.astype(np.int64), ids).any() for channels in found)
 
 
 def prepare(one: Any, eids: Iterable[Any], out: str | Path, **options: Any) -> Prepared:
     """Download and write many sessions, each as ``OUT/<eid>.npz``: :func:`mtm.prepare` for ONE.
 
-    Every process connects for itself, with the log-in that ONE has saved.
-
     Args:
-        one: from `connect`.
+        one: from `connect`. Every process connects for itself, with the log-in that ONE has saved.
         eids: as from `search`, or `mtm.official.PAPER_EIDS`.
         out: folder.
-        **options: ``workers``, ``overwrite``, ``progress`` of :func:`mtm.prepare`, and those of
-            `load_session`.
+        **options: those of :func:`mtm.prepare` and of `load_session`.
 
     Example:
         >>> done = ibl.prepare(one, official.PAPER_EIDS, "sessions", trial_filter="reaction-time")
-        >>> print(done)
     """
     where: dict[str, Any] = {"cache_dir": str(one.cache_dir)}
     if not one.offline:
@@ -293,37 +264,32 @@ class _OneSession(Recording):
         self.paths = sorted({re.sub(r"#[^#/]*#/", "", path) for path in paths})
 
     def find(self, name: str, collection: str | None = None) -> str | None:
-        """Path of the dataset ``object.attribute`` in a collection; by default in any.
-
-        Of several, ``alf`` itself comes first, then the others by name.
-        """
+        """Path of the dataset ``object.attribute`` in a collection, or in any."""
         where = r"alf(?:/[^/]+)*" if collection is None else re.escape(collection)
         pattern = rf"{where}/(?:_[^_/]+_)?{re.escape(name)}\.(?:npy|pqt|csv)"
         found = [path for path in self.paths if re.fullmatch(pattern, path)]
         return min(found, key=lambda path: (path.count("/"), path), default=None)
 
-    def load(self, name: str, collection: str, remedy: str = "choose another session") -> Any:
+    def load(self, name: str, collection: str | None = None, remedy: str = "") -> Any:
         """Content of a dataset, downloaded where it is not on disk: numbers (n,), or a table."""
         path = self.find(name, collection)
         if path is None:
-            self.fail(f"{collection}/{name}", f"no such dataset; {remedy}")
+            remedy = remedy or "choose another session"
+            self.fail(f"{collection or 'alf'}/{name}", f"no such dataset; {remedy}")
         with self.reading(path, f"delete the file in {self.one.cache_dir} and load again"):
+            folder, _, file_name = path.rpartition("/")
             with warnings.catch_warnings():  # tables that ONE saved do not say which is the default
                 warnings.filterwarnings("ignore", message="No default revision")
-                where = {"collection": path.rpartition("/")[0], "check_hash": False}
-                file = self.one.load_dataset(
-                    self.id, path.rpartition("/")[2], download_only=True, **where
-                )
+                how = {"collection": folder, "check_hash": False, "download_only": True}
+                file = self.one.load_dataset(self.id, file_name, **how)
             if revision := re.search(r"#([^#/]+)#", str(file)):
                 self.provenance.setdefault("revisions", {})[path] = revision[1]
             place = ("lab", "subject", "date", "number")
             self.provenance |= dict(zip(place, map(str, file.session_parts), strict=True))
-            if path.endswith(".npy"):
-                array = np.load(file, allow_pickle=False) + 0  # text cannot be added to
-                if array.ndim > 2 or array.size != len(array):
-                    raise ValueError(f"shape {array.shape}, not a column")
-                return array.ravel()
-            return (pd.read_parquet if path.endswith(".pqt") else pd.read_csv)(file)
+            if not path.endswith(".npy"):
+                return (pd.read_parquet if path.endswith(".pqt") else pd.read_csv)(file)
+            array = np.load(file, allow_pickle=False) + 0  # text cannot be added to
+            return array.reshape(len(array))
 
 
 # ---------------------------------------------------------------- trials
@@ -331,29 +297,20 @@ class _OneSession(Recording):
 
 def _trials(session: _OneSession, align: str, trial_filter: str | None) -> pd.DataFrame:
     """The trials to use; their index is the row in the table."""
-    path = session.find("trials.table") or session.find(f"trials.{align}")
-    if path is None:
-        session.fail("alf/_ibl_trials.table.pqt", "no trials table; choose another session")
-    folder = path.rpartition("/")[0]
+    table, path = session.load("trials.table"), session.find("trials.table") or ""
     with session.reading(path):
-        trials = session.load("trials.table", folder) if "table" in path else pd.DataFrame()
-        for name in {*TRIAL_COLUMNS, align} - {*trials}:  # in files of their own
-            if session.find(f"trials.{name}", folder):
-                trials[name] = session.load(f"trials.{name}", folder)
-        if align not in trials:
-            events = sorted(name for name in trials if name.endswith("_times"))
+        if align not in table:
+            events = sorted(name for name in table if name.endswith("_times"))
             session.fail(path, f"no column {align!r} to align to; there are {events}")
-        names = [name for name in dict.fromkeys((*TRIAL_COLUMNS, align)) if name in trials]
-        trials = trials[names].astype(np.float64).reset_index(drop=True)
-    keep = np.isfinite(trials[align].to_numpy())
-    session.provenance |= {"trials in the table": len(keep), f"without {align}": int((~keep).sum())}
-    if trial_filter is not None:
-        try:
+        names = [name for name in table if name in (*TRIAL_COLUMNS, align)]
+        trials = table[names].astype(np.float64).reset_index(drop=True)
+        keep = trials[align].notna()
+        facts = {"trials in the table": len(keep), f"without {align}": int((~keep).sum())}
+        if trial_filter is not None:
             accepted = reaction_time_filter(trials)
-        except KeyError as error:
-            session.fail(path, f"no column {error}; pass trial_filter=None")
-        session.provenance["rejected by the filter"] = int((keep & ~accepted).sum())
-        keep &= accepted
+            facts["rejected by the filter"] = int((keep & ~accepted).sum())
+            keep &= accepted
+    session.provenance |= facts
     if not keep.any():
         session.fail(path, f"no trial has {align!r} and passes trial_filter={trial_filter!r}")
     return trials[keep]
@@ -389,7 +346,7 @@ def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:
         "block": column["probabilityLeft"],
         "reward": (kind > 0).astype(float).where(kind.notna()),
         # The side without a stimulus is NaN; where both are, the stimulus is not known.
-        "contrast": (right.fillna(0) - left.fillna(0)).where(left.notna() | right.notna()),
+        "contrast": right.sub(left, fill_value=0),
         "reaction-time": column["firstMovement_times"] - column["stimOn_times"],
     }
     return {key: x.to_numpy() for key, x in found.items() if x.notna().any()}
@@ -406,17 +363,16 @@ def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, s
         if match := re.fullmatch(pattern, path):
             found.setdefault(match[1], []).append(match[2] or "")
     present = {path.split("/")[1] for path in session.paths if path.startswith("alf/probe")}
-    names = present if wanted is None else {wanted} if isinstance(wanted, str) else {*wanted}
-    if missing := sorted(names - present):
-        session.fail("alf", f"no {', '.join(missing)}; it has {sorted(present)}")
-    if not names & set(found):
-        session.fail("alf/probe*/*/spikes.times.npy", "no spike sorting; choose another session")
+    names = present if wanted is None else {*wanted}
+    if not names & set(found) or names - present:
+        problem = f"no spike sorting in {sorted(names)}; there are {sorted(found)}"
+        session.fail("alf/probe*/*/spikes.times.npy", problem)
     if unsorted := sorted(names - set(found)):
         session.warn(f"alf/{unsorted[0]}", f"no spike sorting; left out {', '.join(unsorted)}")
     best = {}
     for probe in sorted(names & set(found)):
-        known = [sorter for sorter in SORTERS if sorter in found[probe]]
-        best[probe] = f"alf/{probe}/{(known or sorted(found[probe]))[0]}".rstrip("/")
+        sorter = min(found[probe], key=lambda name: (*SORTERS, name).index(name))
+        best[probe] = f"alf/{probe}/{sorter}".rstrip("/")
     return best
 
 
@@ -425,23 +381,20 @@ def _spikes(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spikes (time, neuron, probe) of all probes, and the table of their clusters by neuron."""
     collections = session.provenance["collections"] = _sortings(session, wanted)
-    all_spikes, all_clusters, offset = [], [], 0
+    tables, offset = [], 0
     for probe, collection in collections.items():
-        spikes, clusters = _probe(session, probe, collection, regions)
-        # Neurons are numbered on over the probes.
-        all_spikes.append(spikes.assign(neuron=spikes["cluster"] + offset, probe=probe))
-        all_clusters.append(clusters)
-        offset += len(clusters)
-    spikes = pd.concat(all_spikes, ignore_index=True)
-    clusters = pd.concat(all_clusters, ignore_index=True)
+        with session.reading(collection, "the files are of different sortings or damaged"):
+            spikes, table = _probe(session, probe, collection, regions)
+        tables.append((spikes.assign(neuron=spikes["cluster"] + offset, probe=probe), table))
+        offset += len(table)
+    spikes, clusters = (pd.concat(each, ignore_index=True) for each in zip(*tables, strict=True))
     session.provenance["clusters"] = offset
     if "uuid" in clusters:
         clusters["uuid"] = clusters["uuid"].fillna("")  # of a probe without uuids
     if units == "good":
-        good = clusters["label"] >= 1 if "label" in clusters else np.zeros(offset, dtype=bool)
-        if not np.any(good):
+        clusters = clusters[clusters["label"] >= 1] if "label" in clusters else clusters[:0]
+        if clusters.empty:
             session.fail("clusters.metrics", "no cluster has label 1; pass units=None")
-        clusters = clusters[good]
         spikes = spikes[spikes["neuron"].isin(clusters.index)]
     return spikes, clusters
 
@@ -453,33 +406,24 @@ def _probe(
     remedy = f"leave the probe out with probes=..., all but {probe!r}"
     channels = session.load("clusters.channels", collection, remedy)
     times = session.load("spikes.times", collection, remedy)
-    ids = session.load("spikes.clusters", collection, remedy)
-    with session.reading(f"{collection}/spikes", remedy):
-        spikes = pd.DataFrame({"time": times, "cluster": ids.astype(np.int64)})
-    timed = np.isfinite(spikes["time"])
-    if not timed.all():
-        session.warn(f"{collection}/spikes.times", f"left out {(~timed).sum()} without a time")
-    spikes, n = spikes[timed], len(channels)
-    if not spikes["cluster"].between(0, n - 1).all():
-        problem = f"up to {spikes['cluster'].max()}, but clusters.channels lists {n} clusters; the"
-        session.fail(f"{collection}/spikes.clusters", f"{problem} files are of different sortings")
-    clusters = pd.DataFrame({"probe": probe, "cluster": np.arange(n)})
+    ids = session.load("spikes.clusters", collection, remedy).astype(np.int64)
+    spikes = pd.DataFrame({"time": times, "cluster": ids})
+    if not spikes["cluster"].between(0, len(channels) - 1).all():
+        raise ValueError(f"spikes of cluster {ids.max()}, but only {len(channels)} clusters")
+    clusters = pd.DataFrame({"probe": probe, "cluster": np.arange(len(channels))})
     if regions:
         clusters["allen_id"] = _allen_ids(session, collection, channels)
         for level in LEVELS:
             clusters[level.lower()] = acronyms(clusters["allen_id"].to_numpy(), level)
-    with session.reading(f"{collection}/clusters"):
-        if session.find("clusters.depths", collection):
-            clusters["depth"] = session.load("clusters.depths", collection)
-        if session.find("clusters.uuids", collection):
-            uuids = session.load("clusters.uuids", collection)
-            clusters["uuid"] = uuids.iloc[:, 0].to_numpy(str)
-        if session.find("clusters.metrics", collection):
-            metrics = session.load("clusters.metrics", collection)
-            metrics = metrics if "cluster_id" in metrics else metrics.reset_index()
-            if {"label", "cluster_id"} <= set(metrics):  # clusters without a spike have no row
-                label = metrics.drop_duplicates("cluster_id").set_index("cluster_id")["label"]
-                clusters["label"] = label.reindex(clusters["cluster"]).to_numpy(np.float64)
+    for column, name in (("depth", "depths"), ("uuid", "uuids"), ("label", "metrics")):
+        if session.find(f"clusters.{name}", collection):
+            found = session.load(f"clusters.{name}", collection)
+            if name == "uuids":
+                found = found.iloc[:, 0].to_numpy(str)
+            elif name == "metrics":  # clusters without a spike have no row
+                label = found.drop_duplicates("cluster_id").set_index("cluster_id")["label"]
+                found = label.reindex(clusters["cluster"]).to_numpy(np.float64)
+            clusters[column] = found
     return spikes, clusters
 
 
@@ -488,9 +432,6 @@ def _allen_ids(session: _OneSession, collection: str, channels: np.ndarray) -> n
     remedy = "the probe has no histology: atlas=None loads it without regions"
     ids = session.load(LOCATIONS, collection, remedy)
     on_channel = channels >= 0  # neither NaN nor -1
-    if np.any(channels[on_channel] >= len(ids)):
-        problem = f"channel {channels.max():g} of {len(ids)}; the files are of different sortings"
-        session.fail(f"{collection}/clusters.channels", f"{problem}, download them again")
     if not on_channel.all():
         problem = f"{(~on_channel).sum()} clusters without a channel; they have no region"
         session.warn(f"{collection}/clusters.channels", problem)
@@ -506,10 +447,8 @@ Trace = dict[str, tuple[np.ndarray, np.ndarray]]
 
 def _wheel(session: _OneSession) -> Trace:
     """Wheel speed at 1 kHz, rad/s; nothing, with a warning, where there is no usable wheel."""
-    folder = (session.find("wheel.position") or "alf/").rpartition("/")[0]
     try:
-        position = session.load("wheel.position", folder)
-        times = session.load("wheel.timestamps", folder)
+        times, position = session.load("wheel.timestamps"), session.load("wheel.position")
         return {"wheel-speed": wheel_speed(*ordered_samples(times, position))}
     except ValueError as error:
         session.warn("wheel", f"{error}; the session has no behaviour 'wheel-speed'")
@@ -524,19 +463,16 @@ def _whisker(session: _OneSession) -> Trace:
     """
     problems = []
     for camera in ("left", "right"):
-        name = f"{camera}Camera"
-        folder = (session.find(f"{name}.ROIMotionEnergy") or "alf/").rpartition("/")[0]
         try:
-            energy = session.load(f"{name}.ROIMotionEnergy", folder)
-            times = session.load(f"{name}.times", folder)
+            energy = session.load(f"{camera}Camera.ROIMotionEnergy")
+            times = session.load(f"{camera}Camera.times")
         except SessionError as error:
             problems.append(str(error))
             continue
         surplus = len(times) - len(energy)
-        if not len(energy) or not 0 <= surplus <= max(5, 0.01 * len(energy)):
-            problems.append(f"{name}: {len(energy)} energies, {len(times)} times")
-            continue
-        session.provenance["camera"] = camera
-        return {"whisker-motion-energy": ordered_samples(times[surplus:], energy)}
+        if len(energy) and 0 <= surplus <= max(5, 0.01 * len(energy)):
+            session.provenance["camera"] = camera
+            return {"whisker-motion-energy": ordered_samples(times[surplus:], energy)}
+        problems.append(f"{camera}Camera: {len(energy)} energies, {len(times)} times")
     session.warn("camera", f"{'; '.join(problems)}; no behaviour 'whisker-motion-energy'")
     return {}

@@ -26,6 +26,7 @@ WHEEL_RATE, WHEEL_CUTOFF = 1000.0, 20.0  # Hz
 LONGEST = 1e5  # seconds; no recording lasts longer (a day has 86,400)
 WAITS = (0, 2, 4, 8)  # seconds before each attempt; each goes on where the one before was cut
 CHUNK = 1 << 20  # bytes
+NETWORK = (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException)
 
 
 class Recording:
@@ -61,7 +62,7 @@ class Recording:
 
 def ordered_samples(times: ArrayLike, values: ArrayLike) -> tuple[Floats, Floats]:
     """Sort the samples of a trace (S,) and leave out NaN; of equal times the first is kept."""
-    t, v = np.asarray(times, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    t, v = np.asarray(times, float), np.asarray(values, float)
     if t.ndim != 1 or t.shape != v.shape:
         raise ValueError(f"values has shape {v.shape} but times has {t.shape}")
     finite = np.isfinite(t) & np.isfinite(v)
@@ -73,7 +74,7 @@ def wheel_speed(times: ArrayLike, position: ArrayLike) -> tuple[Floats, Floats]:
     """Compute the speed of a wheel whose position is sampled irregularly, as IBL does.
 
     The position is interpolated at 1 kHz, low-pass filtered at 20 Hz (Butterworth of order 8, run
-    forwards and backwards, so without delay) and differentiated.
+    forwards and backwards) and differentiated.
 
     Args:
         times: (S,) seconds, strictly increasing (see `ordered_samples`).
@@ -85,7 +86,7 @@ def wheel_speed(times: ArrayLike, position: ArrayLike) -> tuple[Floats, Floats]:
     Raises:
         ValueError: for less than a second of samples, or more than any recording lasts.
     """
-    t, x = np.asarray(times, dtype=np.float64), np.asarray(position, dtype=np.float64)
+    t, x = np.asarray(times, float), np.asarray(position, float)
     if len(t) < 2 or not 1 <= t[-1] - t[0] <= LONGEST:
         raise ValueError(f"wheel times must span 1 to {LONGEST:g} s, and be seconds")
     grid = np.arange(t[0], t[-1], 1 / WHEEL_RATE)
@@ -102,15 +103,7 @@ def public(text: str) -> str:
     return re.sub(r"[?#\n].*", "", re.sub(r"(?<=://)[^/?#\s]*@", "", text))
 
 
-def download(
-    url: str,
-    path: str | Path,
-    *,
-    size: int,
-    etag: str,
-    timeout: float = 60.0,
-    progress: bool = True,
-) -> Path:
+def download(url: str, path: str | Path, *, size: int, etag: str, progress: bool = True) -> Path:
     """Download a file, or go on with a download that was cut; returns its path.
 
     What has arrived waits beside the file, in a hidden ``.part`` file that has the version in its
@@ -121,66 +114,52 @@ def download(
         path: where the file goes; folders are created.
         size: bytes that the file must have.
         etag: the server's name for the wanted version, without quotes.
-        timeout: seconds that the server may be silent.
         progress: show a bar on a terminal.
 
     Raises:
-        FileNotFoundError: the server has no such file.
-        ConnectionError: server out of reach, or a file of another version.
+        ConnectionError: server out of reach, or without this version of the file.
     """
     path = Path(path)
     mark = path.with_name(f"{path.name}.etag")
-    if path.is_file() and path.stat().st_size == size and mark.is_file():
-        if mark.read_text() == etag:
-            return path
+    if path.is_file() and mark.is_file() and mark.read_text() == etag:
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{re.sub('[^0-9A-Za-z-]', '_', etag)}.part")
     part.touch()
-    problem: Exception | None = None
+    problem: object = "the connection was closed early"
     style: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": None if progress else True}
     with tqdm(total=size, desc=path.name, leave=False, **style) as bar:
         for wait in WAITS:
             if part.stat().st_size < size:
                 time.sleep(wait)
-                problem = _append(url, part, etag, timeout, bar)
+                try:
+                    _append(url, part, etag, bar)
+                except NETWORK as error:
+                    problem = error
     if (have := part.stat().st_size) != size:
         if have > size:
             part.unlink()
         raise ConnectionError(
-            f"{public(url)}: {have} of {size} bytes ({problem or 'the connection was closed early'}"
-            "); download again, it goes on from there"
+            f"{public(url)}: {have} of {size} bytes ({problem}); download again, it goes on from "
+            "there"
         )
     os.replace(part, path)
     mark.write_text(etag)
     return path
 
 
-def _append(url: str, part: Path, etag: str, timeout: float, bar: Any) -> Exception | None:
-    """Ask once for the missing bytes; returns a problem of the server or network that may pass."""
+def _append(url: str, part: Path, etag: str, bar: Any) -> None:
+    """Ask once for the missing bytes."""
     have = part.stat().st_size
     # With If-Range, a server whose file has changed sends all of the new one.
     headers = {"Range": f"bytes={have}-", "If-Range": f'"{etag}"'} if have else {}
-    try:
-        request = urllib.request.Request(url, headers=headers)
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            if answer.headers.get("ETag", etag).removeprefix("W/").strip('"') != etag:
-                raise ValueError("the file has changed; list again")
-            # 206: a server that sends the range asked for; others send the whole file.
-            with open(part, "ab" if answer.status == 206 else "wb") as file:
-                bar.n = file.tell()
-                while chunk := answer.read1(CHUNK):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
-            raise FileNotFoundError(f"{public(url)}: not on the server") from error
-        if error.code < 500 and error.code not in (408, 429):  # too slow, too often
-            raise ConnectionError(f"{public(url)}: {error}") from error
-        return error
-    except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "errno", None) and not isinstance(error, ConnectionError):
-            raise  # of the disk
-        return error
-    except ValueError as error:
-        raise ConnectionError(f"{public(url)}: {error}") from error
-    return None
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        if answer.headers.get("ETag", etag).removeprefix("W/").strip('"') != etag:
+            raise ConnectionError("the file has changed; list again")
+        # 206: a server that sends the range asked for; others send the whole file.
+        with open(part, "ab" if answer.status == 206 else "wb") as file:
+            bar.n = file.tell()
+            while chunk := answer.read1(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))

@@ -1,8 +1,7 @@
 """Brain regions at three levels of the Allen atlas, from the tables of iblatlas.
 
-``Allen`` names every structure, layers and nuclei apart (about 1,300 acronyms); ``Beryl`` joins
-them to some 300 regions, as the International Brain Laboratory reports its results; ``Cosmos`` to
-ten large parts of the brain.
+``Allen`` has about 1,300 structures, ``Beryl`` some 300 regions, as the International Brain
+Laboratory reports its results, ``Cosmos`` ten large parts of the brain.
 """
 
 from __future__ import annotations
@@ -20,14 +19,9 @@ LEVELS = ("Allen", "Beryl", "Cosmos")
 
 
 def acronyms(ids: np.ndarray, level: str = "Allen") -> np.ndarray:
-    """Look up the acronyms of Allen ids at a level; unknown ids become "id 12345".
+    """Look up the acronyms (N,) of Allen ids (N,) at a level; unknown ids become "id 12345".
 
-    Args:
-        ids: (N,) integers; negative = left hemisphere.
-        level: "Allen", "Beryl" or "Cosmos".
-
-    Returns:
-        (N,) strings. (iblatlas's own ``id2acronym`` drops unknown ids.)
+    Negative ids are the left hemisphere's. (iblatlas's own ``id2acronym`` drops unknown ids.)
     """
     table, ids = _table(), np.asarray(ids, dtype=np.int64)
     order = np.argsort(table.id)
@@ -39,11 +33,11 @@ def acronyms(ids: np.ndarray, level: str = "Allen") -> np.ndarray:
 def at_level(session: Session, level: str) -> Session:
     """Return the session with its regions named at another level, sharing counts and all else.
 
-    If the recording came with labels of each level (columns ``allen``, ``beryl`` and ``cosmos`` of
-    ``session.neurons``), these are used, unless you have replaced its regions. Otherwise labels are
-    looked up among the acronyms of the atlas and kept as column ``allen``, so that one can go back.
-    Labels that are no acronym stay as they are. Where a level has no region (fibre tracts; at
-    ``Beryl``, whole areas such as ``TH``), the label becomes ``root``: such neurons form no region.
+    Labels of each level that came with the recording (columns ``allen``, ``beryl`` and ``cosmos``
+    of ``session.neurons``) are used, unless you have replaced its regions. Otherwise labels are
+    looked up in the atlas, and kept as column ``allen``. Labels that are no acronym stay. Where a
+    level has no region (fibre tracts; at ``Beryl``, whole areas such as ``TH``), the label becomes
+    ``root``: such neurons form no region.
 
     Args:
         session: any; to go from coarse to fine it needs the column ``allen``.
@@ -51,7 +45,6 @@ def at_level(session: Session, level: str) -> Session:
 
     Raises:
         SessionError: when no label is an acronym of the atlas.
-        ValueError: for an unknown level.
         ImportError: without the ``[data]`` extra, where labels must be looked up.
 
     Example:
@@ -76,17 +69,13 @@ def at_level(session: Session, level: str) -> Session:
 
 def _looked_up(session: Session, labels: np.ndarray, level: str) -> dict[str, np.ndarray]:
     """Columns with the labels as they are and at a level."""
-    ids = allen_ids()
-    known = np.array([label in ids for label in labels.tolist()])
-    named = np.array([has_region(label) for label in labels.tolist()])
-    if not (known & named).any():
-        raise SessionError(
-            f"session {session.name!r}, regions: none of {sorted(set(labels[named].tolist()))[:5]} "
-            "is an acronym of the Allen atlas; set session.regions to acronyms"
-        )
-    renamed = labels.astype(object)
-    renamed[known] = acronyms(np.array([ids[label] for label in labels[known].tolist()]), level)
-    return {"allen": labels, level.lower(): renamed.astype(np.str_)}
+    ids, atlas = allen_ids(), labels.astype(object)
+    known = np.isin(labels, list(ids))
+    if not any(map(has_region, labels[known].tolist())):
+        problem = f"none of {sorted(set(labels.tolist()))[:5]} is an acronym of the Allen atlas"
+        raise SessionError(f"session {session.name!r}, regions: {problem}")
+    atlas[known] = acronyms(np.array([ids[label] for label in labels[known].tolist()]), level)
+    return {"allen": labels, level.lower(): atlas.astype(np.str_)}
 
 
 def within(region: str) -> np.ndarray:

@@ -1,13 +1,12 @@
 """Simulated sessions written in the file formats of real recordings.
 
-`write_alf` writes a :class:`~mtm.session.Session` as the International Brain Laboratory stores its
-own recordings (ALF), and `index_alf` makes the two tables that ONE needs to find it; then
-`mtm.data.ibl.load_session` reads it as it reads the public server, without a network.
-`write_bwb_session` writes a session as a file of BrainWideBench, for `mtm.bwb.load_session`.
+`write_alf` writes the International Brain Laboratory's format, `index_alf` the two tables that ONE
+needs to find it; `mtm.data.ibl.load_session` then reads it without a network.
+`write_bwb_session` writes a file of BrainWideBench, for `mtm.bwb.load_session`.
 
-Both lay the trials end to end on one clock (`mtm.simulation.layout`). A count becomes that many
-spikes at random times inside its bin; between trials, neurons fire at their mean rates.
-Everything random is seeded by the session's name.
+Trials lie end to end on one clock (`mtm.simulation.layout`). A count becomes that many spikes at
+random times inside its bin; between trials, neurons fire at their mean rates. Everything random is
+seeded by the session's name.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import datetime
 import re
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,57 +32,45 @@ ORIGIN = "mtm.alf"  # marks the tables that index_alf makes, and seeds ids, so i
 BWB_ORIGIN = "mtm.simulate"
 
 
-def write_alf(
-    session: Session,
-    root: str | Path,
-    *,
-    lab: str = "simlab",
-    date: str = "2026-01-02",
-    number: int = 1,
-) -> Path:
-    """Write a session as an ALF session folder.
+def write_alf(session: Session, root: str | Path) -> Path:
+    """Write a session as an ALF session folder ``root/simlab/Subjects/<subject>/2026-01-02/001``.
 
-    The wheel turns with ``wheel-speed``, in opposite directions for the two choices. Depths and
-    ids that the session does not have are made up.
+    It is read back with its neurons grouped by probe. The wheel turns with ``wheel-speed``, in
+    opposite directions for the two choices. Depths and ids that are not there are made up.
 
     Args:
         session: needs behaviour ``choice`` (-1 right, +1 left, 0 none), ``block`` (probability of
             left), ``reward`` (0/1) and ``contrast`` (right minus left), each (K,). Optional:
             ``reaction-time`` (K,) seconds, ``wheel-speed`` (K, T) rad/s and
             ``whisker-motion-energy`` (K, T); neurons ``probe`` (default: all on ``probe00``),
-            ``depth``, ``label``, ``uuid``. The window's 0 becomes the stimulus onset.
+            ``depth``, ``label``, ``uuid``. The window's 0 becomes the stimulus onset. The folder
+            has the name of the subject, or else of the session.
         root: folder of the tree.
-        lab, date, number: place of the session in it; the subject is the session's, or its name.
-
-    Returns:
-        the session's folder ``root/lab/Subjects/subject/date/number``. It is read back with its
-        neurons grouped by probe, probes in the order of their names.
 
     Raises:
-        SessionError: behaviour that is missing or NaN, a region that is no Allen acronym, a name
-            that ALF does not allow, or files of another recording in the folder.
+        SessionError: behaviour that is missing or NaN, a region that is no Allen acronym, a subject
+            that ALF does not allow as a name, or files of another recording in the folder.
     """
-    subject = session.subject or session.name
-    probes = session.neurons.get("probe", np.full(session.n_neurons, "probe00"))
-    names = {lab: r"\w+", subject: r"[\w.-]+", date: r"\d{4}-\d\d-\d\d"}
-    names |= dict.fromkeys(np.unique(probes).tolist(), r"probe\w+")
-    for name, pattern in names.items():
-        if not re.fullmatch(pattern, name):
-            problem = f"{name!r} is not among the names that ALF allows ({pattern})"
-            raise SessionError(f"session {session.name!r}: {problem}")
-    _require_task(session)
+    where, subject = f"session {session.name!r}", session.subject or session.name
+    if not re.fullmatch(r"[\w.-]+", subject):
+        raise SessionError(f"{where}, subject: {subject!r} is no name for an ALF folder")
+    needed = {key: session.behaviour.get(key, np.nan) for key in TASK}
+    needed["wheel-speed"] = session.behaviour.get("wheel-speed", 0.0)
+    if bad := [key for key, values in needed.items() if not np.isfinite(values).all()]:
+        raise SessionError(f"{where}, behaviour {bad[0]!r}: missing, or NaN in some trials")
     stimulus, stop = layout(session)
     files: dict[str, Any] = {"_ibl_trials.table.pqt": _alf_trials(session, stimulus)}
     files |= _alf_traces(session, stimulus, stop)
+    probes = session.neurons.get("probe", np.full(session.n_neurons, "probe00"))
     for probe in np.unique(probes).tolist():
         sorting = _alf_probe(session, np.flatnonzero(probes == probe), probe, stimulus, stop)
         files |= {f"{probe}/pykilosort/{name}": content for name, content in sorting.items()}
 
-    path = Path(root) / lab / "Subjects" / subject / date / f"{number:03d}"
+    path = Path(root) / "simlab" / "Subjects" / subject / "2026-01-02" / "001"
     alf = path / "alf"
-    present = {file.relative_to(alf).as_posix() for file in alf.rglob("*") if file.is_file()}
+    present = {file.relative_to(alf).as_posix() for file in alf.rglob("*.*")}
     if other := sorted(present - set(files)):
-        raise SessionError(f"{alf} holds another recording's {other[0]}; pass another number")
+        raise SessionError(f"{alf} holds another recording's {other[0]}; pass another root")
     for name, content in files.items():
         (alf / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, np.ndarray):
@@ -99,12 +85,8 @@ def write_alf(
 def index_alf(root: str | Path) -> dict[str, Path]:
     """Make the tables by which ONE's local mode finds the sessions under ``root``.
 
-    ONE's own indexer gives random ids. Here a session's id depends on lab, subject, date and number
-    alone, so that the same tree has the same eids on every machine. Of a dataset with several
-    revisions the last is the default one.
-
-    Args:
-        root: folder of the tree; ``sessions.pqt`` and ``datasets.pqt`` are written into it.
+    A session's id depends on lab, subject, date and number alone (ONE's own indexer gives random
+    ones). Of a dataset with several revisions the last is the default.
 
     Returns:
         eid -> the session's folder, ordered by lab, subject, date and number.
@@ -125,23 +107,22 @@ def index_alf(root: str | Path) -> dict[str, Path]:
         eid = _uuid(ORIGIN, lab, subject, day, number)
         folders[eid] = folder
         sessions.append((eid, lab, subject, datetime.date.fromisoformat(day), int(number), "", ""))
-        default = {}  # dataset without its revision (a folder #name#) -> path of the last revision
-        files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.*.*")}
-        for path in sorted(files, key=lambda path: re.findall(r"#([^/]*)#/", path)):
-            default[re.sub(r"#[^/]*#/", "", path)] = path
-        for path, file in files.items():
+        paths = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.*.*"))
+        paths.sort(key=lambda path: re.findall(r"#([^/]*)#/", path))  # revisions: folders #name#
+        last = {re.sub(r"#[^/]*#/", "", path): path for path in paths}.values()
+        for path in paths:
             # No hash: with an empty one, ONE would compare it with every file's.
-            facts = (file.stat().st_size, None, True, "NOT_SET", path in default.values())
+            facts = ((folder / path).stat().st_size, None, True, "NOT_SET", path in last)
             datasets.append((eid, _uuid(ORIGIN, eid, path), path, *facts))
     if not sessions:
         raise SessionError(f"no sessions lab/Subjects/subject/date/number under {root}")
     meta = {"date_created": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "origin": ORIGIN}
-    kinds = cache.SESSIONS_COLUMNS
-    frame = pd.DataFrame(sessions, columns=list(kinds)).astype(kinds).set_index("id").sort_index()
-    parquet.save(root / "sessions.pqt", frame, meta)
-    kinds = cache.DATASETS_COLUMNS | {"default_revision": bool}
-    frame = pd.DataFrame(datasets, columns=list(kinds)).astype(kinds)
-    parquet.save(root / "datasets.pqt", frame.set_index(["eid", "id"]).sort_index(), meta)
+    for name, rows, kinds, index in (
+        ("sessions", sessions, cache.SESSIONS_COLUMNS, ["id"]),
+        ("datasets", datasets, cache.DATASETS_COLUMNS | {"default_revision": bool}, ["eid", "id"]),
+    ):
+        frame = pd.DataFrame(rows, columns=list(kinds)).astype(kinds).set_index(index).sort_index()
+        parquet.save(root / f"{name}.pqt", frame, meta)
     return folders
 
 
@@ -150,24 +131,19 @@ def _uuid(*parts: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_OID, "/".join(parts)))
 
 
-def _require_task(session: Session) -> None:
-    """Check that the behaviour of a trials table is there, and without NaN."""
-    for key in TASK:
-        if key not in session.behaviour:
-            raise SessionError(f"session {session.name!r}, behaviour {key!r}: missing; need {TASK}")
-    for key in (*TASK, "wheel-speed"):
-        if not np.isfinite(session.behaviour.get(key, 0.0)).all():
-            problem = "NaN or infinite; leave out those trials with session.select"
-            raise SessionError(f"session {session.name!r}, behaviour {key!r}: {problem}")
-
-
-def _contrasts(behaviour: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Contrast left and right (K,), NaN on the side without stimulus."""
-    contrast, rewarded = np.asarray(behaviour["contrast"], float), behaviour["reward"] > 0
+def _task(session: Session, stimulus: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns that both formats have: block, contrasts (NaN on the side without), movement."""
+    b = session.behaviour
     # At contrast 0 the outcome tells the side: a rewarded choice was of the stimulus' side.
-    on_right = np.where(contrast == 0, (behaviour["choice"] < 0) == rewarded, contrast > 0)
-    strength = np.abs(contrast)
-    return np.where(on_right, np.nan, strength), np.where(on_right, strength, np.nan)
+    by_outcome = (b["choice"] < 0) == (b["reward"] > 0)
+    on_right = np.where(b["contrast"] == 0, by_outcome, b["contrast"] > 0)
+    strength = np.abs(np.asarray(b["contrast"], float))
+    return {
+        "block": np.asarray(b["block"], float),
+        "left": np.where(on_right, np.nan, strength),
+        "right": np.where(on_right, strength, np.nan),
+        "movement": stimulus + b.get("reaction-time", np.full(session.n_trials, np.nan)),
+    }
 
 
 # ------------------------------------------------------------------------------------- ALF files
@@ -175,26 +151,23 @@ def _contrasts(behaviour: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndar
 
 def _alf_trials(session: Session, stimulus: np.ndarray) -> pd.DataFrame:
     """IBL's trials table: one row per trial, times in seconds."""
-    behaviour = session.behaviour
-    rewarded = behaviour["reward"] > 0
-    left, right = _contrasts(behaviour)
-    reaction = behaviour.get("reaction-time", np.full(session.n_trials, np.nan))
-    response = stimulus + np.where(np.isfinite(reaction), reaction, 0.5) + RESPONSE
+    task = _task(session, stimulus)
+    moved = task["movement"]
+    response = np.where(np.isfinite(moved), moved, stimulus + 0.5) + RESPONSE
     return pd.DataFrame(
         {
             "intervals_0": stimulus + min(session.window[0], 0) - 0.1,
             "intervals_1": np.maximum(stimulus + session.window[1], response) + 0.1,
             "stimOn_times": stimulus,
             "goCue_times": stimulus + 0.001,
-            "firstMovement_times": stimulus + reaction,
+            "firstMovement_times": moved,
             "response_times": response,
             "feedback_times": response,
-            "choice": np.asarray(behaviour["choice"], float),
-            "feedbackType": np.where(rewarded, 1.0, -1.0),
-            "rewardVolume": np.where(rewarded, 1.5, 0.0),  # microlitres
-            "contrastLeft": left,
-            "contrastRight": right,
-            "probabilityLeft": np.asarray(behaviour["block"], float),
+            "choice": np.asarray(session.behaviour["choice"], float),
+            "feedbackType": np.where(session.behaviour["reward"] > 0, 1.0, -1.0),
+            "contrastLeft": task["left"],
+            "contrastRight": task["right"],
+            "probabilityLeft": task["block"],
         }
     )
 
@@ -211,14 +184,18 @@ def _alf_traces(session: Session, stimulus: np.ndarray, stop: float) -> dict[str
         position = np.concatenate([[0], np.cumsum(moved)])
         files["_ibl_wheel.timestamps.npy"] = np.concatenate([[0], edges.ravel(), [stop]])
         files["_ibl_wheel.position.npy"] = np.append(position, position[-1])
-    if (energy := session.behaviour.get("whisker-motion-energy")) is not None:
-        # At each frame, on the line through the bins' values at their centres.
+    if "whisker-motion-energy" in session.behaviour:
         frames = np.arange(0, stop, 1 / CAMERA_RATE)
-        centres = edges[:, :-1] + session.bin_size / 2
         files["_ibl_leftCamera.times.npy"] = frames
-        values = np.interp(frames, centres.ravel(), energy.ravel())
+        values = _sampled(session, "whisker-motion-energy", stimulus, frames)
         files["leftCamera.ROIMotionEnergy.npy"] = values
     return files
+
+
+def _sampled(session: Session, key: str, stimulus: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Behaviour (K, T) at ``times`` (S,), on the line through the bins' values at their centres."""
+    centres = bin_edges(session, stimulus)[:, :-1] + session.bin_size / 2
+    return np.interp(times, centres.ravel(), session.behaviour[key].ravel())
 
 
 def _alf_probe(
@@ -230,65 +207,60 @@ def _alf_probe(
 
     # Neurons stand along the probe region by region, each on a channel of its own; the channels
     # in between belong to the region of the neuron below them.
-    regions = session.regions[mine]
-    along = np.argsort(pd.factorize(regions)[0], kind="stable")
+    along = np.argsort(pd.factorize(session.regions[mine])[0], kind="stable")
     n_channels = max(N_CHANNELS, n)
     channels = np.empty(n, dtype=np.int64)
     channels[along] = np.arange(n) * n_channels // n
     below = along[np.searchsorted(channels[along], np.arange(n_channels), side="right") - 1]
 
+    # "id 12345" names a structure that the atlas does not have; 0 is ``void``.
+    known = allen_ids() | {"": 0}
+    ids = {x: known.get(x, x.removeprefix("id ")) for x in session.regions[mine].tolist()}
+    if bad := [x for x, i in ids.items() if not re.fullmatch(r"-?\d+", str(i))]:
+        problem = f"{bad[0]!r} is not an acronym of the Allen atlas"
+        raise SessionError(f"session {session.name!r}, regions: {problem}")
+    locations = np.array([int(ids[x]) for x in session.regions[mine].tolist()])
+
     columns = {key: values[mine] for key, values in session.neurons.items()}
     depth = np.asarray(columns.get("depth", 20.0 * (channels // 2)), dtype=float)  # um
     names = columns.get("uuid", [_uuid(ORIGIN, session.name, probe, str(i)) for i in range(n)])
     metrics = {"cluster_id": np.arange(n), "label": columns.get("label", np.ones(n))}
-    metrics["firing_rate"] = np.bincount(clusters, minlength=n) / stop
     return {
         "spikes.times.npy": times,
         "spikes.clusters.npy": clusters.astype(np.int32),
-        "spikes.amps.npy": rng.lognormal(np.log(1e-4), 0.3, len(times)).astype(np.float32),
-        "spikes.depths.npy": (depth[clusters] + rng.normal(0, 10, len(times))).astype(np.float32),
         "clusters.channels.npy": channels,
         "clusters.depths.npy": depth,
         "clusters.uuids.csv": pd.DataFrame({"uuids": names}),
         "clusters.metrics.pqt": pd.DataFrame(metrics),
-        "channels.brainLocationIds_ccf_2017.npy": _ids_of(session, regions)[below],
+        "channels.brainLocationIds_ccf_2017.npy": locations[below],
     }
-
-
-def _ids_of(session: Session, regions: np.ndarray) -> np.ndarray:
-    """Allen id of each region label, (n,) int64; ``""`` becomes 0, which is ``void``."""
-    ids, labels = allen_ids() | {"": 0}, regions.tolist()
-    unknown = [x for x in labels if x not in ids and not x.startswith("id ")]
-    if unknown:
-        problem = f"{unknown[0]!r} is not an acronym of the Allen atlas"
-        raise SessionError(f"session {session.name!r}, regions: {problem}")
-    # "id 12345" names a structure that the atlas does not have.
-    return np.array([ids[x] if x in ids else int(x[3:]) for x in labels])
 
 
 # --------------------------------------------------------------------------------- BrainWideBench
 
 SAMPLE_RATE = 50.0  # Hz, of behaviour
 FEEDBACK = 0.1  # s from movement to feedback
-CHUNKS = ("train", "test", "train", "val", "test")  # fifths of a recording, for tasks on neurons
 SCALED = ("whisker/whisker_motion_energy", "paws/left_paw_speed", "paws/right_paw_speed")
+WINDOWS = {  # of one second each: event, start relative to it (s)
+    "choice": ("movement_onset_time", -1.0),
+    "reward": ("feedback_time", 0.0),
+    "stimulus_contrast": ("stim_on_time", -0.9),
+    "movement_window": ("movement_onset_time", 0.0),
+    "licking_window": ("feedback_time", 0.0),
+}
 
 
 def write_bwb_session(session: Session, path: str | Path, build: str = "selected_units") -> Path:
     """Write a simulated session as a file that :func:`mtm.bwb.load_session` reads.
 
-    The file has every group that the benchmark's tasks on neurons and on behaviour need. Paws (a
-    noisy copy of the wheel, here and there not confident) and licks (after rewards) are made up.
-    Splits are the benchmark's, by whole trials, without its gaps of 20 s.
+    Paws (a noisy copy of the wheel, here and there not confident) and licks (after rewards) are
+    made up. Splits are the benchmark's, by whole trials, without its gaps of 20 s.
 
     Args:
         session: from `simulate`, with a window from -1 to 2.5 s or more, so that the windows of the
             tasks are part of the simulation; elsewhere neurons fire at their mean rates.
         path: of the file.
         build: "selected_units" (those above 1 Hz) or "all_units".
-
-    Returns:
-        the file's path.
 
     Raises:
         ImportError: without the ``[bwb]`` extra.
@@ -300,15 +272,12 @@ def write_bwb_session(session: Session, path: str | Path, build: str = "selected
     rng = np.random.default_rng(list(session.name.encode()))
     times, unit = spike_times(session, units, stimulus, stop, rng)
     trials = _bwb_trials(session, stimulus)
-    # From the first to the last moment that any task reads of a trial, (K, 2).
-    spans = np.stack([stimulus - 0.9, trials["feedback_time"] + 1.0], axis=1)
     series = _bwb_traces(session, stimulus, stop, trials, rng)
-    groups: dict[str, Any] = {
+    groups: dict[str, dict[str, np.ndarray]] = {
         "spikes": {"timestamps": times, "unit_index": unit},
         "units": _bwb_units(session, units, build),
         "trials": trials,
-        **_bwb_windows(trials, spans),
-        **_bwb_splits(spans, times[[0, -1]]),
+        **_bwb_intervals(trials, times[[0, -1]]),
         **series,
         **{f"{group}/domain": _interval(np.array([[0.0, stop]])) for group in series},
     }
@@ -348,18 +317,16 @@ def _bwb_units(session: Session, units: np.ndarray, build: str) -> dict[str, np.
 
 def _bwb_trials(session: Session, stimulus: np.ndarray) -> dict[str, np.ndarray]:
     """The table of trials, times in seconds."""
-    behaviour = session.behaviour
-    movement = stimulus + behaviour["reaction-time"]
-    left, right = _contrasts(behaviour)
+    task, behaviour = _task(session, stimulus), session.behaviour
     return {
         "start": stimulus - 0.9,
-        "end": movement + FEEDBACK + 1.0,
+        "end": task["movement"] + FEEDBACK + 1.0,
         "stim_on_time": stimulus,
-        "movement_onset_time": movement,
-        "feedback_time": movement + FEEDBACK,
-        "probability_left": behaviour["block"],
-        "contrast_left": left,
-        "contrast_right": right,
+        "movement_onset_time": task["movement"],
+        "feedback_time": task["movement"] + FEEDBACK,
+        "probability_left": task["block"],
+        "contrast_left": task["left"],
+        "contrast_right": task["right"],
         "choice": np.where(behaviour["choice"] < 0, 0, 1),  # 0 = right
         "reward": behaviour["reward"],
         "stimulus_contrast": np.searchsorted(CONTRASTS, np.abs(behaviour["contrast"])),
@@ -368,35 +335,28 @@ def _bwb_trials(session: Session, stimulus: np.ndarray) -> dict[str, np.ndarray]
     }
 
 
-def _bwb_windows(trials: dict[str, np.ndarray], spans: np.ndarray) -> dict[str, Any]:
-    """The window of each task in each trial, one second each."""
+def _bwb_intervals(
+    trials: dict[str, np.ndarray], ends: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
+    """The window of each task in each trial, and the splits of the recording."""
+    # From the first to the last moment that any task reads of a trial, (K, 2).
+    spans = np.stack([trials["start"], trials["end"]], axis=1)
     groups = {"task_aligned_intervals/domain": _interval(spans)}
-    for name, event, begin in (
-        ("choice", "movement_onset_time", -1.0),
-        ("reward", "feedback_time", 0.0),
-        ("stimulus_contrast", "stim_on_time", -0.9),
-        ("movement_window", "movement_onset_time", 0.0),
-        ("licking_window", "feedback_time", 0.0),
-    ):
+    for name, (event, begin) in WINDOWS.items():
         bounds = trials[event][:, None] + [begin, begin + 1.0]
         labels = {key: trials[key] for key in (name, "trial_index") if key in trials}
         groups[f"task_aligned_intervals/{name}"] = _interval(bounds) | labels
-    return groups
-
-
-def _bwb_splits(spans: np.ndarray, ends: np.ndarray) -> dict[str, Any]:
-    """The splits for behaviour (ts1: 40, 20 and 40 %) and for neurons (ts2: five chunks)."""
-    # Cuts lie half way between trials.
+    # For behaviour (ts1) 40, 20 and 40 %; for neurons (ts2) five chunks. Cuts lie between trials.
     edges = np.concatenate([ends[:1], (spans[:-1, 1] + spans[1:, 0]) / 2, ends[1:]])
     parts: dict[str, list[Any]] = {}
     for split, names, shares in (
         ("ts1", ("train", "val", "test"), (0.0, 0.4, 0.6, 1.0)),
-        ("ts2", CHUNKS, np.arange(6) / 5),
+        ("ts2", ("train", "test", "train", "val", "test"), np.arange(6) / 5),
     ):
         cuts = edges[np.round(np.array(shares) * len(spans)).astype(int)]
         for name, begin, end in zip(names, cuts, cuts[1:], strict=False):
             parts.setdefault(f"{split}_{name}_domain", []).append([begin, end])
-    return {name: _interval(np.array(bounds)) for name, bounds in parts.items()}
+    return groups | {name: _interval(np.array(bounds)) for name, bounds in parts.items()}
 
 
 def _bwb_traces(
@@ -408,11 +368,8 @@ def _bwb_traces(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Behaviour 50 times a second: the session's, interpolated between trials; paws and licks."""
     times = np.arange(0.0, stop, 1 / SAMPLE_RATE)
-    centres = (bin_edges(session, stimulus)[:, :-1] + session.bin_size / 2).ravel()
-    wheel, whisker = (
-        np.interp(times, centres, session.behaviour[key].ravel())
-        for key in ("wheel-speed", "whisker-motion-energy")
-    )
+    wheel = _sampled(session, "wheel-speed", stimulus, times)
+    whisker = _sampled(session, "whisker-motion-energy", stimulus, times)
     since_reward = times[:, None] - trials["feedback_time"][trials["reward"] == 1]
     licking = ((since_reward > 0.1) & (since_reward < 0.9)).any(axis=1)
     paws = {}
