@@ -160,12 +160,12 @@ class Session:
         return array
 
     def _check_split(self, split: Sequence[ArrayLike]) -> Split:
-        masks = [np.zeros(self.n_trials, dtype=int) for _ in Split._fields]
+        masks = np.zeros((3, self.n_trials), dtype=int)  # one for each part
         for mask, part in zip(masks, map(np.asarray, split), strict=True):
             if part.dtype != bool and part.size and not 0 <= part.min() <= part.max() < len(mask):
                 self._fail("given_split", f"trials outside 0..{self.n_trials - 1}")
             mask[part if part.dtype == bool else part.astype(np.int64)] = 1
-        if sum(masks).max() > 1:
+        if masks.sum(axis=0).max() > 1:
             self._fail("given_split", "a trial is in two parts; keep them apart")
         return Split(*map(np.flatnonzero, masks))
 
@@ -195,12 +195,9 @@ class Session:
     def __repr__(self) -> str:
         rates, sizes = self.firing_rates, pd.Series(self.regions).value_counts()
         regions = ", ".join(f"{name} {sizes[name]}" for name in self.region_names)
-        per = {
-            unit: ", ".join(
-                sorted(k for k, values in self.behaviour.items() if values.ndim == ndim)
-            )
-            for ndim, unit in ((1, "trial"), (2, "bin"))
-        }
+        per = {"trial": "", "bin": ""}
+        for key in sorted(self.behaviour):
+            per["trial" if self.behaviour[key].ndim == 1 else "bin"] += f", {key}"
         lines = [
             f"Session {self.name!r}" + (f" of subject {self.subject}" if self.subject else ""),
             f"{self.n_trials} trials x {self.n_bins} bins x {self.n_neurons} neurons; "
@@ -208,7 +205,7 @@ class Session:
             f"{len(self.region_names)} regions: {regions or 'none labelled'}",
             f"firing rates: mean {rates.mean():.1f} Hz, from {rates.min():.1f} to "
             f"{rates.max():.1f} Hz",
-            *(f"behaviour per {unit}: {keys}" for unit, keys in per.items() if keys),
+            *(f"behaviour per {unit}: {keys[2:]}" for unit, keys in per.items() if keys),
             *["true rates known (simulated)"] * (self.rates is not None),
         ]
         return "\n  ".join(textwrap.shorten(line, 200) for line in lines)
@@ -346,10 +343,7 @@ class Session:
     # ------------------------------------------------------------ files
 
     def save(self, path: str | Path) -> Path:
-        """Write the session to one ``.npz``, atomically and without pickles; returns the path.
-
-        Arrays are not compressed, so that counts can be memory-mapped.
-        """
+        """Write the session to one uncompressed ``.npz``, atomically; returns the path."""
         fields = ("name", "subject", "bin_size", "window", "n_recorded", "provenance")
         description = {"format": FORMAT, **{field: getattr(self, field) for field in fields}}
         description |= {"shape": self.counts.shape, "firing_rates": self.firing_rates.tolist()}
@@ -374,13 +368,12 @@ class Session:
             SessionError: when the file is damaged, or not a session of this package.
         """
         description, arrays = read_session_file(path, mmap=("counts", "rates") if mmap else ())
-        fields: dict[str, Any] = {k: description[k] for k in description if k not in LISTED}
-        groups: dict[str, dict[str, np.ndarray]] = {"behaviour": {}, "neurons": {}, "split": {}}
+        fields: dict[str, Any] = {k: v for k, v in description.items() if k not in LISTED}
+        fields |= {"behaviour": {}, "neurons": {}, "split": {}}
         for key, array in arrays.items():
             group, _, column = key.partition("/")  # as in "behaviour/choice"
-            (groups[group] if column else fields)[column or key] = array
-        split = groups.pop("split")
-        fields |= groups
+            (fields[group] if column else fields)[column or key] = array
+        split = fields.pop("split")
         return cls(**fields, given_split=Split(**split) if split else None)
 
 
@@ -422,11 +415,7 @@ def require_alike(sessions: Sequence[Session]) -> None:
 
 
 def _doubt_times(
-    name: str,
-    spike_times: ArrayLike,
-    align_times: ArrayLike,
-    window: tuple[float, float],
-    split_given: bool,
+    name: str, spike_times: Any, align_times: Any, window: tuple[float, float], split_given: bool
 ) -> None:
     """Warn of times that seem to be in another unit, and of events that do not suit a split."""
     spikes, events = np.asarray(spike_times, float), np.sort(np.asarray(align_times, float))

@@ -60,11 +60,6 @@ def connect(
             later the username alone is enough on the same machine.
         token: instead of both: the text that ``<base_url>/me`` shows (for ORCiD accounts).
         base_url: of the server.
-
-    Raises:
-        ValueError: neither folder nor credentials; a username without password or token.
-        FileNotFoundError: no ONE tables in ``cache_dir``.
-        ImportError: without the ``[data]`` extra.
     """
     api = optional("one.api", "data")
     if username or password or token:
@@ -172,9 +167,6 @@ def search(
             contains it ("HPF" finds CA1). On a folder, each session's channels are read for that.
         quality: worst grade of the spike times that will do: "PASS", "WARNING", "FAIL".
         **terms: any other of ``one.search_terms()``, as ``date_range=("2020-01-01", None)``.
-
-    Raises:
-        ValueError: for a region that the atlas does not have.
     """
     given = {"projects": project, "lab": lab, "subject": subject, "dataset_qc_lte": quality}
     inside = None if region is None else within(region)
@@ -186,14 +178,12 @@ def search(
         eids = [str(eid) for eid in one.search(datasets="spikes.times.npy", **terms)]
     if inside is None or not one.offline:
         return eids
-    return [eid for eid in eids if _passes_through(_OneSession(one, eid), inside)]
-
-
-def _passes_through(session: _OneSession, ids: np.ndarray) -> bool:
-    """Whether a channel of any probe is in one of the regions with these ids."""
-    collections = [c for c in _sortings(session, None).values() if session.find(LOCATIONS, c)]
-    found = [np.abs(np.nan_to_num(session.load(LOCATIONS, c))) for c in collections]
-    return any(np.isin(channels.astype(np.int64), ids).any() for channels in found)
+    found = []
+    for session in (_OneSession(one, eid) for eid in eids):
+        places = [c for c in _sortings(session, None).values() if session.find(LOCATIONS, c)]
+        ids = [np.abs(np.nan_to_num(session.load(LOCATIONS, place))) for place in places]
+        found += [session.name] * any(np.isin(each, inside).any() for each in ids)
+    return found
 
 
 def prepare(one: Any, eids: Iterable[Any], out: str | Path, **options: Any) -> Prepared:
@@ -228,9 +218,6 @@ def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
 
     Args:
         trials: IBL's trials table: column -> (K,).
-
-    Raises:
-        KeyError: naming the column that is missing.
     """
     required = ("choice", "feedback_times", "feedbackType", "probabilityLeft")
     columns = (*required, "stimOn_times", "firstMovement_times", "goCue_times")
@@ -466,13 +453,11 @@ def _whisker(session: _OneSession) -> Trace:
         try:
             energy = session.load(f"{camera}Camera.ROIMotionEnergy")
             times = session.load(f"{camera}Camera.times")
-        except SessionError as error:
-            problems.append(str(error))
-            continue
-        surplus = len(times) - len(energy)
-        if len(energy) and 0 <= surplus <= max(5, 0.01 * len(energy)):
+            if not 0 <= (surplus := len(times) - len(energy)) <= max(5, 0.01 * len(energy)):
+                session.fail(f"{camera}Camera", f"{len(energy)} energies, {len(times)} times")
             session.provenance["camera"] = camera
             return {"whisker-motion-energy": ordered_samples(times[surplus:], energy)}
-        problems.append(f"{camera}Camera: {len(energy)} energies, {len(times)} times")
+        except SessionError as error:
+            problems.append(str(error))
     session.warn("camera", f"{'; '.join(problems)}; no behaviour 'whisker-motion-energy'")
     return {}

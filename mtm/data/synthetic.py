@@ -39,12 +39,11 @@ def write_alf(session: Session, root: str | Path) -> Path:
     opposite directions for the two choices. Depths and ids that are not there are made up.
 
     Args:
-        session: needs behaviour ``choice`` (-1 right, +1 left, 0 none), ``block`` (probability of
-            left), ``reward`` (0/1) and ``contrast`` (right minus left), each (K,). Optional:
-            ``reaction-time`` (K,) seconds, ``wheel-speed`` (K, T) rad/s and
-            ``whisker-motion-energy`` (K, T); neurons ``probe`` (default: all on ``probe00``),
-            ``depth``, ``label``, ``uuid``. The window's 0 becomes the stimulus onset. The folder
-            has the name of the subject, or else of the session.
+        session: needs behaviour ``choice``, ``block``, ``reward`` and ``contrast``, as
+            `mtm.data.ibl` describes it. Optional: ``reaction-time``, ``wheel-speed``,
+            ``whisker-motion-energy``; neurons ``probe`` (default: all on ``probe00``), ``depth``,
+            ``label``, ``uuid``. The window's 0 becomes the stimulus onset. The folder has the name
+            of the subject, or else of the session.
         root: folder of the tree.
 
     Raises:
@@ -253,17 +252,10 @@ WINDOWS = {  # of one second each: event, start relative to it (s)
 def write_bwb_session(session: Session, path: str | Path, build: str = "selected_units") -> Path:
     """Write a simulated session as a file that :func:`mtm.bwb.load_session` reads.
 
-    Paws (a noisy copy of the wheel, here and there not confident) and licks (after rewards) are
-    made up. Splits are the benchmark's, by whole trials, without its gaps of 20 s.
-
-    Args:
-        session: from `simulate`, with a window from -1 to 2.5 s or more, so that the windows of the
-            tasks are part of the simulation; elsewhere neurons fire at their mean rates.
-        path: of the file.
-        build: "selected_units" (those above 1 Hz) or "all_units".
-
-    Raises:
-        ImportError: without the ``[bwb]`` extra.
+    Paws (a noisy copy of the wheel) and licks (after rewards) are made up. Splits are the
+    benchmark's, by whole trials, without its gaps of 20 s. ``session`` needs a window from -1 to
+    2.5 s or more, so that the windows of the tasks are part of the simulation. ``build`` is
+    "selected_units" (those above 1 Hz) or "all_units".
     """
     stimulus, stop = layout(session)
     units = np.arange(session.n_neurons)
@@ -272,10 +264,18 @@ def write_bwb_session(session: Session, path: str | Path, build: str = "selected
     rng = np.random.default_rng(list(session.name.encode()))
     times, unit = spike_times(session, units, stimulus, stop, rng)
     trials = _bwb_trials(session, stimulus)
+    ids = np.array([_uuid(BWB_ORIGIN, session.name, str(unit)) for unit in units])
+    table = {"id": ids, "firing_rate": session.firing_rates[units]}
+    for level in LEVELS:
+        table[f"region_{level.lower()}"] = at_level(session, level).regions[units]
+    if build == "selected_units":  # a tenth for each, spread over the regions
+        for part, remainder in (("test", 3), ("val", 7)):
+            held = np.arange(len(units)) % 10 == remainder
+            table[f"ts2_co_smoothing_is_held_out_{part}"] = held
     series = _bwb_traces(session, stimulus, stop, trials, rng)
     groups: dict[str, dict[str, np.ndarray]] = {
         "spikes": {"timestamps": times, "unit_index": unit},
-        "units": _bwb_units(session, units, build),
+        "units": table,
         "trials": trials,
         **_bwb_intervals(trials, times[[0, -1]]),
         **series,
@@ -302,19 +302,6 @@ def write_bwb_session(session: Session, path: str | Path, build: str = "selected
     return path
 
 
-def _bwb_units(session: Session, units: np.ndarray, build: str) -> dict[str, np.ndarray]:
-    """The table of units: ids, rates, regions at three levels, and which are held out."""
-    ids = np.array([_uuid(BWB_ORIGIN, session.name, str(unit)) for unit in units])
-    table = {"id": ids, "firing_rate": session.firing_rates[units]}
-    for level in LEVELS:
-        table[f"region_{level.lower()}"] = at_level(session, level).regions[units]
-    if build == "selected_units":  # a tenth for each, spread over the regions
-        for part, remainder in (("test", 3), ("val", 7)):
-            held = np.arange(len(units)) % 10 == remainder
-            table[f"ts2_co_smoothing_is_held_out_{part}"] = held
-    return table
-
-
 def _bwb_trials(session: Session, stimulus: np.ndarray) -> dict[str, np.ndarray]:
     """The table of trials, times in seconds."""
     task, behaviour = _task(session, stimulus), session.behaviour
@@ -335,9 +322,7 @@ def _bwb_trials(session: Session, stimulus: np.ndarray) -> dict[str, np.ndarray]
     }
 
 
-def _bwb_intervals(
-    trials: dict[str, np.ndarray], ends: np.ndarray
-) -> dict[str, dict[str, np.ndarray]]:
+def _bwb_intervals(trials: dict[str, np.ndarray], ends: np.ndarray) -> dict[str, Any]:
     """The window of each task in each trial, and the splits of the recording."""
     # From the first to the last moment that any task reads of a trial, (K, 2).
     spans = np.stack([trials["start"], trials["end"]], axis=1)
@@ -365,14 +350,14 @@ def _bwb_traces(
     stop: float,
     trials: dict[str, np.ndarray],
     rng: np.random.Generator,
-) -> dict[str, dict[str, np.ndarray]]:
+) -> dict[str, Any]:
     """Behaviour 50 times a second: the session's, interpolated between trials; paws and licks."""
     times = np.arange(0.0, stop, 1 / SAMPLE_RATE)
     wheel = _sampled(session, "wheel-speed", stimulus, times)
     whisker = _sampled(session, "whisker-motion-energy", stimulus, times)
     since_reward = times[:, None] - trials["feedback_time"][trials["reward"] == 1]
     licking = ((since_reward > 0.1) & (since_reward < 0.9)).any(axis=1)
-    paws = {}
+    paws: dict[str, np.ndarray] = {}
     for side in ("left", "right"):
         paws[f"{side}_paw_speed"] = 20.0 * wheel + rng.gamma(2.0, 5.0, len(times))
         # Confidence is lost for half a second at a time.
