@@ -99,9 +99,9 @@ class Session:
         for key, values in (neurons or {}).items():
             column = self._array(f"neurons {key!r}", values, (units,))
             self.neurons[key] = column.astype(np.str_) if column.dtype.kind == "O" else column
-        self.rates: np.ndarray | None = None
-        if rates is not None:
-            self.rates = self._array("rates", np.asarray(rates, np.float32), self.counts.shape)
+        self.rates = None if rates is None else np.asarray(rates, np.float32)
+        if self.rates is not None:
+            self._array("rates", self.rates, self.counts.shape)
             on_disk = isinstance(rates, MemoryMapped)  # checked before they were written
             if not on_disk and not (np.isfinite(self.rates) & (self.rates > 0)).all():
                 self._fail("rates", "expected counts must be finite and above 0")
@@ -183,7 +183,7 @@ class Session:
 
     @property
     def region_names(self) -> list[str]:
-        """The regions, sorted; ``root``, ``void`` and empty labels are not among them."""
+        """The regions, sorted; labels that mean none are not among them."""
         return sorted({r for r in self.regions.tolist() if has_region(r)})
 
     @property

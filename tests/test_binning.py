@@ -170,7 +170,6 @@ def test_bad_spikes_are_refused_by_name(change, message):
 )
 def test_n_bins(window, bin_size, bins):
     assert n_bins(window, bin_size) == bins
-    assert n_bins(window, bin_size * (1 + 5e-7 / bins)) == bins
 
 
 @pytest.mark.parametrize(
@@ -178,7 +177,6 @@ def test_n_bins(window, bin_size, bins):
     [
         ((0.0, 1.0), 0.3, r"3.33333 bins of bin_size 0.3 s.*window\[1\] = 0.9"),
         ((0.0, 1.0), 1.0 + 2e-5, "whole number"),
-        ((0.0, 1e-9), 1.0, "whole number"),
         ((1.0, 0.0), 0.1, "need start < stop"),
         ((0.0, 1.0), 0.0, "bin_size > 0"),
     ],
@@ -262,11 +260,6 @@ def test_trace_of_a_long_recording_keeps_its_digits():
     np.testing.assert_allclose(binned, expected, atol=0.0079)  # float32 at 1e5: steps of 0.0078
     small = bin_trace(times, values - 1e5, align, window=(0, 1), bin_size=0.1)
     np.testing.assert_allclose(small, expected - 1e5, atol=1e-4)
-
-
-def test_trace_without_samples_is_unknown():
-    for times, values in (([], []), ([1.0, 2.0], [np.nan] * 2)):
-        assert np.isnan(bin_trace(times, values, [1.0, 1.5], **FIVE_BINS)).all()
 
 
 @pytest.mark.parametrize(

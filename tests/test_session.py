@@ -54,7 +54,6 @@ def test_counts_are_copied(dtype):
     ("changes", "message"),
     [
         ({"counts": np.zeros((3, 4))}, "counts: need trials x bins x neurons, got shape"),
-        ({"counts": np.zeros((0, 5, 4))}, "counts: need trials x bins x neurons, got shape"),
         ({"counts": np.full((20, 5, 4), -1)}, "counts: must be 0 to 65535, got -1"),
         ({"counts": np.full((20, 5, 4), 70_000)}, "counts: must be 0 to 65535"),
         ({"counts": np.full((20, 5, 4), 0.5)}, "counts: not whole numbers"),
@@ -70,7 +69,6 @@ def test_counts_are_copied(dtype):
         ({"given_split": ([0], [1], [1])}, "given_split: a trial is in two parts"),
         ({"given_split": ([0], [1], [99])}, "given_split: trials outside"),
         ({"trial_ids": np.zeros(20)}, "trial_ids: need 20 different numbers"),
-        ({"trial_ids": np.arange(1, 21)}, "trial_ids: need .* below n_recorded=20"),
     ],
 )
 def test_errors_name_the_session_and_the_field(changes, message):
@@ -151,8 +149,6 @@ def test_select_cuts_every_field():
         (-0.04, 0.06),
         make().provenance,
     )
-    with pytest.raises(SessionError, match="trial_ids: need 3 different numbers"):
-        session.select(trials=np.array([1, 1, 2]))
 
 
 def test_fingerprints_tell_trials_apart():
@@ -303,7 +299,6 @@ def test_warnings_of_milliseconds():
         ({"clusters": [0]}, r"spikes: spike_clusters: ids \[1\] are not among the 1 clusters"),
         ({"align_times": [np.nan]}, "spikes: align_times holds 1 NaN"),
         ({"spike_times": [0.1, np.inf]}, "spikes: spike_times holds 1 NaN or infinite"),
-        ({"spike_times": [0.1]}, "spikes: spike_neurons has shape"),
         ({"window": (0, 0.03)}, "spikes: window .* holds 1.5 bins"),
         ({"align_times": [99.0]}, "spikes: none falls into any trial's window"),
         ({"regions": {"0": "CA1"}}, "regions: no key is a cluster id"),
