@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.signal import lfilter
@@ -85,9 +86,8 @@ def simulate(
         mean_rate: geometric mean of the neurons' base rates, Hz.
 
     Returns:
-        sessions with counts and true ``rates`` (K, T, N); behaviour ``choice``, ``contrast``,
-        ``block``, ``reward``, ``reaction-time`` (K,), ``wheel-speed`` and ``whisker-motion-energy``
-        (K, T).
+        sessions with true ``rates`` (K, T, N); behaviour ``choice``, ``contrast``, ``block``,
+        ``reward``, ``reaction-time`` (K,), ``wheel-speed``, ``whisker-motion-energy`` (K, T).
 
     """
     if min(n_sessions, n_trials) < 1 or n_neurons < len(CIRCUIT):
@@ -101,7 +101,8 @@ def simulate(
     names = [region.name for region in CIRCUIT]
     parts = np.array_split(np.arange(n_neurons), len(names))
     regions = np.repeat(names, list(map(len, parts)))
-    probes = np.where(np.isin(regions, names[: len(names) // 2]), "probe00", "probe01")
+    table = {"probe": np.where(np.isin(regions, names[:3]), "probe00", "probe01")}
+    binning: dict[str, Any] = {"bin_size": bin_size, "window": window}
     sessions = []
     for i in range(n_sessions):
         rng = np.random.default_rng([seed, 1, i])
@@ -113,19 +114,11 @@ def simulate(
         whisking = whisking * np.exp(0.15 * rng.standard_normal(whisking.shape))
         behaviour["whisker-motion-energy"] = whisking[:, before:]
         behaviour["wheel-speed"] = behaviour["wheel-speed"][:, before:]
-        session = Session(
-            rng.poisson(rates),
-            regions,
-            f"sim-{i}" if seed == 0 else f"sim-{seed}-{i}",
-            subject=f"SIM_{i:03d}",
-            bin_size=bin_size,
-            window=window,
-            behaviour=behaviour,
-            neurons={"probe": probes},
-            provenance={"origin": "mtm.simulate", "seed": seed, "session": i},
-            rates=rates,
-        )
-        sessions.append(session)
+        name = f"sim-{i}" if seed == 0 else f"sim-{seed}-{i}"
+        who: dict[str, Any] = {"name": name, "subject": f"SIM_{i:03d}"}
+        who["provenance"] = {"origin": "mtm.simulate", "seed": seed, "session": i}
+        known: dict[str, Any] = {"rates": rates, "behaviour": behaviour, "neurons": table}
+        sessions.append(Session(rng.poisson(rates), regions, **who, **known, **binning))
     return sessions
 
 
