@@ -208,7 +208,7 @@ def test_what_cannot_be_listed(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no session"):
         Sessions([])
     make("s0").save(folder / "again.npz")
-    with pytest.raises(SessionError, match=r"again\.npz and .*s0\.npz hold .* 's0'"):
+    with pytest.raises(SessionError, match=r"again\.npz and .*s0\.npz both hold .* 's0'"):
         Sessions(folder)
     (folder / "again.npz").write_bytes((folder / "s0.npz").read_bytes()[:-9])
     with pytest.raises(SessionError, match=r"again\.npz is damaged"):

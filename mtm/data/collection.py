@@ -108,7 +108,7 @@ class Sessions(Sequence[Session]):
         self.entries = [Entry.read(path) for path in paths]
         if twice := [name for name, n in Counter(self.names).items() if n > 1]:
             both = " and ".join(str(e.path) for e in self.entries if e.name == twice[0])
-            raise SessionError(f"{both} hold a session named {twice[0]!r}; leave one out")
+            raise SessionError(f"{both} both hold a session named {twice[0]!r}; leave one out")
 
     def _of(self, entries: list[Entry]) -> Sessions:
         """A collection of these entries."""

@@ -39,7 +39,11 @@ from mtm.session import Session
 ORIGIN = "Steinmetz et al. 2019, 10.6084/m9.figshare.9598406"
 TICK = 2 * np.pi / 1440  # rad; the wheel's encoder has 1,440 ticks a turn
 GOOD = 2  # annotations: 1 multi-unit, 2 good, 3 unsorted; their analyses include 2 and 3
-TIMES = {"goCue": "go-cue-time", "response": "response-time", "feedback": "feedback-time"}
+TIMES = {
+    "goCue_times": "go-cue-time",
+    "response_times": "response-time",
+    "feedback_times": "feedback-time",
+}
 TRACES = {"wheel-speed": "wheel.position", "face-motion-energy": "face.motionEnergy"}
 COLUMNS = {  # of the copy -> of the archive
     "response": "response_choice",
@@ -80,7 +84,6 @@ def load_session(
 
     Raises:
         SessionError: naming the session, the file and the remedy.
-        ValueError: for an unknown ``units`` or ``trial_filter``.
     """
     if units not in (None, "good") or trial_filter not in (None, "included"):
         raise ValueError(f"units may be 'good', got {units!r}; trial_filter 'included', got "
@@ -106,11 +109,10 @@ def load_session(
         neurons=neurons,
         provenance=files.provenance | {"align": align, "trials": counted},
     )
-    if units is None:
-        return session
-    return session.select(
-        neurons=files.array("clusters._phy_annotation", session.n_neurons) >= GOOD
-    )
+    if units == "good":
+        notes = files.array("clusters._phy_annotation", session.n_neurons)
+        session = session.select(neurons=notes >= GOOD)
+    return session
 
 
 def load_bundle(
@@ -151,7 +153,7 @@ def _behaviour(
     trials: Mapping[str, np.ndarray], event: np.ndarray | float
 ) -> dict[str, np.ndarray]:
     """Behaviour with one value per trial (K,), from the archive's columns (K,)."""
-    found = {}
+    found = {label: trials[key] - event for key, label in TIMES.items() if key in trials}
     if "response_choice" in trials:
         found["choice"] = trials["response_choice"]
     if (feedback := trials.get("feedbackType")) is not None:
@@ -159,8 +161,7 @@ def _behaviour(
     left, right = (trials.get(f"visualStim_contrast{side}") for side in ("Left", "Right"))
     if left is not None and right is not None:
         found["contrast"] = right - left
-    times = {label: f"{key}_times" for key, label in TIMES.items()}
-    return found | {label: trials[key] - event for label, key in times.items() if key in trials}
+    return found
 
 
 # ----------------------------------------------------------------------------------- the archive
