@@ -63,19 +63,15 @@ def load_session(
         window: (start, stop) around each event, seconds.
         bin_size: seconds.
         trials: the table among the file's ``intervals`` whose rows are the trials.
-        behaviour: columns of the trials table; ``()`` for none. See the top of this page.
-        traces: names of TimeSeries.
-        region: where region labels are, or None for none.
+        behaviour, traces, region: see the top of this page; ``()`` and None for none.
 
     Returns:
         the session, named by the file's identifier or else the file. ``neurons`` has ``cluster``,
         the unit's id, and every column of the units table with one number or text per unit, for
-        ``session.select(neurons=session.neurons["quality"] == "good")``. Splits go by the rows of
-        the trials table.
+        ``session.select(neurons=session.neurons["quality"] == "good")``.
 
     Raises:
         SessionError: naming session, dataset and remedy.
-        ImportError: without the ``[nwb]`` extra.
     """
     with _opened(source) as file:
         fields = _units(file, region) | _trials(file, trials, align, behaviour)
@@ -119,7 +115,6 @@ class _NwbFile(Recording):
     h5: Any
 
     def is_text(self, dataset: Any) -> bool:
-        """Whether a dataset holds text."""
         return optional("h5py", "nwb").check_string_dtype(dataset.dtype) is not None
 
     def read(self, dataset: Any, part: Any = ()) -> np.ndarray:
@@ -241,7 +236,8 @@ def _labels(file: _NwbFile, table: _Table, source: str) -> np.ndarray | None:
     """Labels (N,) from one source; None where the file does not have it."""
     if source == "electrode_group/location" and "electrode_group" in table.columns:
         groups = file.read(table.columns["electrode_group"])
-        return np.array([str(file.h5[group].attrs.get("location", "")) for group in groups])
+        labels = [file.h5[group].attrs.get("location", "") for group in groups]
+        return np.array([x.decode() if isinstance(x, bytes) else x for x in labels])
     if not source.startswith("electrodes/"):
         return table.column(source) if source in table.scalars else None
     electrodes, column = _Table(file, ELECTRODES), source.removeprefix("electrodes/")
