@@ -1,7 +1,6 @@
 """Checkpoints of the authors' code, as models of this package that compute the same.
 
-:class:`OfficialMtM` computes as their code does, leaks and padding included, and exists for their
-checkpoints alone: train new models with :class:`mtm.MtM`.
+:class:`OfficialMtM` exists for their checkpoints alone: train new models with :class:`mtm.MtM`.
 
 Their checkpoints are pickles, which can run any code when they are opened the usual way. Here
 ``torch.load(weights_only=True)`` opens them, with an empty dictionary for each object of theirs.
@@ -40,8 +39,7 @@ PAPER_EIDS: tuple[str, ...] = tuple(_SESSIONS["paper"])
 :meta hide-value:
 """
 HELD_OUT_EIDS: tuple[str, ...] = tuple(_SESSIONS["held_out"])
-"""The sessions that the paper holds out of pretraining (``test_re_eids.txt``). In the authors'
-``ibl_100_eids.txt`` three of them are among the sessions to train on."""
+"""The sessions that the paper holds out of pretraining (``test_re_eids.txt``)."""
 REPEATED_SITE_EIDS: tuple[str, ...] = tuple(_SESSIONS["repeated_site"])
 """The repeated-site sessions (``ibl_repro_ephys_eids.txt``), 83, where the paper speaks of 48.
 
@@ -64,10 +62,9 @@ class OfficialPatchTokenizer(PatchTokenizer):
 
 
 class OfficialMtM(MtM):
-    """A model whose attention, padding and patches are those of the authors' code.
+    """A model whose attention, padding (-1) and patches are those of the authors' code.
 
-    In causal mode it leaks: a prediction of a bin depends on later bins. Trials that are shorter
-    than ``n_bins`` are filled up with -1.
+    In causal mode it leaks: a prediction of a bin depends on later bins.
 
     Args:
         n_places: patches of a bin in their NDT2, the same for all sessions.
@@ -176,8 +173,7 @@ def from_official(
 ) -> OfficialMtM:
     """Load the authors' NDT1 (stitched) or NDT2 as a model that computes the same.
 
-    What weights do not show is taken as in their released settings: learned positions, softsign,
-    GELU, input scale 1.
+    What weights do not show is taken as in their released settings.
 
     Args:
         checkpoint: their state dict or module, or a file with one of them.
@@ -194,9 +190,6 @@ def from_official(
     Raises:
         CheckpointError: for a file that cannot be read, or weights that do not fit.
         KeyError: for a session that is not in ``eids``.
-
-    Warns:
-        UserWarning: naming the weights that no session of ``sessions`` uses.
     """
     attributes: dict[str, Any] = {}
     if isinstance(checkpoint, str | Path):
@@ -205,19 +198,18 @@ def from_official(
         checkpoint = checkpoint.state_dict()
     if attributes.get("use_rope"):
         raise CheckpointError("the checkpoint has rotary positions, which this cannot import")
-    has_tokens = TOKENS in checkpoint
-    if has_tokens and len(checkpoint[TOKENS]) != len(eids):
-        raise CheckpointError(
-            f"{TOKENS} has {len(checkpoint[TOKENS])} rows for {len(eids)} sessions; pass the names "
-            "of the rows as eids"
-        )
-    if strangers := [name for name in sessions if has_tokens and name not in eids]:
-        raise KeyError(f"session {strangers[0]!r} has no row in their session embedding; see eids")
+    if TOKENS in checkpoint:
+        if (n := len(checkpoint[TOKENS])) != len(eids):
+            problem = f"{TOKENS} has {n} rows for {len(eids)} sessions"
+            raise CheckpointError(f"{problem}; pass the names of the rows as eids")
+        if strangers := sorted(set(sessions) - set(eids)):
+            problem = "has no row in their session embedding; see eids"
+            raise KeyError(f"session {strangers[0]!r} {problem}")
     try:
         heads = heads or attributes.get("n_heads") or 8
         model = _without_weights(checkpoint, sessions, heads, causal)
-    except ValueError as error:
-        raise CheckpointError(f"cannot read this checkpoint: {error}") from error
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"no NDT1 (stitched) or NDT2 of the authors': {error}") from error
     model.load_state_dict(_weights(model, checkpoint, eids))
     return model.eval()
 
@@ -227,24 +219,20 @@ def _without_weights(
 ) -> OfficialMtM:
     """A model with the sizes that the shapes of their weights show."""
     ndt2 = SPACE in tensors
-    time = TIME if ndt2 else TIME_NDT1
-    spikes, up = "encoder.embedder.embed_spikes.weight", "encoder.layers.0.mlp.up_proj.weight"
-    if wrong := [key for key in (time, spikes, up) if key not in tensors]:
-        raise ValueError(f"it is no NDT1 or NDT2 of the authors' code: {', '.join(wrong)} missing")
-    if not ndt2 and not any(key.startswith("encoder.stitcher.") for key in tensors):
-        raise ValueError("their NDT1 without stitching cannot be imported: it has no stitcher")
+    time, up = tensors[TIME if ndt2 else TIME_NDT1], tensors["encoder.layers.0.mlp.up_proj.weight"]
+    spikes = tensors["encoder.embedder.embed_spikes.weight"]
     config = MtMConfig.published(
         tokenizer="ndt2" if ndt2 else "ndt1",
-        width=tensors[up].shape[1],
+        width=up.shape[1],
         depth=len({key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}),
         heads=heads,
-        mlp_width=len(tensors[up]),
+        mlp_width=len(up),
         session_token=TOKENS in tensors,
-        **{"patch_size" if ndt2 else "stitch_width": tensors[spikes].shape[1]},
+        **{"patch_size" if ndt2 else "stitch_width": spikes.shape[1]},
     )
     return OfficialMtM(
         config,
-        len(tensors[time]),
+        len(time),
         sessions,
         n_places=len(tensors[SPACE]) if ndt2 else 1,
         prompts=MTM_SCHEMES if PROMPT in tensors else (),
@@ -313,7 +301,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             found = torch.load(path, "cpu", weights_only=True)
         found = found.get("model", found.get("state_dict", found))
         if "_modules" in getattr(found, "__dict__", {}):
-            return dict(_tensors(found)), _attributes(found)
+            attention = found
+            for name in ("encoder", "layers", "0", "attn"):  # knows n_heads, use_rope
+                attention = vars(attention)["_modules"][name]
+            return dict(_tensors(found)), vars(attention)
         if not all(isinstance(value, Tensor) for value in found.values()):
             raise ValueError("it holds neither a state dict nor a module")
     except Exception as error:  # whatever a broken or hostile file leads to
@@ -330,10 +321,3 @@ def _tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     for name, child in state["_modules"].items():
         if child is not None:
             yield from _tensors(child, f"{prefix}{name}.")
-
-
-def _attributes(module: Any) -> dict[str, Any]:
-    """Attributes of the first attention layer: ``n_heads``, ``use_rope`` and others."""
-    for name in ("encoder", "layers", "0", "attn"):
-        module = vars(module)["_modules"][name]
-    return vars(module)

@@ -1,19 +1,15 @@
 """Simulated animals at a decision task, with the true firing rates kept.
 
-All animals share one brain circuit and one task; each has its own neurons. The circuit is a chain
-of named regions. A region has a few latent variables that decay, receive the latents of upstream
-regions after a delay, receive task signals, and fluctuate on their own:
+All animals share one circuit of regions and one task; each has its own neurons. A region has two
+latent variables that decay, receive those of upstream regions after a delay and task signals, and
+fluctuate on their own:
 
     z_r(t) = k_r z_r(t-1) + (1 - k_r) (sum_s A_rs z_s(t - delay_rs) + B_r u(t)) + noise
     counts ~ Poisson(bin_size * base * exp(w . z_r(t) + w' arousal(t))),  at most 200 Hz
 
-with k_r = exp(-bin_size / decay_r), decay_r in seconds. So a neuron can be predicted well from its
-own region (they share z), in part from other regions (through the coupling), and a little from the
-past (z decays). The true rates tell how well at best.
-
-The task is the International Brain Laboratory's: a grating of some contrast left or right, a block
-prior for its side, a wheel turned to report it. Signs follow the IBL: a choice of -1 is to the
-right, a contrast above 0 is on the right.
+with k_r = exp(-bin_size / decay_r), decay_r in seconds. The task is the International Brain
+Laboratory's: a grating of some contrast left or right, a block prior for its side, a wheel turned
+to report it. A choice of -1 is to the right, a contrast above 0 is on the right.
 """
 
 from __future__ import annotations
@@ -34,6 +30,7 @@ MOVEMENT = 0.4  # seconds that a turn of the wheel lasts
 DECISION_DELAY = 0.12  # seconds from stimulus to the start, and from the bound to the movement
 DECISION_TIME = 0.8  # seconds after which an animal decides at the latest
 BOUND = 0.7  # of the evidence
+N_LATENTS = 2  # of a region
 BURN_IN = 1.0  # seconds simulated before the window, so that the latents have forgotten their start
 # Of trials laid end to end as one recording, seconds:
 BEFORE, BETWEEN = 2.0, 1.0  # before the first trial, and at least between two trials
@@ -62,7 +59,7 @@ CIRCUIT = (
     Region("SCig", 0.12, {"MOs5": (0.04, 0.9)}, {"turn": 2.0}, 0.35),
     Region("PO", 0.12, {"SCig": (0.06, 0.9)}, {"movement": 2.5}, 0.35),
 )
-"""The default circuit, from thalamus over cortex to the movement and back."""
+"""The circuit, from thalamus over cortex to the movement and back."""
 
 
 def simulate(
@@ -73,14 +70,11 @@ def simulate(
     seed: int = 0,
     bin_size: float = 0.02,
     window: tuple[float, float] = (-0.5, 1.5),
-    circuit: tuple[Region, ...] = CIRCUIT,
-    n_latents: int = 2,
     mean_rate: float = 10.0,
 ) -> list[Session]:
     """Simulate sessions, one animal each, named ``sim-0``, ``sim-1``, ... (seed 7: ``sim-7-0``).
 
-    The circuit's weights depend on ``seed`` alone, and session i on ``seed`` and i, so the first
-    sessions stay the same when more are simulated.
+    The first sessions stay the same when more are simulated.
 
     Args:
         n_sessions: number of animals.
@@ -89,79 +83,54 @@ def simulate(
         seed: of everything random.
         bin_size: seconds, below 0.8.
         window: (start, stop) around stimulus onset, seconds.
-        circuit: the regions, upstream before downstream.
-        n_latents: latent variables of each region.
         mean_rate: geometric mean of the neurons' base rates, Hz.
 
     Returns:
-        sessions with counts and true ``rates`` (K, T, N); behaviour ``choice``, ``contrast``,
-        ``block``, ``reward``, ``reaction-time`` (K,), ``wheel-speed`` and ``whisker-motion-energy``
-        (K, T).
+        sessions with true ``rates`` (K, T, N); behaviour ``choice``, ``contrast``, ``block``,
+        ``reward``, ``reaction-time`` (K,), ``wheel-speed``, ``whisker-motion-energy`` (K, T).
 
-    Raises:
-        ValueError: for sizes that make no recording.
     """
-    if min(n_sessions, n_trials) < 1 or n_neurons < len(circuit):
-        least = f"1 session, 1 trial and a neuron for each of the {len(circuit)} regions"
+    if min(n_sessions, n_trials) < 1 or n_neurons < len(CIRCUIT):
+        least = f"1 session, 1 trial and a neuron for each of the {len(CIRCUIT)} regions"
         raise ValueError(f"need at least {least}; got {n_sessions}, {n_trials}, {n_neurons}")
     if bin_size >= DECISION_TIME:
         raise ValueError(f"animals decide within {DECISION_TIME} s; got bin_size {bin_size} s")
-    weights = _circuit_weights(circuit, n_latents, np.random.default_rng([seed, 0]))
+    before = int(np.ceil(BURN_IN / bin_size - 1e-9))  # bins
+    grid = window[0] + bin_size * np.arange(-before, n_bins(window, bin_size))  # bin starts
+    weights = _circuit_weights(np.random.default_rng([seed, 0]))
+    names = [region.name for region in CIRCUIT]
+    parts = np.array_split(np.arange(n_neurons), len(names))
+    regions = np.repeat(names, list(map(len, parts)))
+    table = {"probe": np.where(np.isin(regions, names[:3]), "probe00", "probe01")}
+    binning: dict[str, Any] = {"bin_size": bin_size, "window": window}
     sessions = []
     for i in range(n_sessions):
         rng = np.random.default_rng([seed, 1, i])
-        fields = _animal(circuit, weights, n_trials, n_neurons, bin_size, window, mean_rate, rng)
-        fields["name"] = f"sim-{i}" if seed == 0 else f"sim-{seed}-{i}"
-        fields["provenance"] = {"origin": "mtm.simulate", "seed": seed, "session": i}
-        binning: dict[str, Any] = {"bin_size": bin_size, "window": window}
-        sessions.append(Session(**fields, subject=f"SIM_{i:03d}", **binning))
+        behaviour, inputs = _task(n_trials, grid, bin_size, rng)
+        latents, arousal = _latents(weights, inputs, bin_size, rng)
+        log_rates = _log_rates(regions, latents, arousal, mean_rate, rng)[:, before:]
+        rates = (np.exp(log_rates) * bin_size).astype(np.float32)
+        whisking = 0.6 * behaviour["wheel-speed"] + 0.5 * np.exp(0.5 * arousal)
+        whisking = whisking * np.exp(0.15 * rng.standard_normal(whisking.shape))
+        behaviour["whisker-motion-energy"] = whisking[:, before:]
+        behaviour["wheel-speed"] = behaviour["wheel-speed"][:, before:]
+        name = f"sim-{i}" if seed == 0 else f"sim-{seed}-{i}"
+        who: dict[str, Any] = {"name": name, "subject": f"SIM_{i:03d}"}
+        who["provenance"] = {"origin": "mtm.simulate", "seed": seed, "session": i}
+        known: dict[str, Any] = {"rates": rates, "behaviour": behaviour, "neurons": table}
+        sessions.append(Session(rng.poisson(rates), regions, **who, **known, **binning))
     return sessions
 
 
-def _animal(
-    circuit: tuple[Region, ...],
-    weights: Weights,
-    n_trials: int,
-    n_neurons: int,
-    bin_size: float,
-    window: tuple[float, float],
-    mean_rate: float,
-    rng: np.random.Generator,
-) -> dict[str, Any]:
-    """Counts, rates, regions, probes and behaviour of one animal."""
-    before = int(np.ceil(BURN_IN / bin_size - 1e-9))  # bins
-    grid = window[0] + bin_size * np.arange(-before, n_bins(window, bin_size))  # bin starts
-    behaviour, inputs = _task(n_trials, grid, bin_size, rng)
-    latents, arousal = _latents(circuit, weights, inputs, bin_size, rng)
-    names, part = [region.name for region in circuit], np.arange(n_neurons)
-    regions = np.repeat(names, [len(some) for some in np.array_split(part, len(names))])
-    log_rates = _log_rates(regions, latents, arousal, mean_rate, rng)[:, before:]
-    rates = (np.exp(log_rates) * bin_size).astype(np.float32)
-    whisking = 0.6 * behaviour["wheel-speed"] + 0.5 * np.exp(0.5 * arousal)
-    whisking = whisking * np.exp(0.15 * rng.standard_normal(whisking.shape))
-    behaviour["whisker-motion-energy"] = whisking[:, before:]
-    behaviour["wheel-speed"] = behaviour["wheel-speed"][:, before:]
-    on_first = np.isin(regions, names[: (len(names) + 1) // 2])
-    return {
-        "counts": rng.poisson(rates),
-        "rates": rates,
-        "regions": regions,
-        "neurons": {"probe": np.where(on_first, "probe00", "probe01")},
-        "behaviour": behaviour,
-    }
-
-
-def _circuit_weights(
-    circuit: tuple[Region, ...], n_latents: int, rng: np.random.Generator
-) -> Weights:
+def _circuit_weights(rng: np.random.Generator) -> Weights:
     """For each region, rotations of its upstream regions' latents and directions of its inputs."""
     weights: Weights = {}
-    for region in circuit:
+    for region in CIRCUIT:
         own = weights[region.name] = {}
         for name, (_, strength) in region.upstream.items():
-            own[name] = strength * np.linalg.qr(rng.standard_normal((n_latents, n_latents)))[0]
+            own[name] = strength * np.linalg.qr(rng.standard_normal((N_LATENTS, N_LATENTS)))[0]
         for name, strength in region.inputs.items():
-            direction = rng.standard_normal(n_latents)
+            direction = rng.standard_normal(N_LATENTS)
             own[name] = strength * direction / np.linalg.norm(direction)
     return weights
 
@@ -229,19 +198,15 @@ def _bump(since: np.ndarray, width: float) -> np.ndarray:
 
 
 def _latents(
-    circuit: tuple[Region, ...],
-    weights: Weights,
-    inputs: np.ndarray,
-    bin_size: float,
-    rng: np.random.Generator,
+    weights: Weights, inputs: np.ndarray, bin_size: float, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Latents of each region, (K, L, n_latents), and the arousal that all share, (K, L)."""
+    """Latents of each region, (K, L, N_LATENTS), and the arousal that all share, (K, L)."""
     n_trials, n_steps, _ = inputs.shape
     latents: dict[str, np.ndarray] = {}
-    for region in circuit:
+    for region in CIRCUIT:
         keep = np.exp(-bin_size / region.decay)
         own = weights[region.name]
-        drive = np.zeros((n_trials, n_steps, len(next(iter(own.values())))))
+        drive = np.zeros((n_trials, n_steps, N_LATENTS))
         for name, (delay, _) in region.upstream.items():
             shift = round(delay / bin_size)
             drive[:, shift:] += latents[name][:, : n_steps - shift] @ own[name].T
@@ -302,11 +267,7 @@ def bin_edges(session: Session, stimulus: np.ndarray) -> np.ndarray:
 
 
 def spike_times(
-    session: Session,
-    mine: np.ndarray,
-    stimulus: np.ndarray,
-    stop: float,
-    rng: np.random.Generator,
+    session: Session, mine: np.ndarray, stimulus: np.ndarray, stop: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Spike times (S,), sorted, and their cluster (S,), an index into ``mine``."""
     counts = session.counts[:, :, mine]

@@ -199,11 +199,7 @@ def test_counts_are_those_of_brute_force(path):
     assert facts["session_start_time"].startswith("2024-05-01T12")
     assert facts["trials"] == {"recorded": K, "without the event": 0}
     assert facts["regions"] == "electrodes/location" and facts["align"] == "start_time"
-    assert nwb.load_session(str(path), window=WINDOW, name="mine").name == "mine"
-
-
-def test_neurons_have_the_columns_with_one_value(path):
-    neurons = nwb.load_session(path).neurons
+    neurons = session.neurons
     assert set(neurons) == {"cluster", "quality", "snr", "brain_area"}
     assert neurons["cluster"].tolist() == [7, 3, 3, 9, 1, 0]
     assert neurons["snr"].tolist() == [0, 1, 2, 3, 4, 5]
@@ -229,8 +225,8 @@ def test_given_times(path):
     assert session.behaviour == {} and session.provenance["align"] == "given times"
     some = nwb.load_session(path, [1.0, np.nan, 5.0])
     assert some.trial_ids.tolist() == [0, 2] and some.n_recorded == 3
-    assert "align" in refusal(nwb.load_session, path, times, behaviour=["choice"])
-    for bad in ([], [np.nan], ["a"]):
+    assert "choice" in refusal(nwb.load_session, path, times, behaviour=["choice"])
+    for bad in ([], ["a"]):
         assert "align" in refusal(nwb.load_session, path, bad)
 
 
@@ -240,116 +236,78 @@ def test_behaviour(path):
     np.testing.assert_array_equal(session.behaviour["correct"], np.arange(K) % 4 < 2)
     contrast = np.array([0.5, np.nan, np.nan, 0.0] * (K // 4))
     np.testing.assert_array_equal(session.behaviour["contrast"], contrast)
-    chosen = {"where": "side", "stop": "stop_time", "note": "note"}
-    session = nwb.load_session(path, behaviour=chosen)
-    assert set(session.behaviour) == set(chosen)
-    np.testing.assert_array_equal(session.behaviour["where"], SIDES == "right")
-    np.testing.assert_array_equal(session.behaviour["stop"], START + 1)
-    assert session.provenance["levels"] == {"where": ["left", "right"], "note": ["a", "b"]}
+    session = nwb.load_session(path, behaviour=["side", "stop_time", "note"])
+    assert set(session.behaviour) == {"side", "stop_time", "note"}
+    np.testing.assert_array_equal(session.behaviour["side"], SIDES == "right")
+    np.testing.assert_array_equal(session.behaviour["stop_time"], START + 1)
+    assert session.provenance["levels"] == {"side": ["left", "right"], "note": ["a", "b"]}
     expected = np.where(np.arange(K) % 5 == 0, np.nan, np.arange(K) % 2)
     np.testing.assert_array_equal(session.behaviour["note"], expected)
     assert nwb.load_session(path, behaviour=()).behaviour == {}
-    assert list(nwb.load_session(path, behaviour="choice").behaviour) == ["choice"]
     assert "'contrast'" in refusal(nwb.load_session, path, behaviour=["nope"])
     assert "pair" in refusal(nwb.load_session, path, behaviour=["pair"])
 
 
 def test_traces(path):
-    names = {"x": "Position/head[0]", "t": "behavior/Position/head[1]", "pupil": "pupil"}
-    names |= {"turn": "processing/behavior/CompassDirection/head", "messy": "messy"}
-    session = nwb.load_session(path, window=WINDOW, traces=names)
+    x, t, turn = "Position/head[0]", "behavior/Position/head[1]", "CompassDirection/head"
+    session = nwb.load_session(path, window=WINDOW, traces=[x, t, turn, "pupil", "messy"])
     middle = START[:, None] + session.times + 0.01  # (K, T): the mean of a line is its middle
     read = session.behaviour
-    np.testing.assert_allclose(read["t"], middle, rtol=1e-6)
-    np.testing.assert_allclose(read["x"], np.sin(middle), atol=1e-4)
-    np.testing.assert_array_equal(read["x"], read["turn"])
+    np.testing.assert_allclose(read[t], middle, rtol=1e-6)
+    np.testing.assert_allclose(read[x], np.sin(middle), atol=1e-4)
+    np.testing.assert_array_equal(read[x], read[turn])
     np.testing.assert_allclose(read["pupil"], (middle - 0.5) * 100, rtol=1e-5)
     np.testing.assert_allclose(read["messy"], 0.5 * (4 * middle + 1) + 2, rtol=1e-6)
-    assert session.provenance["traces"]["t"] == "processing/behavior/Position/head[1]"
-    assert "pupil" in nwb.load_session(path, traces=["pupil"]).behaviour
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("nope", ["acquisition/cube", "processing/behavior/PupilTracking/pupil"]),
-        ("head", ["processing/behavior/Position/head", "CompassDirection/head"]),
-        ("Position/head", ["(7000, 2)", "head[0]"]),
-        ("Position/head[2]", ["(7000, 2)"]),
-        ("pupil[1]", ["(7000,)"]),
-        ("cube", ["(5, 2, 2)"]),
-    ],
-)
-def test_traces_that_cannot_be(path, name, words):
-    text = refusal(nwb.load_session, path, traces={"trace": name})
-    assert all(word in text for word in words), text
-
-
-def test_a_trace_of_nothing_warns_and_a_name_taken_twice_fails(path):
     with pytest.warns(UserWarning, match="session 'recording 1', trace 'rewards'.*NaN"):
         session = nwb.load_session(path, traces=["rewards"])
     assert np.isnan(session.behaviour["rewards"]).all()
-    assert "choice" in refusal(nwb.load_session, path, traces={"choice": "pupil"})
+
+
+def test_traces_that_cannot_be(path):
+    for name, words in {
+        "nope": "acquisition/cube",
+        "head": "processing/behavior/Position/head",
+        "Position/head": "head[0]",
+        "pupil[1]": "(7000,)",
+        "cube": "(5, 2, 2)",
+    }.items():
+        assert words in refusal(nwb.load_session, path, traces=[name])
 
 
 def test_regions(path, edited):
-    def regions(place, **options):
-        return nwb.load_session(path, region=place, **options).regions.tolist()
+    def regions(place):
+        return nwb.load_session(path, region=place).regions.tolist()
 
     assert regions(None) == [""] * N
     assert regions("brain_area") == ["area 0"] * 3 + ["area 1"] * 3
     assert regions("electrode_group/location") == ["PO"] * N
     assert regions("electrodes/fine") == [r.lower() for r in REGIONS]
-    for bad in ("nope", "electrodes/nope", "waveform_mean", "nope/location"):
+    for bad in ("nope", "electrodes/nope", "waveform_mean"):
         assert "brain_area" in refusal(nwb.load_session, path, region=bad)
 
     def strip(*columns):
         def edit(file):
-            for column in columns:
+            for column in ("electrodes", "electrodes_index", *columns):
                 del file[f"units/{column}"]
 
         return edit
 
-    every = strip("electrodes", "electrodes_index")
-    assert edited(every).regions.tolist() == ["area 0"] * 3 + ["area 1"] * 3
-    every = strip("electrodes", "electrodes_index", "brain_area")
-    assert edited(every).regions.tolist() == ["PO"] * N
-    every = strip("electrodes", "electrodes_index", "brain_area", "electrode_group")
-    assert edited(every).regions.tolist() == [""] * N
+    assert edited(strip()).regions.tolist() == ["area 0"] * 3 + ["area 1"] * 3
+    assert edited(strip("brain_area")).regions.tolist() == ["PO"] * N
+    assert edited(strip("brain_area", "electrode_group")).regions.tolist() == [""] * N
 
     def peaks(file):  # as the Allen Institute has it: the id of an electrode, not its row
-        strip("electrodes", "electrodes_index")(file)
+        strip()(file)
         file["general/extracellular_ephys/electrodes/id"][:] = 100 + np.arange(6)
         file["units/peak_channel_id"] = [100, 101, 102, 103, 104, 999]
 
     assert edited(peaks).regions.tolist() == REGIONS
 
     def one_each(file):
-        strip("electrodes", "electrodes_index")(file)
+        strip()(file)
         file["units/electrodes"] = [0, 1, 2, 3, 4, 5]
 
     assert edited(one_each).regions.tolist() == REGIONS
-    beyond = put("units/electrodes", np.full(11, 6))
-    assert "6 electrodes" in refusal(edited, beyond)
-    assert edited(beyond, region=None).regions.tolist() == [""] * N
-
-
-def test_units_filter(path):
-    def kept(units):
-        session = nwb.load_session(path, window=WINDOW, units=units)
-        rows = session.neurons["snr"].astype(int)
-        np.testing.assert_array_equal(session.counts, brute_force(spikes(), START)[..., rows])
-        assert session.regions.tolist() == [REGIONS[row] for row in rows]
-        assert session.provenance["units dropped"] == N - len(rows)
-        return rows.tolist()
-
-    assert kept(None) == kept({}) == list(range(N))
-    assert kept({"quality": "good"}) == [0, 2, 4]
-    assert kept({"quality": ["good", "mua"], "snr": lambda snr: snr > 2}) == [3, 4, 5]
-    assert kept({"snr": 2}) == [2] and kept({"snr": np.array([2, 4])}) == [2, 4]
-    assert "'good', 'mua'" in refusal(kept, {"quality": "Good"})
-    for bad in ({"nope": 1}, {"snr": lambda snr: snr.nope}, {"quality": "good", "snr": 1}):
-        assert "units/" in refusal(kept, bad)
 
 
 def test_files_without_what_is_needed(tmp_path):
@@ -367,49 +325,30 @@ def test_files_without_what_is_needed(tmp_path):
     assert "one of ['drifting_gratings'], or" in shown
     other = nwb.load_session(tmp_path / "other.nwb", trials="drifting_gratings")
     assert other.n_trials == 1
-    silent = load("no-times", add_trials, lambda file: file.add_unit(id=1))
-    assert "units/spike_times" in silent
-    never = load("never", add_trials, lambda file: file.add_unit(spike_times=[1e5]))
-    assert "none falls into any trial" in never
+    assert "units/spike_times" in load("silent", add_trials, lambda file: file.add_unit(id=1))
 
 
 def test_what_is_mended(edited):
-    flat = np.concatenate(spikes())
-    whole = brute_force(spikes(), START)
-    bad = flat.copy()
+    bad = np.concatenate(spikes())
     bad[[0, 5]] = np.nan, np.inf
     with pytest.warns(UserWarning, match="session 'minimal', units/spike_times: dropped 2"):
         session = edited(put("units/spike_times", bad), window=WINDOW)
-    assert session.provenance["spikes dropped"] == 2
     few = [spikes()[0][[1, 2, 3, 4, *range(6, len(spikes()[0]))]], *spikes()[1:]]
     np.testing.assert_array_equal(session.counts, brute_force(few, START))
+    assert edited(put("identifier", "")).name == "edited.nwb"
     mixed = np.concatenate([train[::-1] for train in spikes()])
     session = edited(put("units/spike_times", mixed), window=WINDOW)
-    np.testing.assert_array_equal(session.counts, whole)
-    early = edited(lambda file: None, [-1.0, -2.0], window=WINDOW)  # before the file's zero
-    np.testing.assert_array_equal(early.counts, brute_force(spikes(), [-1.0, -2.0]))
-    assert early.counts.any()
+    np.testing.assert_array_equal(session.counts, brute_force(spikes(), START))
     names = np.array(["Ä/β\t", "", "NaN", "🐭", "unknown", 'x"\n'], dtype=object)
     labels = edited(put("units/brain_area", names), region="brain_area").regions
     assert labels.tolist() == ["Ä/β", "", "NaN", "🐭", "unknown", 'x"']
-    latin = edited(put("units/brain_area", np.array([b"caf\xe9"] * 6)), region="brain_area")
-    assert latin.region_names == ["caf\ufffd"]
-
-
-def test_without_an_identifier_the_file_names_it(edited):
-    assert edited(put("identifier", "")).name == "edited.nwb"
 
 
 SECONDS = st.one_of(st.floats(-5, 70), st.sampled_from([np.nan, np.inf, 1e300, 0.0, -1e9]))
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=6)
 
 
-@settings(
-    max_examples=100,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data):
     trains = data.draw(st.lists(st.lists(SECONDS, max_size=12), max_size=4))
@@ -419,7 +358,7 @@ def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data)
         kind = object if values is TEXTS else float
         return np.array(data.draw(st.lists(values, min_size=size, max_size=size)), kind)
 
-    copy, locations = tmp_path / "any.nwb", rows(TEXTS, n)
+    copy = tmp_path / "any.nwb"
     shutil.copy(minimal, copy)
     with h5py.File(copy, "r+") as file:
         del file["units"], file["intervals/trials"]
@@ -428,7 +367,7 @@ def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data)
         units["id"], trials["id"] = np.arange(n), np.arange(k)
         units["spike_times"] = np.array([t for train in trains for t in train], dtype=float)
         units["spike_times_index"] = np.cumsum([len(train) for train in trains], dtype=np.uint32)
-        units.create_dataset("location", data=locations, **text)
+        units.create_dataset("location", data=rows(TEXTS, n), **text)
         trials["start_time"], trials["value"] = rows(SECONDS, k), rows(st.floats(), k)
         trials["short"] = np.zeros(data.draw(st.integers(0, 4)))
         trials.create_dataset("side", data=rows(TEXTS, k), **text)
@@ -439,7 +378,6 @@ def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data)
         "behaviour": [None, ["side"], ["short"], ["value"]],
         "traces": [(), ["trace"]],
         "region": ["auto", None, "location", "quality"],
-        "units": [None, {"location": ""}],
     }
     options = {key: data.draw(st.sampled_from(values)) for key, values in choices.items()}
     with warnings.catch_warnings():
@@ -451,9 +389,8 @@ def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data)
         except SessionError as error:
             assert re.match(r"session .+, .+: ", str(error), re.DOTALL)
             return
-    kept = np.flatnonzero(locations == "") if options["units"] else np.arange(n)
-    assert session.n_neurons == len(kept)
-    total = sum(np.isfinite(trains[row]).sum() for row in kept)
+    assert session.n_neurons == n
+    total = sum(np.isfinite(train).sum() for train in trains)
     assert session.counts.sum() <= total * session.n_trials
 
 
@@ -461,14 +398,14 @@ def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data)
 
 
 class Archive(BaseHTTPRequestHandler):
-    """``/file`` with ranges, ``/moved`` to it, ``/whole`` without ranges, the rest 404."""
+    """``/file`` with ranges, ``/moved`` to it, ``/whole`` without ranges."""
 
     content, sent = b"", 0
 
     def do_GET(self):
         place, ranges = self.path.partition("?")[0], self.headers.get("Range")
-        if place not in ("/file", "/whole"):
-            self.send_response(302 if place == "/moved" else 404)
+        if place == "/moved":
+            self.send_response(302)
             self.send_header("Location", "/file?signature=secret")
             self.send_header("Content-Length", "0")
             return self.end_headers()
@@ -499,13 +436,11 @@ def archive(path, serve):
 def test_streamed_is_the_same(archive, path):
     options = {"window": WINDOW, "traces": ["pupil"]}
     local = nwb.load_session(path, **options)
-    for url in (f"{archive.url}/file", f"{archive.url}/moved?token=secret"):
-        session = nwb.load_session(url, **options)
-        np.testing.assert_array_equal(session.counts, local.counts)
-        np.testing.assert_array_equal(session.behaviour["pupil"], local.behaviour["pupil"])
-        assert session.name == local.name and session.regions.tolist() == REGIONS
-        assert session.provenance["source"] == url.partition("?")[0]
-    assert nwb.describe(f"{archive.url}/file") == nwb.describe(path)
+    session = nwb.load_session(f"{archive.url}/moved?token=secret", **options)
+    np.testing.assert_array_equal(session.counts, local.counts)
+    np.testing.assert_array_equal(session.behaviour["pupil"], local.behaviour["pupil"])
+    assert session.name == local.name and session.regions.tolist() == REGIONS
+    assert session.provenance["source"] == f"{archive.url}/moved"
 
 
 def test_only_what_is_needed_is_fetched(archive, path, tmp_path):
@@ -520,34 +455,23 @@ def test_only_what_is_needed_is_fetched(archive, path, tmp_path):
     assert len(archive.content) > 12e6
     session = nwb.load_session(f"{archive.url}/file", traces=["pupil"])
     assert session.n_neurons == N and archive.sent < 2.5e6
-    assert "acquisition/raw: shape (400000, 16)" in nwb.describe(f"{archive.url}/file")
-    assert archive.sent < 5e6
 
 
 def test_servers_that_do_not_serve(archive):
-    for place, words in (("nothing", "404"), ("whole", "byte range")):
-        text = refusal(nwb.load_session, f"{archive.url}/{place}?token=secret")
-        assert words in text and f"{archive.url}/{place}" in text and "secret" not in text
+    text = refusal(nwb.load_session, f"{archive.url}/whole?token=secret")
+    assert "byte range" in text and f"{archive.url}/whole" in text and "secret" not in text
     archive.content = b"no NWB" * 1000
     assert "cannot be read" in refusal(nwb.load_session, f"{archive.url}/file")
-    text = refusal(nwb.load_session, "http://user:secret@127.0.0.1:1/x")  # nobody listens there
-    assert "http://127.0.0.1:1/x" in text and "ConnectionError" in text and "secret" not in text
 
 
 # ----------------------------------------------------------------------------- a real file
 
 
-@pytest.fixture
-def real():
-    if not REAL.is_file():
-        pytest.skip("the shared recording A2929-200711.nwb is not on this machine")
-    return REAL
-
-
-def test_a_real_file(real):
+@pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is absent")
+def test_a_real_file():
     times = np.arange(700.0, 1200.0, 2.0)
-    session = nwb.load_session(real, times, window=(0, 2), traces={"head": "ry"})
-    with warnings.catch_warnings(), pynwb.NWBHDF5IO(real, "r") as io:
+    session = nwb.load_session(REAL, times, window=(0, 2), traces=["ry"])
+    with warnings.catch_warnings(), pynwb.NWBHDF5IO(REAL, "r") as io:
         warnings.simplefilter("ignore")
         file = io.read()
         trains = [file.units["spike_times"][n] for n in range(15)]
@@ -557,21 +481,19 @@ def test_a_real_file(real):
     assert session.name == "A2929-200711" and session.n_neurons == 15
     assert [(r, int(np.sum(session.regions == r))) for r in session.region_names] == [
         ("adn", 7), ("ca1", 8)]  # fmt: skip
-    head = session.behaviour["head"]
+    head = session.behaviour["ry"]
     assert head.shape == (250, 100) and np.isfinite(head).mean() > 0.99
     centres = times[:, None] + session.times + 0.01
     assert np.nanmedian(np.abs(head - np.interp(centres, at, values))) < 0.01
-    text = nwb.describe(real)
-    assert "units: 15 rows" in text and "ca1 8, adn 7" in text
+    text = nwb.describe(REAL)
+    assert "units: 15 rows" in text and "'ca1': 8, 'adn': 7" in text
     assert "CompassDirection/ry: shape (63527,), unit radian" in text
-    assert "align=np.arange" in refusal(nwb.load_session, real)
 
 
 def test_describe(path):
     text = nwb.describe(path)
-    for words in (
-        *("'recording 1', subject mouse 5", "CA1 2, LP 2, none 2", "fine (text)", "note (text)"),
-        "units: 6 rows; columns brain_area (text), quality (text), snr, electrode_group (many)",
-        *("intervals/trials: 40 rows", "Position/head: shape (7000, 2)"),
-    ):
-        assert words in text, text
+    assert text.startswith(
+        "'recording 1', subject mouse 5\nunits: 6 rows; columns brain_area (text)"
+    )
+    assert "LP': 2, 'none': 2" in text and "pair (many)" in text and "note (text)" in text
+    assert "intervals/trials: 40 rows" in text and "Position/head: shape (7000, 2)" in text

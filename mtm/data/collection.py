@@ -12,7 +12,8 @@ import json
 import os
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -40,8 +41,6 @@ class Entry:
     path: Path
     name: str
     subject: str
-    bin_size: float
-    window: tuple[float, float]
     shape: tuple[int, int, int]
     regions: np.ndarray
     firing_rates: np.ndarray
@@ -52,25 +51,18 @@ class Entry:
     def read(cls, path: Path) -> Entry:
         """The entry of a file that ``Session.save`` wrote."""
         meta, arrays = read_session_file(path, only=("regions",))
-        regions = arrays["regions"]
         return cls(
             path=path,
-            **{key: meta[key] for key in ("name", "subject", "bin_size", "provenance")},
-            window=tuple(meta["window"]),
+            **{key: meta[key] for key in ("name", "subject", "provenance")},
+            regions=arrays["regions"],
             shape=tuple(meta["shape"]),
-            regions=regions,
             firing_rates=np.array(meta["firing_rates"]),
-            neurons=np.arange(len(regions)),
+            neurons=np.arange(meta["shape"][2]),
         )
 
-    def keep(self, chosen: np.ndarray) -> Entry:
-        """The entry with some (N,) bool of its neurons."""
-        columns = ("regions", "firing_rates", "neurons")
-        return replace(self, **{column: getattr(self, column)[chosen] for column in columns})
-
-    def load(self, mmap: bool) -> Session:
+    def load(self) -> Session:
         """The recording with the neurons chosen; those are copied if they are not all."""
-        session = Session.load(self.path, mmap=mmap)
+        session = Session.load(self.path, mmap=True)
         if session.counts.shape != self.shape:
             raise SessionError(
                 f"session {self.name!r}: {self.path} has changed since it was listed; list again"
@@ -87,14 +79,12 @@ class Entry:
 class Sessions(Sequence[Session]):
     """Many recordings on disk, as a sequence of sessions that are read when they are asked for.
 
-    Listing them reads names, regions and firing rates, not counts; a session taken out of it has
-    its counts on disk (``Session.load(path, mmap=True)``). ``fit`` and ``evaluate`` take a
-    collection like any other sequence of sessions. An index may also be a session's name; a slice
-    is a collection.
+    Listing them reads names, regions and firing rates; a session taken out of it has its counts on
+    disk (``Session.load(path, mmap=True)``). ``fit`` and ``evaluate`` take a collection like any
+    other sequence of sessions. An index may also be a session's name; a slice is a collection.
 
     Args:
         where: a folder (every ``.npz`` in it, by name), a file, or several files.
-        mmap: leave counts on disk; ``False`` reads each session whole, when it is asked for.
 
     Raises:
         FileNotFoundError: no such file, or no ``.npz`` in the folder.
@@ -105,7 +95,7 @@ class Sessions(Sequence[Session]):
         >>> model = fit(sessions).model
     """
 
-    def __init__(self, where: str | Path | Iterable[str | Path], *, mmap: bool = True) -> None:
+    def __init__(self, where: str | Path | Iterable[str | Path]) -> None:
         if isinstance(where, (str, Path)):
             folder = Path(where)
             paths = sorted(folder.glob("*.npz")) if folder.is_dir() else [folder]
@@ -115,19 +105,15 @@ class Sessions(Sequence[Session]):
             raise FileNotFoundError(
                 f"no session (*.npz) in {where}; Session.save and `python -m mtm prepare` make them"
             )
-        self.mmap, self.entries = mmap, [Entry.read(path) for path in paths]
-        first: dict[str, Path] = {}
-        for entry in self.entries:
-            if first.setdefault(entry.name, entry.path) is not entry.path:
-                raise SessionError(
-                    f"{first[entry.name]} and {entry.path} both hold a session named "
-                    f"{entry.name!r}; names must differ, leave one out"
-                )
+        self.entries = [Entry.read(path) for path in paths]
+        if twice := [name for name, n in Counter(self.names).items() if n > 1]:
+            both = " and ".join(str(e.path) for e in self.entries if e.name == twice[0])
+            raise SessionError(f"{both} both hold a session named {twice[0]!r}; leave one out")
 
     def _of(self, entries: list[Entry]) -> Sessions:
         """A collection of these entries."""
         chosen = Sessions.__new__(Sessions)
-        chosen.mmap, chosen.entries = self.mmap, entries
+        chosen.entries = entries
         return chosen
 
     def __len__(self) -> int:
@@ -144,13 +130,10 @@ class Sessions(Sequence[Session]):
             if index not in self.names:
                 raise KeyError(f"no session {index!r}; there are: {', '.join(self.names)}")
             index = self.names.index(index)
-        return self.entries[index].load(self.mmap)
+        return self.entries[index].load()
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
-
-    def __iter__(self) -> Iterator[Session]:
-        return (entry.load(self.mmap) for entry in self.entries)
 
     @property
     def names(self) -> list[str]:
@@ -162,9 +145,7 @@ class Sessions(Sequence[Session]):
         *,
         regions: str | Iterable[str] | None = None,
         min_rate: float = 0.0,
-        units: Mapping[str, Any] | None = None,
         min_neurons: int = 1,
-        min_trials: int = 1,
     ) -> Sessions:
         """The neurons that pass, of the sessions that have enough of them.
 
@@ -174,32 +155,24 @@ class Sessions(Sequence[Session]):
         Args:
             regions: labels of the neurons to keep.
             min_rate: Hz, over all trials and bins.
-            units: columns of the table of neurons: name -> the value to keep, or several, or a
-                function from the column (N,) to bool, as ``{"label": 1}``, ``{"depth": lambda d:
-                d > 1000}``.
             min_neurons: sessions that are left with fewer are left out.
-            min_trials: sessions of fewer trials are left out.
 
         Raises:
-            SessionError: a column that a session does not have, or regions that no session has.
+            SessionError: for regions that no session has.
         """
-        wanted = {regions} if isinstance(regions, str) else {*(regions or ())}
+        wanted = [regions] if isinstance(regions, str) else [*(regions or ())]
         known = {label for entry in self.entries for label in entry.regions.tolist()}
-        if wanted and not wanted & known:
+        if wanted and known.isdisjoint(wanted):
             raise SessionError(f"no neuron is in {sorted(wanted)}; there are {sorted(known)}")
         chosen = []
         for entry in self.entries:
             passed = entry.firing_rates >= min_rate
             if wanted:
-                passed &= np.isin(entry.regions, sorted(wanted))
-            table = Session.load(entry.path, mmap=True).neurons if units else {}
-            for name, rule in (units or {}).items():
-                if name not in table:
-                    raise SessionError(f"session {entry.name!r}: no {name!r} among {list(table)}")
-                column = table[name][entry.neurons]
-                passed &= rule(column) if callable(rule) else np.isin(column, rule)
-            if passed.sum() >= min_neurons and entry.shape[0] >= min_trials:
-                chosen.append(entry.keep(passed))
+                passed &= np.isin(entry.regions, wanted)
+            if passed.sum() >= min_neurons:
+                columns = ("regions", "firing_rates", "neurons")
+                kept: dict[str, Any] = {key: getattr(entry, key)[passed] for key in columns}
+                chosen.append(replace(entry, **kept))
         return self._of(chosen)
 
     def save(self, folder: str | Path) -> Sessions:
@@ -211,9 +184,7 @@ class Sessions(Sequence[Session]):
         paths = [Path(folder) / entry.path.name for entry in self.entries]
         if any(path.exists() for path in paths) or len(set(paths)) < len(paths):
             raise ValueError(f"{folder} has files of these names; save into another folder")
-        for entry, path in zip(self.entries, paths, strict=True):
-            entry.load(mmap=True).save(path)
-        return Sessions(paths, mmap=self.mmap)
+        return Sessions([s.save(path) for s, path in zip(self, paths, strict=True)])
 
     def to_frame(self) -> pd.DataFrame:
         """A table with one row per session."""
@@ -225,18 +196,14 @@ class Sessions(Sequence[Session]):
         columns = ["session", "subject", "trials", "bins", "neurons", "regions", "Hz"]
         return pd.DataFrame(rows, columns=columns)
 
-    def summary(self, n_rows: int | None = None) -> str:
-        """The table as text, at most ``n_rows`` of it, and totals."""
+    def __repr__(self) -> str:
         table = self.to_frame()
         size = (table["trials"] * table["bins"] * table["neurons"]).sum() / 1e9
         return (
-            f"{table.to_string(index=False, max_rows=n_rows)}\n{len(table)} sessions of "
+            f"{table.to_string(index=False, max_rows=10)}\n{len(table)} sessions of "
             f"{table['subject'].nunique()} subjects: {table['trials'].sum():,} trials, "
             f"{table['neurons'].sum():,} neurons, {size:.2f} GB of counts"
         )
-
-    def __repr__(self) -> str:
-        return self.summary(n_rows=10)
 
 
 class Outcome(NamedTuple):
@@ -299,11 +266,7 @@ def prepare(
         progress: show a bar, in a terminal.
         **options: of ``load``. The file keeps them, without ``password`` and ``token``.
 
-    Returns:
-        what became of each recording, and the files there are.
-
     Raises:
-        TypeError: options that ``load`` does not take.
         ValueError: two recordings of the same name.
         RuntimeError: a process that was killed; what was written by then is there.
 
@@ -317,39 +280,31 @@ def prepare(
     Path(out).mkdir(parents=True, exist_ok=True)
     workers = min(4, os.cpu_count() or 1, len(named) or 1) if workers is None else workers
     job = functools.partial(_prepare_one, load, out=Path(out), overwrite=overwrite, options=options)
-    outcomes = {}
-    with tqdm(total=len(named), unit="session", disable=None if progress else True) as bar:
-        for outcome in _run(job, named, workers):
-            outcomes[outcome.name] = outcome
-            bar.update(1)
-            bar.set_postfix_str(f"{outcome.status} {outcome.name}")
-    return Prepared([outcomes[name] for name in named])
-
-
-def _run(job: Callable[..., Outcome], named: dict[str, Any], workers: int) -> Iterator[Outcome]:
-    """The outcomes, in the order in which they are ready."""
-    if workers == 1:
-        yield from (job(recording, name=name) for name, recording in named.items())
-        return
+    calls = (joblib.delayed(job)(recording, name=name) for name, recording in named.items())
     parallel = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1)
+    outcomes = {}
+    bar = tqdm(total=len(named), unit="session", disable=None if progress else True)
     try:
-        yield from parallel(joblib.delayed(job)(value, name=name) for name, value in named.items())
+        with bar:
+            for outcome in parallel(calls):
+                outcomes[outcome.name] = outcome
+                bar.update(1)
+                bar.set_postfix_str(f"{outcome.status} {outcome.name}")
     except BrokenProcessPool as error:
         problem = "a process was killed, most likely because memory ran out"
         raise RuntimeError(f"{problem}; start again with fewer workers, it resumes") from error
+    return Prepared([outcomes[name] for name in named])
 
 
 def _names(recordings: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
     """Name -> recording."""
     if isinstance(recordings, Mapping):
         return dict(recordings)
-    named: dict[str, Any] = {}
-    for recording in [recordings] if isinstance(recordings, (str, Path)) else recordings:
-        name = recording.stem if isinstance(recording, Path) else str(recording)
-        if name in named:
-            raise ValueError(f"two recordings are named {name!r}; pass a mapping from names")
-        named[name] = recording
-    return named
+    paths = [recordings] if isinstance(recordings, (str, Path)) else list(recordings)
+    names = [path.stem if isinstance(path, Path) else str(path) for path in paths]
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
+        raise ValueError(f"two recordings are named {twice[0]!r}; pass a mapping from names")
+    return dict(zip(names, paths, strict=True))
 
 
 def _prepare_one(
@@ -378,9 +333,8 @@ def _prepare_one(
         except Exception as error:  # whatever it is, the other recordings are to go on
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             return Outcome(name, "skipped", f"{kind}{error}")
-    notes = list(
-        dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
-    )
+    kept = (str(w.message) for w in caught if issubclass(w.category, UserWarning))
+    notes = list(dict.fromkeys(kept))
     if session.name == "session":  # the default
         session.name = name
     session.provenance = session.provenance | {"prepared": {**origin, "notes": notes}}
@@ -403,10 +357,9 @@ def _origin(
     def shown(value: Any) -> Any:  # of an address what is public: no password, no signature
         return public(value) if isinstance(value, str) and "://" in value else value
 
-    def plain(value: Any) -> Any:  # what JSON cannot hold
-        return value.tolist() if hasattr(value, "tolist") else str(value)
-
-    name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
     kept = {key: shown(value) for key, value in options.items() if key not in SECRETS}
+    name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
     made = {"load": name, "recording": shown(recording), "options": kept}
-    return json.loads(json.dumps(made, default=plain))
+    # What JSON cannot hold: arrays and numpy's numbers have tolist.
+    text = json.dumps(made, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+    return json.loads(text)

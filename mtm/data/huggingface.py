@@ -1,19 +1,15 @@
 """Rows of the data sets that the authors of MtM keep on the Hugging Face Hub, one set per session.
 
 A row is a trial: its counts as the four parts of a sparse (CSR) matrix, its behaviour, and, the
-same in every row, facts about session and neurons. The columns are those of the authors' code
-(``create_dataset``). Two kinds of sets exist:
+same in every row, facts about session and neurons, as the authors' ``create_dataset`` writes them.
 
 - ``<eid>_aligned``, splits train, val and test: trials of 2 s from 0.5 s before stimulus onset.
   The splits are the authors' and stay (`Session.given_split`); trials are not in order of time.
 - ``<eid>``, one split: consecutive chunks of the recording, without behaviour.
 
-Behaviour of a session, NaN = missing:
-
-- ``choice`` (K,): -1 right, +1 left, 0 none; ``block``: probability of a stimulus on the left;
-  ``reward``: 1 or 0.
-- ``wheel-speed`` (rad/s) and ``whisker-motion-energy`` (arbitrary units), (K, T). The authors took
-  one interpolated value at each bin's right edge, not the mean over the bin.
+Behaviour, NaN = missing: ``choice`` (K,), -1 right, +1 left, 0 none; ``block``, probability of a
+stimulus on the left; ``reward``, 1 or 0; ``wheel-speed`` (rad/s) and ``whisker-motion-energy``
+(arbitrary units), (K, T), one interpolated value at each bin's right edge, not the mean over it.
 
 Their counts are bytes: one of 256 or more was cut down by 256 when they stored it.
 """
@@ -48,13 +44,12 @@ FACTS = ("eid", "lab", "probe_name")  # kept in the provenance
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def load_session(folder: str | Path, **options: Any) -> Session:
+def load_session(folder: str | Path) -> Session:
     """Load a data set from a folder, without the package ``datasets``.
 
     Args:
         folder: what ``DatasetDict.save_to_disk`` or ``Dataset.save_to_disk`` wrote (Arrow streams),
             or a snapshot of a repository on the Hub (``data/train-00000-of-00001.parquet``).
-        **options: of `from_rows`.
 
     Raises:
         SessionError: naming the folder or the file, and the remedy.
@@ -64,26 +59,21 @@ def load_session(folder: str | Path, **options: Any) -> Session:
     with Recording(folder.name).reading(str(folder)):
         files = _files(folder)
         tables = {split: pd.concat(map(_table, paths)) for split, paths in files.items()}
-    return _session(folder.name, tables, **options)
+    return _session(tables)
 
 
 def from_rows(
     rows: Mapping[str, Iterable[Mapping[str, Any]]] | Iterable[Mapping[str, Any]],
-    *,
-    start: float | None = None,
-    name: str | None = None,
 ) -> Session:
     """Make a session of rows, as iterating over a ``datasets.Dataset`` gives them.
 
     Args:
         rows: split -> rows, of the splits train, val (or validation) and test; or the rows of one
             split, or a mapping with one split: then the session has no given split.
-        start: where the window starts, seconds from stimulus onset; the rows tell its length only.
-            Default: -0.5, as in the authors' aligned sets, or 0 for rows without ``choice``.
-        name: the session's name. Default: the column ``eid``.
 
     Returns:
-        the session, trials in the order of the rows, train first. Its ``neurons`` have, where
+        the session, named by the column ``eid``, trials in the order of the rows, train first. Its
+        window starts at -0.5 s, or at 0 for rows without ``choice``. Its ``neurons`` have, where
         present, ``allen`` (acronym, also ``regions``), ``channel``, ``depth``, ``uuid``, ``good``,
         ``label`` and ``qc-<name>`` for what else ``cluster_qc`` lists. ``probe_name`` is kept in
         the provenance; of several probes, the authors stored the last one's.
@@ -92,52 +82,43 @@ def from_rows(
         SessionError: naming the session, the column and the remedy.
     """
     parts = rows if isinstance(rows, Mapping) else {"train": rows}
-    with Recording(name or "rows").reading("rows"):
-        tables = {split: pd.DataFrame(list(part)) for split, part in parts.items()}
-    return _session(name or "rows", tables, start=start, name=name)
+    return _session({split: pd.DataFrame(list(part)) for split, part in parts.items()})
 
 
-def _session(
-    source: str,
-    tables: Mapping[str, pd.DataFrame],
-    *,
-    start: float | None = None,
-    name: str | None = None,
-) -> Session:
+def _session(tables: Mapping[str, pd.DataFrame]) -> Session:
     """A session of split -> table, one row per trial."""
     order = [split for split in SPLITS if split in tables] if len(tables) > 1 else list(tables)
-    if len(order) < len(tables) or sum(map(len, tables.values())) == 0:
+    if len(order) < len(tables) or not any(map(len, tables.values())):
         problem = f"splits {list(tables)}; need train, val and test with rows, or one split"
-        raise SessionError(f"session {source!r}: {problem}")
+        raise SessionError(f"session of rows: {problem}")
     table = pd.concat([tables[split] for split in order], ignore_index=True)
+    if "eid" not in table or table["eid"].nunique() > 1:
+        raise SessionError("session of rows: no column eid, or several sessions; pass those of one")
     facts = {key: table[key][0] for key in (*FACTS, "subject") if key in table}
-    who = name or facts.get("eid")
-    if not who:
-        raise SessionError(f"session {source!r}: no column eid; pass name")
-    if "eid" in table and table["eid"].nunique() > 1:
-        raise SessionError(f"session {who!r}: eid differs between rows; pass those of one session")
-    recording = Recording(who)
+    recording = Recording(facts["eid"])
     with recording.reading("spikes_sparse"):
         counts = np.stack([_matrix(row) for row in table.to_dict("records")])
         bin_size = float(np.squeeze(table["binsize"][0]))
     with recording.reading("neurons"):
         neurons = _neurons(table.iloc[0])
+    behaviour = {}
+    for key in filter(table.__contains__, BEHAVIOUR):
+        with recording.reading(key):
+            array = np.array([np.asarray(value, dtype=np.float64) for value in table[key]])
+        behaviour[key] = array.ravel() if array.size == len(array) else array  # (K, 1) too
     given_split = None
     if len(tables) > 1:
         part = np.repeat([SPLITS[split] for split in order], [len(tables[s]) for s in order])
         given_split = Split(*(np.flatnonzero(part == field) for field in Split._fields))
-    if start is None:
-        start = -0.5 if "choice" in table else 0.0
+    start = -0.5 if "choice" in table else 0.0
     return Session(
         counts=counts,
         regions=neurons.get("allen"),
-        name=who,
+        name=recording.name,
         subject=str(facts.pop("subject", "")),
         bin_size=bin_size,
         window=(start, start + counts.shape[1] * bin_size),
-        behaviour={
-            key: _behaviour(recording, key, table[key]) for key in BEHAVIOUR if key in table
-        },
+        behaviour=behaviour,
         neurons=neurons,
         provenance={"origin": "Hugging Face, MtM's authors", "splits": list(tables), **facts},
         given_split=given_split,
@@ -152,18 +133,12 @@ def _matrix(row: Mapping[str, Any]) -> np.ndarray:
     return matrix.toarray()
 
 
-def _behaviour(recording: Recording, key: str, column: pd.Series) -> np.ndarray:
-    """One number per row (K,), or one per bin (K, T)."""
-    with recording.reading(key):
-        array = np.array([np.asarray(value, dtype=np.float64) for value in column])
-    return array.ravel() if array.size == len(array) else array  # (K, 1) too
-
-
 def _neurons(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The table of neurons, column -> (N,); it is the same in every row."""
     columns = {label: row[key] for key, label in NEURONS.items() if key in row}
-    quality = row["cluster_qc"] if isinstance(row.get("cluster_qc"), dict) else {}
-    columns |= {key if key == "label" else f"qc-{key}": quality[key] for key in quality}
+    quality = row.get("cluster_qc")
+    for key, values in quality.items() if isinstance(quality, dict) else ():
+        columns[key if key == "label" else f"qc-{key}"] = values
     neurons = {}
     for label, values in columns.items():
         array = pd.Series(list(values))
@@ -188,8 +163,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
         if len(paths) != n:
             raise SessionError(f"{folder}, split {split!r}: {len(paths)} of its {n} files")
     if not found:
-        problem = "no dataset_dict.json, state.json or .parquet file"
-        raise SessionError(f"{folder}: {problem}; pass what save_to_disk wrote, or a Hub snapshot")
+        raise SessionError(f"{folder}: no dataset_dict.json, state.json or .parquet file in it")
     return found
 
 

@@ -3,9 +3,8 @@
 `load_session` reads a folder of the archive (10.6084/m9.figshare.9598406), `load_bundle` the copy
 that Neuromatch Academy distributes (``steinmetz_part0.npz`` to ``part2``), in which much is already
 chosen: clusters annotated 2 or 3 that fired in a trial, 10 ms counts around stimulus onset. A
-session has the same name from both. Facts about the files are from the authors' notes ("data files"
-in the wiki of their repository nsteinme/steinmetz-et-al-2019; its issues 1 and 2; its
-findMoveTimes.m) and from the code that made the copy (MouseLand/steinmetz2019_NMA).
+session has the same name from both. Facts about the files are from the wiki, issues 1 and 2 and
+findMoveTimes.m of nsteinme/steinmetz-et-al-2019, and from MouseLand/steinmetz2019_NMA.
 
 Behaviour of a session, NaN = missing:
 
@@ -19,7 +18,6 @@ Behaviour of a session, NaN = missing:
 - ``face-motion-energy`` (K, T), arbitrary units, averaged in each bin.
 
 Trials without the event are left out. Where a file or field is missing, its behaviour is too.
-Passive trials, pupil, licks and LFP are not read.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,11 @@ from mtm.session import Session
 ORIGIN = "Steinmetz et al. 2019, 10.6084/m9.figshare.9598406"
 TICK = 2 * np.pi / 1440  # rad; the wheel's encoder has 1,440 ticks a turn
 GOOD = 2  # annotations: 1 multi-unit, 2 good, 3 unsorted; their analyses include 2 and 3
-TIMES = {"goCue": "go-cue-time", "response": "response-time", "feedback": "feedback-time"}
+TIMES = {
+    "goCue_times": "go-cue-time",
+    "response_times": "response-time",
+    "feedback_times": "feedback-time",
+}
 TRACES = {"wheel-speed": "wheel.position", "face-motion-energy": "face.motionEnergy"}
 COLUMNS = {  # of the copy -> of the archive
     "response": "response_choice",
@@ -82,23 +84,19 @@ def load_session(
 
     Raises:
         SessionError: naming the session, the file and the remedy.
-        ValueError: for an unknown ``units`` or ``trial_filter``.
     """
-    if units not in (None, "good"):
-        raise ValueError(f"units must be None or 'good', got {units!r}")
-    if trial_filter not in (None, "included"):
-        raise ValueError(f"trial_filter must be None or 'included', got {trial_filter!r}")
+    if units not in (None, "good") or trial_filter not in (None, "included"):
+        raise ValueError(f"units may be 'good', got {units!r}; trial_filter 'included', got "
+                         f"{trial_filter!r}")  # fmt: skip
     files = _Folder(folder)
     trials, counted = _trials(files, align, trial_filter)
     neurons = _clusters(files)
-    n = len(neurons["channel"])
-    keep = np.ones(n, bool) if units is None else files.array("clusters._phy_annotation", n) >= GOOD
     times = files.array("spikes.times")
     session = Session.from_spike_times(
         times,
         files.array("spikes.clusters", len(times)).astype(np.int64),
         trials[align],
-        clusters=np.arange(n),
+        clusters=np.arange(len(neurons["channel"])),
         regions=neurons["allen"],
         window=window,
         bin_size=bin_size,
@@ -109,58 +107,53 @@ def load_session(
         name=files.name,
         subject=files.name.partition("_")[0],
         neurons=neurons,
-        provenance=files.provenance
-        | {"align": align, "trials": counted, "clusters dropped": int(np.sum(~keep))},
+        provenance=files.provenance | {"align": align, "trials": counted},
     )
-    return session if keep.all() else session.select(neurons=keep)
+    if units == "good":
+        notes = files.array("clusters._phy_annotation", session.n_neurons)
+        session = session.select(neurons=notes >= GOOD)
+    return session
 
 
 def load_bundle(
-    path: str | Path,
-    *,
-    index: int | Sequence[int] | None = None,
-    window: tuple[float, float] = (-0.5, 1.5),
-    bin_size: float = 0.02,
+    path: str | Path, *, window: tuple[float, float] = (-0.5, 1.5), bin_size: float = 0.02
 ) -> list[Session]:
-    """Load sessions from a file of Neuromatch Academy, ``steinmetz_part0.npz`` to ``part2``.
+    """Load the sessions of a file of Neuromatch Academy, ``steinmetz_part0.npz`` to ``part2``.
 
     The files hold pickles, which can run any code when `numpy.load` opens them. Here they are read
     by an unpickler that rebuilds arrays and refuses everything else.
 
     Args:
         path: the file.
-        index: which of its sessions, from 0: one or several. Default: all.
         window: (start, stop) around stimulus onset, seconds: multiples of 0.01 in -0.5..2.0.
         bin_size: seconds, a multiple of 0.01: counts of 10 ms are added up.
 
     Returns:
-        the sessions, in the order of the file or of ``index``; ``regions`` are Allen acronyms, of
-        which Neuromatch keeps some coarser than the archive.
+        the sessions, in the order of the file; ``regions`` are Allen acronyms, of which Neuromatch
+        keeps some coarser than the archive.
 
     Raises:
         SessionError: for a damaged file, or one that asks for anything but arrays.
         ValueError: for a ``window`` or ``bin_size`` that does not fit frames of 10 ms.
     """
-    frames = _frames(window, bin_size)
-    path = Path(path)
-    with Recording(path.name).reading("dat"):
+    bins = n_bins(window, bin_size)
+    exact = np.array([ONSET + window[0] / FRAME, bin_size / FRAME])
+    first, width = np.round(exact).astype(int).tolist()
+    if np.abs(exact - (first, width)).max() > 1e-6 or not 0 <= first <= FRAMES - bins * width:
+        raise ValueError(f"bin_size {bin_size} and the start of window {window} must be multiples "
+                         "of 0.01 s, and the window within (-0.5, 2.0) s")  # fmt: skip
+    grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
+    grid["provenance"] = {"origin": "Neuromatch Academy", "file": Path(path).name}
+    with Recording(Path(path).name).reading("dat"):
         entries = _entries(path)
-    chosen = range(len(entries)) if index is None else np.atleast_1d(index).tolist()
-    sessions = []
-    for number in chosen:
-        with Recording(f"{path.name}[{number}]").reading("fields"):
-            fields = _fields(entries[number], *frames)
-            origin = {"origin": "Neuromatch Academy", "file": path.name}
-            fields |= {"window": window, "bin_size": bin_size, "provenance": origin}
-            sessions.append(Session(**fields))
-    return sessions
+        return [Session(**_fields(entry, first, bins, width), **grid) for entry in entries]
 
 
 def _behaviour(
     trials: Mapping[str, np.ndarray], event: np.ndarray | float
 ) -> dict[str, np.ndarray]:
     """Behaviour with one value per trial (K,), from the archive's columns (K,)."""
-    found = {}
+    found = {label: trials[key] - event for key, label in TIMES.items() if key in trials}
     if "response_choice" in trials:
         found["choice"] = trials["response_choice"]
     if (feedback := trials.get("feedbackType")) is not None:
@@ -168,8 +161,7 @@ def _behaviour(
     left, right = (trials.get(f"visualStim_contrast{side}") for side in ("Left", "Right"))
     if left is not None and right is not None:
         found["contrast"] = right - left
-    times = {label: f"{key}_times" for key, label in TIMES.items()}
-    return found | {label: trials[key] - event for label, key in times.items() if key in trials}
+    return found
 
 
 # ----------------------------------------------------------------------------------- the archive
@@ -181,11 +173,9 @@ class _Folder(Recording):
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder)
         super().__init__(self.path.resolve().name, origin=ORIGIN)
-        if not self.path.is_dir():
-            self.fail(str(folder), "no such folder; pass the unpacked folder of one session")
 
-    def has(self, name: str) -> bool:
-        return (self.path / f"{name}.npy").is_file()
+    def has(self, *names: str) -> bool:
+        return all((self.path / f"{name}.npy").is_file() for name in names)
 
     def array(self, name: str, n: int | None = None, width: int = 1) -> np.ndarray:
         """Numbers (n,), or (n, width), float64. The archive stores (n, 1) for (n,)."""
@@ -201,23 +191,23 @@ def _trials(
     files: _Folder, align: str, trial_filter: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Columns (K,) of the trials to use, with their ``row``; number of trials, and why dropped."""
-    events = sorted(file.name[7:-4] for file in files.path.glob("trials.*_times.npy"))
-    if align not in events:
+    if not files.has(f"trials.{align}"):
+        events = sorted(file.name[7:-4] for file in files.path.glob("trials.*_times.npy"))
         files.fail(f"trials.{align}", f"no such event; align to one of {events}")
     n = len(files.array(f"trials.{align}"))
     names = {*COLUMNS.values(), "visualStim_times", align}
     present = [name for name in names if files.has(f"trials.{name}")]
-    trials = {name: files.array(f"trials.{name}", n) for name in present}
-    trials = {name: np.where(np.isfinite(v), v, np.nan) for name, v in trials.items()}
-    keep = np.isfinite(trials[align])
-    counted = {"recorded": n, f"without {align}": int(np.sum(~keep))}
+    table = pd.DataFrame({name: files.array(f"trials.{name}", n) for name in present})
+    table = table.replace([np.inf, -np.inf], np.nan).assign(row=np.arange(n))
+    known = table[table[align].notna()]
+    counted = {"recorded": n, f"without {align}": n - len(known)}
     if trial_filter is not None:
-        included = files.array("trials.included", n) == 1
-        counted["not included"] = int(np.sum(keep & ~included))
-        keep &= included
-    if not keep.any():
+        included = known[files.array("trials.included", n)[known["row"]] == 1]
+        counted["not included"] = len(known) - len(included)
+        known = included
+    if known.empty:
         files.fail(f"trials.{align}", f"no trial of {n} has it and is included")
-    return {"row": np.flatnonzero(keep)} | {key: v[keep] for key, v in trials.items()}, counted
+    return {name: column.to_numpy() for name, column in known.items()}, counted
 
 
 def _reaction_times(files: _Folder, trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -239,17 +229,15 @@ def _clusters(files: _Folder) -> dict[str, np.ndarray]:
         # Without keep_default_na, pandas would take some texts for missing values.
         options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "quoting": 3}
         table = pd.read_csv(files.path / "channels.brainLocation.tsv", sep="\t", **options)
-        acronyms = table["allen_ontology"].str.strip().to_numpy(dtype=np.str_)
-    peak = files.array("clusters.peakChannel")  # counts from 1 (issue 1)
-    known = np.isin(peak, np.arange(1, len(acronyms) + 1))
-    if not known.all():
-        problem = f"{np.sum(~known)} of {len(peak)} clusters lie on no listed channel: no region"
-        files.warn("clusters.peakChannel", problem)
-    row = np.where(known, peak - 1, -1).astype(np.int64)
-    columns = {"channel": row, "allen": np.append(acronyms, "")[row]}  # -1: the last, no region
+        acronyms = table["allen_ontology"].str.strip()
+    channel = pd.Series(files.array("clusters.peakChannel") - 1)  # counts from 1 (issue 1)
+    allen = channel.map(acronyms).fillna("")
+    if (allen == "").any():
+        files.warn("clusters.peakChannel", f"{(allen == '').sum()} clusters have no region")
+    columns = {"channel": channel.to_numpy(), "allen": allen.to_numpy(np.str_)}
     for key, name in (("probe", "probes"), ("depth", "depths"), ("annotation", "_phy_annotation")):
         if files.has(f"clusters.{name}"):
-            columns[key] = files.array(f"clusters.{name}", len(peak))
+            columns[key] = files.array(f"clusters.{name}", len(channel))
     return columns
 
 
@@ -258,7 +246,7 @@ def _traces(files: _Folder) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     traces = {}
     for key, name in TRACES.items():
         anchors = name.partition(".")[0] + ".timestamps"
-        if not (files.has(name) and files.has(anchors)):
+        if not files.has(name, anchors):
             files.warn(f"{name} with {anchors}", f"missing; the session has no behaviour {key!r}")
             continue
         samples = files.array(name)
@@ -279,27 +267,13 @@ def _sample_times(anchors: np.ndarray, n: int) -> np.ndarray:
     n and the first at least 1, else from 0; wrong by one sample at most.
     """
     number, time = anchors.T
-    if not (np.all(np.diff(number) > 0) and np.all(np.diff(time) > 0)):
+    if not (np.diff(anchors, axis=0) > 0).all():
         raise ValueError("sample numbers and times must rise")
     first = 1 if number[-1] == n and number[0] >= 1 else 0
     return np.interp(np.arange(first, first + n), number, time, left=np.nan, right=np.nan)
 
 
 # ------------------------------------------------------------------------------ Neuromatch's copy
-
-
-def _frames(window: tuple[float, float], bin_size: float) -> tuple[int, int, int]:
-    """First frame of the window, number of bins, frames per bin."""
-    bins = n_bins(window, bin_size)
-    exact = np.array([ONSET + window[0] / FRAME, bin_size / FRAME])
-    first, width = np.round(exact).astype(int).tolist()
-    whole = np.allclose(exact, (first, width), rtol=0, atol=1e-6)
-    if not whole or first < 0 or first + bins * width > FRAMES:
-        raise ValueError(
-            f"bin_size {bin_size} and the start of window {tuple(window)} must be multiples of "
-            "0.01 s, and the window within (-0.5, 2.0) s"
-        )
-    return first, bins, width
 
 
 def _fields(entry: Mapping[str, Any], first: int, bins: int, width: int) -> dict[str, Any]:
@@ -331,7 +305,7 @@ def _fields(entry: Mapping[str, Any], first: int, bins: int, width: int) -> dict
     }
 
 
-def _entries(path: Path) -> list[Mapping[str, Any]]:
+def _entries(path: str | Path) -> list[Mapping[str, Any]]:
     """The sessions' dictionaries."""
     with zipfile.ZipFile(path) as archive:
         file = io.BytesIO(archive.read("dat.npy"))
