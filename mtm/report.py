@@ -106,9 +106,9 @@ class TaskScores:
     def over(self, what: str, column: str | None = None, pooled: bool = False) -> Mean:
         """The mean, and its standard error over ``"neurons"``, ``"sessions"`` or ``"seeds"``.
 
-        Over neurons: their scores are averaged over seeds; the errors of several sessions add up as
-        those of independent means do. Over seeds: of the means over sessions, for the seeds that
-        every session has. A single session or seed has no error.
+        Over neurons (of activity): their scores are averaged over seeds; the errors of several
+        sessions add up as those of independent means do. Over seeds: of the means over sessions,
+        for the seeds that every session has. A single session or seed has no error.
         """
         runs = self._runs(column, pooled)
         if what == "sessions":
