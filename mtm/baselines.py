@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -461,8 +460,14 @@ def _fit_rank(sessions: Sequence[Data], scheme: str, rank: int, penalty: float) 
     return best
 
 
-def fit_low_rank(sessions: Sequence[Data], ranks: Sequence[int]) -> Iterator[Found]:
-    """Regressions of sessions that share filters; the rank is chosen for the scheme "neuron"."""
+def fit_low_rank(
+    data: Data | Sequence[Data], ranks: Sequence[int] | None = None
+) -> Iterator[Found]:
+    """Regressions of sessions that share filters, and an autoregression of each session.
+
+    The rank is chosen for the scheme "neuron".
+    """
+    sessions, ranks = [data] if isinstance(data, Data) else data, ranks or RANKS
     spikes = sum(float(data.counts["train"].sum()) for data in sessions)
     penalty = 2.0 ** round(np.log2(2 * max(spikes, 1) ** 0.5))
     with_regions = [data for data in sessions if data.regions]
@@ -475,6 +480,8 @@ def fit_low_rank(sessions: Sequence[Data], ranks: Sequence[int]) -> Iterator[Fou
         ranks = (rank,)
         for data, (score, found) in zip(some, fitted, strict=True):
             yield data.name, scheme, found, f"rank {rank}; penalty {best:g}", score
+    for data in sessions:
+        yield fit_forward(data, linear=False)
 
 
 # ------------------------------------------------- forward prediction: neurons from their own past
@@ -591,35 +598,20 @@ def fit_forward(data: Data, linear: bool) -> Found:
 # ------------------------------------------------------------------------------- the predictors
 
 
-def fit_psth(sessions: Sequence[Data]) -> Iterator[Found]:
-    """The :func:`psth` of each session, whatever is visible."""
-    for data in sessions:
-        counts, n = data.counts["val"], data.n_neurons
-        score = validation_score(data.link(torch.zeros_like(counts)), counts, data.null)
-        windows = counts.new_zeros(0, data.n_bins, data.n_bins)
-        weights, bias = counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n)
-        for scheme in MTM_SCHEMES:
-            yield data.name, scheme, Regression(windows, weights, bias, data.link), "", score
-
-
-def fit_glm(
-    sessions: Sequence[Data], together: bool, ranks: Sequence[int] | None = None
-) -> Iterator[Found]:
-    """Low-rank GLMs, of sessions one by one or ``together``, and Poisson autoregressions."""
-    for group in [sessions] if together else [[data] for data in sessions]:
-        yield from fit_low_rank(group, ranks or RANKS)
-    for data in sessions:
-        yield fit_forward(data, linear=False)
+def fit_psth(data: Data) -> Iterator[Found]:
+    """The :func:`psth` of a session, whatever is visible."""
+    counts, n = data.counts["val"], data.n_neurons
+    score = validation_score(data.link(torch.zeros_like(counts)), counts, data.null)
+    windows = counts.new_zeros(0, data.n_bins, data.n_bins)
+    found = Regression(windows, counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n), data.link)
+    for scheme in MTM_SCHEMES:
+        yield data.name, scheme, found, "", score
 
 
 class Baseline:
     """A fitted PSTH or regression: one map for each session and masking scheme.
 
-    Args:
-        name: of :data:`BASELINES`.
-        sessions: one, or several with distinct names and the same bins.
-        split_seed: seed of the split into training, validation and test trials.
-        **settings: see :func:`fit_baseline`.
+    Arguments are those of :func:`fit_baseline`.
 
     Attributes:
         seen: session -> fingerprints of its training trials, which evaluation refuses to score.
@@ -629,11 +621,7 @@ class Baseline:
     """
 
     def __init__(
-        self,
-        name: str,
-        sessions: Session | Sequence[Session],
-        split_seed: int = 0,
-        **settings: Any,
+        self, name: str, sessions: Session | Sequence[Session], split_seed: int = 0, **settings: Any
     ) -> None:
         sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
         require_alike(sessions)
@@ -641,10 +629,11 @@ class Baseline:
         self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
         self.maps: dict[tuple[str, str], Regression] = {}
         self.chosen: dict[tuple[str, str], tuple[str, float]] = {}
-        solve, dtype = REGRESSIONS[name]
+        solve, together, dtype = REGRESSIONS[name]
         data = [Data(session, split_seed, dtype) for session in sessions]
-        for session, scheme, found, text, score in solve(data, **settings):
-            self.maps[session, scheme], self.chosen[session, scheme] = found, (text, score)
+        for group in [data] if together else data:
+            for session, scheme, found, text, score in solve(group, **settings):
+                self.maps[session, scheme], self.chosen[session, scheme] = found, (text, score)
         self.schemes = tuple(dict.fromkeys(scheme for _, scheme in self.maps))
 
     def __repr__(self) -> str:
@@ -719,12 +708,14 @@ def temporal_ndt1(
     return best
 
 
-REGRESSIONS: dict[str, tuple[Callable[..., Iterator[Found]], torch.dtype]] = {
-    "PSTH": (fit_psth, torch.float64),
-    "ridge": (lambda sessions: chain.from_iterable(map(fit_ridge, sessions)), torch.float64),
-    "low-rank GLM": (partial(fit_glm, together=False), torch.float32),
-    "reduced-rank regression": (partial(fit_glm, together=True), torch.float32),
+REGRESSIONS: dict[str, tuple[Callable[..., Iterator[Found]], bool, torch.dtype]] = {
+    "PSTH": (fit_psth, False, torch.float64),
+    "ridge": (fit_ridge, False, torch.float64),
+    "low-rank GLM": (fit_low_rank, False, torch.float32),
+    "reduced-rank regression": (fit_low_rank, True, torch.float32),
 }
+"""Name -> function of a session, or of all of them together (True), and precision of the fit."""
+
 BASELINES: dict[str, Callable[..., Any]] = {
     **{name: partial(Baseline, name) for name in REGRESSIONS},
     "temporal NDT1": temporal_ndt1,
