@@ -106,6 +106,12 @@ def test_windows():
     assert (past.triu(1) == 0).all()
 
 
+@pytest.mark.parametrize("peak", [1e-9, 7.0, 3e6])
+def test_penalties_are_found_wherever_they_are(peak):
+    _, found = baselines.search_penalty(lambda penalty: -abs(np.log(penalty / peak)), 100.0)
+    assert abs(np.log(found / peak)) <= np.log(3) / 2 or peak < 1e-6  # the search is bounded
+
+
 def test_psth_is_smooth_where_that_predicts():
     rng = np.random.default_rng(0)
     rate = 0.2 + 0.8 * np.exp(-0.5 * ((np.arange(40) - 20) / 5) ** 2)
