@@ -9,14 +9,12 @@ temporal NDT1            our transformer, trained with temporal masking only
 random-token NDT2        our transformer on patches, trained with random-token masking only
 =======================  =======================================================================
 
-Parameters are fitted on training trials; hyperparameters (smoothing, windows, penalties, ranks, the
-share that a transformer hides, its best epoch) are chosen on validation trials. Inputs of the
+Parameters are fitted on training trials, hyperparameters chosen on validation trials. Inputs of the
 regressions are residuals, ``(count - PSTH) / sqrt(mean + population mean)``, summed over windows.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +32,7 @@ from mtm.evaluation import evaluate
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.model import MtMConfig
 from mtm.prediction import TASKS, forward_bins
-from mtm.session import Session, SessionError, require_alike
+from mtm.session import Session, require_alike
 from mtm.training import Fit, fit
 
 # Grids of hyperparameters. Windows are (smallest, largest) distances in bins; None: whole trial.
@@ -88,9 +86,8 @@ def psth(session: Session, split_seed: int = 0) -> np.ndarray:
 
 def validation_score(log_rates: Tensor, counts: Tensor, null: Tensor) -> float:
     """Bits per spike over the null model (N,), mean over neurons with enough expected spikes."""
-    flat = (1, -1, counts.shape[-1])
-    arrays = log_rates.reshape(flat), counts.reshape(flat), null
-    bits = metrics.bits_per_spike(*(array.numpy() for array in arrays))
+    flat, true = (x.reshape(1, -1, len(null)).numpy() for x in (log_rates, counts))
+    bits = metrics.bits_per_spike(flat, true, null.numpy())
     fired = ~np.isnan(bits)
     enough = fired & (null.exp() * (counts.numel() / len(null)) >= MIN_SPIKES).numpy()
     used = enough if enough.any() else fired
@@ -125,9 +122,9 @@ def window_matrices(
     return torch.stack(rows)
 
 
-def residuals(counts: Tensor, rates: Tensor, scale: Tensor) -> Tensor:
-    """Inputs of the regressions (K, T, N): counts minus rates (T, N), scaled; bursts are cut."""
-    return ((counts - rates) / scale).clamp(max=LARGEST_INPUT)
+def window_sums(x: Tensor, windows: Tensor) -> Tensor:
+    """Residuals (K, T, N) to features (K, T, N L), the L windows of a neuron side by side."""
+    return torch.einsum("lts,ksn->ktnl", windows, x).flatten(2)
 
 
 def shared_directions(x: Tensor, n: int) -> Tensor:
@@ -136,42 +133,6 @@ def shared_directions(x: Tensor, n: int) -> Tensor:
     covariance = x.flatten(0, 1).T @ neighbours.flatten(0, 1)
     _, vectors = torch.linalg.eigh((covariance + covariance.T).double())
     return vectors.flip(1)[:, :n].to(x.dtype)
-
-
-class Data:
-    """A session, prepared for fitting.
-
-    Attributes:
-        rates: (T, N) PSTH, counts per bin; ``null`` (N,) log of the mean count per bin.
-        largest: (N,) largest count of a bin in the training trials, the limit of predictions.
-        scale: (N,) divisor of the residuals.
-        regions: members of each region; ``alone``, the neurons without a region.
-        counts: "train" or "val" -> (K', T, N); ``inputs``, their residuals.
-    """
-
-    def __init__(self, session: Session, split_seed: int, dtype: torch.dtype) -> None:
-        split = session.split(split_seed)
-        self.name, self.n_bins, self.n_neurons = session.name, session.n_bins, session.n_neurons
-        self.rates = torch.from_numpy(np.exp(psth(session, split_seed)[0])).to(dtype)
-        self.null = torch.from_numpy(metrics.log_mean(session.counts[split.train])).to(dtype)
-        largest = session.counts[split.train].max(axis=(0, 1))
-        self.largest = torch.from_numpy(largest).to(dtype).clamp(min=1)
-        self.link, mean = Link(self.rates, self.largest), self.null.exp()
-        self.scale = (mean + mean.mean()).sqrt()  # the population mean keeps rare spikes small
-        codes = torch.from_numpy(session.region_codes)
-        self.regions = [(codes == c).nonzero()[:, 0] for c in codes[codes >= 0].unique()]
-        self.alone = (codes < 0).nonzero()[:, 0]
-        parts = {"train": split.train, "val": split.val}
-        self.counts = {p: torch.from_numpy(session.counts[i]).to(dtype) for p, i in parts.items()}
-        self.inputs = {p: residuals(c, self.rates, self.scale) for p, c in self.counts.items()}
-
-    def visible(self, scheme: str) -> Tensor:
-        """(N, N) bool: whether the neuron of a column may see the neuron of a row."""
-        itself = torch.eye(self.n_neurons, dtype=torch.bool)
-        same = itself.clone()  # a neuron without a region is a region of its own
-        for members in self.regions:
-            same[members[:, None], members] = True
-        return {"neuron": ~itself, "inter-region": ~same, "intra-region": same & ~itself}[scheme]
 
 
 class Link(NamedTuple):
@@ -183,6 +144,7 @@ class Link(NamedTuple):
 
     rates: Tensor  # (T, N), or the shape of the changes
     largest: Tensor  # (N,)
+    scale: Tensor  # (N,) divisor of the residuals
     gain: Tensor | None = None  # (N,)
     floor: float = 0.0
 
@@ -193,20 +155,22 @@ class Link(NamedTuple):
         counts = torch.maximum(self.rates + self.gain * delta, self.floor * self.rates)
         return torch.minimum(counts, self.largest).log()
 
+    def residuals(self, counts: Tensor) -> Tensor:
+        """Inputs of the regressions (K, T, N): counts minus rates, scaled; bursts are cut."""
+        return ((counts - self.rates) / self.scale).clamp(max=LARGEST_INPUT)
+
 
 Tuned = tuple[float, Link]  # validation score, and the link that reaches it
 
 
-Found = tuple[str, str, "Regression", str, float]
-"""Session, scheme, fitted map, what was chosen, validation score."""
-
-
-def tune_gain(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> Tuned:
-    """Choose gain and floor for linear predictions; the gain may be smaller for low rates."""
+def tune(delta: Tensor, link: Link, counts: Tensor, null: Tensor, linear: bool) -> Tuned:
+    """Score predicted changes; choose gain (less for low rates) and floor of linear ones."""
 
     def scored(candidate: Link) -> Tuned:
         return validation_score(candidate(delta), counts, null), candidate
 
+    if not linear:
+        return scored(link)
     mean = null.exp()
     candidates = [
         link._replace(gain=strength * mean / (mean + prior * mean.mean()), floor=0.2)
@@ -218,9 +182,39 @@ def tune_gain(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> Tuned:
     return max(best, *floors, key=itemgetter(0))
 
 
-def keep_log(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> Tuned:
-    """Score predictions of the log-rate, which have nothing to tune."""
-    return validation_score(link(delta), counts, null), link
+class Data:
+    """A session, prepared for fitting.
+
+    Attributes:
+        rates: (T, N) PSTH, counts per bin; ``null`` (N,) log of the mean count per bin.
+        link: with the largest count of a bin in the training trials, the limit of predictions.
+        regions: members of each region; ``alone``, the neurons without a region.
+        counts: "train" or "val" -> (K', T, N); ``inputs``, their residuals.
+    """
+
+    def __init__(self, session: Session, split_seed: int, dtype: torch.dtype) -> None:
+        split = session.split(split_seed)
+        self.name, self.n_bins, self.n_neurons = session.name, session.n_bins, session.n_neurons
+        self.rates = torch.from_numpy(np.exp(psth(session, split_seed)[0])).to(dtype)
+        self.null = torch.from_numpy(metrics.log_mean(session.counts[split.train])).to(dtype)
+        largest = torch.from_numpy(session.counts[split.train].max(axis=(0, 1)))
+        mean = self.null.exp()
+        scale = (mean + mean.mean()).sqrt()  # the population mean keeps rare spikes small
+        self.link = Link(self.rates, largest.to(dtype).clamp(min=1), scale)
+        codes = torch.from_numpy(session.region_codes)
+        self.regions = [(codes == c).nonzero()[:, 0] for c in codes[codes >= 0].unique()]
+        self.alone = (codes < 0).nonzero()[:, 0]
+        parts = {"train": split.train, "val": split.val}
+        self.counts = {p: torch.from_numpy(session.counts[i]).to(dtype) for p, i in parts.items()}
+        self.inputs = {part: self.link.residuals(c) for part, c in self.counts.items()}
+
+    def visible(self, scheme: str) -> Tensor:
+        """(N, N) bool: whether the neuron of a column may see the neuron of a row."""
+        itself = torch.eye(self.n_neurons, dtype=torch.bool)
+        same = itself.clone()  # a neuron without a region is a region of its own
+        for members in self.regions:
+            same[members[:, None], members] = True
+        return {"neuron": ~itself, "inter-region": ~same, "intra-region": same & ~itself}[scheme]
 
 
 @dataclass
@@ -228,7 +222,6 @@ class Regression:
     """Fitted map from the visible entries of a trial to log-rates.
 
     Attributes:
-        scale: (N,) of the residuals.
         windows: (L, T, T).
         weights: (H, N, L, N) from neuron and window to neuron, zero where it may not see the other;
             one map (H = 1), or if ``causal`` one for each number of bins ahead.
@@ -236,7 +229,6 @@ class Regression:
         link: from changes to log-rates.
     """
 
-    scale: Tensor
     windows: Tensor
     weights: Tensor
     bias: Tensor
@@ -248,7 +240,7 @@ class Regression:
 
         ``counts`` (B, T, N) are 0 where hidden, which is everywhere from bin ``first`` (B,) on.
         """
-        x = residuals(counts.to(self.scale), self.link.rates, self.scale)
+        x = self.link.residuals(counts.to(self.bias))
         trial, bins = torch.arange(len(x)), torch.arange(x.shape[1])
         if neurons is not None and not self.causal:  # much faster than all neurons
             parts = torch.bmm(x, self.weights[0][..., neurons].permute(2, 0, 1))  # (B, T, L)
@@ -267,9 +259,7 @@ class Regression:
         return self.link(delta)
 
 
-def window_sums(x: Tensor, windows: Tensor) -> Tensor:
-    """Residuals (K, T, N) to features (K, T, N L), the L windows of a neuron side by side."""
-    return torch.einsum("lts,ksn->ktnl", windows, x).flatten(2)
+Found = tuple[str, str, Regression, str, float]  # session, scheme, map, what was chosen, score
 
 
 # --------------------------------------------------------------- ridge: neurons from other neurons
@@ -289,13 +279,13 @@ def ridge_weights(
         among: the neurons to use; the weights of the others are 0.
         groups: positions in ``among`` of neurons that may not see each other.
     """
-    n_windows = len(gram) // cross.shape[1]
-    used = _columns(among, range(n_windows), n_windows)
+    windows = range(len(gram) // cross.shape[1])
+    used = _columns(among, windows, len(windows))
     shifted = gram[used][:, used] + penalty * torch.eye(len(used), dtype=gram.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
     weights = inverse @ cross[used][:, among]
     for members in groups:
-        block = _columns(members, range(n_windows), n_windows)
+        block = _columns(members, windows, len(windows))
         shift = torch.linalg.solve(inverse[block][:, block], weights[block][:, members])
         weights[:, members] -= inverse[:, block] @ shift
         weights[block[:, None], members] = 0
@@ -310,7 +300,7 @@ def _columns(neurons: Tensor, windows: Sequence[int], n_windows: int) -> Tensor:
 
 
 def fit_ridge(data: Data) -> Iterator[Found]:
-    """One regression for each scheme that the session has regions for."""
+    """One regression for each scheme that the session has regions for, and autoregressions."""
     windows = window_matrices(data.n_bins, AROUND).double()
     gram = cross = torch.zeros(())
     pairs = zip(*(part["train"].split(64) for part in (data.inputs, data.counts)), strict=True)
@@ -329,7 +319,7 @@ def fit_ridge(data: Data) -> Iterator[Found]:
         some = gram[columns][:, columns], cross[columns], penalty
         weights = torch.stack([ridge_weights(*some, *part) for part in parts[scheme]]).sum(0)
         delta = window_sums(data.inputs["val"], windows[chosen]) @ weights
-        return tune_gain(delta, data.link, data.counts["val"], data.null), weights
+        return tune(delta, data.link, data.counts["val"], data.null, True), weights
 
     start = float(data.counts["train"][..., 0].numel())
     for scheme in parts:
@@ -340,20 +330,23 @@ def fit_ridge(data: Data) -> Iterator[Found]:
         name = max(tried, key=tried.__getitem__)
         (score, link), weights = fitted(scheme, RIDGE_WINDOWS[name], tried[name][1])
         weights = weights.view(1, data.n_neurons, -1, data.n_neurons)
-        used, no_bias = windows[RIDGE_WINDOWS[name]], torch.zeros_like(weights[:, 0, 0])
-        found = Regression(data.scale, used, weights, no_bias, link)
+        no_bias = torch.zeros_like(weights[:, 0, 0])
+        found = Regression(windows[RIDGE_WINDOWS[name]], weights, no_bias, link)
         text = f"{name}; penalty {tried[name][1]:.3g}; floor {link.floor:g}"
         yield data.name, scheme, found, text, score
+    yield fit_forward(data, linear=True)
 
 
 # -------------------------------------------------------- low-rank GLM: neurons from other neurons
 
 
 class LowRank:
-    """Parameters of a low-rank GLM of one session; see :class:`LowRankGLM` for the formula.
+    """Parameters of a low-rank GLM of one session.
 
-    Outputs and bias are multiplied by ``gain``: neurons with low rates weigh less in the loss, and
-    would be learned more slowly.
+    log-rate_n(t) = log PSTH_n(t) + bias_n + sum_r V_rn sum_l f_lr sum_m x_ml(t) U_mr over the
+    neurons m that n may see, with x_ml the windows of neuron m's residuals. The penalty is on the
+    squares of inputs U and outputs V, and so on the singular values of the map. V and bias are
+    multiplied by ``gain``: neurons with low rates weigh less, and would be learned more slowly.
     """
 
     def __init__(self, data: Data, scheme: str, filters: Tensor) -> None:
@@ -361,11 +354,8 @@ class LowRank:
         rank, n, mean = filters.shape[1], data.n_neurons, data.null.exp()
         self.windows = window_matrices(data.n_bins, AROUND).float()
         self.gain = (mean.mean() / (mean + 0.1 * mean.mean())).sqrt()
-        self.inputs, self.outputs, self.bias = (
-            torch.zeros(n, rank),
-            torch.zeros(rank, n),
-            torch.zeros(n),
-        )
+        self.inputs, self.outputs = torch.zeros(n, rank), torch.zeros(rank, n)
+        self.bias = torch.zeros(n)
         for members in data.regions if scheme == "intra-region" else [torch.arange(n)]:
             x = data.inputs["train"][..., members]  # two filters for each of the directions
             directions = shared_directions(x, rank // 2).repeat_interleave(2, 1)
@@ -382,26 +372,23 @@ class LowRank:
         outputs = self.outputs * self.gain
         filters = torch.einsum("lts,lr->rts", self.windows, self.filters / self.filters.norm(dim=0))
 
-        def within(members: Tensor) -> Tensor:
-            """Contribution of some neurons to each other, themselves included."""
+        def within(members: Tensor) -> Tensor:  # from neurons to each other and themselves
             latents = torch.einsum("rts,ksr->ktr", filters, x[..., members] @ self.inputs[members])
             return latents @ outputs[:, members]
 
-        def itself(members: Tensor) -> Tensor:
-            """Contribution of some neurons, each to itself."""
+        def itself(members: Tensor) -> Tensor:  # from each to itself
             strength = self.inputs[members].T * outputs[:, members]  # (R, N')
             kernels = torch.einsum("rts,rn->nts", filters, strength)
             return torch.einsum("nts,ksn->ktn", kernels, x[..., members])
 
         everyone = torch.arange(x.shape[-1])
-        if self.scheme == "neuron":
-            return within(everyone) - itself(everyone) + self.bias * self.gain
-        order = torch.cat([*self.data.regions, self.data.alone]).argsort()
-        parts = [*map(within, self.data.regions), itself(self.data.alone)]
-        region = torch.cat(parts, -1)[..., order]
-        if self.scheme == "intra-region":
-            return region - itself(everyone) + self.bias * self.gain
-        return within(everyone) - region + self.bias * self.gain
+        if self.scheme != "neuron":
+            order = torch.cat([*self.data.regions, self.data.alone]).argsort()
+            parts = [*map(within, self.data.regions), itself(self.data.alone)]
+            region = torch.cat(parts, -1)[..., order]
+        seen = region if self.scheme == "intra-region" else within(everyone)
+        unseen = region if self.scheme == "inter-region" else itself(everyone)
+        return seen - unseen + self.bias * self.gain
 
     def loss(self, penalty: float) -> Tensor:
         """Negative log-likelihood of the training trials and penalty.
@@ -410,7 +397,7 @@ class LowRank:
         no step of a line search has an infinite loss.
         """
         log_rates = self.data.rates.log() + self.delta(self.data.inputs["train"])
-        bounded = torch.minimum(log_rates, self.data.largest.log())
+        bounded = torch.minimum(log_rates, self.data.link.largest.log())
         rates = torch.dot(bounded.exp().ravel(), (log_rates - bounded + 1).ravel())
         nll = rates - torch.dot(self.data.counts["train"].ravel(), log_rates.ravel())
         squares = self.inputs.square().sum() + self.outputs.mul(self.gain).square().sum()
@@ -426,7 +413,7 @@ class LowRank:
         weights = torch.einsum("mr,lr,rn->mln", self.inputs, filters, outputs)
         weights = weights * data.visible(self.scheme)[:, None]
         bias = (self.bias * self.gain)[None]
-        return score, Regression(data.scale, self.windows, weights[None], bias, data.link)
+        return score, Regression(self.windows, weights[None], bias, data.link)
 
 
 def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], **options: Any) -> None:
@@ -467,28 +454,34 @@ def _fit_rank(sessions: Sequence[Data], scheme: str, rank: int, penalty: float) 
         mean = float(np.mean([score for score, _ in found]))
         if mean < best[0] + 1e-4:
             break
-        best = (mean, penalty, found)
-        penalty /= 2
+        best, penalty = (mean, penalty, found), penalty / 2
     if best[1] == first < 1e5:
         best = max(best, _fit_rank(sessions, scheme, rank, 4 * first), key=itemgetter(0))
     return best
 
 
-def fit_low_rank(sessions: Sequence[Data], ranks: Sequence[int]) -> Iterator[Found]:
-    """Regressions of sessions that share filters; the rank is chosen for the scheme "neuron"."""
+def fit_low_rank(
+    data: Data | Sequence[Data], ranks: Sequence[int] | None = None
+) -> Iterator[Found]:
+    """Regressions of sessions that share filters, and an autoregression of each session.
+
+    The rank is chosen for the scheme "neuron".
+    """
+    sessions, ranks = [data] if isinstance(data, Data) else data, ranks or RANKS
     spikes = sum(float(data.counts["train"].sum()) for data in sessions)
     penalty = 2.0 ** round(np.log2(2 * max(spikes, 1) ** 0.5))
-    for scheme in ("neuron", "inter-region", "intra-region"):
-        some = [data for data in sessions if data.regions or scheme == "neuron"]
-        tried: dict[int, RankFound] = {}
-        for rank in ranks if some else ():
-            tried[rank] = _fit_rank(some, scheme, rank, penalty)
-            penalty = 2 * tried[rank][1]
-        if tried:
-            rank = max(tried, key=lambda rank: tried[rank][0])
-            ranks, text = (rank,), f"rank {rank}; penalty {tried[rank][1]:g}"
-            for data, (score, found) in zip(some, tried[rank][2], strict=True):
-                yield data.name, scheme, found, text, score
+    with_regions = [data for data in sessions if data.regions]
+    for scheme in ("neuron", "inter-region", "intra-region")[: 3 if with_regions else 1]:
+        some, tried = sessions if scheme == "neuron" else with_regions, []
+        for rank in ranks:
+            tried.append((_fit_rank(some, scheme, rank, penalty), rank))
+            penalty = 2 * tried[-1][0][1]
+        (_, best, fitted), rank = max(tried, key=lambda one: one[0][0])
+        ranks = (rank,)
+        for data, (score, found) in zip(some, fitted, strict=True):
+            yield data.name, scheme, found, f"rank {rank}; penalty {best:g}", score
+    for data in sessions:
+        yield fit_forward(data, linear=False)
 
 
 # ------------------------------------------------- forward prediction: neurons from their own past
@@ -521,7 +514,6 @@ class Past(NamedTuple):
 
 
 Coefficients = tuple[Tensor, Tensor, Tensor]  # own (L, N), population (C L, N), bias (N,)
-Solver = Callable[[Past, float], Coefficients]
 
 
 def ridge_regression(past: Past, penalty: float) -> Coefficients:
@@ -533,9 +525,9 @@ def ridge_regression(past: Past, penalty: float) -> Coefficients:
     gram[:, :n_own, n_own:] = torch.einsum("isn,sc->nic", own, shared)
     gram[:, n_own:, :n_own] = gram[:, :n_own, n_own:].mT
     gram[:, n_own:, n_own:] = shared.T @ shared
+    gram += penalty * torch.eye(n_own + n_shared, dtype=gram.dtype)
     cross = torch.cat([(own * residual).sum(1), shared.T @ residual])  # (L + C L, N)
-    shifted = gram + penalty * torch.eye(n_own + n_shared, dtype=gram.dtype)
-    weights = torch.linalg.solve(shifted, cross.T).T
+    weights = torch.linalg.solve(gram, cross.T).T
     return weights[:n_own], weights[n_own:], torch.zeros_like(weights[0])
 
 
@@ -559,31 +551,28 @@ def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficie
     def loss() -> Tensor:
         own, population, bias = coefficients()
         log_rates = offset + past.predict(own, population, bias)
-        squares = own.square().sum() + population.square().sum()
-        return (log_rates.exp() - past.counts * log_rates).sum(
-            dtype=torch.float64
-        ) + penalty / 2 * squares
+        nll = (log_rates.exp() - past.counts * log_rates).sum(dtype=torch.float64)
+        return nll + penalty / 2 * (own.square().sum() + population.square().sum())
 
     _minimise([scaled], loss, max_iter=steps, history_size=20, tolerance_change=1e-10)
     scaled.requires_grad_(False)
     return coefficients()
 
 
-def fit_forward(
-    data: Data, solve: Solver, tune: Callable[[Tensor, Link, Tensor, Tensor], Tuned]
-) -> Found:
-    """Regressions for forward prediction, one for each number of bins ahead.
+def fit_forward(data: Data, linear: bool) -> Found:
+    """Ridge (``linear``) or Poisson regressions, one for each number of bins ahead.
 
     Components and penalty are chosen for the middle horizon and used for all.
     """
+    solve = ridge_regression if linear else poisson_regression
     start, stop = forward_bins(data.n_bins)
     horizons = range(1, 1 + max(1, min(stop - start, data.n_bins - 1)))
     middle = (len(horizons) + 1) // 2
     directions = shared_directions(data.inputs["train"], max(COMPONENTS))
 
     def tuned(train: Past, val: Past, penalty: float) -> Tuned:
-        delta, link = val.predict(*solve(train, penalty)), Link(val.rates, data.largest)
-        return tune(delta, link, val.counts, data.null)
+        delta, link = val.predict(*solve(train, penalty)), data.link._replace(rates=val.rates)
+        return tune(delta, link, val.counts, data.null, linear)
 
     tried = []
     for n in COMPONENTS:
@@ -599,21 +588,30 @@ def fit_forward(
         weights.diagonal(dim1=0, dim2=2).add_(own)  # each neuron from itself
         maps.append(weights)
         biases.append(bias)
-    windows, link = window_matrices(data.n_bins, PAST, past=True), link._replace(rates=data.rates)
-    fitted = windows.to(own), torch.stack(maps), torch.stack(biases), link
+    windows = window_matrices(data.n_bins, PAST, past=True).to(own)
+    link = link._replace(rates=data.rates)
+    found = Regression(windows, torch.stack(maps), torch.stack(biases), link, causal=True)
     text = f"{components.shape[1]} components of the population; penalty {penalty:.3g}"
-    return data.name, "causal", Regression(data.scale, *fitted, causal=True), text, score
+    return data.name, "causal", found, text, score
 
 
 # ------------------------------------------------------------------------------- the predictors
 
 
-class Baseline(ABC):
-    """Base class of the fitted regressions: one map for each session and masking scheme.
+def fit_psth(data: Data) -> Iterator[Found]:
+    """The :func:`psth` of a session, whatever is visible."""
+    counts, n = data.counts["val"], data.n_neurons
+    score = validation_score(data.link(torch.zeros_like(counts)), counts, data.null)
+    windows = counts.new_zeros(0, data.n_bins, data.n_bins)
+    found = Regression(windows, counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n), data.link)
+    for scheme in MTM_SCHEMES:
+        yield data.name, scheme, found, "", score
 
-    Args:
-        sessions: one, or several with distinct names and the same bins.
-        split_seed: seed of the split into training, validation and test trials.
+
+class Baseline:
+    """A fitted PSTH or regression: one map for each session and masking scheme.
+
+    Arguments are those of :func:`fit_baseline`.
 
     Attributes:
         seen: session -> fingerprints of its training trials, which evaluation refuses to score.
@@ -622,30 +620,24 @@ class Baseline(ABC):
         schemes: the masking schemes that it can predict, for at least one session.
     """
 
-    dtype = torch.float64  # of the fit
-
-    def __init__(self, sessions: Session | Sequence[Session], split_seed: int = 0) -> None:
+    def __init__(
+        self, name: str, sessions: Session | Sequence[Session], split_seed: int = 0, **settings: Any
+    ) -> None:
         sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
-        if not sessions:
-            raise SessionError("no session to fit a baseline on")
         require_alike(sessions)
-        if sessions[0].n_bins < 2:
-            raise SessionError(f"session {sessions[0].name!r}: baselines need two or more bins")
-        self.split_seed, self.bin_size = split_seed, sessions[0].bin_size
+        self.name, self.split_seed, self.bin_size = name, split_seed, sessions[0].bin_size
         self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
         self.maps: dict[tuple[str, str], Regression] = {}
         self.chosen: dict[tuple[str, str], tuple[str, float]] = {}
-        data = [Data(session, split_seed, self.dtype) for session in sessions]
-        for name, scheme, found, text, score in self._fit(data):
-            self.maps[name, scheme], self.chosen[name, scheme] = found, (text, score)
+        solve, together, dtype = REGRESSIONS[name]
+        data = [Data(session, split_seed, dtype) for session in sessions]
+        for group in [data] if together else data:
+            for session, scheme, found, text, score in solve(group, **settings):
+                self.maps[session, scheme], self.chosen[session, scheme] = found, (text, score)
         self.schemes = tuple(dict.fromkeys(scheme for _, scheme in self.maps))
 
-    @abstractmethod
-    def _fit(self, sessions: list[Data]) -> Iterator[Found]:
-        """Fitted maps of all sessions and schemes."""
-
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__}; bits per spike over the training mean, validation trials"]
+        lines = [f"{self.name}; bits per spike over the training mean, validation trials"]
         for (session, scheme), (text, score) in self.chosen.items():
             lines.append(f"  {session}  {scheme:<12}  {score:6.3f}  {text}")
         return "\n".join(lines)
@@ -659,99 +651,20 @@ class Baseline(ABC):
         Args:
             counts: (B, T, N); hidden entries are set to 0.
             scheme: "causal" predicts each bin from those before it and before the first that is
-                hidden in all neurons; "neuron", "inter-region" and "intra-region" predict each
-                neuron from those that the scheme leaves visible.
+                hidden in all neurons; the others predict each neuron from those they leave visible.
             mask: which entries are hidden.
             session: name of a session it was fitted on.
             neurons: (B,) index of one neuron for each trial.
-
-        Raises:
-            ValueError: for a session or a scheme that it was not fitted on.
         """
         if (session, scheme) not in self.maps:
             known = ", ".join(f"{scheme} of {name}" for name, scheme in self.maps)
-            raise ValueError(
-                f"{type(self).__name__} was not fitted on session {session!r}, scheme {scheme!r}; "
-                f"it predicts: {known}"
-            )
+            what = f"not fitted on session {session!r}, scheme {scheme!r}; it predicts: {known}"
+            raise ValueError(f"{self.name} was {what}")
         hidden = mask.hidden.all(-1)  # (B, T): bins that are hidden in all neurons
         first = torch.where(hidden.any(1), hidden.int().argmax(1), counts.shape[1])
         visible = counts.masked_fill(mask.hidden, 0)
         log_rates = self.maps[session, scheme](visible, first, neurons).float()
         return log_rates if neurons is None else log_rates[torch.arange(len(counts)), :, neurons]
-
-
-class PSTH(Baseline):
-    """:func:`psth` of each session, whatever is visible."""
-
-    def _fit(self, sessions: list[Data]) -> Iterator[Found]:
-        for data in sessions:
-            counts, n = data.counts["val"], data.n_neurons
-            score = validation_score(data.link(torch.zeros_like(counts)), counts, data.null)
-            windows = torch.zeros(0, data.n_bins, data.n_bins).to(counts)
-            no_weights, no_bias = counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n)
-            found = Regression(data.scale, windows, no_weights, no_bias, data.link)
-            for scheme in MTM_SCHEMES:
-                yield data.name, scheme, found, "", score
-
-
-class Ridge(Baseline):
-    """Ridge regressions of counts, each session on its own.
-
-    A neuron is predicted from the other neurons, from other regions or from its own region; its
-    future from the past, with a map for each number of bins ahead.
-
-    Example:
-        >>> print(mtm.evaluate(Ridge(session), session))
-    """
-
-    def _fit(self, sessions: list[Data]) -> Iterator[Found]:
-        for data in sessions:
-            yield from fit_ridge(data)
-            yield fit_forward(data, ridge_regression, tune_gain)
-
-
-class LowRankGLM(Baseline):
-    """Poisson regressions through a few latent variables, each session on its own.
-
-    log-rate_n(t) = log PSTH_n(t) + bias_n + sum_r V_rn sum_l f_lr sum_m x_ml(t) U_mr over the
-    neurons m that n may see, with x_ml the windows of neuron m's residuals. The penalty is on the
-    squares of U and V, and so on the singular values of the map. Forward prediction is an
-    autoregressive Poisson GLM.
-
-    Args:
-        sessions, split_seed: see :class:`Baseline`.
-        ranks: numbers of latent variables to choose from; default :data:`RANKS`.
-    """
-
-    dtype = torch.float32
-    together = False
-
-    def __init__(
-        self,
-        sessions: Session | Sequence[Session],
-        split_seed: int = 0,
-        ranks: Sequence[int] | None = None,
-    ) -> None:
-        self.ranks = tuple(ranks or RANKS)
-        if min(self.ranks) < 2:
-            raise ValueError(f"ranks must be numbers of 2 or more, got {ranks}")
-        super().__init__(sessions, split_seed)
-
-    def _fit(self, sessions: list[Data]) -> Iterator[Found]:
-        for group in [sessions] if self.together else [[data] for data in sessions]:
-            yield from fit_low_rank(group, self.ranks)
-        for data in sessions:
-            yield fit_forward(data, poisson_regression, keep_log)
-
-
-class ReducedRankRegression(LowRankGLM):
-    """Low-rank GLM of several sessions fitted together, with the same filters f, rank and penalty.
-
-    Forward prediction shares nothing.
-    """
-
-    together = True
 
 
 def temporal_ndt1(
@@ -776,55 +689,49 @@ def temporal_ndt1(
             run of each ratio has a folder of its own, such as ``temporal-0.3``.
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
-    folder = changes.get("folder")
+    folder = changes.pop("folder", None)
     config = MtMConfig.from_depth(depth, tokenizer=tokenizer, **OPTIONS)
     settings = {**SETTINGS, "schemes": (scheme,), "prompt": False, "split_seed": split_seed}
-    settings |= changes
     runs = []
     for ratio in ratios:
-        if folder is not None:
-            settings["folder"] = Path(folder) / f"{scheme}-{ratio:g}"
-        runs.append(fit(sessions, config, **settings | {"ratios": {scheme: ratio}}))
-
-    def score(run: Fit) -> float:
-        scores = []
-        for session in sessions:
+        place = Path(folder) / f"{scheme}-{ratio:g}" if folder else None
+        changes["ratios"] = {scheme: ratio}
+        run, scores = fit(sessions, config, **settings | changes, folder=place), []
+        for session in sessions if len(ratios) > 1 else ():
             tasks = [t for t in TASKS if session.region_names or not t.endswith("region")]
             report = evaluate(run, session, tasks=tasks, trials=session.split(split_seed).val)
             scores += [s.mean("bits_per_spike_train_null") for s in report.tasks.values()]
-        return float(np.mean(scores))
-
-    best = max(runs, key=score) if len(runs) > 1 else runs[0]
-    if folder is not None:
+        runs.append((float(np.mean(scores or [0.0])), run))
+    best = max(runs, key=itemgetter(0))[1]
+    if folder:
         save(best, folder)
     return best
 
 
-random_token_ndt2 = partial(temporal_ndt1, tokenizer="ndt2", scheme="random-token")
-"""Transformer on patches trained with random-token masking only; see :func:`temporal_ndt1`."""
+REGRESSIONS: dict[str, tuple[Callable[..., Iterator[Found]], bool, torch.dtype]] = {
+    "PSTH": (fit_psth, False, torch.float64),
+    "ridge": (fit_ridge, False, torch.float64),
+    "low-rank GLM": (fit_low_rank, False, torch.float32),
+    "reduced-rank regression": (fit_low_rank, True, torch.float32),
+}
+"""Name -> function of a session, or of all of them together (True), and precision of the fit."""
 
 BASELINES: dict[str, Callable[..., Any]] = {
-    "PSTH": PSTH,
-    "ridge": Ridge,
-    "low-rank GLM": LowRankGLM,
-    "reduced-rank regression": ReducedRankRegression,
+    **{name: partial(Baseline, name) for name in REGRESSIONS},
     "temporal NDT1": temporal_ndt1,
-    "random-token NDT2": random_token_ndt2,
+    "random-token NDT2": partial(temporal_ndt1, tokenizer="ndt2", scheme="random-token"),
 }
 """Name -> function of (sessions, split_seed=0, ...) that returns a fitted predictor."""
 
 
 def fit_baseline(name: str, sessions: Session | Sequence[Session], **settings: Any) -> Any:
-    """Fit a baseline by its name.
+    """Fit a baseline by its name; returns a predictor for :func:`mtm.evaluate`.
 
     Args:
         name: one of :data:`BASELINES`.
         sessions: one, or several with distinct names and the same bins.
-        **settings: ``split_seed``; ``ranks`` of the low-rank GLMs; of the transformers ``ratios``,
-            ``depth`` and the settings of :func:`mtm.fit`.
-
-    Returns:
-        Fitted predictor, for :func:`mtm.evaluate`.
+        **settings: ``split_seed``; ``ranks`` (each 2 or more) of the low-rank GLMs; of the
+            transformers ``ratios``, ``depth`` and the settings of :func:`mtm.fit`.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")

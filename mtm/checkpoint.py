@@ -41,10 +41,11 @@ SHIPPED = Path(__file__).parent / "weights"
 """
 
 History = list[dict[str, Any]]
+Content = tuple[dict[str, Tensor], dict[str, Any]]  # of a file: tensors, and a description
 
 
 def best_entry(history: History) -> dict[str, Any]:
-    """Return the history entry of the best validation: the first with the highest mean."""
+    """Return the entry of the best validation: the first with the highest mean."""
     return max(history, key=lambda entry: entry["mean"])
 
 
@@ -64,12 +65,8 @@ def _write(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) 
         partial.write_bytes(to_bytes(tensors, metadata={HEADER: json.dumps(description)}))
 
 
-def _read(path: Path, with_tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`_write` wrote, or its description alone.
-
-    Raises:
-        CheckpointError: when the file is damaged, or was not written by this package.
-    """
+def _read(path: Path, with_tensors: bool = True) -> Content:
+    """Read what :func:`_write` wrote, or its description alone."""
     try:
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get(HEADER)
@@ -126,12 +123,19 @@ def load(folder: str | Path) -> MtM:
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
-    """Return the description of a saved model: its settings as ``model``, and ``info``.
-
-    Raises:
-        CheckpointError: when the folder has no model, or a damaged one.
-    """
+    """Return the description of a saved model: its settings as ``model``, and ``info``."""
     return _read_model(folder, with_tensors=False)[1]
+
+
+def _read_model(folder: str | Path, with_tensors: bool = True) -> Content:
+    path = Path(folder) / MODEL
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no model: there is no {path}")
+    tensors, description = _read(path, with_tensors)
+    if (version := description.get("version")) != VERSION:
+        known = f"this version of mtm reads {VERSION}; use the version that wrote it"
+        raise CheckpointError(f"{path} has format version {version}, {known}")
+    return tensors, description
 
 
 def settings(model: MtM) -> dict[str, Any]:
@@ -157,21 +161,6 @@ def from_settings(described: dict[str, Any]) -> MtM:
     for name, each in seen.items():
         model.seen[name] = np.frombuffer(b64decode(each), dtype=np.int64)
     return model
-
-
-def _read_model(
-    folder: str | Path, with_tensors: bool = True
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    path = Path(folder) / MODEL
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no model: there is no {path}")
-    tensors, description = _read(path, with_tensors)
-    if description.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has format version {description.get('version')}, this version of mtm reads "
-            f"{VERSION}; use the version that wrote it"
-        )
-    return tensors, description
 
 
 # ------------------------------------------------------------------------- the Hugging Face Hub
@@ -205,19 +194,14 @@ def from_pretrained(name: str | Path, **options: Any) -> MtM:
     Args:
         name: a folder that :func:`save` wrote, or ``"user/name"``.
         **options: of ``huggingface_hub.snapshot_download``, as ``revision=...`` or ``token=...``.
-
-    Raises:
-        CheckpointError: when there is no model of this package.
     """
     if Path(name).is_dir():
         return load(name)
     hub = optional("huggingface_hub", "hub")
     try:
         folder = hub.snapshot_download(str(name), allow_patterns=[MODEL, CONFIG], **options)
-    except hub.errors.HFValidationError as error:
-        raise CheckpointError(f"{name} is neither a folder nor a name on the Hub") from error
-    except hub.errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(f"there is no folder {name}, and no connection to the Hub") from error
+    except (hub.errors.HFValidationError, hub.errors.LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"{name} is neither a folder nor found on the Hub") from error
     return load(folder)
 
 
@@ -264,9 +248,6 @@ class Run:
         history: one entry per validation, see :class:`mtm.Fit`.
         losses: scheme -> sum and number of losses since the last validation.
         best: weights of the best validation.
-
-    Raises:
-        StateError: the folder holds another run, or a model without a run.
     """
 
     def __init__(
@@ -276,8 +257,6 @@ class Run:
         save_every: float = 300.0,
         restart: bool = False,
     ) -> None:
-        if not save_every >= 0:
-            raise ValueError(f"save_every must be 0 or more seconds, got {save_every}")
         writes = folder is not None and distributed.rank() == 0
         self.folder = Path(folder) if folder is not None and writes else None
         self.description = json.loads(json.dumps(description))
@@ -287,26 +266,23 @@ class Run:
         self.losses: dict[str, list[float]] = {}
         self.best: dict[str, Tensor] = {}
         state = self._open(self.folder, restart) if self.folder is not None else None
-        state = distributed.broadcast_object(state) or ({}, {})
-        self._tensors: dict[str, Tensor] = state[0]
-        facts: dict[str, Any] = state[1]
+        found: Content = distributed.broadcast_object(state) or ({}, {})
+        self._tensors, facts = found
         self._groups = facts.pop("groups", None)
         vars(self).update(facts)
         if facts:
             self.saved_at = time.monotonic()
 
-    def _open(self, folder: Path, restart: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def _open(self, folder: Path, restart: bool) -> Content | None:
         """Return what the folder holds of this run, if anything."""
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".*.part"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
-        if restart:
-            # At once: a run that fails before its first validation must not leave the old model.
-            for name in (MODEL, CONFIG, HISTORY, RUN):
-                (folder / name).unlink(missing_ok=True)
-        remedy = (
-            f"use another folder, or restart=True (--restart), which deletes what is in {folder}"
-        )
+        # At once: a run that fails before its first validation must not leave the old model.
+        for name in (MODEL, CONFIG, HISTORY, RUN) if restart else ():
+            (folder / name).unlink(missing_ok=True)
+        remedy = "use another folder, or restart=True (--restart), which deletes what is in "
+        remedy += str(folder)
         if not (folder / RUN).exists():
             if (folder / MODEL).exists():
                 raise StateError(f"{folder} holds a model but no run to resume; {remedy}")
@@ -315,10 +291,9 @@ class Run:
             tensors, facts = _read(folder / RUN)
         except CheckpointError as error:
             raise StateError(f"{error}; {remedy}") from error
-        for key, stored in facts.pop("description").items():
-            if stored != self.description.get(key):
-                problem = _difference(stored, self.description.get(key))
-                raise StateError(f"{folder} holds another run: {key}: {problem}; {remedy}")
+        if (stored := facts.pop("description")) != self.description:
+            problem = _difference(stored, self.description)
+            raise StateError(f"{folder} holds another run: {problem}; {remedy}")
         return tensors, facts
 
     def due(self) -> bool:
@@ -346,16 +321,17 @@ class Run:
         """Load the saved weights and optimizer state, if there are any."""
         if self._groups is None:
             return
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}}
+        moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in self._tensors.items():
-            part, _, key = name.partition("/")
-            parts[part][key] = tensor
+            part, key = name.split("/", 1)
+            if part == "optimizer":
+                number, key = key.split("/")
+                moments.setdefault(int(number), {})[key] = tensor
+            else:
+                parts[part][key] = tensor
         model.load_state_dict(parts["model"])
         self.best = {key: value.to(model.device) for key, value in parts["best"].items()}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            number, _, key = name.partition("/")
-            moments.setdefault(int(number), {})[key] = tensor
         optimizer.load_state_dict({"state": moments, "param_groups": self._groups})
         self._tensors = {}
 

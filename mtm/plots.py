@@ -44,6 +44,7 @@ METHOD_COLOURS = {
     "random-token NDT2": "0.3",
 }
 TIME = "time from the event (s)"
+Extent = tuple[float, float, float, float]  # left, right, bottom, top
 IMAGE: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
 
 
@@ -60,12 +61,12 @@ def region_colours(session: Session) -> dict[str, str]:
 def raster(session: Session, trial: int, ax: Axes | None = None) -> Axes:
     """Spike counts of one trial: time across, neurons down, sorted by region."""
     ax = ax or plt.gca()
-    order = _by_region(session)
+    order = np.argsort(session.regions, kind="stable")
     counts = session.counts[trial][:, order].T  # (N, T)
     highest = max(3, np.quantile(counts, 0.99))
     ax.imshow(counts, cmap="Greys", extent=_extent(session), vmin=0, vmax=highest, **IMAGE)
     ax.axvline(0, color=RED, lw=1)
-    _mark_regions(session, order, ax)
+    _mark_regions(session, ax)
     ax.set(xlabel=TIME, title=f"trial {trial}")
     return ax
 
@@ -81,13 +82,9 @@ def psth(session: Session, neuron: int, by: str = "choice", ax: Axes | None = No
 
 
 def psth_grid(
-    session: Session,
-    rates: np.ndarray,
-    neurons: Sequence[int],
-    trials: np.ndarray,
-    by: str = "choice",
+    session: Session, rates: np.ndarray, neurons: Sequence[int], trials: np.ndarray
 ) -> Figure:
-    """PSTHs of several neurons, observed (thin) and predicted (thick), for each value of ``by``.
+    """PSTHs of several neurons, observed (thin) and predicted (thick), for each choice.
 
     ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',).
     """
@@ -97,32 +94,29 @@ def psth_grid(
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for ax, neuron in zip(axes.flat, neurons, strict=False):
         observed = session.counts[trials, :, neuron]
-        _draw_psth(session, observed, by, trials, ax, lw=0.8, alpha=0.6)
-        _draw_psth(session, rates[..., neuron], by, trials, ax, lw=2)
+        _draw_psth(session, observed, "choice", trials, ax, lw=0.8, alpha=0.6)
+        _draw_psth(session, rates[..., neuron], "choice", trials, ax, lw=2)
         ax.set_title(_name(session, neuron), fontsize=9)
     for ax in axes.flat[len(neurons) :]:
         ax.set_visible(False)
     figure.supxlabel(TIME, fontsize=10)
     figure.supylabel("firing rate (Hz)", fontsize=10)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    thick = slice(len(labels) // 2, None)
-    figure.legend(handles[thick], labels[thick], loc="outside upper right", ncols=9, frameon=False)
+    thick = axes.flat[0].lines[len(axes.flat[0].lines) // 2 :]
+    figure.legend(handles=thick, loc="outside upper right", ncols=9, frameon=False)
     return figure
 
 
 def before_and_after(
-    session: Session, rates: np.ndarray, neuron: int, trials: np.ndarray, by: str | None = None
+    session: Session, rates: np.ndarray, neuron: int, trials: np.ndarray, by: str = "choice"
 ) -> Figure:
     """Single trials of one neuron: its spikes, and the rates predicted while it was hidden.
 
-    ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',), which are sorted
-    by a behaviour if there is one.
+    ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',), shown sorted by a
+    behaviour.
     """
     figure = plt.figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    order = np.arange(len(trials))
-    if by is not None:
-        order = np.argsort(np.asarray(session.behaviour[by])[trials], kind="stable")
+    order = np.argsort(session.behaviour[by][trials], kind="stable")
     images = {"spikes": session.counts[trials], "predicted while hidden": rates}
     for ax, (title, source) in zip(axes, images.items(), strict=True):
         image = source[order, :, neuron] / session.bin_size
@@ -131,7 +125,7 @@ def before_and_after(
         ax.axvline(0, color=RED, lw=1)
         ax.set(title=title, xlabel=TIME)
         figure.colorbar(shown, ax=ax, label="Hz")
-    axes[0].set_ylabel("test trials" + (f", sorted by {by}" if by else ""))
+    axes[0].set_ylabel(f"trials, sorted by {by}")
     figure.suptitle(_name(session, neuron), fontsize=10)
     return figure
 
@@ -145,22 +139,21 @@ def mask(
     trials: Sequence[int] = (0,),
     ax: Axes | None = None,
     seed: int = 0,
-    ratio: float | None = None,
     patch_size: int = 128,
 ) -> Axes:
     """Draw a mask over the spikes of a few trials, side by side: what is hidden, what is scored.
 
-    One mask is drawn for all trials, as for a batch in training. ``ratio`` is the share to hide, by
-    default the scheme's own; ``patch_size`` is for schemes that hide patches of neurons.
+    One mask is drawn for all trials, as for a batch in training; ``patch_size`` is for schemes that
+    hide patches of neurons.
     """
     ax = ax or plt.gca()
-    drawn = _draw_mask(session, name, trials, seed, ratio, patch_size)
-    order = _show_mask(session, trials, drawn, ax, (0, len(trials), session.n_neurons, 0))
+    drawn = _draw_mask(session, name, trials, seed, patch_size)
+    _show_mask(session, trials, drawn, ax, (0, len(trials), session.n_neurons, 0))
     for i in range(1, len(trials)):
         ax.axvline(i, color="black", lw=1)
     ax.set_xticks(np.arange(len(trials)) + 0.5, [f"trial {t}" for t in trials])
     ax.tick_params(axis="x", length=0)
-    _mark_regions(session, order, ax)
+    _mark_regions(session, ax)
     ax.set_title(name + (" (attends to the past)" if drawn.causal else ""))
     return ax
 
@@ -173,19 +166,14 @@ def mask_legend(figure: Figure) -> None:
 
 
 def filled_in(
-    session: Session,
-    name: str,
-    trial: int,
-    predictor: PredictorLike,
-    seed: int = 0,
-    ratio: float | None = None,
+    session: Session, name: str, trial: int, predictor: PredictorLike, seed: int = 0
 ) -> Figure:
     """One trial: as recorded, with its mask, as predicted, and (if known) the true rates.
 
     The last two panels show only the scored entries, in the same colours. ``predictor`` is a model
-    or a function, see :func:`mtm.evaluate`; ``seed`` and ``ratio`` are of the mask.
+    or a function, see :func:`mtm.evaluate`; ``seed`` is of the mask.
     """
-    drawn = _draw_mask(session, name, [trial], seed, ratio)
+    drawn = _draw_mask(session, name, [trial], seed)
     counts = torch.from_numpy(session.counts[[trial]].astype(np.float32))
     inputs = lambda _: (counts, drawn)  # noqa: E731
     ((_, log_rates),) = predict_in_batches(predictor, session.name, name, 1, inputs)
@@ -286,7 +274,7 @@ def score_bars(
     """Mean of each predictor in each task that has the column, with its standard error.
 
     The error is over sessions where there are several, else over neurons. A report without the
-    column in a task (as PSTH R2 of a session without conditions) has no bar there.
+    column in a task has no bar there.
     """
     ax = ax or plt.gca()
     several = any(len(report.sessions) > 1 for report in reports.values())
@@ -294,10 +282,9 @@ def score_bars(
     for name, report in reports.items():
         for task, scores in report.tasks.items():
             if column in scores.table:
-                over = "sessions" if len(scores.sessions) > 1 else "neurons"
-                bars[name][task] = scores.over(over, column)
-    tasks = _draw_bars(bars, ax)
-    ax.set_xticks(np.arange(len(tasks)), [task.replace("-", "-\n", 1) for task in tasks])
+                over = "sessions" if several or not scores.per_neuron else "neurons"
+                bars[name][task.replace("-", "-\n", 1)] = scores.over(over, column)
+    _draw_bars(bars, ax)
     ax.set_ylabel(f"{column.replace('_', ' ')}\n(± over {'sessions' if several else 'neurons'})")
     return _tidy(ax)
 
@@ -310,13 +297,13 @@ def region_bars(
 ) -> Axes:
     """Mean over the neurons of each region, with the standard error over them."""
     ax = ax or plt.gca()
-    means = {name: report.tasks[task].by_region(column) for name, report in reports.items()}
-    named = sorted({region for parts in means.values() for region in parts if has_region(region)})
-    bars = {n: {r: parts[r] for r in named if r in parts} for n, parts in means.items()}
-    regions = _draw_bars(bars, ax)
-    counts = [max(parts[r].n for parts in bars.values() if r in parts) for r in regions]
-    labels = [f"{region}\n{n}" for region, n in zip(regions, counts, strict=True)]
-    ax.set_xticks(np.arange(len(regions)), labels, rotation=90 if len(regions) > 10 else 0)
+    bars: dict[str, dict[str, Mean]] = {}
+    for name, report in reports.items():
+        means = report.tasks[task].by_region(column)
+        named = sorted(filter(has_region, means))
+        bars[name] = {f"{region}\n{means[region].n}": means[region] for region in named}
+    _draw_bars(bars, ax)
+    ax.tick_params(axis="x", rotation=90 if len(ax.get_xticks()) > 10 else 0)
     ax.set(xlabel="region and its number of neurons", ylabel=f"{task}, {column.replace('_', ' ')}")
     return _tidy(ax)
 
@@ -331,18 +318,15 @@ def score_scatter(
 ) -> Axes:
     """Each neuron's score in one report against that in another, coloured by region.
 
-    The reports must be on the same neurons. Scores are averaged over seeds; ``names`` are those of
-    the two predictors.
+    Scores are averaged over seeds; ``names`` are those of the two predictors.
     """
     ax = ax or plt.gca()
-    both = across.tasks[task], up.tasks[task]
-    for session in both[0].sessions:
-        if not np.array_equal(*(s.neurons[s.each_neuron["session"] == session] for s in both)):
-            raise ValueError(f"session {session!r}: the two reports scored different neurons")
-    sessions = both[0].sessions
-    x, y = (np.concatenate([s.by_neuron(name, column) for name in sessions]) for s in both)
-    given = both[0].each_neuron["region"]
-    labels = np.array([region if has_region(region) else "" for region in given])
+    keys = ["session", "neuron", "region"]
+    one, two = (r.tasks[task].table.groupby(keys, sort=False)[column].mean() for r in (across, up))
+    if set(one.index) != set(two.index):
+        raise ValueError("the two reports scored different neurons")
+    x, y = one.to_numpy(), two.reindex(one.index).to_numpy()
+    labels = np.array([name if has_region(name) else "" for *_, name in one.index])
     regions = [name for name in np.unique(labels).tolist() if name]
     for region, colour in [("", "0.5"), *zip(regions, _palette(len(regions)), strict=False)]:
         some = labels == region
@@ -360,32 +344,28 @@ def score_scatter(
 # -------------------------------------------------------------------------------------- helpers
 
 
-def _draw_bars(bars: Mapping[str, Mapping[str, Mean]], ax: Axes) -> list[str]:
-    """Bars side by side: method -> group -> mean and error. Returns the groups, left to right."""
+def _draw_bars(bars: Mapping[str, Mapping[str, Mean]], ax: Axes) -> None:
+    """Draw bars side by side: method -> group -> mean and error."""
     groups = list(dict.fromkeys(group for means in bars.values() for group in means))
     taken = {METHOD_COLOURS.get(name) for name in bars}
     spare = cycle(colour for colour in REGION_COLOURS if colour not in taken)
     width = 0.8 / len(bars)
     for i, (name, means) in enumerate(bars.items()):
-        drawn = [means.get(group, Mean(np.nan, np.nan, 0)) for group in groups]
-        ax.bar(
-            np.arange(len(groups)) + (i - (len(bars) - 1) / 2) * width,
-            [mean.value for mean in drawn],
-            width,
-            yerr=np.nan_to_num([mean.error for mean in drawn]),
-            color=METHOD_COLOURS.get(name) or next(spare),
-            label=name,
+        places = np.arange(len(groups)) + (i - (len(bars) - 1) / 2) * width
+        value, error = zip(
+            *(means.get(group, (np.nan, np.nan))[:2] for group in groups), strict=True
         )
+        colour = METHOD_COLOURS.get(name) or next(spare)
+        ax.bar(places, value, width, yerr=np.nan_to_num(error), color=colour, label=name)
     ax.axhline(0, color="black", lw=0.8)
-    ax.legend(frameon=False, ncols=min(len(bars), 4), loc="lower left", bbox_to_anchor=(0, 1))
-    return groups
+    ax.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    ax.set_xticks(np.arange(len(groups)), groups)
 
 
 def _palette(n: int) -> list[str]:
     """At least n different colours."""
-    if n <= len(REGION_COLOURS):
-        return list(REGION_COLOURS)
-    return [to_hex(colour) for colour in plt.get_cmap("turbo")(np.linspace(0.05, 0.95, n))]
+    many = [to_hex(colour) for colour in plt.get_cmap("turbo")(np.linspace(0.05, 0.95, n))]
+    return many if n > len(REGION_COLOURS) else list(REGION_COLOURS)
 
 
 def _draw_psth(
@@ -402,7 +382,7 @@ def _draw_psth(
     _tidy(ax)
 
 
-def _extent(session: Session) -> tuple[float, float, float, float]:
+def _extent(session: Session) -> Extent:
     """Edges of an image of neurons (rows) by time."""
     return (*session.window, session.n_neurons, 0)
 
@@ -411,35 +391,20 @@ def _name(session: Session, neuron: int) -> str:
     return f"neuron {neuron}, {session.regions[neuron] or 'no region'}"
 
 
-def _by_region(session: Session) -> np.ndarray:
-    """(N,) neurons sorted by region."""
-    return np.argsort(session.regions, kind="stable")
-
-
 def _draw_mask(
-    session: Session,
-    name: str,
-    trials: Sequence[int],
-    seed: int,
-    ratio: float | None,
-    patch_size: int = 128,
+    session: Session, name: str, trials: Sequence[int], seed: int, patch_size: int = 128
 ) -> Mask:
     """A mask for some trials, as for a batch of them in training."""
-    ratios = {} if ratio is None else {name: ratio}
-    sampler = MaskSampler([name], ratios, seed, patch_size=patch_size)
     counts = torch.from_numpy(session.counts[list(trials)].astype(np.int64))
+    sampler = MaskSampler([name], {}, seed, patch_size=patch_size)
     return sampler.draw(name, counts, torch.from_numpy(session.region_codes))
 
 
 def _show_mask(
-    session: Session,
-    trials: Sequence[int],
-    drawn: Mask,
-    ax: Axes,
-    extent: tuple[float, float, float, float],
+    session: Session, trials: Sequence[int], drawn: Mask, ax: Axes, extent: Extent
 ) -> np.ndarray:
     """Show spikes and mask of trials side by side; return the order of the neurons."""
-    order = _by_region(session)
+    order = np.argsort(session.regions, kind="stable")
     state = (drawn.hidden.long() + drawn.target.long()).numpy()  # 0 visible, 1 hidden, 2 scored
     codes = (2 * state + (session.counts[list(trials)] > 0))[:, :, order]
     palette = ListedColormap(["white", "0.35", "#FBE3B5", ORANGE, "#BFDDF0", BLUE])
@@ -448,18 +413,17 @@ def _show_mask(
     return order
 
 
-def _mark_regions(session: Session, order: np.ndarray, ax: Axes) -> None:
+def _mark_regions(session: Session, ax: Axes) -> None:
     """Mark the regions of sorted neurons by a coloured strip and their names at the left."""
-    labels = session.regions[order]
-    starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
-    stops = np.r_[starts[1:], len(labels)]
-    colours = region_colours(session)
-    ax.set_yticks((starts + stops) / 2, [label or "no region" for label in labels[starts]])
+    labels, sizes = np.unique(session.regions, return_counts=True)
+    stops, colours = np.cumsum(sizes), region_colours(session)
+    starts = stops - sizes
+    ax.set_yticks((starts + stops) / 2, [label or "no region" for label in labels])
     ax.tick_params(axis="y", length=0, pad=9)
     strip = ax.get_yaxis_transform() + ScaledTranslation(-5 / 72, 0, ax.figure.dpi_scale_trans)
     style: dict[str, Any] = {"lw": 4, "clip_on": False, "solid_capstyle": "butt"}
-    for start, stop in zip(starts, stops, strict=True):
-        ax.plot([0, 0], [start, stop], transform=strip, color=colours[labels[start]], **style)
+    for label, start, stop in zip(labels, starts, stops, strict=True):
+        ax.plot([0, 0], [start, stop], transform=strip, color=colours[label], **style)
 
 
 def _tidy(ax: Axes) -> Axes:

@@ -19,8 +19,9 @@ import pandas as pd
 from mtm.files import atomic_write
 
 LABELS = ("session", "seed", "neuron", "region")  # columns that identify a row
+COUNTED = ("neurons", "of them silent", "not scored", "with nothing visible")
 COUNTS = ("spikes", "visible", "train_trials", "test_trials")
-NULLS = ("bits_per_spike", "bits_per_spike_train_null")
+POOLED = {"bits_per_spike": "gain", "bits_per_spike_train_null": "gain_train_null"}
 
 
 class Mean(NamedTuple):
@@ -55,13 +56,12 @@ class TaskScores:
             ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known); the controls
             ``shuffled_trials`` (bits per spike when each trial gets another one's prediction,
             which keeps the mean time course) and ``shuffled_neurons`` (when each neuron gets
-            another one's, scaled to its own mean; a little too good, as the other one's was made
-            with this neuron visible); ``gain`` and ``gain_train_null``, in bits; ``spikes``
-            scored; ``visible``, neurons that could be seen (0: the score is that of guessing).
+            another one's, scaled to its own mean); ``gain`` and ``gain_train_null``, in bits;
+            ``spikes`` scored; ``visible``, neurons that could be seen (0: it is a guess).
 
             Of a behaviour, a row for each session (and seed): its score, its controls,
             ``train_trials`` and ``test_trials``. NaN = no score, as of a silent neuron.
-        score: the column that is the task's score. Other columns are named in the methods.
+        score: the column that is the task's score.
     """
 
     table: pd.DataFrame
@@ -79,9 +79,7 @@ class TaskScores:
 
     @property
     def each_neuron(self) -> pd.DataFrame:
-        """A row of each neuron, whatever the seeds; none of a behaviour."""
-        if not self.per_neuron:
-            return pd.DataFrame(columns=[*LABELS, *COUNTS])
+        """A row of each neuron, whatever the seeds."""
         return self.table.drop_duplicates(["session", "neuron"])
 
     @property
@@ -93,11 +91,6 @@ class TaskScores:
     def n_silent(self) -> int:
         """Neurons without a spike among the scored entries; they have no score."""
         return int((self.each_neuron["spikes"] == 0).sum())
-
-    @property
-    def n_blind(self) -> int:
-        """Neurons that were predicted with nothing visible."""
-        return int((self.each_neuron["visible"] == 0).sum())
 
     def mean(self, column: str | None = None, pooled: bool = False) -> float:
         """Mean over neurons, seeds and sessions; NaN where nothing has a score.
@@ -113,12 +106,9 @@ class TaskScores:
     def over(self, what: str, column: str | None = None, pooled: bool = False) -> Mean:
         """The mean, and its standard error over ``"neurons"``, ``"sessions"`` or ``"seeds"``.
 
-        Over neurons: their scores are averaged over seeds; the errors of several sessions add up as
-        those of independent means do. Over seeds: of the means over sessions, for the seeds that
-        every session has. A single session or seed has no error, nor have neurons of a behaviour.
-
-        Raises:
-            ValueError: for another ``what``, an unknown column, or a score that cannot be pooled.
+        Over neurons (of activity): their scores are averaged over seeds; the errors of several
+        sessions add up as those of independent means do. Over seeds: of the means over sessions,
+        for the seeds that every session has. A single session or seed has no error.
         """
         runs = self._runs(column, pooled)
         if what == "sessions":
@@ -128,13 +118,9 @@ class TaskScores:
         if what != "neurons" or pooled:
             known = "'sessions', 'seeds' or (unless pooled) 'neurons'"
             raise ValueError(f"over must be {known}, got {what!r}")
-        if not self.per_neuron:
-            return Mean(self.mean(column), np.nan, 0)
         each = self._by_neuron(column).groupby("session").agg(["mean", "sem", "count"])
         each = each[each["count"] > 0]
-        if each.empty:
-            return mean_of([])
-        error = np.linalg.norm(each["sem"]) / len(each)
+        error = np.linalg.norm(each["sem"]) / len(each) if len(each) else np.nan
         return Mean(float(each["mean"].mean()), float(error), int(each["count"].sum()))
 
     def by_session(self, column: str | None = None, pooled: bool = False) -> dict[str, float]:
@@ -152,28 +138,18 @@ class TaskScores:
         """(n,) the score of each scored neuron of a session, averaged over seeds."""
         return self._by_neuron(column)[session].to_numpy()
 
-    def _known(self, column: str | None) -> str:
-        """A column of the table, by default the score."""
-        column = column or self.score
-        if column not in self.table:
-            raise ValueError(f"no column {column!r}; there are: {', '.join(self.table)}")
-        return column
-
     def _by_neuron(self, column: str | None) -> pd.Series:
         """(session, neuron) -> score, averaged over seeds."""
-        if not self.per_neuron:
-            raise ValueError(f"the scores of a behaviour ({self.score}) are not of single neurons")
-        return self.table.groupby(["session", "neuron"], sort=False)[self._known(column)].mean()
+        each = self.table.groupby(["session", "neuron"], sort=False)
+        return each[column or self.score].mean()
 
     def _runs(self, column: str | None, pooled: bool = False) -> pd.Series:
         """(session, seed) -> mean over neurons, or pooled, of the runs that have a score."""
-        column = self._known(column)
+        column = column or self.score
         runs = self.table.groupby(["session", "seed"], sort=False)
         if not pooled:
             return runs[column].mean().dropna()
-        if not column.startswith("bits_per_spike"):
-            raise ValueError(f"only bits per spike can be pooled over spikes, not {column!r}")
-        gain, spikes = runs[column.replace("bits_per_spike", "gain")].sum(), runs["spikes"].sum()
+        gain, spikes = runs[POOLED[column]].sum(), runs["spikes"].sum()
         return (gain / spikes.where(spikes > 0)).dropna()
 
 
@@ -198,11 +174,7 @@ class Report:
 
     @classmethod
     def join(cls, reports: Sequence[Report]) -> Report:
-        """Join reports of several sessions, or of one session with models of several seeds.
-
-        Raises:
-            ValueError: when reports of one session scored other neurons or other trials.
-        """
+        """Join reports of several sessions, or of one session with several seeds."""
         joined = cls({}, {})
         for report in reports:
             for task, scores in report.tasks.items():
@@ -217,21 +189,12 @@ class Report:
                 joined.left_out[task] = known if reason in known else f"{known}; {reason}"
         return joined
 
-    def n_dropped(self, task: str) -> int:
-        """Neurons of the scored sessions that were not scored: no label, or not asked for."""
-        scores = self.tasks[task]
-        recorded = sum(self.sessions[name]["neurons"] for name in scores.sessions)
-        return recorded - len(scores.neurons) if scores.per_neuron else 0
-
     def share(self, ceiling: Report, column: str = "bits_per_spike_train_null") -> dict[str, float]:
         """Task -> score as a share of another report's on the same sessions, such as the oracle's.
 
         With the honest null, the default, the mean rates have a share of 0 by construction. Tasks
         without this column in both reports are left out.
         """
-        if set(self.sessions) != set(ceiling.sessions):
-            ours, theirs = ", ".join(self.sessions), ", ".join(ceiling.sessions)
-            raise ValueError(f"a share needs reports of the same sessions, not {ours} and {theirs}")
         means, best = (
             {task: s.mean(column) for task, s in report.tasks.items() if column in s.table}
             for report in (self, ceiling)
@@ -251,24 +214,29 @@ class Report:
         """
         summary = {}
         for task, scores in self.tasks.items():
-            left = (*LABELS, *COUNTS, "gain", "gain_train_null")
-            columns = [column for column in scores.table if column not in left]
+            columns = [c for c in scores.table if c not in (*LABELS, *COUNTS, *POOLED.values())]
             numbers: dict[str, Any] = {column: scores.mean(column) for column in columns}
             numbers["errors"] = {
                 kind: {column: scores.over(kind, column).error for column in columns}
                 for kind in ["neurons"] * scores.per_neuron + ["sessions", "seeds"]
             }
             if scores.per_neuron:
-                pooled = {f"pooled_{name}": scores.mean(name, pooled=True) for name in NULLS}
-                numbers |= pooled | {
-                    "neurons": len(scores.neurons),
-                    "silent_neurons": scores.n_silent,
-                    "dropped_neurons": self.n_dropped(task),
-                    "neurons_with_nothing_visible": scores.n_blind,
-                    "regions": {region: list(mean) for region, mean in scores.by_region().items()},
-                }
+                numbers |= {f"pooled_{null}": scores.mean(null, pooled=True) for null in POOLED}
+                numbers |= self._counted(scores)
+                by_region = scores.by_region().items()
+                numbers["regions"] = {region: list(mean) for region, mean in by_region}
             summary[task] = numbers
         return _plain(summary)
+
+    def _counted(self, scores: TaskScores) -> dict[str, int]:
+        """Numbers of neurons: scored, of them silent, not scored, predicted with none visible."""
+        recorded = sum(self.sessions[name]["neurons"] for name in scores.sessions)
+        return {
+            "neurons": len(scores.neurons),
+            "silent_neurons": scores.n_silent,
+            "dropped_neurons": recorded - len(scores.neurons),
+            "neurons_with_nothing_visible": int((scores.each_neuron["visible"] == 0).sum()),
+        }
 
     def to_json(self, path: str | Path | None = None) -> str:
         """All of it as JSON, to six decimals; also written to ``path``, if there is one."""
@@ -281,8 +249,7 @@ class Report:
         }
         text = json.dumps(_plain(content), allow_nan=False) + "\n"
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(Path(path)) as partial:
+            with atomic_write(path) as partial:
                 partial.write_text(text)
         return text
 
@@ -309,10 +276,7 @@ class Report:
                 "all spikes pooled": s.mean(pooled=True),
                 "trials shuffled": s.mean("shuffled_trials"),
                 "neurons shuffled": s.mean("shuffled_neurons"),
-                "neurons": len(s.neurons),
-                "of them silent": s.n_silent,
-                "not scored": self.n_dropped(task),
-                "with nothing visible": s.n_blind,
+                **dict(zip(COUNTED, self._counted(s).values(), strict=True)),
             }
             for task, s in self.tasks.items()
             if s.per_neuron
@@ -323,7 +287,8 @@ class Report:
                 continue
             others = [c for c in scores.table if c not in (*LABELS, *COUNTS, scores.score)]
             beside = ", ".join(f"{c.replace('_', ' ')} {scores.mean(c):.3f}" for c in others)
-            text = f"{task}: {scores.score} {scores.over(several)} ({beside})"
+            value = scores.over("sessions" if several == "neurons" else several)
+            text = f"{task}: {scores.score} {value} ({beside})"
             lines.append(textwrap.fill(text, 79, subsequent_indent="    "))
         lines += [f"{task}: left out, {reason}" for task, reason in self.left_out.items()]
         return "\n".join(lines)
@@ -337,9 +302,6 @@ def score_table(reports: Mapping[str, Report], column: str | None = None) -> str
     Args:
         reports: name -> report.
         column: of the tables. Default: each task's own score. "-" where a report lacks it.
-
-    Raises:
-        ValueError: for a column that no task has.
     """
     means = {
         name: {
@@ -349,9 +311,6 @@ def score_table(reports: Mapping[str, Report], column: str | None = None) -> str
         }
         for name, report in reports.items()
     }
-    if not any(means.values()):
-        known = {c: None for r in reports.values() for s in r.tasks.values() for c in s.table}
-        raise ValueError(f"no task has a column {column!r}; there are: {', '.join(known)}")
     return _text(pd.DataFrame.from_dict(means, orient="index"))
 
 

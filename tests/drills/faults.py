@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
 import pickle
 import platform
 import random
@@ -25,7 +25,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -54,10 +53,8 @@ class Tally:
         self.problems: list[str] = []
 
     def check(self, what: str, fine: bool) -> None:
-        """Count a check; note a problem unless all is fine."""
         self.counts[what] += 1
-        if not fine:
-            self.problems.append(f"not so: {what}")
+        self.problems += [] if fine else [f"not so: {what}"]
 
 
 def animals() -> list[mtm.Session]:
@@ -67,25 +64,14 @@ def animals() -> list[mtm.Session]:
 # ------------------------------------------------------------------------------- kills
 
 
-def fork(job: Callable[[], Any]) -> int:
-    """Start a process that does a job; returns its id."""
-    sys.stdout.flush()
-    if pid := os.fork():
-        return pid
-    try:
-        job()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
 def killed(job: Callable[[], Any], seconds: float) -> bool:
-    """Start a job and kill it after some seconds; whether it was still at work."""
-    pid = fork(job)
+    """Start a job in a process and kill it after some seconds; whether it was still at work."""
+    process = multiprocessing.get_context("fork").Process(target=job)
+    process.start()
     time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def train(folder: Path, restart: bool = False) -> None:
