@@ -44,6 +44,12 @@ LARGEST_INPUT = 4.0  # of the direct paths: through an exponential, bursts would
 COMPONENTS_SCALE = 3.0  # their amplitude
 COMPONENT_BINS = 20_000  # most bins of training trials from which they are computed
 
+PUBLISHED: dict[str, Any] = {  # the authors' options
+    "positions": "learned",
+    "input_counts": "raw",
+    "own_history": False,
+    "latents": 0,
+}
 CHOICES = {
     "tokenizer": ("ndt1", "ndt2"),
     "positions": ("rotary", "learned"),
@@ -110,8 +116,7 @@ class MtMConfig:
     @classmethod
     def published(cls, depth: int = 5, **fields: Any) -> Self:
         """The authors' model: the paper's sizes, learned positions, raw counts, no direct paths."""
-        theirs = {"positions": "learned", "input_counts": "raw", "own_history": False, "latents": 0}
-        return cls.from_depth(depth, **{**theirs, **fields})
+        return cls.from_depth(depth, **{**PUBLISHED, **fields})
 
 
 class SessionLayers(nn.Module):
