@@ -35,8 +35,9 @@ import numpy as np
 from scipy import stats
 
 import mtm
-from mtm.baselines import OPTIONS, SETTINGS, temporal_ndt1
+from mtm.baselines import SETTINGS, temporal_ndt1
 from mtm.masks import MTM_SCHEMES
+from mtm.model import PUBLISHED
 from mtm.plots import BLUE, RED
 from mtm.prediction import TASKS
 from mtm.report import Mean, Report, mean_of
@@ -69,7 +70,7 @@ def schemes(depth: int, epochs: int) -> dict[str, common.Method]:
     def temporal(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
         return temporal_ndt1(sessions, seed=seed, depth=depth, progress=False)
 
-    settings = {"depth": depth, "baseline": "temporal", **OPTIONS, **SETTINGS}
+    settings = {"depth": depth, "baseline": "temporal", **PUBLISHED, **SETTINGS}
     found = {name: common.trained(depth=depth, epochs=epochs, **how) for name, how in rows.items()}
     return found | {"temporal": common.Method(temporal, settings, seeded=True)}
 

@@ -27,7 +27,6 @@ from mtm.session import Session
 
 N_TRIALS, N_BINS, BIN_SIZE, N_NEURONS, N_REGIONS = 120, 100, 0.02, 700, 8
 MEAN_RATE, SPREAD = 4.0, 1.6  # Hz; standard deviation of the log rates
-PUBLISHED = {"positions": "learned", "input_counts": "raw"}  # the authors' options
 DEPTHS = {"small": 2, "paper": 5}
 FEW = {"small": 16, "paper": 3}  # neurons scored on a CPU
 
@@ -75,7 +74,7 @@ def recording(small: bool, fold: int = 1) -> Session:
 def untrained(session: Session, depth: int, device: str) -> MtM:
     """A model with weights as the authors start them."""
     torch.manual_seed(0)
-    config = MtMConfig.from_depth(depth, **PUBLISHED)
+    config = MtMConfig.published(depth)
     model = MtM(config, session.n_bins, {session.name: session.n_neurons}, init="paper")
     model.split_seed = 0
     return model.to(device).eval()

@@ -27,7 +27,7 @@ import numpy as np
 
 import mtm
 from mtm.masks import SCHEMES, register
-from mtm.model import MtMConfig
+from mtm.model import PUBLISHED, MtMConfig
 from mtm.plots import BLUE
 from mtm.recipes import RECIPES, recipe
 from mtm.report import Mean, mean_of
@@ -35,7 +35,6 @@ from mtm.report import Mean, mean_of
 SEARCH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05")
 TEST = ("03_Cori_2016-12-18", "09_Hench_2017-06-16", "ibl_DY_016_2020-09-12_probe00")
 OURS, BASE = "ours", "ours, hiding 0.3"
-PUBLISHED = {"positions": "learned", "input_counts": "raw"}  # the authors' options
 AGAIN = "causal again"  # drawn as often as each of the others
 
 
@@ -54,10 +53,16 @@ def variants() -> dict[str, dict[str, Any]]:
     widths = ("width", "mlp_width", "stitch_width")
     wide, narrow = ({w: round(f * getattr(sizes, w)) for w in widths} for f in (2, 0.5))
     shares = ("neuron", "intra-region")
+    no_paths = {"own_history": False, "latents": 0}
     half = {"ratios": dict.fromkeys(shares, 0.6)}
     plain: dict[str, dict[str, Any]] = {
         BASE: {},
-        "counts as they are": {"input_counts": "raw"},
+        "no direct paths": no_paths,
+        "own history alone": {"latents": 0},
+        "population alone": {"own_history": False},
+        "16 latents": {"latents": 16},
+        "no dropout of latents": {"latent_dropout": 0.0},
+        "counts as they are": {"input_counts": "raw", **no_paths},
         "learned time embedding": {"positions": "learned"},
         "one mask a step": {"batch_size": 16, "batches_per_step": 1},
         "8 masks a step": {"batch_size": 2, "batches_per_step": 8},

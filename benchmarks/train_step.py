@@ -35,13 +35,12 @@ from torch import Tensor, nn
 
 from mtm.batches import Batch
 from mtm.masks import MTM_SCHEMES, SCHEMES, MaskSampler
-from mtm.model import MtM, MtMConfig
+from mtm.model import PUBLISHED, MtM, MtMConfig
 from mtm.recipes import RECIPES
 from mtm.training import accumulate, make_optimizer
 
 NEURONS = (548, 601, 652)
 N_BINS, N_REGIONS = 100, 8
-PUBLISHED = {"positions": "learned", "input_counts": "raw"}  # the authors' options
 MODELS = {"ndt1": PUBLISHED, "ndt2": {"tokenizer": "ndt2", **PUBLISHED}}
 SMALL = {"depth": 1, "width": 32, "heads": 2, "mlp_width": 64, "stitch_width": 40}
 RECIPE = RECIPES["mtm"]

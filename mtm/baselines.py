@@ -53,7 +53,6 @@ MIN_SPIKES = 5  # expected in the validation trials, for a neuron to count in a 
 
 # Settings of the transformers; they suit temporal masking better than the recipe "mtm".
 RATIOS = (0.1, 0.3)
-OPTIONS: dict[str, Any] = {"positions": "learned", "input_counts": "raw"}
 SETTINGS: dict[str, Any] = {"epochs": 100, "batch_size": 16, "batches_per_step": 1}
 SETTINGS |= {"weight_decay": 0.01}
 
@@ -690,7 +689,7 @@ def temporal_ndt1(
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     folder = changes.pop("folder", None)
-    config = MtMConfig.from_depth(depth, tokenizer=tokenizer, **OPTIONS)
+    config = MtMConfig.published(depth, tokenizer=tokenizer)
     settings = {**SETTINGS, "schemes": (scheme,), "prompt": False, "split_seed": split_seed}
     runs = []
     for ratio in ratios:

@@ -11,8 +11,9 @@ tokenizer  a token is                      layers that know about neurons       
 
 The session token (whose recording it is) and the prompt token (which masking scheme is on) come
 first. Differences from the authors' code: counts are scaled by each neuron's mean, so that the 0 in
-the place of a hidden entry stands for the mean and not for silence; causal mode does not leak; and
-a new model predicts the mean rates (``init="paper"`` starts as theirs).
+the place of a hidden entry stands for the mean and not for silence; causal mode does not leak; a
+new model predicts the mean rates (``init="paper"`` starts as theirs); and :class:`DirectPaths` lead
+from the counts to the log-rates, past the encoder.
 """
 
 from __future__ import annotations
@@ -37,9 +38,18 @@ POSITION_SCALE = 0.3  # initial amplitude of time and space embeddings
 READOUT_SCALE = 0.1  # factor on initial readout weights: predictions start near the mean rates
 SOFTENING = 0.1  # added to a mean count, so that rare spikes are not scaled up without bound
 COMPONENTS = 32  # principal components that a new stitcher starts with
+SCALES = (1.0, 3.0, 10.0, math.inf)  # of the kernels of the direct paths, bins; inf: whole trial
+LATENT_NOISE = (1.0, 0.5, 0.3, 0.15, 0.08)  # initial, of the bin itself and averaged by each kernel
+LARGEST_INPUT = 4.0  # of the direct paths: through an exponential, bursts would overshoot
 COMPONENTS_SCALE = 3.0  # their amplitude
 COMPONENT_BINS = 20_000  # most bins of training trials from which they are computed
 
+PUBLISHED: dict[str, Any] = {  # the authors' options
+    "positions": "learned",
+    "input_counts": "raw",
+    "own_history": False,
+    "latents": 0,
+}
 CHOICES = {
     "tokenizer": ("ndt1", "ndt2"),
     "positions": ("rotary", "learned"),
@@ -67,6 +77,9 @@ class MtMConfig:
     positions: str = "rotary"  # of time: "rotary", or "learned" embeddings (the authors)
     input_counts: str = "scaled"  # (count - mean) / sqrt(mean + 0.1), or "raw" (the authors)
     session_token: bool = True
+    own_history: bool = True  # direct path from each neuron's own counts to its log-rates
+    latents: int = 32  # R, of the direct path from the population to the log-rates; 0: no path
+    latent_dropout: float = 0.5  # of these latents
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "mlp_width", "stitch_width", "patch_size"):
@@ -78,6 +91,8 @@ class MtMConfig:
         unit = self.heads * (2 if self.positions == "rotary" else 1)  # rotation acts on pairs
         if self.width % unit:
             raise ValueError(f"width {self.width} must be a multiple of {unit} (heads, rotation)")
+        if self.input_counts == "raw" and (self.own_history or self.latents):
+            raise ValueError("direct paths need scaled counts; set own_history=False, latents=0")
 
     @classmethod
     def from_depth(cls, depth: int, **fields: Any) -> Self:
@@ -100,13 +115,12 @@ class MtMConfig:
 
     @classmethod
     def published(cls, depth: int = 5, **fields: Any) -> Self:
-        """The authors' model: the paper's sizes, learned positions and raw counts."""
-        theirs = {"positions": "learned", "input_counts": "raw"}
-        return cls.from_depth(depth, **{**theirs, **fields})
+        """The authors' model: the paper's sizes, learned positions, raw counts, no direct paths."""
+        return cls.from_depth(depth, **{**PUBLISHED, **fields})
 
 
 class SessionLayers(nn.Module):
-    """What belongs to one session alone: stitcher, readout and session token.
+    """What belongs to one session alone: stitcher, readout, session token and direct paths.
 
     With ndt2, whose layers all sessions share, a bias for each neuron replaces the first two.
     """
@@ -125,14 +139,20 @@ class SessionLayers(nn.Module):
         self.token = nn.Parameter(torch.zeros(config.width)) if config.session_token else None
         if config.input_counts == "scaled":
             self.register_buffer("mean", torch.zeros(n_neurons))
+        has_paths = config.own_history or config.latents
+        self.direct = DirectPaths(n_neurons, config) if has_paths else None
 
     @torch.no_grad()
-    def init_from(self, log_means: Tensor, components: Tensor | None, init: str) -> None:
-        """Start at log mean counts (N,) and principal components (N, R) of the training trials."""
+    def init_from(
+        self, log_means: Tensor, components: tuple[Tensor, Tensor] | None, init: str
+    ) -> None:
+        """Start at log mean counts (N,) and :func:`principal_components` of the training trials."""
         if hasattr(self, "mean"):
             self.mean.copy_(log_means.exp())
         if init == "paper":
             return
+        if self.direct is not None and components is not None:
+            self.direct.init_from(*components)
         if hasattr(self, "bias"):  # ndt2
             self.bias.copy_(log_means)
             return
@@ -142,20 +162,119 @@ class SessionLayers(nn.Module):
             return
         # Each output of the stitcher starts at a component: outputs 0 to R-1 at the R components
         # in turn, R to 2R-1 at their negatives, and so on.
-        turn, component = divmod(np.arange(len(self.stitcher.weight)), components.shape[1])
+        directions = components[0]
+        turn, component = divmod(np.arange(len(self.stitcher.weight)), directions.shape[1])
         sign = torch.from_numpy(1.0 - 2.0 * (turn % 2)).float()
-        self.stitcher.weight += COMPONENTS_SCALE * sign[:, None] * components.T[component]
+        self.stitcher.weight += COMPONENTS_SCALE * sign[:, None] * directions.T[component]
 
 
-def principal_components(counts: np.ndarray, means: Tensor) -> Tensor:
-    """Principal components (N, R) of scaled training counts (K, T, N)."""
+def principal_components(counts: np.ndarray, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Principal components (N, R) of scaled training counts (K, T, N), and variances (R,)."""
     n_trials, n_bins, _ = counts.shape
     some = counts[:: math.ceil(n_trials * n_bins / COMPONENT_BINS)]  # every so many-th trial
     x = (torch.from_numpy(some.astype(np.float32)) - means) * (means + SOFTENING).rsqrt()
     # What neurons share changes more slowly than their spikes: average over 5 bins.
     x = F.avg_pool1d(x.transpose(1, 2), 5, stride=1, padding=2, count_include_pad=False)
     x = x.transpose(1, 2).flatten(0, 1)  # (K T, N)
-    return torch.pca_lowrank(x, min(COMPONENTS, *x.shape), niter=4)[2]
+    _, singular, components = torch.pca_lowrank(x, min(COMPONENTS, *x.shape), niter=4)
+    return components, singular.square() / len(x)
+
+
+# ---------------------------------------------------------------- from counts to log-rates directly
+
+
+class DirectPaths(nn.Module):
+    """Linear paths of one session, from its counts to its log-rates.
+
+    The encoder sees all neurons through a bottleneck, which a single neuron's own history hardly
+    passes, and which needs more data than a linear map. To the encoder's log-rates are added:
+
+    - own history: each neuron's own visible counts in other bins of the trial, averaged by kernels
+      ``exp(-|lag| / scale)``, with a weight for each kernel and neuron;
+    - the population: latents z of a factor analysis, counts = loadings' z + noise, averaged by the
+      same kernels, with a linear map to all log-rates. Their posterior mean given the visible
+      neurons, ``(L V L' + noise I)^-1 L V x``, stays calibrated whatever share is visible: many
+      neurons hidden means latents closer to 0.
+
+    Both maps start at 0. In causal mode kernels reach back only. These paths are ours, not the
+    paper's; compare POCO (arXiv 2506.14957), a forecaster of single neurons given the population.
+    """
+
+    def __init__(self, n_neurons: int, config: MtMConfig) -> None:
+        super().__init__()
+        n = config.latents
+        self.own = nn.Parameter(torch.zeros(len(SCALES), n_neurons)) if config.own_history else None
+        self.loadings = nn.Parameter(torch.randn(n, n_neurons) / math.sqrt(n_neurons))  # L
+        self.log_noise = nn.Parameter(torch.tensor(LATENT_NOISE).log())
+        self.dropout = nn.Dropout(config.latent_dropout)
+        self.readout = nn.Linear((1 + len(SCALES)) * n, n_neurons, bias=False) if n else None
+        if self.readout is not None:
+            nn.init.zeros_(self.readout.weight)
+
+    def init_from(self, components: Tensor, variances: Tensor) -> None:
+        """Start the loadings at principal components (N, R) with variances (R,)."""
+        n = min(len(self.loadings), len(variances))
+        # Poisson noise of scaled counts has variance 1, averaged over 5 bins 1/5.
+        strength = (variances[:n] - 0.2).clamp(min=0.02).sqrt()
+        self.loadings[:n] = strength[:, None] * components.T[:n]
+
+    def forward(
+        self, x: Tensor, hidden: Tensor, causal: Tensor, neurons: Tensor | None = None
+    ) -> Tensor:
+        """Masked input (B, T, N) to what is added to the log-rates, (B, T, N) or (B, T).
+
+        Args:
+            x: scaled counts, 0 where ``hidden`` (B, T, N).
+            causal: (B,) bool.
+            neurons: (B,) the one neuron wanted of each trial.
+        """
+        x = x.clamp(max=LARGEST_INPUT)
+        bins = (~hidden).any(dim=2).to(x.dtype)  # (B, T) 1 where any neuron is visible
+        visible = (~hidden).sum(dim=1) / bins.sum(dim=1, keepdim=True).clamp(min=1)  # (B, N) V
+        kernels = history_kernels(bins, causal)  # (B, scales, T, T)
+        found = torch.zeros_like(x if neurons is None else x[..., 0])
+        if self.own is not None:
+            found = found + self._own_history(x, kernels, neurons)
+        if self.readout is None:
+            return found
+        # Linear, so it does not matter that kernels average after the projection.
+        z = (x @ self.loadings.T)[:, None]
+        z = torch.cat([z, kernels @ z], dim=1)  # (B, 1 + scales, T, R)
+        precision = (visible[:, None] * self.loadings) @ self.loadings.T  # (B, R, R)
+        noise = torch.diag_embed(self.log_noise.exp()[:, None].expand(-1, len(self.loadings)))
+        z = torch.linalg.solve(precision[:, None] + noise, z.mT)  # (B, 1 + scales, R, T)
+        z = self.dropout(z.flatten(1, 2).mT)  # (B, T, (1 + scales) R)
+        if neurons is None:
+            return found + self.readout(z)
+        return found + (z @ self.readout.weight[neurons][..., None])[..., 0]
+
+    def _own_history(self, x: Tensor, kernels: Tensor, neurons: Tensor | None) -> Tensor:
+        if neurons is not None:
+            x = x[torch.arange(len(x), device=x.device), :, neurons]  # (B, T)
+            each = (kernels @ x[:, None, :, None])[..., 0]  # (B, scales, T)
+            return torch.einsum("bst,sb->bt", each, self.own[:, neurons])
+        each = (kernels.flatten(1, 2) @ x).unflatten(1, kernels.shape[1:3])
+        found = torch.zeros_like(x)
+        for one, weight in zip(each.unbind(1), self.own, strict=True):
+            found = torch.addcmul(found, one, weight)
+        return found
+
+
+def history_kernels(visible: Tensor, causal: Tensor) -> Tensor:
+    """Weights of the visible bins in averages for each bin, (B, scales, T, T), itself left out.
+
+    A bin's own share of the sum is counted as 0, which shrinks averages over few bins.
+
+    Args:
+        visible: (B, T) 1 for bins to average, else 0.
+        causal: (B,) bool, whether earlier bins only count.
+    """
+    bins = torch.arange(visible.shape[1], device=visible.device)
+    lag = bins[:, None] - bins
+    kernels = torch.stack([torch.exp(-lag.abs() / scale) for scale in SCALES])
+    allowed = torch.where(causal[:, None, None], lag > 0, lag != 0) * visible[:, None]  # (B, T, T)
+    kernels = kernels * allowed[:, None]
+    return kernels / (kernels.sum(dim=3, keepdim=True) + 1)
 
 
 # ---------------------------------------------------------------- from counts to tokens, and back
@@ -400,9 +519,10 @@ class MtM(nn.Module):
         """
         tokens = self.embed(counts, scheme, mask, session)
         log_rates = self.read_out(self.encode(tokens), session)
-        if neurons is None:
-            return log_rates
-        return log_rates[torch.arange(len(neurons), device=neurons.device), :, neurons]
+        if neurons is not None:
+            log_rates = log_rates[torch.arange(len(neurons), device=neurons.device), :, neurons]
+        (direct,) = self.direct([(counts, scheme, mask, session)], neurons)
+        return log_rates if direct is None else log_rates + direct
 
     def embed(self, counts: Tensor, scheme: str | None, mask: Mask | None, session: str) -> Tokens:
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
@@ -458,6 +578,34 @@ class MtM(nn.Module):
         x = x[:, -self.n_tokens(session) :]
         return self.tokenizer.read_out(x, self.session_layers(session))
 
+    def direct(
+        self,
+        batches: Sequence[tuple[Tensor, str | None, Mask | None, str]],
+        neurons: Tensor | None = None,
+    ) -> list[Tensor | None]:
+        """What the direct paths add to the log-rates of each batch, see :class:`DirectPaths`."""
+        found: list[Tensor | None] = [None] * len(batches)
+        places: dict[str, list[int]] = {}
+        for i, (_, _, _, session) in enumerate(batches):
+            if self.session_layers(session).direct is not None:
+                places.setdefault(session, []).append(i)
+        for session, members in places.items():  # batches of one session at once: fewer operations
+            layers, inputs, hidden, causal = self.session_layers(session), [], [], []
+            for counts, _, mask, _ in (batches[i] for i in members):
+                inputs.append(self.masked_input(counts, mask, layers))
+                hidden.append(
+                    torch.zeros_like(counts, dtype=torch.bool) if mask is None else mask.hidden
+                )
+                causal.append(torch.full_like(counts[:, 0, 0], mask is not None and mask.causal))
+            # In full precision: bfloat16 has too few digits for the solution of linear equations.
+            with torch.autocast(self.device.type, enabled=False):
+                joined = layers.direct(
+                    torch.cat(inputs), torch.cat(hidden), torch.cat(causal) > 0, neurons
+                )
+            for i, part in zip(members, joined.split([len(x) for x in inputs]), strict=True):
+                found[i] = part
+        return found
+
     def forward_many(
         self, batches: Sequence[tuple[Tensor, str | None, Mask | None, str]]
     ) -> list[Tensor]:
@@ -466,7 +614,7 @@ class MtM(nn.Module):
         Batches (counts, scheme, mask, session) with equally many tokens and the same attention
         pass through the encoder together, which keeps large accelerators busy.
         """
-        embedded = [self.embed(*batch) for batch in batches]
+        embedded, direct = [self.embed(*batch) for batch in batches], self.direct(batches)
         groups: dict[tuple[int, int, bool], list[int]] = {}
         for i, (tokens, (_, _, mask, session)) in enumerate(zip(embedded, batches, strict=True)):
             causal = mask is not None and mask.causal
@@ -478,6 +626,8 @@ class MtM(nn.Module):
             parts = x.split([len(embedded[i].x) for i in members])
             for i, part in zip(members, parts, strict=True):
                 log_rates[i] = self.read_out(part, batches[i][3])
+                if (added := direct[i]) is not None:
+                    log_rates[i] = log_rates[i] + added
         return log_rates
 
     @torch.no_grad()
@@ -525,8 +675,8 @@ class MtM(nn.Module):
             counts = np.asarray(counts.cpu() if isinstance(counts, Tensor) else counts)
             log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike
             # Components are of scaled counts, and no start for a stitcher of raw ones.
-            scaled = self.config.tokenizer == "ndt1" and self.config.input_counts == "scaled"
-            use_components = scaled and self.init != "paper"
+            used = self.config.tokenizer == "ndt1" or self.config.latents > 0
+            use_components = used and self.config.input_counts == "scaled" and self.init != "paper"
             components = principal_components(counts, log_means.exp()) if use_components else None
         layers = SessionLayers(n_neurons, self.config)
         if counts is not None:

@@ -324,6 +324,8 @@ class Session:
             if not counts.any():
                 raise ValueError("none falls into any trial's window; are both on one clock, in s?")
             for field, (times, values) in (traces or {}).items():
+                if field in binned:
+                    raise ValueError("a behaviour has the same name")
                 binned[field] = bin_trace(times, values, align_times, **grid)
         except ValueError as error:
             raise SessionError(f"session {name!r}, {field}: {error}") from error

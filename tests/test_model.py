@@ -17,7 +17,8 @@ VARIANTS = [
     NDT2,
     {"positions": "rotary"},
     {"input_counts": "scaled"},
-    {**NDT2, "positions": "rotary", "input_counts": "scaled"},
+    {"input_counts": "scaled", "own_history": True, "latents": 3},
+    {**NDT2, "positions": "rotary", "input_counts": "scaled", "own_history": True, "latents": 3},
 ]
 variants = pytest.mark.parametrize("fields", VARIANTS, ids=str)
 
@@ -32,6 +33,10 @@ def small(depth=2, **fields):
     model = MtM(config, N_BINS, {"a": N_NEURONS, "b": N_NEURONS}, **options).eval().double()
     if config.input_counts == "scaled":
         model.session_layers("a").mean += torch.linspace(0.1, 2.0, N_NEURONS)
+    if config.latents:  # their maps start at 0
+        for path in (model.session_layers(name).direct for name in "ab"):
+            torch.nn.init.normal_(path.own)
+            torch.nn.init.normal_(path.readout.weight)
     return model
 
 
@@ -157,7 +162,7 @@ def test_one_neuron_of_each_trial_is_read_out_as_from_all(fields):
     torch.testing.assert_close(found, every[torch.arange(3), :, neurons])
 
 
-@pytest.mark.parametrize("fields", [{}, NDT2], ids=str)
+@pytest.mark.parametrize("fields", [{}, NDT2, VARIANTS[-1]], ids=str)
 def test_many_batches_in_one_pass_equal_one_after_the_other(fields):
     model = small(**fields)
     model.add_session("small", 5)
@@ -187,7 +192,7 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(first, second) and model.training and not first.requires_grad
 
 
-@pytest.mark.parametrize("fields", VARIANTS[::4], ids=str)
+@pytest.mark.parametrize("fields", [{}, VARIANTS[-1]], ids=str)
 def test_autocast_keeps_residuals_exact_and_a_model_compiles_in_one_piece(fields):
     model, counts = small(**fields).float(), counts_of().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -195,6 +200,62 @@ def test_autocast_keeps_residuals_exact_and_a_model_compiles_in_one_piece(fields
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     given = (counts, "causal", nothing_hidden(counts, causal=True), "a")
     torch.testing.assert_close(compiled(*given), model(*given))
+
+
+# ---------------------------------------------------------------- direct paths
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_own_history_against_a_loop(causal):
+    config = MtMConfig.from_depth(1, latents=0)
+    path = parts.DirectPaths(N_NEURONS, config).double()
+    torch.nn.init.normal_(path.own)
+    hidden = torch.rand(1, N_BINS, 1).lt(0.4).expand(1, N_BINS, N_NEURONS)
+    x = counts_of(batch=1).masked_fill(hidden, 0)
+    found = path(x, hidden, torch.tensor([causal]))
+    for t in range(N_BINS):
+        others = [s for s in range(N_BINS) if not hidden[0, s, 0] and (s < t if causal else s != t)]
+        expected = torch.zeros(N_NEURONS, dtype=torch.float64)
+        for weight, scale in zip(path.own, (1, 3, 10, np.inf), strict=True):
+            kernel = [np.exp(-abs(t - s) / scale) for s in others]
+            total = sum(k * x[0, s].clamp(max=4) for k, s in zip(kernel, others, strict=True))
+            expected = expected + weight * total / (sum(kernel) + 1)
+        torch.testing.assert_close(found[0, t], expected)
+
+
+def test_latents_are_the_posterior_mean_given_the_visible_neurons():
+    """From the covariances of the joint Gaussian, of counts = loadings' z + noise."""
+    path = parts.DirectPaths(N_NEURONS, MtMConfig.from_depth(1, own_history=False, latents=3))
+    path = path.double().eval()
+    with torch.no_grad():  # the readout hands on the latents of the bin itself
+        path.readout.weight.zero_()
+        path.readout.weight[:3, :3] = torch.eye(3)
+        path.log_noise[0] = np.log(0.7)
+    hidden = torch.rand(4, 1, N_NEURONS).lt(0.5).expand(4, N_BINS, N_NEURONS)
+    x = torch.randn(4, N_BINS, N_NEURONS).double().masked_fill(hidden, 0)
+    found = path(x, hidden, torch.zeros(4, dtype=torch.bool))[..., :3]
+    for trial in range(4):
+        seen = ~hidden[trial, 0]
+        loadings = path.loadings[:, seen]
+        covariance = loadings.T @ loadings + 0.7 * torch.eye(int(seen.sum()))
+        expected = x[trial][:, seen] @ torch.linalg.inv(covariance) @ loadings.T
+        torch.testing.assert_close(found[trial], expected)
+
+
+def test_direct_paths_start_at_zero_and_need_scaled_counts():
+    training = np.random.default_rng(0).poisson(1.0, (30, N_BINS, N_NEURONS))
+    models = [
+        MtM(MtMConfig.from_depth(1, **fields), N_BINS).eval()
+        for fields in ({}, {"own_history": False, "latents": 0})
+    ]
+    for model in models:
+        model.add_session("a", N_NEURONS, training)
+    models[1].load_state_dict(models[0].state_dict(), strict=False)
+    counts = counts_of().float()
+    same, other = (model(counts, "neuron", None, "a") for model in models)
+    assert torch.equal(same, other)
+    with pytest.raises(ValueError, match="direct paths need scaled counts"):
+        MtMConfig(input_counts="raw")
 
 
 # ---------------------------------------------------------------- how a model starts, and sessions
@@ -225,7 +286,7 @@ def test_a_stitcher_starts_with_the_components_in_turn_and_with_both_signs():
     layers = model.session_layers("plain")
     before = plain.detach().clone()
     means = torch.from_numpy(np.log(training.mean((0, 1)))).float()
-    layers.init_from(means, torch.eye(N_NEURONS)[:, :10], "mtm")
+    layers.init_from(means, (torch.eye(N_NEURONS)[:, :10], torch.ones(10)), "mtm")
     gained = ((plain - before) / 3.0).detach()
     torch.testing.assert_close(gained[10:20], -gained[:10])
     torch.testing.assert_close(gained[20:], gained[:5])
@@ -239,18 +300,21 @@ def test_a_stitcher_starts_with_the_components_in_turn_and_with_both_signs():
 
 
 def test_components_are_what_the_neurons_share():
-    """Two slow signals, seen by all neurons; the directions are those of numpy's SVD."""
+    """Two slow signals, seen by all neurons; directions and variances are those of numpy's SVD."""
     rng = np.random.default_rng(0)
     weights, signals = rng.normal(size=(2, 30)), rng.normal(size=(40, 4, 2))
     shared = np.repeat(signals, 10, axis=1) @ weights  # (40, 40, 30)
     counts = rng.poisson(np.exp(0.5 + 0.3 * shared))
     mean = counts.mean(axis=(0, 1))
-    found = parts.principal_components(counts, torch.from_numpy(mean).float()).numpy()
+    found = parts.principal_components(counts, torch.from_numpy(mean).float())
+    found, variances = (part.numpy() for part in found)
     assert found.shape == (30, 30)
     scaled = (counts - mean) / np.sqrt(mean + 0.1)
     smooth = np.stack([scaled[:, max(0, t - 2) : t + 3].mean(axis=1) for t in range(40)], axis=1)
-    expected = np.linalg.svd(smooth.reshape(-1, 30), full_matrices=False)[2][:2]
-    np.testing.assert_allclose(np.linalg.svd(expected @ found[:, :2])[1], 1, atol=1e-3)
+    _, singular, expected = np.linalg.svd(smooth.reshape(-1, 30), full_matrices=False)
+    np.testing.assert_allclose(np.linalg.svd(expected[:2] @ found[:, :2])[1], 1, atol=1e-3)
+    centred = np.linalg.svd(smooth.reshape(-1, 30) - smooth.mean((0, 1)), compute_uv=False)
+    np.testing.assert_allclose(variances[:2], centred[:2] ** 2 / 1600, rtol=1e-3)
 
 
 def test_a_new_token_can_start_at_the_mean_of_the_others():
