@@ -152,6 +152,7 @@ def test_prepare_from_files(tmp_path, capsys):
         (["simulate", "{root}/x", "--neurons", "3"], "a neuron for each of the 6 regions"),
         (["evaluate", "{root}/m", "{root}/sim-0.npz", "--device", "nonsense"], "nonsense"),
         (["train", "{root}/sim-0.npz", "--out", "x", "--lr", "-1"], "lr must be above 0"),
+        (["train", "{root}/sim-0.npz", "{root}/sim-0.npz", "--out", "x"], "both hold a session"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(folder, capsys, arguments, message, monkeypatch):
