@@ -1,7 +1,8 @@
 """The command line: python -m mtm simulate | prepare | train | evaluate | export.
 
-Each command is a function of the parsed arguments. An error in the input is printed in one line,
-with exit status 1; a wrong command line ends with 2.
+Each command is a function. Its parameters are the arguments of the command line: keyword-only ones
+are flags, and their annotations and defaults say what they take. An error in the input is printed
+in one line, with exit status 1; a wrong command line ends with 2.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mtm import bwb, checkpoint, distributed, official
+from mtm import bwb, checkpoint, distributed, official, recipes
 from mtm.baselines import BASELINES, fit_baseline
 from mtm.bwb import submission
 from mtm.data import huggingface, ibl, nwb, steinmetz, synthetic
@@ -32,7 +33,7 @@ from mtm.masks import SCHEMES
 from mtm.model import CHOICES as MODEL_CHOICES
 from mtm.model import MtM
 from mtm.prediction import mean_rates, oracle
-from mtm.recipes import CHOICES, RECIPES, TrainConfig, recipe
+from mtm.recipes import RECIPES, TrainConfig
 from mtm.report import Report, score_table
 from mtm.session import SessionError
 from mtm.simulation import simulate
@@ -51,60 +52,83 @@ READERS: dict[str, tuple[str, Any, tuple[str, ...]]] = {  # what is read, module
     "huggingface": ("folders of the authors' rows", huggingface, ()),
     "bwb": ("files of BrainWideBench", bwb, (*GRID, "atlas", "trial_filter", "split")),
 }
-READER_OPTIONS: dict[str, dict[str, Any]] = {
-    "align": {"metavar": "EVENT", "help": "the event in each trial at which the window has its 0"},
-    "window": {"type": float, "nargs": 2, "metavar": ("START", "STOP"), "help": "seconds"},
-    "bin_size": {"type": float, "metavar": "SECONDS", "help": "length of a bin"},
-    "atlas": {"help": "how finely regions are named: Allen, Beryl or Cosmos"},
-    "trial_filter": {"metavar": "NAME", "help": "only trials that pass: reaction-time (ibl), "
-                     "included (steinmetz), valid (bwb)"},
-    "units": {"choices": ("good",), "help": "keep only well isolated units"},
-    "traces": {"nargs": "+", "metavar": "SERIES", "help": "continuous behaviour, by name"},
-    "split": {"choices": ("ts1", "ts2", "pretrain"), "help": "of the file's splits; auto is the "
-              "one by which the file's units are scored"},
-}  # fmt: skip
 EIDS = {
     "paper": official.PAPER_EIDS,
     "held-out": official.HELD_OUT_EIDS,
     "repeated-site": official.REPEATED_SITE_EIDS,
 }
-SEARCH = {  # terms of ibl.search
-    "project": "only sessions of it",
-    "lab": "only sessions of it",
-    "subject": "only sessions of it",
-    "region": "only sessions with a probe through it",
-    "quality": "only sessions whose spike times were graded so (PASS, WARNING) or better",
+SEARCH = ("project", "lab", "subject", "region", "quality")  # terms of ibl.search
+HELP = {  # of the arguments of all commands
+    "alf": "also write OUT/alf, a folder tree as the International Brain Laboratory publishes",
+    "align": "the event in each trial at which the window has its 0",
+    "atlas": "how finely regions are named: Allen, Beryl or Cosmos",
+    "baselines": f"fit and score these too: {', '.join(map(repr, BASELINES))}",
+    "batch_size": "trials predicted at once (default by the device)",
+    "bin_size": "length of a bin, seconds",
+    "by_region": "a behaviour to decode from one region at a time as well",
+    "depth": "layers, which set width, heads and dropout (default 2; paper 5)",
+    "deterministic": "one model will do, having no random part",
+    "device": "cpu, cuda, cuda:1, mps (default a GPU if there is one)",
+    "eids": f"{', '.join(EIDS)}, or a file of session ids",
+    "inputs": "folders that train wrote, one for each seed, and session files (.h5)",
+    "json": "file for the scores",
+    "label": "name of the model at the benchmark",
+    "model": "folder that train wrote",
+    "neurons": "of each session",
+    "out": "folder to write to",
+    "overwrite": "make again what is there",
+    "patch_size": "neurons in a patch of ndt2 (default 128)",
+    "recipe": "ours, or the paper's settings",
+    "recordings": "files, folders or URLs; for ibl, ONE's folder",
+    "report": "file for the tables, by neuron, as JSON",
+    "restart": "begin anew, and replace what OUT holds",
+    "save_every": "seconds between two saved states of the run",
+    "seed": "same seed, same data; for export, of each model (default 43, 44, ...)",
+    "sessions": "session files, or one folder; for simulate, how many",
+    "split": "ts1, ts2 or pretrain: of the file's splits; auto is the one that scores its units",
+    "split_seed": "of the split whose test trials are scored (default that of the training; "
+    "imported checkpoints do not know it)",
+    "start": "folder of a model to fine-tune; sessions it does not know get their own layers",
+    "tasks": "some tasks and behaviours (default all)",
+    "tokenizer": "a token per bin, stitched (ndt1), or per patch of neurons (default ndt1)",
+    "traces": "continuous behaviour, by name",
+    "trial_filter": "only trials that pass: reaction-time (ibl), included (steinmetz), valid (bwb)",
+    "trials": "of each session",
+    "units": "good keeps only well isolated units",
+    "window": "start and stop, seconds",
+    "username": "download from IBL's public server, with a saved log-in",
+    "workers": "processes (default one per core, up to 4)",
+    **dict.fromkeys(SEARCH, "search ONE: only sessions of it (quality: so good or better)"),
 }
+CHOICES = {
+    "recipe": (*RECIPES,),
+    "baselines": (*BASELINES,),
+    "tokenizer": MODEL_CHOICES["tokenizer"],
+}
+ERRORS = (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeError, AssertionError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = parse(arguments)
+    options = vars(parse(arguments))
+    command, run = options.pop("command"), options.pop("run")
 
     def warn(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"mtm {options.command}: warning: {message}", file=sys.stderr)
+        print(f"mtm {command}: warning: {message}", file=sys.stderr)
 
     try:
         with warnings.catch_warnings():
             warnings.showwarning = warn  # without file name and line of code
-            options.run(options)
-    except (
-        ValueError,
-        KeyError,
-        OSError,
-        ImportError,
-        ArithmeticError,
-        RuntimeError,
-        AssertionError,
-    ) as error:  # torch asserts that a device is there
+            run(**options)
+    except ERRORS as error:  # torch asserts that a device is there
         # The text of a KeyError is its argument, quoted; show the argument itself.
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         who = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-        print(f"mtm {options.command}{who}: error: {text}", file=sys.stderr)
+        print(f"mtm {command}{who}: error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        resume = "; the same command resumes it" * (options.command == "train")
-        print(f"mtm {options.command}: stopped{resume}", file=sys.stderr)
+        resume = "; the same command resumes it" * (command == "train")
+        print(f"mtm {command}: stopped{resume}", file=sys.stderr)
         return 130
     return 0
 
@@ -118,159 +142,69 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_simulate, _add_prepare, _add_train, _add_evaluate, _add_export):
-        add(commands)
+    for run in (run_simulate, run_train, run_evaluate, run_export):
+        command = _command(commands, run.__name__[4:], run)
+        if run is run_train:
+            _add_settings(command)
+    sub = commands.add_parser("prepare", help="turn recordings into session files")
+    origins = sub.add_subparsers(dest="origin", required=True, metavar="ORIGIN")
+    for origin, (what, module, names) in READERS.items():
+        command = _command(origins, origin, run_prepare, f"From {what}.")
+        defaults = inspect.signature(module.load_session).parameters
+        for name in names:
+            more: dict[str, Any] = {"nargs": 2} if name == "window" else {}
+            more |= {"choices": ("good",)} if name == "units" else {}
+            kind = {"window": "list[float]", "bin_size": "float", "traces": "list[str]"}
+            text = f"{HELP[name]} (default {_shown(defaults[name].default)})"
+            _add(command, name, kind.get(name, "str"), text, **more)
+        for name in ("username", "eids", *SEARCH) if origin == "ibl" else ():
+            _add(command, name, "str", HELP[name])
     return parser.parse_args(arguments)
 
 
-class _Help(argparse.HelpFormatter):
-    """Shows the default of every option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        unset = any(action.default is x for x in (None, False, argparse.SUPPRESS))
-        shown = action.option_strings and not unset
-        return (action.help or "") + " (default %(default)s)" * bool(shown)
-
-
 def _command(
-    commands: Any, name: str, run: Callable[..., None], short: str, long: str, **options: Any
+    commands: Any, name: str, run: Callable[..., None], what: str = ""
 ) -> argparse.ArgumentParser:
-    """A parser of one command, with a short and a long description."""
-    options |= {"help": short, "description": long, "formatter_class": _Help}
-    parser = commands.add_parser(name, **options)
+    """A parser of one command, from the signature and the docstring of its function."""
+    text = f"{what} {inspect.getdoc(run)}".strip().replace("%", "%%")
+    short = what or text.partition(".")[0]
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=short, description=text)
     parser.set_defaults(run=run)
+    for argument in inspect.signature(run).parameters.values():
+        if argument.name == "origin" or argument.kind is argument.VAR_KEYWORD:
+            continue
+        default, text = argument.default, HELP[argument.name]
+        more: dict[str, Any] = {}
+        if argument.kind is argument.KEYWORD_ONLY and default is argument.empty:
+            more = {"required": True}
+        elif default not in (None, False, argument.empty):
+            text += f" (default {default})"
+        if argument.name in CHOICES:
+            more["choices"] = CHOICES[argument.name]
+        positional = argument.kind is not argument.KEYWORD_ONLY
+        _add(parser, argument.name, argument.annotation, text, positional=positional, **more)
     return parser
 
 
-def _add_simulate(commands: Any) -> None:
-    add = _command(
-        commands,
-        "simulate",
-        run_simulate,
-        "make sessions of simulated animals, with known firing rates",
-        "Write OUT/sim-0.npz, OUT/sim-1.npz, ...: animals that share a circuit and a "
-        "task but have their own neurons. Their true rates are kept, so scores have a ceiling.",
-    ).add_argument
-    add("out", type=Path, metavar="OUT", help="folder to write to")
-    add("--sessions", type=int, default=3, help="how many")
-    add("--trials", type=int, default=200, help="of each session")
-    add("--neurons", type=int, default=96, help="of each session")
-    add("--seed", type=int, default=0, help="same seed, same data")
-    add("--alf", action="store_true", help="also write OUT/alf, a folder tree as the International "
-        "Brain Laboratory publishes its recordings, which ONE can search and load")  # fmt: skip
-
-
-def run_simulate(options: argparse.Namespace) -> None:
-    """Write simulated sessions, as .npz and as an ALF tree."""
-    sessions = simulate(options.sessions, options.trials, options.neurons, seed=options.seed)
-    for session in sessions:
-        print(session.save(options.out / f"{session.name}.npz"))
-    if options.alf:
-        for session in sessions:
-            synthetic.write_alf(session, options.out / "alf")
-        for eid, path in synthetic.index_alf(options.out / "alf").items():
-            print(f"{path}  eid {eid}")
-
-
-def _add_prepare(commands: Any) -> None:
-    sub = commands.add_parser(
-        "prepare",
-        help="turn recordings into session files",
-        description="Read recordings, align them to an event, bin them and write OUT/<name>.npz, "
-        "in parallel. Files that are there already, made with the same options, stay as they are; "
-        "recordings that cannot be read are skipped and listed.",
-    )
-    origins = sub.add_subparsers(dest="origin", required=True, metavar="ORIGIN")
-    for origin, (what, module, names) in READERS.items():
-        add = _command(origins, origin, run_prepare, what, f"From {what}.").add_argument
-        if origin == "ibl":
-            add("recordings", type=Path, metavar="CACHE", help="ONE's folder")
-            add("--username", help="download from IBL's public server, with a saved log-in")
-            add("--eids", metavar="LIST", help=f"{', '.join(EIDS)}, or a file of session ids")
-            for term, text in SEARCH.items():
-                add(f"--{term}", help=text)
-        else:
-            add("recordings", nargs="+", metavar="RECORDING", help="files, folders or URLs")
-        add("--out", type=Path, required=True, metavar="OUT", help="folder to write to")
-        add("--workers", type=int, help="processes (default one per core, up to 4)")
-        add("--overwrite", action="store_true", help="make again what is there")
-        defaults = inspect.signature(module.load_session).parameters
-        for name in names:
-            flag: dict[str, Any] = {"default": argparse.SUPPRESS, **READER_OPTIONS[name]}
-            flag["help"] += f" (default {_shown(defaults[name].default)})"
-            add(f"--{name.replace('_', '-')}", **flag)
-
-
-def run_prepare(options: argparse.Namespace) -> None:
-    """Turn recordings of one origin into session files."""
-    given = {name: value for name, value in vars(options).items() if name in READER_OPTIONS}
-    given |= {"workers": options.workers, "overwrite": options.overwrite}
-    by_origin = _prepare_ibl if options.origin == "ibl" else _prepare_files
-    done = by_origin(options, given)
-    print(done)
-    if not done.paths:
-        raise SessionError(f"none of the {len(done.outcomes)} recordings could be read")
-    print(f"session files in {options.out}")
-
-
-def _prepare_ibl(options: argparse.Namespace, given: dict[str, Any]) -> Prepared:
-    """Sessions that ONE knows: all it finds, or those of a list."""
-    terms = {key: getattr(options, key) for key in SEARCH}
-    if options.eids and any(terms.values()):
-        raise ValueError("--eids names the sessions; it does not go with a search for others")
-    one = ibl.connect(options.recordings, username=options.username)
-    eids: Sequence[str]
-    if options.eids in EIDS:
-        eids = EIDS[options.eids]
-    elif options.eids:
-        eids = Path(options.eids).read_text().split()
-    elif not (eids := ibl.search(one, **terms)):
-        raise SessionError(f"ONE finds no such session with spikes in {options.recordings}")
-    return ibl.prepare(one, eids, options.out, **given)
-
-
-def _prepare_files(options: argparse.Namespace, given: dict[str, Any]) -> Prepared:
-    """Files, folders or URLs of any other origin."""
-    named: dict[str, Any] = {}
-    for recording in options.recordings:
-        url = "://" in recording
-        # The name of a URL is what is public of it, and not too long for a file.
-        words = re.sub(r"\W+", "-", public(recording))[-100:].strip("-")
-        name = words if url else Path(recording).stem
-        if name in named:
-            raise ValueError(f"two recordings are named {name!r}; prepare them into two folders")
-        named[name] = recording if url else Path(recording)
-    return prepare(READERS[options.origin][1].load_session, named, options.out, **given)
-
-
-def _add_train(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "train",
-        run_train,
-        "train a model on session files",
-        "Train on the training trials of all sessions, and keep in DIR the weights "
-        "that predict hidden entries of the validation trials best. The same command resumes a run "
-        "that was stopped. To train with several processes, at most --batches-per-step: torchrun "
-        "--nproc-per-node N -m mtm train ...",
-        usage="%(prog)s SESSION.npz [SESSION.npz ...] --out DIR [options]",
-    )
-    add = parser.add_argument
-    _add_sessions(add)
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the model")
-    add("--recipe", choices=tuple(RECIPES), default="mtm", help="ours, or the paper's settings")
-    add("--depth", type=int, help="layers, which set width, heads and dropout (default 2, "
-        "or 5 with --recipe paper)")  # fmt: skip
-    add("--tokenizer", choices=MODEL_CHOICES["tokenizer"], help="a token per bin, stitched (ndt1), "
-        "or per patch of neurons (ndt2) (default ndt1)")  # fmt: skip
-    add("--patch-size", type=int, help="neurons in a patch of ndt2 (default 128)")
-    add("--start", type=Path, metavar="MODEL", help="folder of a model to fine-tune; sessions it "
-        "does not know get layers of their own")  # fmt: skip
-    add("--restart", action="store_true", help="begin anew, and replace what DIR holds")
-    add("--save-every", type=float, default=300.0, metavar="SECONDS", help="between two saved "
-        "states of the run")  # fmt: skip
-    _add_device(add)
-    _add_settings(parser)
+def _add(
+    parser: Any, name: str, kind: str, text: str, positional: bool = False, **more: Any
+) -> None:
+    """Add an argument whose type is this annotation. Where it is not given, it is left out."""
+    flag: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+    kind, optional = kind.removesuffix(" | None"), kind.endswith(" | None")
+    types = {"int": int, "float": float, "Path": Path}
+    if kind == "bool":
+        flag["action"] = argparse.BooleanOptionalAction
+    elif kind.startswith("dict"):
+        flag |= {"nargs": "+", "type": _pair}
+    elif many := re.match(r"(?:list|tuple)\[(\w+)", kind):
+        flag |= {"nargs": "+", "type": types.get(many[1], str)}
+    elif optional and kind in ("int", "float"):
+        number = types[kind]
+        flag["type"] = lambda text: None if text == "none" else number(text)
+    else:
+        flag["type"] = types.get(kind, str)
+    parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **flag | more)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -280,127 +214,197 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     docs = inspect.getdoc(TrainConfig) or ""
     described = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", docs, re.M))
+    choices = recipes.CHOICES | {"schemes": tuple(SCHEMES)}
     for setting in dataclasses.fields(TrainConfig):
-        name, kind = setting.name, str(setting.type)
+        name = setting.name
         text = " ".join(described[name].split()).replace("``", "").replace("%", "%%").rstrip(".")
         ours, paper = (_shown(getattr(RECIPES[key], name)) for key in ("mtm", "paper"))
         text += f" (default {ours}{'' if ours == paper else f', paper {paper}'})"
-        flag: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
-        if kind == "bool":
-            flag["action"] = argparse.BooleanOptionalAction
-        elif kind == "tuple[str, ...]":
-            flag |= {"nargs": "+", "choices": tuple(SCHEMES), "metavar": "SCHEME"}
-        elif kind == "dict[str, float]":
-            flag |= {"nargs": "+", "type": _pair, "metavar": "SCHEME=SHARE"}
-        elif name in CHOICES:
-            flag["choices"] = CHOICES[name]
-        else:
-            flag |= {"type": _number(kind), "metavar": kind.partition(" ")[0].upper()}
-        group.add_argument(f"--{name.replace('_', '-')}", **flag)
+        more: dict[str, Any] = {"choices": choices[name]} if name in choices else {}
+        _add(group, name, str(setting.type), text, **more)
 
 
-def run_train(options: argparse.Namespace) -> None:
-    """Train a model, alone or as one of several processes."""
-    with distributed.process_group(_device(options)) as device:
-        if distributed.rank() > 0:  # process 0 prints for all
-            sys.stdout = open(os.devnull, "w")
-        _train(options, device or distributed.pick_device())
+def run_simulate(
+    out: Path,
+    *,
+    sessions: int = 3,
+    trials: int = 200,
+    neurons: int = 96,
+    seed: int = 0,
+    alf: bool = False,
+) -> None:
+    """Make sessions of simulated animals, with known firing rates.
+
+    Write OUT/sim-0.npz, OUT/sim-1.npz, ...: animals that share a circuit and a task but have their
+    own neurons. Their true rates are kept, so scores have a ceiling.
+    """
+    made = simulate(sessions, trials, neurons, seed=seed)
+    for session in made:
+        print(session.save(out / f"{session.name}.npz"))
+    if alf:
+        for session in made:
+            synthetic.write_alf(session, out / "alf")
+        for eid, path in synthetic.index_alf(out / "alf").items():
+            print(f"{path}  eid {eid}")
 
 
-def _train(options: argparse.Namespace, device: torch.device) -> None:
-    sessions = _sessions(options)
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    changes = {name: value for name, value in vars(options).items() if name in names}
-    if "ratios" in changes:
-        changes["ratios"] = dict(changes["ratios"])
-    config = recipe(options.recipe, **changes)
-    sizes = {key: getattr(options, key) for key in ("depth", "tokenizer", "patch_size")}
+def run_prepare(
+    origin: str,
+    recordings: list[str],
+    *,
+    out: Path,
+    workers: int | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> None:
+    """Align recordings to an event, bin them and write OUT/<name>.npz, in parallel.
+
+    Files that are there already, made with the same options, stay as they are; recordings that
+    cannot be read are skipped and listed.
+    """
+    how: dict[str, Any] = {"workers": workers, "overwrite": overwrite}
+    if origin == "ibl":
+        if len(recordings) > 1:
+            raise ValueError("name one folder, the one that ONE keeps its files in")
+        done = _prepare_ibl(Path(recordings[0]), out, options, **how)
+    else:
+        named = _named(recordings)
+        done = prepare(READERS[origin][1].load_session, named, out, **how, **options)
+    print(done)
+    if not done.paths:
+        raise SessionError(f"none of the {len(done.outcomes)} recordings could be read")
+    print(f"session files in {out}")
+
+
+def _prepare_ibl(cache: Path, out: Path, options: dict[str, Any], **how: Any) -> Prepared:
+    """Sessions that ONE knows: all it finds, or those of a list."""
+    terms = {key: options.pop(key) for key in SEARCH if key in options}
+    listed = options.pop("eids", None)
+    if listed and terms:
+        raise ValueError("--eids names the sessions; it does not go with a search for others")
+    one = ibl.connect(cache, username=options.pop("username", None))
+    eids: Sequence[str]
+    if listed:
+        eids = EIDS[listed] if listed in EIDS else Path(listed).read_text().split()
+    elif not (eids := ibl.search(one, **terms)):
+        raise SessionError(f"ONE finds no such session with spikes in {cache}")
+    return ibl.prepare(one, eids, out, **how, **options)
+
+
+def _named(recordings: list[str]) -> dict[str, Any]:
+    """Files, folders or URLs by the name of their session file."""
+    named: dict[str, Any] = {}
+    for recording in recordings:
+        url = "://" in recording
+        # The name of a URL is what is public of it, and not too long for a file.
+        words = re.sub(r"\W+", "-", public(recording))[-100:].strip("-")
+        name = words if url else Path(recording).stem
+        if name in named:
+            raise ValueError(f"two recordings are named {name!r}; prepare them into two folders")
+        named[name] = recording if url else Path(recording)
+    return named
+
+
+def run_train(
+    sessions: list[Path],
+    *,
+    out: Path,
+    recipe: str = "mtm",
+    depth: int | None = None,
+    tokenizer: str | None = None,
+    patch_size: int | None = None,
+    start: Path | None = None,
+    restart: bool = False,
+    save_every: float = 300.0,
+    device: str | None = None,
+    **settings: Any,
+) -> None:
+    """Train a model on session files.
+
+    Train on the training trials of all sessions, and keep in OUT the weights that predict hidden
+    entries of the validation trials best. The same command resumes a run that was stopped. To train
+    with several processes, at most --batches-per-step: torchrun --nproc-per-node N -m mtm train ...
+    """
+    if "ratios" in settings:
+        settings["ratios"] = dict(settings["ratios"])
+    config = recipes.recipe(recipe, **settings)
+    sizes: dict[str, Any] = {"depth": depth, "tokenizer": tokenizer, "patch_size": patch_size}
     sizes = {key: value for key, value in sizes.items() if value is not None}
-    if options.start and sizes:
+    if start and sizes:
         flag = min(sizes).replace("_", "-")
         raise ValueError(f"--{flag}: the model of --start has its sizes already")
-    if config.tune != "all" and not options.start:
+    if config.tune != "all" and not start:
         raise ValueError("--tune: there is no trained model to tune; name one with --start")
-    if options.patch_size and options.tokenizer != "ndt2":
+    if patch_size and tokenizer != "ndt2":
         raise ValueError("--patch-size: only --tokenizer ndt2 has patches")
-    start = checkpoint.load(options.start) if options.start else model_config(config, **sizes)
-    model = start.config if isinstance(start, MtM) else start
-    print(
-        f"{len(sessions)} sessions, {sessions.to_frame()['neurons'].sum()} neurons; recipe "
-        f"{options.recipe}, {model.tokenizer}, depth {model.depth} (width {model.width}), "
-        f"{config.epochs} epochs",
-        flush=True,
-    )
-    run = {"folder": options.out, "restart": options.restart, "save_every": options.save_every}
-    result = fit(sessions, start, config=config, device=device, **run)
-    print(f"best validation, epoch {result.best['epoch']}, bits per spike on hidden entries:")
-    for name, value in result.best["validation"].items():
-        print(f"  {name:<14} {value:7.3f}")
-    n_parameters = sum(parameter.numel() for parameter in result.model.parameters())
-    print(f"model of {n_parameters:,} parameters in {options.out}")
+    with distributed.process_group(torch.device(device) if device else None) as place:
+        if distributed.rank() > 0:  # process 0 prints for all
+            sys.stdout = open(os.devnull, "w")
+        data = _sessions(sessions)
+        model = checkpoint.load(start) if start else model_config(config, **sizes)
+        shape = model.config if isinstance(model, MtM) else model
+        print(
+            f"{len(data)} sessions, {data.to_frame()['neurons'].sum()} neurons; recipe {recipe}, "
+            f"{shape.tokenizer}, depth {shape.depth} (width {shape.width}), {config.epochs} epochs",
+            flush=True,
+        )
+        how: dict[str, Any] = {"folder": out, "restart": restart, "save_every": save_every}
+        result = fit(data, model, config=config, device=place or distributed.pick_device(), **how)
+        print(f"best validation, epoch {result.best['epoch']}, bits per spike on hidden entries:")
+        for name, value in result.best["validation"].items():
+            print(f"  {name:<14} {value:7.3f}")
+        n_parameters = sum(parameter.numel() for parameter in result.model.parameters())
+        print(f"model of {n_parameters:,} parameters in {out}")
 
 
-def _add_evaluate(commands: Any) -> None:
-    add = _command(
-        commands,
-        "evaluate",
-        run_evaluate,
-        "score a model on the test trials of sessions",
-        "Score hidden activity in the four activity tasks and decode behaviour, beside "
-        "the mean-rate model and, for simulated sessions, the true rates. The JSON has a number "
-        "for each of co-smoothing, forward-prediction, inter-region, intra-region (bits per "
-        "spike), choice (accuracy) and each continuous behaviour (R2), mean over sessions, and "
-        "everything else under 'details'.",
-    ).add_argument
-    add("model", type=Path, metavar="DIR", help="folder that train wrote")
-    _add_sessions(add)
-    add("--tasks", nargs="+", help="some tasks and behaviours (default all)")
-    add("--baselines", nargs="+", choices=BASELINES, metavar="NAME", help="fit and "
-        "score these too: " + ", ".join(map(repr, BASELINES)))  # fmt: skip
-    add("--by-region", metavar="BEHAVIOUR", help="decode it from one region at a time as well")
-    add("--split-seed", type=int, help="of the split whose test trials are scored (default the one "
-        "that the model was trained with; imported checkpoints do not know it)")  # fmt: skip
-    add("--batch-size", type=int, help="trials predicted at once (default by the device)")
-    add("--json", type=Path, metavar="FILE", help="write the scores here as well")
-    add("--report", type=Path, metavar="FILE", help="and the tables, by neuron, here, as JSON")
-    _add_device(add)
+def run_evaluate(
+    model: Path,
+    sessions: list[Path],
+    *,
+    tasks: list[str] | None = None,
+    baselines: list[str] | None = None,
+    by_region: str | None = None,
+    split_seed: int | None = None,
+    batch_size: int | None = None,
+    json: Path | None = None,
+    report: Path | None = None,
+    device: str | None = None,
+) -> None:
+    """Score a model on the test trials of sessions.
 
-
-def run_evaluate(options: argparse.Namespace) -> None:
-    """Print the scores of a model on test trials, beside the null, the oracle and baselines."""
-    model = checkpoint.load(options.model).to(_device(options) or distributed.pick_device())
-    sessions = _sessions(options)
-    for path in filter(None, (options.json, options.report)):
+    Score hidden activity in the four activity tasks and decode behaviour, beside the mean-rate
+    model and, for simulated sessions, the true rates. The JSON has the mean over sessions of each
+    task and behaviour (bits per spike, accuracy, R2), and everything else under 'details'.
+    """
+    trained, data = checkpoint.load(model).to(_device(device)), _sessions(sessions)
+    for path in filter(None, (json, report)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()  # what cannot be written should fail now
-    if unknown := [name for name in sessions.names if name not in model.session_names]:
+    if unknown := [name for name in data.names if name not in trained.session_names]:
         raise SessionError(
             f"the model was not trained on session {unknown[0]!r}; it knows: "
-            f"{', '.join(model.session_names)}; python -m mtm train --start MODEL adds a session"
+            f"{', '.join(trained.session_names)}; python -m mtm train --start MODEL adds a session"
         )
-    seed = model.split_seed if options.split_seed is None else options.split_seed
+    seed = trained.split_seed if split_seed is None else split_seed
     if seed is None:
         raise ValueError(
             "it is not known which trials this model was trained on; --split-seed 0 scores it on "
             "the test trials of that split, some of which may be its training trials"
         )
-    how = {"split_seed": seed, "batch_size": options.batch_size}
-    regions = {}
-    if options.by_region:
-        regions = _by_region(model, sessions, options.by_region, **how)
+    how: dict[str, Any] = {"split_seed": seed, "batch_size": batch_size}
+    regions = _by_region(trained, data, by_region, **how) if by_region else {}
     reports = {
-        name: evaluate(predictor, sessions, tasks=options.tasks, progress=True, **how)
-        for name, predictor in _predictors(model, sessions, seed, options.baselines or []).items()
+        name: evaluate(predictor, data, tasks=tasks, progress=True, **how)
+        for name, predictor in _predictors(trained, data, seed, baselines or []).items()
     }
     _print(reports)
-    if options.report:
-        reports["MtM"].to_json(options.report)
-        print(f"\nneuron by neuron in {options.report}")
-    if options.json:
-        scores = _scores(reports)
-        scores["details"] |= {"model": str(options.model), "by_region": regions}
-        options.json.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
-        print(f"\nscores in {options.json}")
+    if report:
+        reports["MtM"].to_json(report)
+        print(f"\nneuron by neuron in {report}")
+    if json:
+        details = {"model": str(model), "by_region": regions}
+        json.write_text(_scores(reports, details) + "\n")
+        print(f"\nscores in {json}")
 
 
 def _predictors(
@@ -446,79 +450,54 @@ def _by_region(
     return found
 
 
-def _scores(reports: dict[str, Report]) -> dict[str, Any]:
-    """One number per task and behaviour, and everything else under "details"; NaN = None."""
-    details = {name: report.to_dict() for name, report in reports.items()}
-    ours = reports["MtM"]
-    scores: dict[str, Any] = {t: details["MtM"][t][s.score] for t, s in ours.tasks.items()}
-    scores["details"] = {
-        "sessions": ours.sessions,
-        "test_trials": ours.n_trials,
-        "reports": details,
-        "left_out": ours.left_out,
-    }
-    return scores
+def _scores(reports: dict[str, Report], details: dict[str, Any]) -> str:
+    """JSON of a number per task and behaviour, and of all else under "details"; NaN = null."""
+    ours, found = reports["MtM"], {name: report.to_dict() for name, report in reports.items()}
+    scores: dict[str, Any] = {t: found["MtM"][t][s.score] for t, s in ours.tasks.items()}
+    details |= {"sessions": ours.sessions, "test_trials": ours.n_trials}
+    details |= {"reports": found, "left_out": ours.left_out}
+    return json.dumps(scores | {"details": details}, indent=1, allow_nan=False)
 
 
-def _add_export(commands: Any) -> None:
-    add = _command(
-        commands,
-        "export",
-        run_export,
-        "write predictions for BrainWideBench, check and zip them",
-        "Predict the test parts of session files of BrainWideBench with models trained "
-        "on them, write FOLDER/predictions/NAME/..., check it against the session files, and zip "
-        "it to FOLDER/NAME.zip. Tasks on single units (ts2) need the build of selected units, "
-        "tasks on behaviour (ts1) that of all units, and a model for each build; both may be given "
-        "at once: prepare bwb FILE --out DIR --align ts2, then train DIR. Models trained on the "
-        "test part of a file are refused. Regions of units (ts3) are not among the tasks.",
-        usage="%(prog)s MODEL [MODEL ...] SESSION.h5 [SESSION.h5 ...] --out FOLDER --label NAME",
-    ).add_argument
-    add("inputs", type=Path, nargs="+", metavar="MODEL, SESSION.h5", help="folders that train "
-        "wrote, one for each seed, and session files")  # fmt: skip
-    add("--out", type=Path, required=True, metavar="FOLDER", help="of predictions and zip")
-    add("--label", required=True, metavar="NAME", help="of the model at the benchmark")
-    add("--tasks", nargs="+", metavar="TASK", help="as ts2-co_smoothing or ts1-choice (default all "
-        "that the files serve)")  # fmt: skip
-    first = submission.FIRST_SEED
-    add("--seed", type=int, nargs="+", metavar="N", help="of the models of a build, in their order "
-        f"(default {first}, {first + 1}, ...)")  # fmt: skip
-    add("--dtype", choices=("float16", "float32"), default="float16", help="of ts2 predictions")
-    add("--deterministic", action="store_true", help="one model will do, having no random part")
-    _add_device(add)
+def run_export(
+    inputs: list[Path],
+    *,
+    out: Path,
+    label: str,
+    tasks: list[str] | None = None,
+    seed: list[int] | None = None,
+    deterministic: bool = False,
+    device: str | None = None,
+) -> None:
+    """Write predictions for BrainWideBench, check and zip them.
 
-
-def run_export(options: argparse.Namespace) -> None:
-    """Predictions for BrainWideBench of models and session files, checked and zipped."""
-    folders = [path for path in options.inputs if path.is_dir()]
-    files = [path for path in options.inputs if not path.is_dir()]
+    Predict the test parts of session files of BrainWideBench with models trained on them, write
+    OUT/predictions/LABEL/..., check it against the session files, and zip it to OUT/LABEL.zip.
+    Tasks on single units (ts2) need the build of selected units, tasks on behaviour (ts1) that of
+    all units, and a model for each build; both may be given at once. Models trained on the test
+    part of a file are refused. Regions of units (ts3) are not among the tasks.
+    """
+    folders = [path for path in inputs if path.is_dir()]
+    files = [path for path in inputs if not path.is_dir()]
     if not folders or not files:
         raise ValueError("name one or more folders of models, and one or more session files (.h5)")
-    device = _device(options) or distributed.pick_device()
-    predictions = options.out / "predictions"
-    models = [checkpoint.load(folder).to(device) for folder in folders]
-    how = {"tasks": options.tasks, "seeds": options.seed, "dtype": options.dtype, "progress": True}
-    submission.export(models, files, predictions, options.label, **how)
-    out = options.out / f"{options.label}.zip"
-    how = {"deterministic": options.deterministic}
-    print(f"{submission.pack(predictions, options.label, out, files, **how)} can be uploaded")
+    models, predictions = (
+        [checkpoint.load(f).to(_device(device)) for f in folders],
+        out / "predictions",
+    )
+    submission.export(models, files, predictions, label, tasks=tasks, seeds=seed, progress=True)
+    path = out / f"{label}.zip"
+    submission.pack(predictions, label, path, files, deterministic=deterministic)
+    print(f"{path} can be uploaded")
 
 
-def _add_sessions(add: Callable[..., Any]) -> None:
-    add("sessions", type=Path, nargs="+", metavar="SESSION.npz", help="files, or one folder")
-
-
-def _sessions(options: argparse.Namespace) -> Sessions:
+def _sessions(paths: list[Path]) -> Sessions:
     """The session files of a command line."""
-    return Sessions(options.sessions if len(options.sessions) > 1 else options.sessions[0])
+    return Sessions(paths if len(paths) > 1 else paths[0])
 
 
-def _device(options: argparse.Namespace) -> torch.device | None:
-    return torch.device(options.device) if options.device else None
-
-
-def _add_device(add: Callable[..., Any]) -> None:
-    add("--device", help="cpu, cuda, cuda:1, mps (default a GPU if there is one)")
+def _device(name: str | None) -> torch.device:
+    return torch.device(name) if name else distributed.pick_device()
 
 
 def _shown(value: Any) -> str:
@@ -534,11 +513,3 @@ def _pair(text: str) -> tuple[str, float]:
     """``name=0.3``."""
     name, _, number = text.partition("=")
     return name, float(number)
-
-
-def _number(kind: str) -> Callable[[str], int | float | None]:
-    """A parser of numbers of this type; "none" where the type has it."""
-    number = int if kind.startswith("int") else float
-    if not kind.endswith("None"):
-        return number
-    return lambda text: None if text == "none" else number(text)

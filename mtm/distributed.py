@@ -1,11 +1,8 @@
 """What a run computes on: device, precision, compiler, several processes.
 
-Several processes hold the same weights; each computes the gradients of a share of every step's
-batches. They add up their gradients and take the same optimizer step, so their number does not
-change what is trained (up to rounding and dropout). Only the parameters used in a step are sent:
-the shared layers and the layers of the step's sessions. Start the processes with ``torchrun``::
-
-    torchrun --nproc-per-node 4 -m mtm train sessions --out model
+Processes that ``torchrun`` starts hold the same weights; each computes the gradients of a share of
+every step's batches. They add these up and take the same optimizer step, so their number does not
+change what is trained (up to rounding and dropout).
 """
 
 from __future__ import annotations
@@ -22,8 +19,6 @@ from torch import Tensor, nn
 
 from mtm.model import MtM
 from mtm.recipes import TrainConfig
-
-# ------------------------------------------------------------------- device, precision, compilation
 
 
 def pick_device() -> torch.device:
@@ -54,11 +49,7 @@ def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
 
 @contextmanager
 def compiled(model: MtM, mode: str) -> Iterator[None]:
-    """Compile the model's encoder within the context; ``mode`` "none" does nothing.
-
-    Only the encoder, whose shapes are the same for all sessions: session layers would be compiled
-    again for each number of neurons.
-    """
+    """Compile the model's encoder, whose shapes are the same for all sessions, in the context."""
     if mode == "none":
         yield
         return
@@ -96,9 +87,6 @@ def peak_memory(device: torch.device) -> float | None:
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-# ---------------------------------------------------------------------------------- processes
 
 
 def processes() -> int:

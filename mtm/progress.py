@@ -15,13 +15,7 @@ LOG_INTERVAL = 30.0  # seconds between two lines in a log
 
 
 class Progress:
-    """Progress display: a bar in a terminal, one live line in a notebook, lines in a log.
-
-    Args:
-        epochs: of the whole run.
-        show: False shows nothing.
-        setup: the first line.
-    """
+    """A bar in a terminal, one live line in a notebook, lines in a log; nothing without show."""
 
     def __init__(self, epochs: int, show: bool, setup: str) -> None:
         self.epochs, self.show, self.line, self.last = epochs, show, None, time.monotonic()
@@ -60,10 +54,7 @@ class Progress:
 
 
 class TensorBoard:
-    """Scalars of each validation, in the folder ``tensorboard`` of a run.
-
-    Writes nothing without a folder or the package tensorboard.
-    """
+    """Scalars of each validation, in ``tensorboard`` of a run's folder, if it is installed."""
 
     def __init__(self, run: Run) -> None:
         self.writer: Any = None
