@@ -33,9 +33,8 @@ import torch
 from common import RESULTS, machine, peak_bytes, timed, write_json
 from torch import Tensor, nn
 
-from mtm.batches import Batch
 from mtm.masks import MTM_SCHEMES, SCHEMES, MaskSampler
-from mtm.model import PUBLISHED, MtM, MtMConfig
+from mtm.model import PUBLISHED, Batch, MtM, MtMConfig
 from mtm.recipes import RECIPES
 from mtm.training import accumulate, make_optimizer
 

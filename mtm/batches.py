@@ -6,34 +6,15 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mtm.distributed import to_device
-from mtm.masks import Mask
 from mtm.metrics import log_mean
 from mtm.recipes import TrainConfig
 from mtm.session import Session
-
-
-class Batch(NamedTuple):
-    """Trials of one session with a mask: the arguments of ``MtM.forward``."""
-
-    counts: Tensor  # (B, T, N)
-    scheme: str | None
-    mask: Mask
-    session: str
-
-    def split(self, size: int) -> list[Batch]:
-        """Return batches of at most ``size`` trials."""
-        parts = (x.split(size) for x in (self.counts, self.mask.hidden, self.mask.target))
-        return [
-            self._replace(counts=counts, mask=Mask(hidden, target, self.mask.causal))
-            for counts, hidden, target in zip(*parts, strict=True)
-        ]
 
 
 class SessionData:

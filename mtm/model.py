@@ -234,7 +234,7 @@ class DirectPaths(nn.Module):
         kernels = history_kernels(bins, causal)  # (B, scales, T, T)
         found = torch.zeros_like(x if neurons is None else x[..., 0])
         if self.own is not None:
-            found = found + self._own_history(x, kernels, neurons)
+            found = found + own_history(x, kernels, self.own, neurons)
         if self.readout is None:
             return found
         # Linear, so it does not matter that kernels average after the projection.
@@ -248,16 +248,18 @@ class DirectPaths(nn.Module):
             return found + self.readout(z)
         return found + (z @ self.readout.weight[neurons][..., None])[..., 0]
 
-    def _own_history(self, x: Tensor, kernels: Tensor, neurons: Tensor | None) -> Tensor:
-        if neurons is not None:
-            x = x[torch.arange(len(x), device=x.device), :, neurons]  # (B, T)
-            each = (kernels @ x[:, None, :, None])[..., 0]  # (B, scales, T)
-            return torch.einsum("bst,sb->bt", each, self.own[:, neurons])
-        each = (kernels.flatten(1, 2) @ x).unflatten(1, kernels.shape[1:3])
-        found = torch.zeros_like(x)
-        for one, weight in zip(each.unbind(1), self.own, strict=True):
-            found = torch.addcmul(found, one, weight)
-        return found
+
+def own_history(x: Tensor, kernels: Tensor, weights: Tensor, neurons: Tensor | None) -> Tensor:
+    """Sum of each neuron's averages by ``kernels``, with its ``weights`` (scales, N)."""
+    if neurons is not None:
+        x = x[torch.arange(len(x), device=x.device), :, neurons]  # (B, T)
+        averages = (kernels @ x[:, None, :, None])[..., 0]  # (B, scales, T)
+        return torch.einsum("bst,sb->bt", averages, weights[:, neurons])
+    averages = (kernels.flatten(1, 2) @ x).unflatten(1, kernels.shape[1:3])  # (B, scales, T, N)
+    found = torch.zeros_like(x)
+    for i in range(len(weights)):  # quicker on a CPU than one product and a sum
+        found = torch.addcmul(found, averages[:, i], weights[i])
+    return found
 
 
 def history_kernels(visible: Tensor, causal: Tensor) -> Tensor:
@@ -442,6 +444,23 @@ class Layer(nn.Module):
 # ---------------------------------------------------------------- the model
 
 
+class Batch(NamedTuple):
+    """Trials of one session with a mask: the arguments of ``MtM.forward``."""
+
+    counts: Tensor  # (B, T, N)
+    scheme: str | None
+    mask: Mask
+    session: str
+
+    def split(self, size: int) -> list[Batch]:
+        """Return batches of at most ``size`` trials."""
+        parts = (x.split(size) for x in (self.counts, self.mask.hidden, self.mask.target))
+        return [
+            self._replace(counts=counts, mask=Mask(hidden, target, self.mask.causal))
+            for counts, hidden, target in zip(*parts, strict=True)
+        ]
+
+
 class MtM(nn.Module):
     """A model of the activity of one or many sessions.
 
@@ -521,8 +540,10 @@ class MtM(nn.Module):
         log_rates = self.read_out(self.encode(tokens), session)
         if neurons is not None:
             log_rates = log_rates[torch.arange(len(neurons), device=neurons.device), :, neurons]
-        (direct,) = self.direct([(counts, scheme, mask, session)], neurons)
-        return log_rates if direct is None else log_rates + direct
+        if mask is None:
+            nothing = torch.zeros_like(counts, dtype=torch.bool)
+            mask = Mask(nothing, nothing)
+        return log_rates + self.direct([Batch(counts, scheme, mask, session)], neurons)[0]
 
     def embed(self, counts: Tensor, scheme: str | None, mask: Mask | None, session: str) -> Tokens:
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
@@ -578,41 +599,34 @@ class MtM(nn.Module):
         x = x[:, -self.n_tokens(session) :]
         return self.tokenizer.read_out(x, self.session_layers(session))
 
-    def direct(
-        self,
-        batches: Sequence[tuple[Tensor, str | None, Mask | None, str]],
-        neurons: Tensor | None = None,
-    ) -> list[Tensor | None]:
-        """What the direct paths add to the log-rates of each batch, see :class:`DirectPaths`."""
-        found: list[Tensor | None] = [None] * len(batches)
-        places: dict[str, list[int]] = {}
-        for i, (_, _, _, session) in enumerate(batches):
-            if self.session_layers(session).direct is not None:
-                places.setdefault(session, []).append(i)
-        for session, members in places.items():  # batches of one session at once: fewer operations
-            layers, inputs, hidden, causal = self.session_layers(session), [], [], []
-            for counts, _, mask, _ in (batches[i] for i in members):
+    def direct(self, batches: Sequence[Batch], neurons: Tensor | None = None) -> list[Any]:
+        """What direct paths add to the log-rates of each batch, a tensor; 0.0 without paths.
+
+        Batches of one session are computed together, which takes fewer and larger operations.
+        """
+        found: list[Any] = [0.0] * len(batches)
+        for session in dict.fromkeys(batch.session for batch in batches):
+            layers = self.session_layers(session)
+            if layers.direct is None:
+                continue
+            places = [i for i, batch in enumerate(batches) if batch.session == session]
+            inputs, hidden, causal = [], [], []
+            for counts, _, mask, _ in (batches[i] for i in places):
                 inputs.append(self.masked_input(counts, mask, layers))
-                hidden.append(
-                    torch.zeros_like(counts, dtype=torch.bool) if mask is None else mask.hidden
-                )
-                causal.append(torch.full_like(counts[:, 0, 0], mask is not None and mask.causal))
-            # In full precision: bfloat16 has too few digits for the solution of linear equations.
+                hidden.append(mask.hidden)
+                causal.append(torch.full_like(mask.hidden[:, 0, 0], mask.causal))
+            # Without autocast: bfloat16 has too few digits to solve linear equations.
             with torch.autocast(self.device.type, enabled=False):
-                joined = layers.direct(
-                    torch.cat(inputs), torch.cat(hidden), torch.cat(causal) > 0, neurons
-                )
-            for i, part in zip(members, joined.split([len(x) for x in inputs]), strict=True):
+                added = layers.direct(*map(torch.cat, (inputs, hidden, causal)), neurons)
+            for i, part in zip(places, added.split([len(x) for x in inputs]), strict=True):
                 found[i] = part
         return found
 
-    def forward_many(
-        self, batches: Sequence[tuple[Tensor, str | None, Mask | None, str]]
-    ) -> list[Tensor]:
+    def forward_many(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Log-rates of several batches, each of one session, as from :meth:`forward`.
 
-        Batches (counts, scheme, mask, session) with equally many tokens and the same attention
-        pass through the encoder together, which keeps large accelerators busy.
+        Batches with equally many tokens and the same attention pass through the encoder together,
+        which keeps large accelerators busy.
         """
         embedded, direct = [self.embed(*batch) for batch in batches], self.direct(batches)
         groups: dict[tuple[int, int, bool], list[int]] = {}
@@ -625,9 +639,7 @@ class MtM(nn.Module):
             x = self.encode(embedded[members[0]]._replace(x=joined))
             parts = x.split([len(embedded[i].x) for i in members])
             for i, part in zip(members, parts, strict=True):
-                log_rates[i] = self.read_out(part, batches[i][3])
-                if (added := direct[i]) is not None:
-                    log_rates[i] = log_rates[i] + added
+                log_rates[i] = self.read_out(part, batches[i][3]) + direct[i]
         return log_rates
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.model import (
+    Batch,
     BinTokenizer,
     CheckpointError,
     MtM,
@@ -128,9 +129,7 @@ class OfficialMtM(MtM):
         own = torch.eye(length, dtype=torch.bool, device=counts.device)
         return tokens._replace(causal=False, allowed=((allowed & ~absent) | own)[:, None])
 
-    def forward_many(
-        self, batches: Sequence[tuple[Tensor, str | None, Mask | None, str]]
-    ) -> list[Tensor]:
+    def forward_many(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Log-rates of several batches, one after the other: trials differ in padding."""
         return [self(*batch) for batch in batches]
 

@@ -25,12 +25,12 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mtm import distributed
-from mtm.batches import Batch, SessionData, Step, counts_device, steps_of, steps_per_epoch
+from mtm.batches import SessionData, Step, counts_device, steps_of, steps_per_epoch
 from mtm.checkpoint import History, Run, best_entry, settings, without_nan
 from mtm.distributed import autocast, compiled, peak_memory, pick_device, setup_line
 from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2, poisson_nll
-from mtm.model import MtM, MtMConfig
+from mtm.model import Batch, MtM, MtMConfig
 from mtm.progress import Progress, TensorBoard
 from mtm.recipes import TrainConfig, recipe
 from mtm.session import Session, SessionError, require_alike

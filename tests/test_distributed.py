@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mtm import MtM, MtMConfig, Sessions, distributed, fit, load, simulate
-from mtm.batches import Batch
 from mtm.masks import MaskSampler
+from mtm.model import Batch
 from mtm.recipes import TrainConfig
 from mtm.training import accumulate, parameters_of
 
@@ -25,7 +25,8 @@ import mtm
 from mtm.distributed import process_group
 
 with process_group(torch.device("cpu")) as device:
-    mtm.fit(mtm.Sessions(sys.argv[1]), folder=sys.argv[2], depth=1, save_every=1e9, **{settings})
+    model = mtm.MtMConfig.from_depth(1, latent_dropout=0.0)  # which each process draws by itself
+    mtm.fit(mtm.Sessions(sys.argv[1]), model, folder=sys.argv[2], save_every=1e9, **{settings})
 """
 
 
@@ -44,7 +45,8 @@ def test_several_processes_train_what_one_does_and_resume_what_it_began(folder, 
     def stop(history):
         raise KeyboardInterrupt
 
-    sessions, how = Sessions(folder), {"depth": 1, **SETTINGS}
+    model = MtMConfig.from_depth(1, latent_dropout=0.0)
+    sessions, how = Sessions(folder), {"model": model, **SETTINGS}
     whole = fit(sessions, **how, folder=tmp_path / "one")
     with pytest.raises(KeyboardInterrupt):
         fit(sessions, **how, folder=tmp_path / "two", on_validation=stop)

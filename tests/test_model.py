@@ -7,7 +7,7 @@ from torch import nn
 
 from mtm import model as parts
 from mtm.masks import MTM_SCHEMES, SCHEMES, Mask, scheme
-from mtm.model import Attention, MtM, MtMConfig, Tokens, rotate, rotation
+from mtm.model import Attention, Batch, MtM, MtMConfig, Tokens, rotate, rotation
 
 N_BINS, N_NEURONS = 12, 10
 REGIONS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, -1])
@@ -177,7 +177,7 @@ def test_many_batches_in_one_pass_equal_one_after_the_other(fields):
         n_neurons = model.session_layers(session).n_neurons
         counts = counts_of(batch=trials)[..., :n_neurons]
         mask = scheme(name).draw(counts, REGIONS[:n_neurons], 0.5, draw)
-        batches.append((counts, name, mask, session))
+        batches.append(Batch(counts, name, mask, session))
     for batch, log_rates in zip(batches, model.forward_many(batches), strict=True):
         torch.testing.assert_close(log_rates, model(*batch))
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mtm import Mask, Session, evaluate, metrics
-from mtm.batches import Batch
 from mtm.checkpoint import from_settings, settings
 from mtm.masks import MTM_SCHEMES
+from mtm.model import Batch
 from mtm.official import from_official, their_key
 from mtm.recipes import TrainConfig
 from mtm.training import accumulate

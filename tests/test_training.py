@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from mtm import MtM, MtMConfig, Session, SessionError, evaluate, fit, plots, progress, simulate
-from mtm.batches import Batch, SessionData, steps_of, steps_per_epoch
+from mtm.batches import SessionData, steps_of, steps_per_epoch
 from mtm.masks import MTM_SCHEMES, MaskSampler
+from mtm.model import Batch
 from mtm.recipes import RECIPES, TrainConfig, recipe
 from mtm.training import (
     accumulate,
@@ -442,6 +443,7 @@ import json, sys
 import numpy as np, torch
 torch.set_num_threads(1)
 import mtm
+from mtm.model import Batch
 
 np.random.seed(int(sys.argv[1]))  # states of others, on which nothing here may depend
 torch.manual_seed(int(sys.argv[1]))
