@@ -57,11 +57,6 @@ def variants() -> dict[str, dict[str, Any]]:
     half = {"ratios": dict.fromkeys(shares, 0.6)}
     plain: dict[str, dict[str, Any]] = {
         BASE: {},
-        "no direct paths": no_paths,
-        "own history alone": {"latents": 0},
-        "population alone": {"own_history": False},
-        "16 latents": {"latents": 16},
-        "no dropout of latents": {"latent_dropout": 0.0},
         "counts as they are": {"input_counts": "raw", **no_paths},
         "learned time embedding": {"positions": "learned"},
         "one mask a step": {"batch_size": 16, "batches_per_step": 1},

@@ -1,0 +1,54 @@
+"""What the direct paths are worth: our recipe with and without them, on validation trials.
+
+    python benchmarks/direct_paths.py FOLDER [--recordings NAME ...] [--variants NAME ...]
+
+FOLDER is that of real_data.py. Out come results/direct_paths.json and .md. On 2 cores: 1 hour.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import common
+from recipe import trained
+
+NO_PATHS = {"own_history": False, "latents": 0}
+VARIANTS = {
+    "ours": {},
+    "no direct paths": NO_PATHS,
+    "own history alone": {"latents": 0},
+    "population alone": {"own_history": False},
+    "no dropout of latents": {"latent_dropout": 0.0},
+    "8 latents": {"latents": 8},
+    "hiding 0.3": {"ratios": {"neuron": 0.3, "intra-region": 0.3}},
+    "two layers": {"depth": 2},
+}
+RECORDINGS = ("03_Cori_2016-12-18", "07_Forssmann_2017-11-05")
+
+
+def main() -> None:
+    """Read the command line, run, write the JSON and the table."""
+    arguments = common.parser(__doc__, "direct_paths")
+    arguments.set_defaults(seeds=[0])
+    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("--recordings", nargs="*", default=RECORDINGS)
+    arguments.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    options = arguments.parse_args()
+    common.require_known(options.variants, list(VARIANTS))
+    sessions = common.recordings(options.folder, options.recordings)
+    methods = {name: trained(VARIANTS[name]) for name in options.variants}
+    how = {"part": "val", "tasks": common.FOUR}
+    seconds = common.run(sessions, methods, options.seeds, options.work, **how)
+    whole = common.table(sessions, methods, options.seeds, options.work)
+    facts = common.described(sessions, options) | {"seconds": seconds, "scores": whole}
+    common.write_json(options.out / "direct_paths.json", facts)
+    text = "# What the direct paths are worth\n\nValidation trials, bits per spike as in "
+    text += "real_data.md. Made by `python benchmarks/direct_paths.py`.\n\n"
+    text += common.markdown("Mean over recordings", common.averages(whole))
+    text += "".join("\n" + common.markdown(name, tasks) for name, tasks in whole.items())
+    (options.out / "direct_paths.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
