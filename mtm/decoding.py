@@ -1,6 +1,7 @@
 """Behaviour from predicted activity: the choice, and behaviours recorded bin by bin.
 
-A linear decoder reads the log-rates that a model predicts for every bin and neuron. It is fitted
+A linear decoder reads the log-rates that a model predicts for every bin and neuron, or the model's
+latents, whichever cross-validates better. It is fitted
 on the training and validation trials, its penalty is chosen by cross-validation there, and it is
 scored on the test trials. Source: arXiv 2407.14668, section 4, and the authors' final code.
 
@@ -27,6 +28,8 @@ from mtm.prediction import (
     Queries,
     as_predictor,
     choose_split,
+    has_latents,
+    predict_latents,
     predict_queries,
     require_unseen,
 )
@@ -48,17 +51,19 @@ class Decoded:
     metric: str  # "accuracy" or "R2"
     score: float  # of the predicted activity, on the test trials
     others: dict[str, float]  # further scores and the controls, by name
+    features: str  # what the decoder read: "rates" or "latents"
     n_train: int  # trials the decoder was fitted on
     n_test: int  # trials it was scored on
 
     def __repr__(self) -> str:
         others = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.others.items())
-        return f"{self.behaviour}: {self.metric} {self.score:.3f} ({others})"
+        return f"{self.behaviour} from {self.features}: {self.metric} {self.score:.3f} ({others})"
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as a row of a table."""
         row = {"session": self.session, "seed": 0, self.metric: self.score, **self.others}
-        return row | {"train_trials": self.n_train, "test_trials": self.n_test}
+        row |= {"train_trials": self.n_train, "test_trials": self.n_test}
+        return row | {"from_latents": float(self.features == "latents")}
 
 
 def decode(
@@ -68,6 +73,7 @@ def decode(
     *,
     region: str | None = None,
     prompt: str | None = None,
+    features: str | None = None,
     split_seed: int | None = None,
     batch_size: int | None = None,
     allow_seen: bool = False,
@@ -94,6 +100,10 @@ def decode(
         region: show the predictor this region only, and decode from its neurons.
         prompt: masking scheme whose prompt a model gets. Default, as in the paper: "neuron" for
             the choice, "causal" for behaviours of shape (K, T), "intra-region" with ``region``.
+        features: what the decoder reads: the predicted log-"rates" (the paper), the model's
+            "latents" (:meth:`mtm.MtM.latents`, smoothed by a Gaussian of cross-validated width), or
+            "auto", whichever cross-validates better on training and validation trials. Default:
+            "auto" for models with latents of the population, else "rates".
         split_seed: of ``session.split``. Default: the one the model was trained with, else 0.
         batch_size, allow_seen: as in :func:`mtm.evaluate`.
 
@@ -105,7 +115,9 @@ def decode(
         ValueError: for an unknown prompt, predictions of a wrong shape or with NaN, or test trials
             that the predictor was trained on.
     """
-    options = region, prompt, split_seed, batch_size, allow_seen
+    if features not in (None, "auto", "rates", "latents"):
+        raise ValueError(f"features must be 'rates', 'latents' or 'auto', got {features!r}")
+    options = region, prompt, features, split_seed, batch_size, allow_seen
     decoder = Decoder(as_predictor(predictor, session), session, *options)
     names = decodable(session) if behaviours is None else behaviours
     names = [names] if isinstance(names, str) else names
@@ -155,6 +167,7 @@ class Decoder:
     session: Session
     region: str | None = None
     prompt: str | None = None
+    source: str | None = None  # the argument ``features``
     split_seed: int | None = None
     batch_size: int | None = None
     allow_seen: bool = False
@@ -171,28 +184,36 @@ class Decoder:
         if not self.inside.any():
             known = f"known: {', '.join(session.region_names) or 'none'}"
             raise SessionError(f"session {session.name!r} has no region {self.region!r}; {known}")
-        self._features: dict[tuple[str | int, bytes], tuple[np.ndarray, np.ndarray]] = {}
+        self.source = self.source or ("auto" if has_latents(self.predictor) else "rates")
+        self._features: dict[tuple[Any, bytes], tuple[np.ndarray, np.ndarray]] = {}
 
     def decode(self, behaviour: str) -> Decoded:
         """Decode one behaviour: see :func:`decode`."""
         choice = behaviour == "choice"
         usable, y, truth = self._values(behaviour)
         default = "intra-region" if self.region else "neuron" if choice else "causal"
-        x, x_test = self.features(self.prompt or default, usable)
-        guess = search(x, y).predict(x_test)
+        prompt = self.prompt or default
+        sources: list[Any] = [prompt] if self.source != "latents" else []
+        sources += [("latents", w) for w in WIDTHS] if self.source != "rates" else []
+        fits = [search(self.features(source, usable)[0], y) for source in sources]
+        best = int(np.argmax([fit.best_score_ for fit in fits]))
+        (x, x_test), read = self.features(sources[best], usable), sources[best]
+        guess = fits[best].predict(x_test)
         shuffled = y[np.random.default_rng(0).permutation(len(y))]
         others = {"balanced_accuracy": balanced_accuracy_score(truth, guess)} if choice else {}
         others["shuffled"] = score(truth, search(x, shuffled).predict(x_test))
         others |= self._controls(usable, y, truth)
         metric, found = "accuracy" if choice else "R2", score(truth, guess)
-        return Decoded(behaviour, self.session.name, metric, found, others, len(y), len(truth))
+        read = "rates" if read == prompt else "latents"
+        name, sizes = self.session.name, (len(y), len(truth))
+        return Decoded(behaviour, name, metric, found, others, read, *sizes)
 
-    def features(self, source: str | int, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def features(self, source: Any, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features (K', F) and (K'', F) of the trials to fit to and to test on, computed once.
 
         Args:
-            source: the prompt with which activity is predicted, or the width in bins of the
-                Gaussian that smooths the counts.
+            source: the prompt with which activity is predicted, the width in bins of the Gaussian
+                that smooths the counts, or ("latents", width).
             usable: (K,) bool, trials with a known behaviour.
         """
         key = source, usable.tobytes()
@@ -200,12 +221,15 @@ class Decoder:
             return self._features[key]
         session, inside, trials = self.session, self.inside, self.trials[usable]
         if isinstance(source, int):
-            counts = session.counts[trials].astype(np.float64)
-            values = gaussian_filter(counts, (0, source, 0), mode="nearest")
+            values = smoothed(session.counts[trials][:, :, inside].astype(np.float64), source)
+        elif isinstance(source, tuple):
+            latents = predict_latents(self.predictor, session, trials, ~inside)
+            values = smoothed(latents, source[1])
         else:
             queries, how = Queries(~inside[None], inside[None]), {"batch_size": self.batch_size}
             values = predict_queries(self.predictor, session, source, trials, queries, **how)
-        flat, is_test = values[:, :, inside].reshape(len(trials), -1), self.is_test[usable]
+            values = values[:, :, inside]
+        flat, is_test = values.reshape(len(trials), -1), self.is_test[usable]
         self._features[key] = principal_axes(flat[~is_test], flat[is_test])
         return self._features[key]
 
@@ -254,6 +278,11 @@ class Decoder:
         if not choice and np.ptp(truth) == 0:
             raise SessionError(f"{title} does not vary in the test trials")
         return usable, y, truth
+
+
+def smoothed(x: np.ndarray, width: float) -> np.ndarray:
+    """Smooth activity (K, T, N) in time by a Gaussian of this standard deviation, bins."""
+    return gaussian_filter(x, (0, width, 0), mode="nearest")
 
 
 def search(x: np.ndarray, y: np.ndarray) -> GridSearchCV:

@@ -158,7 +158,7 @@ def _evaluate(
     names = [t for t in asked if t not in TASKS]
     if names:
         options = split_seed, batch_size, allow_seen
-        decoder = Decoder(predictor, session, None, None, *options)
+        decoder = Decoder(predictor, session, None, None, None, *options)
     for name in names:
         try:
             decoded = decoder.decode(name)

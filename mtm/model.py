@@ -202,17 +202,19 @@ class DirectPaths(nn.Module):
 
     def __init__(self, n_neurons: int, config: MtMConfig) -> None:
         super().__init__()
-        n = config.latents
         self.own = nn.Parameter(torch.zeros(len(SCALES), n_neurons)) if config.own_history else None
-        self.loadings = nn.Parameter(torch.randn(n, n_neurons) / math.sqrt(n_neurons))  # L
-        self.log_noise = nn.Parameter(torch.tensor(LATENT_NOISE).log())
-        self.dropout = nn.Dropout(config.latent_dropout)
-        self.readout = nn.Linear((1 + len(SCALES)) * n, n_neurons, bias=False) if n else None
-        if self.readout is not None:
+        self.readout: nn.Linear | None = None
+        if n := config.latents:
+            self.loadings = nn.Parameter(torch.randn(n, n_neurons) / math.sqrt(n_neurons))  # L
+            self.log_noise = nn.Parameter(torch.tensor(LATENT_NOISE).log())
+            self.dropout = nn.Dropout(config.latent_dropout)
+            self.readout = nn.Linear((1 + len(SCALES)) * n, n_neurons, bias=False)
             nn.init.zeros_(self.readout.weight)
 
     def init_from(self, components: Tensor, variances: Tensor) -> None:
         """Start the loadings at principal components (N, R) with variances (R,)."""
+        if self.readout is None:
+            return
         n = min(len(self.loadings), len(variances))
         # Poisson noise of scaled counts has variance 1, averaged over 5 bins 1/5.
         strength = (variances[:n] - 0.2).clamp(min=0.02).sqrt()
@@ -229,24 +231,29 @@ class DirectPaths(nn.Module):
             neurons: (B,) the one neuron wanted of each trial.
         """
         x = x.clamp(max=LARGEST_INPUT)
-        bins = (~hidden).any(dim=2).to(x.dtype)  # (B, T) 1 where any neuron is visible
-        visible = (~hidden).sum(dim=1) / bins.sum(dim=1, keepdim=True).clamp(min=1)  # (B, N) V
-        kernels = history_kernels(bins, causal)  # (B, scales, T, T)
+        kernels = history_kernels((~hidden).any(dim=2), causal, x.dtype)  # (B, scales, T, T)
         found = torch.zeros_like(x if neurons is None else x[..., 0])
         if self.own is not None:
             found = found + own_history(x, kernels, self.own, neurons)
         if self.readout is None:
             return found
-        # Linear, so it does not matter that kernels average after the projection.
-        z = (x @ self.loadings.T)[:, None]
-        z = torch.cat([z, kernels @ z], dim=1)  # (B, 1 + scales, T, R)
-        precision = (visible[:, None] * self.loadings) @ self.loadings.T  # (B, R, R)
-        noise = torch.diag_embed(self.log_noise.exp()[:, None].expand(-1, len(self.loadings)))
-        z = torch.linalg.solve(precision[:, None] + noise, z.mT)  # (B, 1 + scales, R, T)
-        z = self.dropout(z.flatten(1, 2).mT)  # (B, T, (1 + scales) R)
+        z = self.dropout(self.latents(x, hidden, kernels).transpose(1, 2).flatten(2))
         if neurons is None:
             return found + self.readout(z)
         return found + (z @ self.readout.weight[neurons][..., None])[..., 0]
+
+    def latents(self, x: Tensor, hidden: Tensor, kernels: Tensor) -> Tensor:
+        """Expected latents of each bin, alone and averaged, (B, 1 + scales, T, R)."""
+        # Linear, so it does not matter that kernels average after the projection.
+        z = (x @ self.loadings.T)[:, None]
+        z = torch.cat([z, kernels @ z], dim=1)
+        # V: for each neuron, in how many of the bins that are not hidden whole it is visible.
+        n_bins = (~hidden).any(dim=2).sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
+        visible = (~hidden).sum(dim=1) / n_bins  # (B, N)
+        precision = (visible[:, None] * self.loadings) @ self.loadings.T  # (B, R, R)
+        noise = self.log_noise[: z.shape[1]].exp()[:, None]  # (1 + scales, 1)
+        noise = torch.diag_embed(noise.expand(-1, len(self.loadings)))
+        return torch.linalg.solve(precision[:, None] + noise, z.mT).mT
 
 
 def own_history(x: Tensor, kernels: Tensor, weights: Tensor, neurons: Tensor | None) -> Tensor:
@@ -262,19 +269,19 @@ def own_history(x: Tensor, kernels: Tensor, weights: Tensor, neurons: Tensor | N
     return found
 
 
-def history_kernels(visible: Tensor, causal: Tensor) -> Tensor:
+def history_kernels(visible: Tensor, causal: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weights of the visible bins in averages for each bin, (B, scales, T, T), itself left out.
 
     A bin's own share of the sum is counted as 0, which shrinks averages over few bins.
 
     Args:
-        visible: (B, T) 1 for bins to average, else 0.
+        visible: (B, T) bool, the bins to average.
         causal: (B,) bool, whether earlier bins only count.
     """
-    bins = torch.arange(visible.shape[1], device=visible.device)
+    bins = torch.arange(visible.shape[1], device=visible.device, dtype=dtype)
     lag = bins[:, None] - bins
     kernels = torch.stack([torch.exp(-lag.abs() / scale) for scale in SCALES])
-    allowed = torch.where(causal[:, None, None], lag > 0, lag != 0) * visible[:, None]  # (B, T, T)
+    allowed = torch.where(causal[:, None, None], lag > 0, lag != 0) & visible[:, None]  # (B, T, T)
     kernels = kernels * allowed[:, None]
     return kernels / (kernels.sum(dim=3, keepdim=True) + 1)
 
@@ -641,6 +648,33 @@ class MtM(nn.Module):
             for i, part in zip(members, parts, strict=True):
                 log_rates[i] = self.read_out(part, batches[i][3]) + direct[i]
         return log_rates
+
+    @torch.no_grad()
+    def latents(self, counts: Tensor, session: str, mask: Mask | None = None) -> Tensor:
+        """Latents of the population in each bin, given its visible neurons.
+
+        Args:
+            counts: (K, T, N) of trials of one session, on the model's device.
+            session: its name.
+            mask: what to hide. Default: nothing.
+
+        Returns:
+            (K, T, R) expected latents of the direct path, see :class:`DirectPaths`. Without that
+            path, (K, T, D) the output of the encoder, the mean over the tokens of a bin.
+        """
+        layers = self.session_layers(session)
+        was_training = self.training
+        self.eval()
+        if layers.direct is None or layers.direct.readout is None:
+            x = self.encode(self.embed(counts, None, mask, session))[:, -self.n_tokens(session) :]
+            found = x.unflatten(1, (self.n_bins, -1)).mean(dim=2)
+        else:
+            x = self.masked_input(counts, mask, layers).clamp(max=LARGEST_INPUT)
+            hidden = torch.zeros_like(x, dtype=torch.bool) if mask is None else mask.hidden
+            none = x.new_zeros(len(x), 0, self.n_bins, self.n_bins)  # no kernel: each bin alone
+            found = layers.direct.latents(x, hidden, none)[:, 0]
+        self.train(was_training)
+        return found
 
     @torch.no_grad()
     def predict_log_rates(

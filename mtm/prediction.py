@@ -281,6 +281,31 @@ def predict_queries(
     return found
 
 
+def predict_latents(
+    predictor: PredictorLike, session: Session, trials: np.ndarray, hidden: np.ndarray
+) -> np.ndarray:
+    """Latents (K', T, D) of a model, see :meth:`mtm.MtM.latents`, without the neurons ``hidden``.
+
+    Raises:
+        ValueError: for a predictor that has no latents.
+    """
+    latents = _attribute(predictor, "latents", None)
+    if latents is None:
+        raise ValueError("this predictor has no latents to decode from; pass features='rates'")
+    there = partial(torch.as_tensor, device=_attribute(predictor, "device", "cpu"))
+    found = []
+    for some in np.array_split(trials, -(-len(trials) // TRIALS_AT_ONCE)):
+        counts = there(session.counts[some].astype(np.float32))
+        mask = there(hidden).expand_as(counts)
+        found.append(latents(counts.masked_fill(mask, 0), session.name, Mask(mask, mask)).cpu())
+    return torch.cat(found).double().numpy()
+
+
+def has_latents(predictor: PredictorLike) -> bool:
+    """Whether a predictor is a model with a direct path from latents of the population."""
+    return bool(getattr(_attribute(predictor, "config", None), "latents", 0))
+
+
 # ---------------------------------------------------------------- the activity tasks
 
 

@@ -242,6 +242,22 @@ def test_latents_are_the_posterior_mean_given_the_visible_neurons():
         torch.testing.assert_close(found[trial], expected)
 
 
+def test_latents_of_the_model_are_those_of_the_path_or_of_the_encoder():
+    for fields in VARIANTS:
+        model, counts = small(**fields), counts_of()
+        found, direct = model.latents(counts, "a"), model.session_layers("a").direct
+        if direct is None:
+            x = model.encode(model.embed(counts, None, None, "a"))[:, 1:]
+            assert found.shape == (3, N_BINS, 16)
+            torch.testing.assert_close(found[:, 2], x.unflatten(1, (N_BINS, -1)).mean(2)[:, 2])
+            continue
+        with torch.no_grad():  # the readout hands on the latents of the bin itself
+            direct.own.zero_()
+            direct.readout.weight.copy_(torch.eye(N_NEURONS, direct.readout.in_features))
+        [added] = model.direct([Batch(counts, None, nothing_hidden(counts), "a")])
+        torch.testing.assert_close(found, added[..., :3])
+
+
 def test_direct_paths_start_at_zero_and_need_scaled_counts():
     training = np.random.default_rng(0).poisson(1.0, (30, N_BINS, N_NEURONS))
     models = [
