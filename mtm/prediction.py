@@ -303,7 +303,8 @@ def predict_latents(
 
 def has_latents(predictor: PredictorLike) -> bool:
     """Whether a predictor is a model with a direct path from latents of the population."""
-    return bool(getattr(_attribute(predictor, "config", None), "latents", 0))
+    model = getattr(predictor, "model", predictor)  # of a Fit
+    return bool(getattr(getattr(model, "config", None), "latents", 0))
 
 
 # ---------------------------------------------------------------- the activity tasks

@@ -285,10 +285,13 @@ class Report:
         for task, scores in self.tasks.items():
             if scores.per_neuron:
                 continue
-            others = [c for c in scores.table if c not in (*LABELS, *COUNTS, scores.score)]
+            hidden = (*LABELS, *COUNTS, scores.score, "from_latents")
+            others = [c for c in scores.table if c not in hidden]
+            read = set(scores.table.get("from_latents", []))
+            source = {(0,): "from rates, ", (1,): "from latents, "}.get(tuple(read), "")
             beside = ", ".join(f"{c.replace('_', ' ')} {scores.mean(c):.3f}" for c in others)
             value = scores.over("sessions" if several == "neurons" else several)
-            text = f"{task}: {scores.score} {value} ({beside})"
+            text = f"{task}: {scores.score} {value} ({source}{beside})"
             lines.append(textwrap.fill(text, 79, subsequent_indent="    "))
         lines += [f"{task}: left out, {reason}" for task, reason in self.left_out.items()]
         return "\n".join(lines)

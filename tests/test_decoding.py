@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter1d
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import r2_score
 
 from mtm import Session, SessionError, decode, decode_by_region, decoding, oracle
 from mtm.decoding import principal_axes
@@ -159,3 +161,37 @@ def test_errors(session):
     }.items():
         with pytest.raises(SessionError, match=message):
             decode(session.counts + 0.0, bad, name)
+
+
+def test_features_are_rates_latents_or_what_cross_validates_better(trained, sessions, session):
+    name = "wheel-speed"
+    found = {
+        features: decode(trained, sessions[0], name, features=features)[name]
+        for features in ("rates", "latents", "auto")
+    }
+    assert found["auto"].score == found[found["auto"].features].score
+    assert found["rates"].score != found["latents"].score
+    assert found["latents"].others["raw_counts"] == found["rates"].others["raw_counts"]
+    assert str(decode(trained, sessions[0], name)[name]) == str(found["auto"])
+    assert "from latents" in str(found["latents"])
+    # Ridge on the latents, by hand: one of the widths and penalties gives the score.
+    split, y = sessions[0].split(), sessions[0].behaviour[name]
+    trials = np.concatenate(split[:2])
+    counts = torch.from_numpy(sessions[0].counts).float()
+    z = trained.model.latents(counts, sessions[0].name).double().numpy()
+    scores = []
+    for width in decoding.WIDTHS:
+        x = gaussian_filter1d(z, width, axis=1, mode="nearest") if width else z
+        x = x.reshape(len(x), -1)
+        for alpha in decoding.TRACE_PENALTIES:
+            guess = Ridge(alpha=alpha).fit(x[trials], y[trials]).predict(x[split.test])
+            scores.append(r2_score(y[split.test].ravel(), guess.ravel()))
+    assert np.abs(np.array(scores) - found["latents"].score).min() < 1e-6
+    # A decoder of one region does not see the others, and a function has no latents.
+    region = sessions[0].region_names[0]
+    alone = decode(trained, sessions[0], name, region=region, features="latents")[name]
+    assert alone.score < found["latents"].score
+    with pytest.raises(ValueError, match="no latents to decode from"):
+        decode(lambda counts, *_: counts + 0.0, session, "choice", features="latents")
+    with pytest.raises(ValueError, match="features must be 'rates', 'latents' or 'auto'"):
+        decode(trained, sessions[0], name, features="counts")
