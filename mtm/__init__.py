@@ -8,6 +8,7 @@ The core, to be read in this order::
     model        the whole model: embed, encode, read out
     metrics      Poisson likelihood, bits per spike, D2, R2
     training     fit(): one explicit loop
+    prediction   which entries each task hides, and how a predictor is asked for them
     evaluation   evaluate(): the six tasks of the paper
     decoding     decode(): behaviour from predicted activity
 
@@ -20,7 +21,6 @@ Around it::
     progress     bar in terminals, line in notebooks, TensorBoard
     checkpoint   models and training runs on disk and on the Hugging Face Hub
     official     checkpoints of the authors' code
-    prediction   one interface for whatever predicts hidden activity
     report       tables of scores
     baselines    what a user would otherwise pick
     plots        rasters, PSTHs, masks, scores

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-# A spike at the start of a bin may lie a few float64 roundings before it (0.1 + 0.2 is not 0.3). So
-# each edge moves earlier by this fraction of a bin, far less than a recording resolves.
+# Rounding can put a spike that lies exactly on an edge slightly before it (0.1 + 0.2 is not 0.3).
+# Each edge is therefore moved earlier by this fraction of a bin, less than a recording resolves.
 SNAP = 1e-6
 
 
@@ -149,8 +149,9 @@ def bin_trace(
     mean = np.diff(_integral(t, v, edges)) / np.diff(edges)
     start, stop = edges[:, :-1], edges[:, 1:]
     unknown = (start < t[0] - snap) | (stop > t[-1] + snap)
-    # A bin is unknown, too, when a long gap lies between the samples around it.
-    long_gaps = np.concatenate([[0], np.cumsum(np.diff(t) > max_gap + snap)])  # before each sample
+    # A bin is unknown, too, if a long gap overlaps it: then the number of long gaps before the last
+    # sample at its start and before the first at its end differ.
+    long_gaps = np.concatenate([[0], np.cumsum(np.diff(t) > max_gap + snap)])
     after = np.searchsorted(t[:-1], stop - snap)
     before = np.maximum(np.searchsorted(t[:-1], start + snap, side="right") - 1, 0)
     unknown |= long_gaps[after] > long_gaps[before]

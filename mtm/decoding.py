@@ -39,7 +39,11 @@ FOLDS = 4
 CHOICE_PENALTIES = np.logspace(-4, 4, 9)  # C of the logistic regression, as the paper
 TRACE_PENALTIES = np.logspace(-3, 6, 10)  # alpha of the ridge regression
 WIDTHS = (0, 1, 2, 4)  # bins, standard deviations of the Gaussians that smooth counts
-CONTROLS: dict[bytes, dict[str, float]] = {}  # a few numbers for each session and behaviour
+_CONTROLS: dict[str, dict[str, float]] = {}  # cache: hash of the data -> scores of the controls
+
+
+Source = tuple[str, Any]
+"""What a decoder reads: see :meth:`Decoder.features`."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,7 +171,7 @@ class Decoder:
     session: Session
     region: str | None = None
     prompt: str | None = None
-    source: str | None = None  # the argument ``features``
+    features_from: str | None = None
     split_seed: int | None = None
     batch_size: int | None = None
     allow_seen: bool = False
@@ -184,8 +188,10 @@ class Decoder:
         if not self.inside.any():
             known = f"known: {', '.join(session.region_names) or 'none'}"
             raise SessionError(f"session {session.name!r} has no region {self.region!r}; {known}")
-        self.source = self.source or ("auto" if has_latents(self.predictor) else "rates")
-        self._features: dict[tuple[Any, bytes], tuple[np.ndarray, np.ndarray]] = {}
+        self.features_from = self.features_from or (
+            "auto" if has_latents(self.predictor) else "rates"
+        )
+        self._features: dict[tuple[Source, bytes], tuple[np.ndarray, np.ndarray]] = {}
 
     def decode(self, behaviour: str) -> Decoded:
         """Decode one behaviour: see :func:`decode`."""
@@ -193,41 +199,41 @@ class Decoder:
         usable, y, truth = self._values(behaviour)
         default = "intra-region" if self.region else "neuron" if choice else "causal"
         prompt = self.prompt or default
-        sources: list[Any] = [prompt] if self.source != "latents" else []
-        sources += [("latents", w) for w in WIDTHS] if self.source != "rates" else []
+        sources: list[Source] = [("rates", prompt)] if self.features_from != "latents" else []
+        sources += [("latents", w) for w in WIDTHS] if self.features_from != "rates" else []
         fits = [search(self.features(source, usable)[0], y) for source in sources]
         best = int(np.argmax([fit.best_score_ for fit in fits]))
-        (x, x_test), read = self.features(sources[best], usable), sources[best]
+        x, x_test = self.features(sources[best], usable)
         guess = fits[best].predict(x_test)
         shuffled = y[np.random.default_rng(0).permutation(len(y))]
         others = {"balanced_accuracy": balanced_accuracy_score(truth, guess)} if choice else {}
         others["shuffled"] = score(truth, search(x, shuffled).predict(x_test))
         others |= self._controls(usable, y, truth)
         metric, found = "accuracy" if choice else "R2", score(truth, guess)
-        read = "rates" if read == prompt else "latents"
         name, sizes = self.session.name, (len(y), len(truth))
-        return Decoded(behaviour, name, metric, found, others, read, *sizes)
+        return Decoded(behaviour, name, metric, found, others, sources[best][0], *sizes)
 
-    def features(self, source: Any, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def features(self, source: Source, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features (K', F) and (K'', F) of the trials to fit to and to test on, computed once.
 
         Args:
-            source: the prompt with which activity is predicted, the width in bins of the Gaussian
-                that smooths the counts, or ("latents", width).
+            source: ("rates", prompt with which they are predicted), or ("latents", width) or
+                ("counts", width) of the Gaussian that smooths them, bins.
             usable: (K,) bool, trials with a known behaviour.
         """
         key = source, usable.tobytes()
         if key in self._features:
             return self._features[key]
         session, inside, trials = self.session, self.inside, self.trials[usable]
-        if isinstance(source, int):
-            values = smoothed(session.counts[trials][:, :, inside].astype(np.float64), source)
-        elif isinstance(source, tuple):
-            latents = predict_latents(self.predictor, session, trials, ~inside)
-            values = smoothed(latents, source[1])
+        kind, how = source
+        if kind == "counts":
+            values = smoothed(session.counts[trials][:, :, inside].astype(np.float64), how)
+        elif kind == "latents":
+            values = smoothed(predict_latents(self.predictor, session, trials, ~inside), how)
         else:
-            queries, how = Queries(~inside[None], inside[None]), {"batch_size": self.batch_size}
-            values = predict_queries(self.predictor, session, source, trials, queries, **how)
+            queries = Queries(~inside[None], inside[None])
+            options = {"batch_size": self.batch_size}
+            values = predict_queries(self.predictor, session, how, trials, queries, **options)
             values = values[:, :, inside]
         flat, is_test = values.reshape(len(trials), -1), self.is_test[usable]
         self._features[key] = principal_axes(flat[~is_test], flat[is_test])
@@ -239,12 +245,15 @@ class Decoder:
         counts = self.session.counts[self.trials][:, :, self.inside]
         stimulus = _stimulus(self.session)[self.trials] if choice else None
         key = joblib.hash((counts, usable, self.is_test, y, truth, stimulus))
-        if key in CONTROLS:
-            return CONTROLS[key]
+        if key in _CONTROLS:
+            return _CONTROLS[key]
         majority = -1.0 if (y == -1).mean() > 0.5 else 1.0
         constant = np.broadcast_to(majority if choice else y.mean(axis=0), truth.shape)
         found = {"majority" if choice else "time_course": score(truth, constant)}
-        fits = [(search(x, y), x_test) for x, x_test in (self.features(w, usable) for w in WIDTHS)]
+        fits = [
+            (search(x, y), x_test)
+            for x, x_test in (self.features(("counts", w), usable) for w in WIDTHS)
+        ]
         scores = [score(truth, fit.predict(x_test)) for fit, x_test in fits]
         best = int(np.argmax([fit.best_score_ for fit, _ in fits]))
         found |= {"raw_counts": scores[0], "smoothed_counts": scores[best]}
@@ -253,7 +262,7 @@ class Decoder:
             guess = fit.predict(stimulus[usable & self.is_test])
             found["stimulus_only"] = score(truth, guess)
             found["stimulus_only_balanced"] = balanced_accuracy_score(truth, guess)
-        CONTROLS[key] = found
+        _CONTROLS[key] = found
         return found
 
     def _values(self, behaviour: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from scipy.special import logsumexp
 
 from mtm import metrics
 from mtm.decoding import Decoder, decodable
+from mtm.masks import scheme
 from mtm.prediction import (
     TASKS,
     PredictorLike,
@@ -179,7 +180,7 @@ def _unscorable(
     reasons = {}
     schemes = getattr(predictor, "schemes", TASKS.values())
     for task in [task for task in tasks if task in TASKS]:
-        if task.endswith("region") and not (session.region_codes[wanted] >= 0).any():
+        if scheme(TASKS[task]).needs_regions and not (session.region_codes[wanted] >= 0).any():
             reasons[task] = "no scored neuron has a region label"
         elif TASKS[task] not in schemes:
             reasons[task] = "the predictor does not do it"

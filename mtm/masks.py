@@ -27,7 +27,7 @@ from torch import Generator, Tensor
 NO_REGION = -1
 """Region code of a neuron without a region, hidden and scored like any other."""
 PADDING = -2
-"""Region code of a neuron that is not there, and so is never hidden and never scored."""
+"""Region code that marks padding: never hidden, never scored."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def temporal(
 def causal(
     counts: Tensor, regions: Tensor, ratio: float = 0.6, generator: Generator | None = None
 ) -> Mask:
-    """Hide bins as :func:`temporal`, with attention to past bins only: forward prediction."""
+    """Hide bins as :func:`temporal`, with attention to the same and earlier bins only."""
     return replace(temporal(counts, regions, ratio, generator), causal=True)
 
 
@@ -136,10 +136,11 @@ def _choose_region(regions: Tensor, generator: Generator | None) -> Tensor:
     """Neurons of one labelled region, (N,) bool; each equally likely whatever its size."""
     codes = regions.sort().values
     first = torch.cat([codes[:1] >= 0, (codes[1:] != codes[:-1]) & (codes[1:] >= 0)])  # of a region
-    # A GPU is not asked, which would make the host wait: `fit` has checked its sessions.
+    # Not checked on a GPU: reading the result would force a synchronization. `fit` has checked.
     if regions.device.type == "cpu" and not first.any():
         raise ValueError("no neuron has a region label; set Session.regions, or mask otherwise")
-    # The region of the largest draw. torch.multinomial, and codes[place], would wait as well.
+    # Pick the region with the largest draw; torch.multinomial would synchronize as well. Draw i is
+    # of region i, so that the choice does not depend on the sizes of regions.
     draws = torch.rand(len(codes), generator=generator, device=regions.device)
     place = torch.where(first, draws[first.cumsum(0) - 1], -1.0).argmax()
     return (regions == codes.index_select(0, place[None])) & (regions >= 0)
@@ -155,7 +156,7 @@ class Scheme:
     draw: Callable[..., Mask]  # function of (counts, regions, ratio, generator)
     ratio: float  # share hidden unless another is asked for
     needs_regions: bool = False  # it cannot be drawn where no neuron has a region
-    causal: bool = False  # attention to past bins only
+    causal: bool = False  # attention to the same and earlier bins only
     prompt: bool = True  # a model trained with it and others has a prompt token for it
     patches: bool = False  # it hides patches, and takes the model's patch_size
 
@@ -246,5 +247,7 @@ class MaskSampler:
         mask = kind.draw(counts, regions, self.ratios[name], self.generator, **patch)
         if not mask.hidden.shape == mask.target.shape == counts.shape:
             raise ValueError(f"scheme {name!r}: hidden and target must have the shape of counts")
+        if mask.causal and not kind.causal:  # training and evaluation ask the scheme, not the mask
+            raise ValueError(f"scheme {name!r} drew a causal mask; register it with causal=True")
         # A target that the scheme left visible could be copied.
         return Mask(mask.hidden, mask.target & mask.hidden, kind.causal)

@@ -79,7 +79,7 @@ def pooled_bits_per_spike(
 
 
 def poisson_d2(log_rates: ArrayLike, counts: ArrayLike) -> np.ndarray:
-    """Share of the Poisson deviance from each neuron's mean that is explained, (N,)."""
+    """Fraction of the Poisson deviance explained, relative to each neuron's mean, (N,)."""
     f, y = _check(log_rates, counts)
     perfect = (y - xlogy(y, y)).sum(axis=0)  # NLL of rates equal to the counts
     null = _mean_nll(y)

@@ -10,10 +10,13 @@ tokenizer  a token is                      layers that know about neurons       
 =========  ==============================  ===================================  ===============
 
 The session token (whose recording it is) and the prompt token (which masking scheme is on) come
-first. Differences from the authors' code: counts are scaled by each neuron's mean, so that the 0 in
-the place of a hidden entry stands for the mean and not for silence; causal mode does not leak; a
-new model predicts the mean rates (``init="paper"`` starts as theirs); and :class:`DirectPaths` lead
-from the counts to the log-rates, past the encoder.
+first. Differences from the authors' code:
+
+1. counts are centred and scaled for each neuron, so that a hidden entry (0) looks like the neuron's
+   mean rather than like silence;
+2. in causal mode nothing flows from later to earlier bins;
+3. a new model predicts the mean rates (``init="paper"`` starts as theirs does);
+4. :class:`DirectPaths` add a linear map from counts to log-rates that bypasses the encoder.
 """
 
 from __future__ import annotations
@@ -39,9 +42,9 @@ READOUT_SCALE = 0.1  # factor on initial readout weights: predictions start near
 SOFTENING = 0.1  # added to a mean count, so that rare spikes are not scaled up without bound
 COMPONENTS = 32  # principal components that a new stitcher starts with
 SCALES = (1.0, 3.0, 10.0, math.inf)  # of the kernels of the direct paths, bins; inf: whole trial
-LATENT_NOISE = (1.0, 0.5, 0.3, 0.15, 0.08)  # initial, of the bin itself and averaged by each kernel
+LATENT_NOISE = (1.0, 0.5, 0.3, 0.15, 0.08)  # initial variance: a bin, then each kernel's average
 LARGEST_INPUT = 4.0  # of the direct paths: through an exponential, bursts would overshoot
-COMPONENTS_SCALE = 3.0  # their amplitude
+COMPONENTS_SCALE = 3.0  # their factor in its weights
 COMPONENT_BINS = 20_000  # most bins of training trials from which they are computed
 
 PUBLISHED: dict[str, Any] = {  # the authors' options
@@ -186,18 +189,19 @@ def principal_components(counts: np.ndarray, means: Tensor) -> tuple[Tensor, Ten
 class DirectPaths(nn.Module):
     """Linear paths of one session, from its counts to its log-rates.
 
-    The encoder sees all neurons through a bottleneck, which a single neuron's own history hardly
-    passes, and which needs more data than a linear map. To the encoder's log-rates are added:
+    The encoder sees all neurons through a bottleneck, which a neuron's own history hardly passes,
+    and needs more data than a linear map. Two terms are added to its log-rates:
 
-    - own history: each neuron's own visible counts in other bins of the trial, averaged by kernels
+    - own history: each neuron's visible counts in other bins of the trial, averaged by kernels
       ``exp(-|lag| / scale)``, with a weight for each kernel and neuron;
-    - the population: latents z of a factor analysis, counts = loadings' z + noise, averaged by the
-      same kernels, with a linear map to all log-rates. Their posterior mean given the visible
-      neurons, ``(L V L' + noise I)^-1 L V x``, stays calibrated whatever share is visible: many
-      neurons hidden means latents closer to 0.
+    - the population: latents of a factor analysis, averaged by the same kernels, with a linear map
+      to all log-rates. With loadings L (R, N) and V = diag(share of bins in which a neuron is
+      visible), their posterior mean is ``(L V L' + noise I)^-1 L x``, where x is 0 at hidden
+      entries. It shrinks towards 0 as more neurons are hidden, so its scale is right for any mask.
 
-    Both maps start at 0. In causal mode kernels reach back only. These paths are ours, not the
-    paper's; compare POCO (arXiv 2506.14957), a forecaster of single neurons given the population.
+    Both maps start at 0. In causal mode kernels average strictly earlier bins (the latents of the
+    bin itself are used, too). The paths are ours, not the paper's; compare POCO (arXiv 2506.14957),
+    a forecaster of single neurons given the population.
     """
 
     def __init__(self, n_neurons: int, config: MtMConfig) -> None:
@@ -237,12 +241,12 @@ class DirectPaths(nn.Module):
             found = found + own_history(x, kernels, self.own, neurons)
         if self.readout is None:
             return found
-        z = self.dropout(self.latents(x, hidden, kernels).transpose(1, 2).flatten(2))
+        z = self.dropout(self.population_latents(x, hidden, kernels).transpose(1, 2).flatten(2))
         if neurons is None:
             return found + self.readout(z)
         return found + (z @ self.readout.weight[neurons][..., None])[..., 0]
 
-    def latents(self, x: Tensor, hidden: Tensor, kernels: Tensor) -> Tensor:
+    def population_latents(self, x: Tensor, hidden: Tensor, kernels: Tensor) -> Tensor:
         """Expected latents of each bin, alone and averaged, (B, 1 + scales, T, R)."""
         # Linear, so it does not matter that kernels average after the projection.
         z = (x @ self.loadings.T)[:, None]
@@ -550,7 +554,7 @@ class MtM(nn.Module):
         if mask is None:
             nothing = torch.zeros_like(counts, dtype=torch.bool)
             mask = Mask(nothing, nothing)
-        return log_rates + self.direct([Batch(counts, scheme, mask, session)], neurons)[0]
+        return log_rates + self.direct_log_rates([Batch(counts, scheme, mask, session)], neurons)[0]
 
     def embed(self, counts: Tensor, scheme: str | None, mask: Mask | None, session: str) -> Tokens:
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
@@ -606,7 +610,9 @@ class MtM(nn.Module):
         x = x[:, -self.n_tokens(session) :]
         return self.tokenizer.read_out(x, self.session_layers(session))
 
-    def direct(self, batches: Sequence[Batch], neurons: Tensor | None = None) -> list[Any]:
+    def direct_log_rates(
+        self, batches: Sequence[Batch], neurons: Tensor | None = None
+    ) -> list[Any]:
         """What direct paths add to the log-rates of each batch, a tensor; 0.0 without paths.
 
         Batches of one session are computed together, which takes fewer and larger operations.
@@ -635,7 +641,7 @@ class MtM(nn.Module):
         Batches with equally many tokens and the same attention pass through the encoder together,
         which keeps large accelerators busy.
         """
-        embedded, direct = [self.embed(*batch) for batch in batches], self.direct(batches)
+        embedded, direct = [self.embed(*batch) for batch in batches], self.direct_log_rates(batches)
         groups: dict[tuple[int, int, bool], list[int]] = {}
         for i, (tokens, (_, _, mask, session)) in enumerate(zip(embedded, batches, strict=True)):
             causal = mask is not None and mask.causal
@@ -672,7 +678,7 @@ class MtM(nn.Module):
             x = self.masked_input(counts, mask, layers).clamp(max=LARGEST_INPUT)
             hidden = torch.zeros_like(x, dtype=torch.bool) if mask is None else mask.hidden
             none = x.new_zeros(len(x), 0, self.n_bins, self.n_bins)  # no kernel: each bin alone
-            found = layers.direct.latents(x, hidden, none)[:, 0]
+            found = layers.direct.population_latents(x, hidden, none)[:, 0]
         self.train(was_training)
         return found
 

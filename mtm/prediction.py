@@ -1,4 +1,6 @@
-"""One interface for whatever predicts hidden activity: the only file that hides entries and asks.
+"""One interface for everything that predicts hidden activity.
+
+Evaluation and decoding zero the hidden entries here, so a predictor cannot see them.
 
 A predictor is a model, a function ``(counts, scheme, mask, session) -> log-rates``, or an array of
 log-rates. Models and functions get counts in which every hidden entry is zero; an array is used as
@@ -27,7 +29,8 @@ TASKS = {
     "inter-region": "inter-region",
     "intra-region": "intra-region",
 }
-"""Each activity task, and the masking scheme that trains for it (whose prompt the model gets)."""
+"""Each activity task, and the masking scheme that trains for it (whose prompt the model gets).
+To add a task, add an entry here and a branch in :func:`queries_of`."""
 
 TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}  # of a batch; the fastest measured on each device
 TRIALS_AT_ONCE = 256  # of a batch, for predictors without tokens
@@ -221,7 +224,7 @@ class Queries(NamedTuple):
 
     hidden: np.ndarray  # (Q, N) bool, neurons hidden in each query
     wanted: np.ndarray  # (Q, N) bool, neurons to predict in it; each neuron in one query at most
-    bins: slice = slice(0, None)  # of both
+    bins: slice = slice(0, None)  # time bins that are hidden and predicted
 
 
 def predict_queries(
@@ -255,22 +258,22 @@ def predict_queries(
         found[entries] = predictor[trials][entries]
     else:
         # All that batches are made of is copied to the device once.
-        there = partial(torch.as_tensor, device=getattr(predictor, "device", "cpu"))
-        hide, target = there(hidden), there(hidden & wanted)
-        counts = there(session.counts[trials].astype(np.float32))
+        on_device = partial(torch.as_tensor, device=getattr(predictor, "device", "cpu"))
+        hide, target = on_device(hidden), on_device(hidden & wanted)
+        counts = on_device(session.counts[trials].astype(np.float32))
         inside = torch.zeros_like(counts[0, :, :1], dtype=torch.bool)
         inside[bins] = True
         query, trial = np.divmod(np.arange(len(hidden) * len(trials)), len(trials))  # of each pass
 
         def inputs(batch: slice) -> tuple[Tensor, Mask]:
-            of = there(query[batch])
+            of = on_device(query[batch])
             mask = Mask(hide[of, None] & inside, target[of, None] & inside, causal)
-            return counts[there(trial[batch])], mask
+            return counts[on_device(trial[batch])], mask
 
         # A predictor that can is asked for one neuron a pass, where each query wants one.
         one_each = "neurons" in inspect.signature(_method(predictor)).parameters
         one_each = one_each and (wanted.sum(axis=1) == 1).all()
-        neurons = there(wanted.argmax(axis=1)[query]) if one_each else None
+        neurons = on_device(wanted.argmax(axis=1)[query]) if one_each else None
         asked = predictor, session.name, name, len(query), inputs, neurons
         for batch, log_rates in predict_in_batches(*asked, **options):
             row, neuron = np.nonzero(wanted[query[batch]])
@@ -292,11 +295,11 @@ def predict_latents(
     latents = _attribute(predictor, "latents", None)
     if latents is None:
         raise ValueError("this predictor has no latents to decode from; pass features='rates'")
-    there = partial(torch.as_tensor, device=_attribute(predictor, "device", "cpu"))
+    on_device = partial(torch.as_tensor, device=_attribute(predictor, "device", "cpu"))
     found = []
     for some in np.array_split(trials, -(-len(trials) // TRIALS_AT_ONCE)):
-        counts = there(session.counts[some].astype(np.float32))
-        mask = there(hidden).expand_as(counts)
+        counts = on_device(session.counts[some].astype(np.float32))
+        mask = on_device(hidden).expand_as(counts)
         found.append(latents(counts.masked_fill(mask, 0), session.name, Mask(mask, mask)).cpu())
     return torch.cat(found).double().numpy()
 
@@ -325,7 +328,7 @@ def queries_of(task: str, session: Session, wanted: np.ndarray) -> Queries:
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     codes = session.region_codes
-    if task.endswith("region"):
+    if scheme(TASKS[task]).needs_regions:
         wanted = wanted & (codes >= 0)
     if not wanted.any():
         raise SessionError(f"session {session.name!r}, {task}: no neuron to score")
@@ -336,8 +339,11 @@ def queries_of(task: str, session: Session, wanted: np.ndarray) -> Queries:
         hidden = codes == np.unique(codes[wanted])[:, None]
         return Queries(hidden, hidden & wanted)
     each = np.eye(session.n_neurons, dtype=bool)[wanted]  # one neuron a query
-    outside = codes != codes[wanted][:, None]
-    return Queries(each | outside if task == "intra-region" else each, each)
+    if task == "co-smoothing":
+        return Queries(each, each)
+    if task == "intra-region":
+        return Queries(each | (codes != codes[wanted][:, None]), each)
+    raise ValueError(f"task {task!r} has no branch in queries_of")
 
 
 def predict_held_out(

@@ -62,8 +62,8 @@ class TrainConfig:
         patience: stop after this many validations without improvement, or None.
         seed: of initial weights, masks, dropout and the order of batches.
         split_seed: of ``Session.split``.
-        init: initial weights of a new model, "mtm" or "paper". With "paper" a new model also
-            has the authors' sizes and input, see ``mtm.training.model_config``.
+        init: preset of a new model, "mtm" or "paper": its initial weights and, unless a model is
+            given, its sizes and options, see ``mtm.training.model_config``.
         precision: "float32", "bf16" (bfloat16 autocast, weights in float32), or "auto": bf16 on
             GPUs that support it.
         compile: mode of ``torch.compile`` for the encoder, or "none". "reduce-overhead" uses CUDA

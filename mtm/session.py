@@ -226,6 +226,8 @@ class Session:
         if split is None:
             digest = hashlib.sha256(f"{self.name}|{seed}".encode()).digest()
             generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+            # Rank of each trial in a random order of all recorded trials (argsort inverts the
+            # permutation): the first 20 % are test trials, the next 10 % validation trials.
             rank = np.argsort(generator.permutation(self.n_recorded))[self.trial_ids]
             n_test = max(1, round(0.2 * self.n_recorded))
             n_val = max(1, round(0.1 * self.n_recorded))
@@ -238,7 +240,10 @@ class Session:
         return split
 
     def select(self, trials: ArrayLike | None = None, neurons: ArrayLike | None = None) -> Session:
-        """Make a session of some trials and neurons (indices or masks); splits follow."""
+        """Make a session of some trials and neurons (indices or masks).
+
+        Each trial stays in its part of the split.
+        """
         kept = np.arange(self.n_trials)[slice(None) if trials is None else np.asarray(trials)]
         units = np.arange(self.n_neurons)[slice(None) if neurons is None else np.asarray(neurons)]
         fields = ("name", "subject", "bin_size", "window", "n_recorded", "provenance")

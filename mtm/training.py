@@ -42,13 +42,12 @@ VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask
 # --------------------------------------------------------------------------------------------- loss
 
 
-def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """Return the Poisson negative log-likelihood of the target entries, without log(count!).
+def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor) -> Tensor:
+    """Return the Poisson negative log-likelihood, without log(count!), summed over the targets.
 
-    All tensors are (B, T, N); ``reduction`` is "mean" or "sum", over the targets.
+    All tensors are (B, T, N).
     """
-    total = torch.where(target, poisson_nll(log_rates, counts), 0.0).sum()
-    return total / target.sum().clamp(min=1) if reduction == "mean" else total
+    return torch.where(target, poisson_nll(log_rates, counts), 0.0).sum()
 
 
 def accumulate(
@@ -76,7 +75,7 @@ def accumulate(
         with autocast(model.device, config.precision):
             log_rates = model.forward_many([batch for _, batch in group])
         parts = [
-            weights[i] * masked_loss(out.float(), batch.counts, batch.mask.target, "sum")
+            weights[i] * masked_loss(out.float(), batch.counts, batch.mask.target)
             for out, (i, batch) in zip(log_rates, group, strict=True)
         ]
         torch.stack(parts).sum().backward()
@@ -123,6 +122,7 @@ class Trainer:
         self.per_epoch = steps_per_epoch(data, config)
         # What the caller has frozen stays frozen.
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        # At least one epoch, and at least one left for all parameters.
         some = min(max(1, round(config.session_layers_share * config.epochs)), config.epochs - 1)
         phases = {"all": 0, "session-layers": config.epochs, "session-layers-then-all": some}
         self.first_phase = phases[config.tune]  # epochs that train session layers only
@@ -215,7 +215,7 @@ class Trainer:
             self.sampler.reseed(seed_of(config.seed, "masks", step, i))
             name = self.sampler.choose()
             places.append((session.name, name))
-            if i in range(len(batches))[mine]:
+            if i % distributed.processes() == distributed.rank():  # this process's share
                 counts = session.batch(trials)
                 mask = self.sampler.draw(name, counts, session.regions)
                 drawn.append(Batch(counts, name, mask, session.name))
@@ -332,8 +332,8 @@ def _validation_gain(model: MtM, one: SessionData, name: str, config: TrainConfi
             mask = sampler.draw(name, counts, regions)
             with autocast(model.device, config.precision):
                 log_rates = model(counts, name, mask, one.name).float()
-            found[0] += masked_loss(null, counts, mask.target, "sum")
-            found[0] -= masked_loss(log_rates, counts, mask.target, "sum")
+            found[0] += masked_loss(null, counts, mask.target)
+            found[0] -= masked_loss(log_rates, counts, mask.target)
             found[1] += (counts * mask.target).sum()
     return found
 
@@ -417,7 +417,8 @@ def fit(
             A run that was stopped resumes when ``fit`` is called again with the same arguments; on
             a CPU it ends with exactly the weights of a run that was not stopped.
         restart: delete the run in the folder and start anew.
-        save_every: seconds between two saves within an epoch (four times the model's size).
+        save_every: seconds between saves within an epoch. A save holds the weights, the best
+            weights and the optimizer's state, four times the model's size.
         progress: show progress.
         on_validation: called with the history after each validation, as ``mtm.plots.live()``.
         **changes: single settings of :class:`TrainConfig`.

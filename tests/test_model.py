@@ -254,7 +254,7 @@ def test_latents_of_the_model_are_those_of_the_path_or_of_the_encoder():
         with torch.no_grad():  # the readout hands on the latents of the bin itself
             direct.own.zero_()
             direct.readout.weight.copy_(torch.eye(N_NEURONS, direct.readout.in_features))
-        [added] = model.direct([Batch(counts, None, nothing_hidden(counts), "a")])
+        [added] = model.direct_log_rates([Batch(counts, None, nothing_hidden(counts), "a")])
         torch.testing.assert_close(found, added[..., :3])
 
 

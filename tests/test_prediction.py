@@ -113,7 +113,11 @@ def small_model(session, **fields):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     "fields",
-    [{"input_counts": "raw"}, {"tokenizer": "ndt2"}, {"positions": "rotary"}],
+    [
+        {"input_counts": "raw", "own_history": False, "latents": 0},
+        {"tokenizer": "ndt2"},
+        {"positions": "rotary"},
+    ],
     ids=str,
 )
 def test_equals_one_forward_pass_for_each_neuron_and_trial(fields, task, session):
