@@ -467,6 +467,8 @@ def fit_low_rank(
     The rank is chosen for the scheme "neuron".
     """
     sessions, ranks = [data] if isinstance(data, Data) else data, ranks or RANKS
+    if min(ranks) < 2:  # two filters for each direction
+        raise ValueError(f"ranks must be 2 or more, got {ranks}")
     spikes = sum(float(data.counts["train"].sum()) for data in sessions)
     penalty = 2.0 ** round(np.log2(2 * max(spikes, 1) ** 0.5))
     with_regions = [data for data in sessions if data.regions]

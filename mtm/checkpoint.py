@@ -31,7 +31,7 @@ from mtm.official import OfficialMtM
 
 MODEL, CONFIG, RUN, HISTORY = "model.safetensors", "config.json", "run.safetensors", "history.jsonl"
 HEADER = "mtm"  # key of the JSON description in a file's header
-VERSION = 3
+VERSION = 4
 CLASSES: dict[str, type[MtM]] = {"mtm": MtM, "official": OfficialMtM}
 
 SHIPPED = Path(__file__).parent / "weights"

@@ -83,7 +83,7 @@ HELP = {  # of the arguments of all commands
     "report": "file for the tables, by neuron, as JSON",
     "restart": "begin anew, and replace what OUT holds",
     "save_every": "seconds between two saved states of the run",
-    "seed": "same seed, same data; for export, of each model (default 43, 44, ...)",
+    "seed": "same seed, same data; for export, of each model, else 43, 44, ...",
     "sessions": "session files, or one folder; for simulate, how many",
     "split": "ts1, ts2 or pretrain: of the file's splits; auto is the one that scores its units",
     "split_seed": "of the split whose test trials are scored (default that of the training; "
@@ -177,7 +177,7 @@ def _command(
         more: dict[str, Any] = {}
         if argument.kind is argument.KEYWORD_ONLY and default is argument.empty:
             more = {"required": True}
-        elif default not in (None, False, argument.empty):
+        elif default is not None and default is not False and default is not argument.empty:
             text += f" (default {default})"
         if argument.name in CHOICES:
             more["choices"] = CHOICES[argument.name]
@@ -196,12 +196,13 @@ def _add(
     if kind == "bool":
         flag["action"] = argparse.BooleanOptionalAction
     elif kind.startswith("dict"):
-        flag |= {"nargs": "+", "type": _pair}
+        flag |= {"nargs": "+", "type": _pair, "metavar": "NAME=VALUE"}
     elif many := re.match(r"(?:list|tuple)\[(\w+)", kind):
         flag |= {"nargs": "+", "type": types.get(many[1], str)}
     elif optional and kind in ("int", "float"):
         number = types[kind]
         flag["type"] = lambda text: None if text == "none" else number(text)
+        flag["type"].__name__ = kind  # in error messages
     else:
         flag["type"] = types.get(kind, str)
     parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **flag | more)

@@ -88,6 +88,8 @@ class MtMConfig:
         for name in ("width", "depth", "heads", "mlp_width", "stitch_width", "patch_size"):
             if (size := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if self.latents < 0 or not 0 <= self.latent_dropout < 1:
+            raise ValueError("latents must be 0 or more, latent_dropout at least 0 and below 1")
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
@@ -257,7 +259,8 @@ class DirectPaths(nn.Module):
         precision = (visible[:, None] * self.loadings) @ self.loadings.T  # (B, R, R)
         noise = self.log_noise[: z.shape[1]].exp()[:, None]  # (1 + scales, 1)
         noise = torch.diag_embed(noise.expand(-1, len(self.loadings)))
-        return torch.linalg.solve(precision[:, None] + noise, z.mT).mT
+        # solve_ex, unlike solve, does not wait for the device to look for errors.
+        return torch.linalg.solve_ex(precision[:, None] + noise, z.mT)[0].mT
 
 
 def own_history(x: Tensor, kernels: Tensor, weights: Tensor, neurons: Tensor | None) -> Tensor:
@@ -626,8 +629,8 @@ class MtM(nn.Module):
             inputs, hidden, causal = [], [], []
             for counts, _, mask, _ in (batches[i] for i in places):
                 inputs.append(self.masked_input(counts, mask, layers))
-                hidden.append(mask.hidden)
-                causal.append(torch.full_like(mask.hidden[:, 0, 0], mask.causal))
+                hidden.append(mask.hidden.expand_as(counts))
+                causal.append(torch.full_like(counts[:, 0, 0], mask.causal, dtype=torch.bool))
             # Without autocast: bfloat16 has too few digits to solve linear equations.
             with torch.autocast(self.device.type, enabled=False):
                 added = layers.direct(*map(torch.cat, (inputs, hidden, causal)), neurons)
@@ -676,7 +679,8 @@ class MtM(nn.Module):
             found = x.unflatten(1, (self.n_bins, -1)).mean(dim=2)
         else:
             x = self.masked_input(counts, mask, layers).clamp(max=LARGEST_INPUT)
-            hidden = torch.zeros_like(x, dtype=torch.bool) if mask is None else mask.hidden
+            hidden = torch.zeros_like(x, dtype=torch.bool)
+            hidden = hidden if mask is None else mask.hidden | hidden
             none = x.new_zeros(len(x), 0, self.n_bins, self.n_bins)  # no kernel: each bin alone
             found = layers.direct.population_latents(x, hidden, none)[:, 0]
         self.train(was_training)

@@ -82,9 +82,13 @@ def psth(session: Session, neuron: int, by: str = "choice", ax: Axes | None = No
 
 
 def psth_grid(
-    session: Session, rates: np.ndarray, neurons: Sequence[int], trials: np.ndarray
+    session: Session,
+    rates: np.ndarray,
+    neurons: Sequence[int],
+    trials: np.ndarray,
+    by: str = "choice",
 ) -> Figure:
-    """PSTHs of several neurons, observed (thin) and predicted (thick), for each choice.
+    """PSTHs of several neurons, observed (thin) and predicted (thick), for each value of ``by``.
 
     ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',).
     """
@@ -94,8 +98,8 @@ def psth_grid(
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for ax, neuron in zip(axes.flat, neurons, strict=False):
         observed = session.counts[trials, :, neuron]
-        _draw_psth(session, observed, "choice", trials, ax, lw=0.8, alpha=0.6)
-        _draw_psth(session, rates[..., neuron], "choice", trials, ax, lw=2)
+        _draw_psth(session, observed, by, trials, ax, lw=0.8, alpha=0.6)
+        _draw_psth(session, rates[..., neuron], by, trials, ax, lw=2)
         ax.set_title(_name(session, neuron), fontsize=9)
     for ax in axes.flat[len(neurons) :]:
         ax.set_visible(False)
@@ -107,16 +111,18 @@ def psth_grid(
 
 
 def before_and_after(
-    session: Session, rates: np.ndarray, neuron: int, trials: np.ndarray, by: str = "choice"
+    session: Session, rates: np.ndarray, neuron: int, trials: np.ndarray, by: str | None = None
 ) -> Figure:
     """Single trials of one neuron: its spikes, and the rates predicted while it was hidden.
 
-    ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',), shown sorted by a
-    behaviour.
+    ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',), sorted by the
+    behaviour ``by``, if one is named.
     """
     figure = plt.figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    order = np.argsort(session.behaviour[by][trials], kind="stable")
+    order = np.arange(len(trials))
+    if by is not None:
+        order = np.argsort(session.behaviour[by][trials], kind="stable")
     images = {"spikes": session.counts[trials], "predicted while hidden": rates}
     for ax, (title, source) in zip(axes, images.items(), strict=True):
         image = source[order, :, neuron] / session.bin_size
@@ -125,7 +131,7 @@ def before_and_after(
         ax.axvline(0, color=RED, lw=1)
         ax.set(title=title, xlabel=TIME)
         figure.colorbar(shown, ax=ax, label="Hz")
-    axes[0].set_ylabel(f"trials, sorted by {by}")
+    axes[0].set_ylabel("trials" if by is None else f"trials, sorted by {by}")
     figure.suptitle(_name(session, neuron), fontsize=10)
     return figure
 

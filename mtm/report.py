@@ -195,6 +195,8 @@ class Report:
         With the honest null, the default, the mean rates have a share of 0 by construction. Tasks
         without this column in both reports are left out.
         """
+        if set(self.sessions) != set(ceiling.sessions):
+            raise ValueError(f"not the same sessions: {[*self.sessions]} and {[*ceiling.sessions]}")
         means, best = (
             {task: s.mean(column) for task, s in report.tasks.items() if column in s.table}
             for report in (self, ceiling)
@@ -314,6 +316,8 @@ def score_table(reports: Mapping[str, Report], column: str | None = None) -> str
         }
         for name, report in reports.items()
     }
+    if not any(means.values()):
+        raise ValueError(f"no report has a column {column!r}")
     return _text(pd.DataFrame.from_dict(means, orient="index"))
 
 

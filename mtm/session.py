@@ -162,6 +162,8 @@ class Session:
     def _check_split(self, split: Sequence[ArrayLike]) -> Split:
         masks = np.zeros((3, self.n_trials), dtype=int)  # one for each part
         for mask, part in zip(masks, map(np.asarray, split), strict=True):
+            if part.dtype == bool and part.shape != mask.shape:
+                self._fail("given_split", f"a mask of {part.shape}, not of {self.n_trials} trials")
             if part.dtype != bool and part.size and not 0 <= part.min() <= part.max() < len(mask):
                 self._fail("given_split", f"trials outside 0..{self.n_trials - 1}")
             mask[part if part.dtype == bool else part.astype(np.int64)] = 1
@@ -344,7 +346,7 @@ class Session:
         """Bin one array of spike times (seconds) for each neuron, as :meth:`from_spike_times`."""
         ids = np.arange(len(trains))
         clusters = np.repeat(ids, [np.size(train) for train in trains])
-        times = np.concatenate([np.asarray(train, dtype=float) for train in trains])
+        times = np.concatenate([np.ravel(np.asarray(train, dtype=float)) for train in trains])
         return cls.from_spike_times(times, clusters, align_times, clusters=ids, **fields)
 
     # ------------------------------------------------------------ files

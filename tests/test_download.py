@@ -89,3 +89,14 @@ def test_a_file_that_changed_and_one_that_is_not_there(server, tmp_path):
 def test_public_addresses_have_no_secrets():
     assert public("https://me:pw@host/a?signature=s#t") == "https://host/a"
     assert public("OSError: https://host/a?token=s failed") == "OSError: https://host/a"
+
+
+def test_a_cut_file_is_fetched_again_and_a_refusal_is_not_asked_for_twice(server, tmp_path):
+    path = tmp_path / "file"
+    download(f"{server.url}/file", path, **WANTED)
+    path.write_bytes(CONTENT[:10])
+    assert download(f"{server.url}/file", path, **WANTED).read_bytes() == CONTENT
+    server.asked.clear()
+    with pytest.raises(ConnectionError, match="404"):
+        download(f"{server.url}/other", tmp_path / "other", **WANTED)
+    assert len(server.asked) == 1

@@ -596,3 +596,28 @@ def test_the_same_code_reads_a_server(read, tmp_path, server, capfd):
     offline = ibl.load_session(ibl.connect(cache), EID)
     np.testing.assert_array_equal(offline.counts, local.counts)
     assert capfd.readouterr() == ("", "")
+
+
+def test_tables_and_files_that_are_incomplete(tmp_path):
+    """An empty camera, metrics without labels, a spike without a time, an event of its own file."""
+    alf = write_alf(make_session(), tmp_path) / "alf"
+    for name in ("_ibl_leftCamera.times.npy", "leftCamera.ROIMotionEnergy.npy"):
+        values = np.load(alf / name)
+        np.save(alf / name.replace("left", "right"), values)
+        np.save(alf / name, values[:0])
+    table = alf / SORTING / "clusters.metrics.pqt"
+    if table.exists():
+        pd.read_parquet(table).drop(columns="label").to_parquet(table)
+    times = np.load(alf / SORTING / "spikes.times.npy")
+    times[-1] = np.nan
+    np.save(alf / SORTING / "spikes.times.npy", times)
+    onset = pd.read_parquet(alf / "_ibl_trials.table.pqt")["stimOn_times"].to_numpy()
+    np.save(alf / "_ibl_trials.stimOff_times.npy", onset + 0.1)
+    index_alf(tmp_path)
+    one = ibl.connect(tmp_path)
+    with pytest.warns(UserWarning, match="left out 1 without a time"):
+        found = ibl.load_session(one, EID, align="stimOff_times", probes="probe00")
+    assert found.provenance["camera"] == "right" and found.n_trials == K
+    assert not np.isnan(found.behaviour["whisker-motion-energy"]).all()
+    # Another session of the same subject goes beside it.
+    assert write_alf(make_session(), tmp_path, number=2).name == "002"

@@ -497,3 +497,11 @@ def test_describe(path):
     )
     assert "LP': 2, 'none': 2" in text and "pair (many)" in text and "note (text)" in text
     assert "intervals/trials: 40 rows" in text and "Position/head: shape (7000, 2)" in text
+
+
+def test_names_are_lists_and_files_exist(tmp_path):
+    for wrong in ({"behaviour": "side"}, {"traces": "wheel"}, {"behaviour": {"choice": "side"}}):
+        with pytest.raises(TypeError, match="lists of names"):
+            nwb.load_session(tmp_path / "none.nwb", **wrong)
+    with pytest.raises(SessionError, match=r"none\.nwb does not exist"):
+        nwb.load_session(tmp_path / "none.nwb")

@@ -156,3 +156,11 @@ def test_json_and_one_table_hold_everything(joined, tmp_path, sessions):
             pd.testing.assert_frame_equal(
                 other.reset_index(drop=True), scores.table, atol=1e-6, check_dtype=False
             )
+
+
+def test_other_sessions_and_unknown_columns_are_refused():
+    one, other = (Report({}, {name: {"trials": 1, "neurons": 1}}) for name in "ab")
+    with pytest.raises(ValueError, match="not the same sessions"):
+        one.share(other)
+    with pytest.raises(ValueError, match="no report has a column 'bps'"):
+        score_table({"a": one}, "bps")

@@ -181,7 +181,11 @@ def search(
     found = []
     for session in (_OneSession(one, eid) for eid in eids):
         places = [c for c in _sortings(session, None).values() if session.find(LOCATIONS, c)]
-        ids = [np.abs(np.nan_to_num(session.load(LOCATIONS, place))) for place in places]
+        try:
+            ids = [np.abs(np.nan_to_num(session.load(LOCATIONS, place))) for place in places]
+        except SessionError as error:  # the other sessions can still be searched
+            warnings.warn(f"{error}; left out of the search", UserWarning, stacklevel=2)
+            continue
         found += [session.name] * any(np.isin(each, inside).any() for each in ids)
     return found
 
@@ -286,6 +290,8 @@ def _trials(session: _OneSession, align: str, trial_filter: str | None) -> pd.Da
     """The trials to use; their index is the row in the table."""
     table, path = session.load("trials.table"), session.find("trials.table") or ""
     with session.reading(path):
+        if align not in table and session.find(f"trials.{align}"):  # in a file of its own
+            table[align] = session.load(f"trials.{align}")
         if align not in table:
             events = sorted(name for name in table if name.endswith("_times"))
             session.fail(path, f"no column {align!r} to align to; there are {events}")
@@ -350,7 +356,7 @@ def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, s
         if match := re.fullmatch(pattern, path):
             found.setdefault(match[1], []).append(match[2] or "")
     present = {path.split("/")[1] for path in session.paths if path.startswith("alf/probe")}
-    names = present if wanted is None else {*wanted}
+    names = present if wanted is None else {wanted} if isinstance(wanted, str) else {*wanted}
     if not names & set(found) or names - present:
         problem = f"no spike sorting in {sorted(names)}; there are {sorted(found)}"
         session.fail("alf/probe*/*/spikes.times.npy", problem)
@@ -395,6 +401,10 @@ def _probe(
     times = session.load("spikes.times", collection, remedy)
     ids = session.load("spikes.clusters", collection, remedy).astype(np.int64)
     spikes = pd.DataFrame({"time": times, "cluster": ids})
+    timed = np.isfinite(spikes["time"])
+    if not timed.all():
+        session.warn(f"{collection}/spikes.times", f"left out {(~timed).sum()} without a time")
+    spikes = spikes[timed]
     if not spikes["cluster"].between(0, len(channels) - 1).all():
         raise ValueError(f"spikes of cluster {ids.max()}, but only {len(channels)} clusters")
     clusters = pd.DataFrame({"probe": probe, "cluster": np.arange(len(channels))})
@@ -408,6 +418,9 @@ def _probe(
             if name == "uuids":
                 found = found.iloc[:, 0].to_numpy(str)
             elif name == "metrics":  # clusters without a spike have no row
+                found = found if "cluster_id" in found else found.reset_index()
+                if "label" not in found:
+                    continue
                 label = found.drop_duplicates("cluster_id").set_index("cluster_id")["label"]
                 found = label.reindex(clusters["cluster"]).to_numpy(np.float64)
             clusters[column] = found
@@ -453,8 +466,9 @@ def _whisker(session: _OneSession) -> Trace:
         try:
             energy = session.load(f"{camera}Camera.ROIMotionEnergy")
             times = session.load(f"{camera}Camera.times")
-            if not 0 <= (surplus := len(times) - len(energy)) <= max(5, 0.01 * len(energy)):
-                session.fail(f"{camera}Camera", f"{len(energy)} energies, {len(times)} times")
+            n, surplus = len(energy), len(times) - len(energy)
+            if n == 0 or not 0 <= surplus <= max(5, 0.01 * n):
+                session.fail(f"{camera}Camera", f"{n} energies, {len(times)} times")
             session.provenance["camera"] = camera
             return {"whisker-motion-energy": ordered_samples(times[surplus:], energy)}
         except SessionError as error:

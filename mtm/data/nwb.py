@@ -16,7 +16,7 @@ only the datasets that are used are fetched. `describe` lists what a file has.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ def load_session(
     Raises:
         SessionError: naming session, dataset and remedy.
     """
+    if isinstance(behaviour, str | Mapping) or isinstance(traces, str | Mapping):
+        raise TypeError("behaviour and traces are lists of names of columns and series")
     with _opened(source) as file:
         fields = _units(file, region) | _trials(file, trials, align, behaviour)
         fields["traces"] = {name: _samples(file, name) for name in traces}
@@ -144,6 +146,8 @@ def _opened(source: str | Path) -> Iterator[_NwbFile]:
     shown = public(address) if remote else address
     file = _NwbFile(shown, origin="NWB", source=shown)
     h5py = optional("h5py", "nwb")
+    if not remote and not Path(source).is_file():
+        file.fail("file", f"{shown} does not exist; check the path")
     with file.reading("file", f"check the address, or pass the path of a copy of {shown}"):
         with h5py.File(_stream(file, address) if remote else address, "r") as file.h5:
             if "nwb_version" not in file.h5.attrs:
@@ -309,4 +313,6 @@ def _samples(file: _NwbFile, name: str) -> tuple[np.ndarray, np.ndarray]:
             start = group["starting_time"]
             times = float(file.read(start)) + np.arange(len(values)) / start.attrs["rate"]
         values = values * data.attrs.get("conversion", 1.0) + data.attrs.get("offset", 0.0)
+        if "channel_conversion" in group:
+            values *= file.read(group["channel_conversion"])[column]
         return ordered_samples(times, values)

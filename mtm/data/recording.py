@@ -121,7 +121,8 @@ def download(url: str, path: str | Path, *, size: int, etag: str, progress: bool
     """
     path = Path(path)
     mark = path.with_name(f"{path.name}.etag")
-    if path.is_file() and mark.is_file() and mark.read_text() == etag:
+    whole = path.is_file() and path.stat().st_size == size
+    if whole and mark.is_file() and mark.read_text() == etag:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{re.sub('[^0-9A-Za-z-]', '_', etag)}.part")
@@ -135,6 +136,9 @@ def download(url: str, path: str | Path, *, size: int, etag: str, progress: bool
                 try:
                     _append(url, part, etag, bar)
                 except NETWORK as error:
+                    code = getattr(error, "code", 500)
+                    if code < 500 and code not in (408, 429):  # an answer that stays
+                        raise ConnectionError(f"{public(url)}: {error}") from error
                     problem = error
     if (have := part.stat().st_size) != size:
         if have > size:

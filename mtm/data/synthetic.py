@@ -32,8 +32,8 @@ ORIGIN = "mtm.alf"  # marks the tables that index_alf makes, and seeds ids, so i
 BWB_ORIGIN = "mtm.simulate"
 
 
-def write_alf(session: Session, root: str | Path) -> Path:
-    """Write a session as an ALF session folder ``root/simlab/Subjects/<subject>/2026-01-02/001``.
+def write_alf(session: Session, root: str | Path, number: int = 1) -> Path:
+    """Write a session as ALF: ``root/simlab/Subjects/<subject>/2026-01-02/<number>``.
 
     It is read back with its neurons grouped by probe. The wheel turns with ``wheel-speed``, in
     opposite directions for the two choices. Depths and ids that are not there are made up.
@@ -45,6 +45,7 @@ def write_alf(session: Session, root: str | Path) -> Path:
             ``label``, ``uuid``. The window's 0 becomes the stimulus onset. The folder has the name
             of the subject, or else of the session.
         root: folder of the tree.
+        number: of the session; another one for each session of a subject.
 
     Raises:
         SessionError: behaviour that is missing or NaN, a region that is no Allen acronym, a subject
@@ -65,11 +66,12 @@ def write_alf(session: Session, root: str | Path) -> Path:
         sorting = _alf_probe(session, np.flatnonzero(probes == probe), probe, stimulus, stop)
         files |= {f"{probe}/pykilosort/{name}": content for name, content in sorting.items()}
 
-    path = Path(root) / "simlab" / "Subjects" / subject / "2026-01-02" / "001"
+    path = Path(root) / "simlab" / "Subjects" / subject / "2026-01-02" / f"{number:03d}"
     alf = path / "alf"
     present = {file.relative_to(alf).as_posix() for file in alf.rglob("*.*")}
     if other := sorted(present - set(files)):
-        raise SessionError(f"{alf} holds another recording's {other[0]}; pass another root")
+        problem = f"holds another recording's {other[0]}; pass another root or number"
+        raise SessionError(f"{alf} {problem}")
     for name, content in files.items():
         (alf / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, np.ndarray):
