@@ -34,7 +34,7 @@ import pandas as pd
 
 from mtm.binning import n_bins
 from mtm.data.recording import Recording, ordered_samples, wheel_speed
-from mtm.session import Session
+from mtm.session import Session, SessionError
 
 ORIGIN = "Steinmetz et al. 2019, 10.6084/m9.figshare.9598406"
 TICK = 2 * np.pi / 1440  # rad; the wheel's encoder has 1,440 ticks a turn
@@ -88,6 +88,8 @@ def load_session(
     if units not in (None, "good") or trial_filter not in (None, "included"):
         raise ValueError(f"units may be 'good', got {units!r}; trial_filter 'included', got "
                          f"{trial_filter!r}")  # fmt: skip
+    if not Path(folder).is_dir():
+        raise SessionError(f"{folder}: no such folder")
     files = _Folder(folder)
     trials, counted = _trials(files, align, trial_filter)
     neurons = _clusters(files)
