@@ -100,11 +100,7 @@ HELP = {  # of the arguments of all commands
     "workers": "processes (default one per core, up to 4)",
     **dict.fromkeys(SEARCH, "search ONE: only sessions of it (quality: so good or better)"),
 }
-CHOICES = {
-    "recipe": (*RECIPES,),
-    "baselines": (*BASELINES,),
-    "tokenizer": MODEL_CHOICES["tokenizer"],
-}
+CHOICES = {"recipe": RECIPES, "baselines": BASELINES, "tokenizer": MODEL_CHOICES["tokenizer"]}
 ERRORS = (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeError, AssertionError)
 
 
@@ -482,10 +478,8 @@ def run_export(
     files = [path for path in inputs if not path.is_dir()]
     if not folders or not files:
         raise ValueError("name one or more folders of models, and one or more session files (.h5)")
-    models, predictions = (
-        [checkpoint.load(f).to(_device(device)) for f in folders],
-        out / "predictions",
-    )
+    models = [checkpoint.load(folder).to(_device(device)) for folder in folders]
+    predictions = out / "predictions"
     submission.export(models, files, predictions, label, tasks=tasks, seeds=seed, progress=True)
     path = out / f"{label}.zip"
     submission.pack(predictions, label, path, files, deterministic=deterministic)

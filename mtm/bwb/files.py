@@ -82,9 +82,6 @@ def list_sessions(
         build: "selected_units" (tasks on single units) or "all_units" (tasks on behaviour).
         regime: "eval" (29 sessions) or "pretrain" (423).
         base_url: address of the bucket.
-
-    Raises:
-        ConnectionError: when the server cannot be reached or lists no session files.
     """
     base, prefix = base_url.rstrip("/"), f"brainsets/{build}/{DATASET}/{regime}/"
     entries, query = [], {"list-type": "2", "prefix": prefix}
@@ -136,9 +133,9 @@ def load_session(
 ) -> Session:
     """Load a session file: its units, trials, behaviour and split.
 
-    A trial belongs to a part of the split if its whole window lies in that part; trials in no part
-    (the benchmark leaves gaps) stay in the session. Files to pretrain on have no test part. Trials
-    that reach beyond the first or last spike are left out. ``provenance["trials"]`` counts them.
+    A trial belongs to the part of the split in which its whole window lies; trials in no part stay
+    in the session. Trials that reach beyond the first or last spike are left out.
+    ``provenance["trials"]`` counts both.
 
     Args:
         path: a file from `download`.
@@ -154,11 +151,6 @@ def load_session(
         trial_filter: "valid" keeps the benchmark's valid trials: a choice was made, reaction times
             are 0 to 10 s, and no event is missing.
         stride: seconds between the starts of "ts2" windows; 0.02 in the benchmark's tests.
-
-    Raises:
-        SessionError: when the file is missing or damaged, or lacks what is asked for.
-        ValueError: for an unknown option.
-        ImportError: without the ``[bwb]`` extra.
     """
     cut = isinstance(align, str) and align == "ts2"
     window = ((0.0, 1.0) if cut else (-0.5, 1.5)) if window is None else window
@@ -197,9 +189,6 @@ def ts2_windows(
         stride: seconds; 0.02 in the benchmark's tests, 0.06 in its validation.
         length: seconds.
         split: "ts2", or another split of the file.
-
-    Raises:
-        SessionError: when the file is missing or damaged, or has no such part.
     """
     with open_file(path) as file:
         return _windows(file, file.intervals(f"{split}_{part}_domain"), stride, length)
@@ -364,17 +353,20 @@ def _behaviour(file: SessionFile, align: str) -> dict[str, np.ndarray]:
     }
 
 
+def inside(spans: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Which intervals (K, 2) lie in one of a part's (n, 2); (K,) bool."""
+    begun = spans[:, None, 0] >= part[:, 0] - _TOLERANCE
+    return np.any(begun & (spans[:, None, 1] <= part[:, 1] + _TOLERANCE), axis=1)
+
+
 def _membership(
     file: SessionFile, events: np.ndarray, window: tuple[float, float], parts: dict[str, np.ndarray]
 ) -> Split | None:
     """The trials of each part: those whose window lies in one of its intervals."""
     if not parts:
         return None
-    start, stop = events[:, None] + window[0] + _TOLERANCE, events[:, None] + window[1] - _TOLERANCE
-    members = {part: np.zeros(0, dtype=np.int64) for part in Split._fields}
-    for part, bounds in parts.items():
-        inside = (start >= bounds[:, 0]) & (stop <= bounds[:, 1])
-        members[part] = np.flatnonzero(inside.any(axis=1))
+    spans, nowhere = events[:, None] + np.array(window), np.zeros((0, 2))
+    members = {p: np.flatnonzero(inside(spans, parts.get(p, nowhere))) for p in Split._fields}
     outside = len(events) - sum(map(len, members.values()))
     file.provenance["trials"]["in no part of the split"] = outside
     return Split(**members)

@@ -37,7 +37,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from mtm import decoding
-from mtm.bwb.files import SPLITS, SUITES, load_session, open_file, ts2_windows
+from mtm.bwb.files import SPLITS, SUITES, inside, load_session, open_file, ts2_windows
 from mtm.data.recording import Recording
 from mtm.files import atomic_write
 from mtm.prediction import PredictorLike, Queries, predict_queries, require_unseen
@@ -148,12 +148,12 @@ class BenchmarkSession(Recording):
             if place not in file.file or (spec.group and series not in file.file):
                 return Trials(*[np.zeros(0, dtype=np.int64)] * 4)
             rows, bounds = file.column(f"{place}/trial_index"), file.intervals(place)
-            keep = _inside(bounds, file.intervals(f"ts1_{part}_domain"))
+            keep = inside(bounds, file.intervals(f"ts1_{part}_domain"))
             if spec.classes:
                 values = file.column(f"{place}/{name}").astype(np.int64)[:, None]
                 trusted = np.ones((len(rows), BINS), dtype=bool)
             else:
-                keep &= _inside(bounds, file.intervals(f"{spec.group}/domain"))
+                keep &= inside(bounds, file.intervals(f"{spec.group}/domain"))
                 samples = file.column(series).astype(np.float64)
                 known = np.isfinite(samples)
                 if spec.group == "paws":
@@ -204,12 +204,6 @@ class BenchmarkSession(Recording):
         return index | {"targets": counts[:, bins][:, :, units].astype(np.float32)}
 
 
-def _inside(bounds: np.ndarray, domain: np.ndarray) -> np.ndarray:
-    """Which intervals (K, 2) lie in one of the domain's (n, 2); (K,) bool."""
-    begun = bounds[:, None, 0] >= domain[None, :, 0] - 1e-9
-    return np.any(begun & (bounds[:, None, 1] <= domain[None, :, 1] + 1e-9), axis=1)
-
-
 # ----------------------------------------------------------------------------- predictions
 
 
@@ -238,10 +232,6 @@ def predict_task(
     Returns:
         `BenchmarkSession.index` and ``predictions``. TS2: (W, 50 or 5, n) log-rates of what was
         hidden. TS1: (K, 1, C) or (K, 50, 1) float32. ``None`` where the file lacks the behaviour.
-
-    Raises:
-        SessionError: for too few trials to fit a decoder.
-        ValueError: for predictions of a wrong shape, or NaN or infinite ones.
     """
     spec, index = TASKS[task], recording.index(task)
     if index is None:
@@ -404,10 +394,9 @@ def models_for(
 def require_untrained(models: dict[int, PredictorLike], recording: BenchmarkSession) -> None:
     """Raise a SessionError for models (seed -> model) that were trained on the test part.
 
-    Training time of one suite is test time of the other. A model's training trials are compared
-    with all windows in the test part that training with any split of the file cuts, and with those
-    of the behaviour tasks. Windows one second apart suffice: whatever the stride, the first and the
-    last window of each trial are the same.
+    A model's training trials are compared with the windows in the test part that training with any
+    split of the file cuts, and with those of the behaviour tasks. Windows one second apart suffice:
+    whatever the stride, the first and the last window of each trial are the same.
     """
     suite = SUITES[recording.build]
     with open_file(recording.path) as file:
@@ -484,9 +473,6 @@ def check(
         files: the session files, of each build whose tasks are in the folder.
         label: which to check. Default: the only one.
         deterministic: accept one seed, as is declared with the upload.
-
-    Raises:
-        SessionError: when a session file cannot be read.
     """
     folder, recordings = Path(folder), [BenchmarkSession(path) for path in files]
     labels = sorted(path.name for path in folder.glob("*") if path.is_dir())
@@ -646,9 +632,6 @@ def score(
         (task, session, seed) -> the scorer's metrics: ``poisson_d2`` and ``bps`` (bits per spike,
         pooled over units) for TS2; ``bacc``, ``r2`` or ``poisson_d2`` and others for TS1. What the
         scorer cannot match is left out; `check` finds it.
-
-    Raises:
-        ImportError: without the package ``ibl-bwb-eval``.
     """
     try:
         ts1, ts2 = (import_module(f"ibl_bwb_eval.scoring.{suite}") for suite in ("ts1", "ts2"))
