@@ -23,7 +23,6 @@ import evaluate  # noqa: E402
 import prompts  # noqa: E402
 import real_data  # noqa: E402
 import recipe  # noqa: E402
-import threads  # noqa: E402
 import train_step  # noqa: E402
 import weights  # noqa: E402
 
@@ -63,7 +62,6 @@ def test_steps_and_evaluation_are_timed(monkeypatch):
     assert found["step_s"] > 0 and found["step_tflop"] > 0
     args = argparse.Namespace(small=True, model="small", device="cpu", neurons_timed=2, repeats=1)
     assert evaluate.measure(args)["co-smoothing"]["passes"] == 24
-    assert 0 < threads.measure("one thread", 0, epochs=1) < 60
 
 
 def test_a_study_resumes_where_it_was_stopped(small, tmp_path):
