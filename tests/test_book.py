@@ -97,13 +97,15 @@ def test_the_readme_quotes_what_was_measured():
 def test_what_is_said_of_real_recordings_was_measured():
     """The sentences of the README and of the scoreboard's chapter, against the results."""
     results = json.loads((ROOT / "benchmarks/results/real_data.json").read_text("utf-8"))
-    assert len(results["scores"]) == 4  # "on four real recordings"
+    assert len(results["scores"]) == 4 and len(results["one_seed"]) == 2
     activity = ("co-smoothing", "forward-prediction", "inter-region", "intra-region")
-    for session, tasks in results["scores"].items():
+    behind = {}
+    for session, tasks in (results["scores"] | results["one_seed"]).items():
         for task in activity:
             score = {name: mean[0] for name, mean in tasks[task].items()}
-            assert score["MtM"] > max(score["temporal NDT1"], score["random-token NDT2"]), session
-            assert score["MtM"] > score["low-rank GLM"] - 0.005, (session, task)
+            lead = score.pop("MtM") - max(score.values())
+            behind |= {(session, task): round(lead, 3)} if lead < 0 else {}
+    assert behind == {("03_Cori_2016-12-18", "forward-prediction"): -0.006}
     mean = {t: {n: found[0] for n, found in row.items()} for t, row in results["mean"].items()}
     for task in activity:
         assert max(mean[task], key=mean[task].get) == "MtM", task
@@ -114,12 +116,11 @@ def test_what_is_said_of_real_recordings_was_measured():
     assert len(rows) == 6
     for name, cells in rows.items():
         assert cells.split(" | ") == [f"{mean[task][name]:.3f}" for task in activity], name
-    transformers = ("MtM", "temporal NDT1", "random-token NDT2")
     searched = json.loads((ROOT / "benchmarks/results/recipe.json").read_text("utf-8"))["searched"]
     assert len(set(searched) & set(results["scores"])) == 2
-    for name in transformers:
-        assert mean["choice"][name] < mean["choice"]["smoothed counts"]
-    assert mean["choice"]["MtM"] < mean["choice"]["raw counts"]
+    assert mean["choice"]["MtM"] > max(
+        mean["choice"][f"{kind} counts"] for kind in ("raw", "smoothed")
+    )
     wheel = mean["wheel-speed"]
     assert abs(wheel["MtM"] - wheel["raw counts"]) < 0.01
     assert wheel["MtM"] < wheel["smoothed counts"]
