@@ -38,9 +38,9 @@ def main() -> None:
     sessions = common.recordings(options.folder, options.recordings)
     methods = {name: trained(VARIANTS[name]) for name in options.variants}
     how = {"part": "val", "tasks": common.FOUR}
-    seconds = common.run(sessions, methods, options.seeds, options.work, **how)
+    common.run(sessions, methods, options.seeds, options.work, **how)
     whole = common.table(sessions, methods, options.seeds, options.work)
-    facts = common.described(sessions, options) | {"seconds": seconds, "scores": whole}
+    facts = common.described(sessions, options) | {"scores": whole}
     common.write_json(options.out / "direct_paths.json", facts)
     text = "# What the direct paths are worth\n\nValidation trials, bits per spike as in "
     text += "real_data.md. Made by `python benchmarks/direct_paths.py`.\n\n"
