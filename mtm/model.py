@@ -259,8 +259,10 @@ class DirectPaths(nn.Module):
         precision = (visible[:, None] * self.loadings) @ self.loadings.T  # (B, R, R)
         noise = self.log_noise[: z.shape[1]].exp()[:, None]  # (1 + scales, 1)
         noise = torch.diag_embed(noise.expand(-1, len(self.loadings)))
-        # solve_ex, unlike solve, does not wait for the device to look for errors.
-        return torch.linalg.solve_ex(precision[:, None] + noise, z.mT)[0].mT
+        # In float32 at least. solve_ex, unlike solve, does not wait for the device's errors.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        equations = (precision[:, None] + noise).to(exact)
+        return torch.linalg.solve_ex(equations, z.mT.to(exact))[0].mT.to(x.dtype)
 
 
 def own_history(x: Tensor, kernels: Tensor, weights: Tensor, neurons: Tensor | None) -> Tensor:

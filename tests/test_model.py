@@ -258,6 +258,17 @@ def test_latents_of_the_model_are_those_of_the_path_or_of_the_encoder():
         torch.testing.assert_close(found, added[..., :3])
 
 
+def test_a_model_of_bfloat16_weights_predicts_and_masks_broadcast():
+    model, counts = small(**VARIANTS[3]).float(), counts_of().float()
+    hidden = torch.zeros(3, 1, N_NEURONS, dtype=torch.bool)
+    hidden[:, :, 2] = True
+    given = ("neuron", Mask(hidden, hidden), "a")
+    expected = model.predict_log_rates(counts, *given)
+    found = model.bfloat16().predict_log_rates(counts, *given)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.2, rtol=0.1)
+
+
 def test_direct_paths_start_at_zero_and_need_scaled_counts():
     training = np.random.default_rng(0).poisson(1.0, (30, N_BINS, N_NEURONS))
     models = [
