@@ -79,8 +79,9 @@ class TaskScores:
 
     @property
     def each_neuron(self) -> pd.DataFrame:
-        """A row of each neuron, whatever the seeds."""
-        return self.table.drop_duplicates(["session", "neuron"])
+        """A row of each neuron, whatever the seeds; no row of a behaviour."""
+        rows = self.table if self.per_neuron else self.table[:0].reindex(columns=[*LABELS, *COUNTS])
+        return rows.drop_duplicates(["session", "neuron"])
 
     @property
     def neurons(self) -> np.ndarray:
@@ -106,8 +107,8 @@ class TaskScores:
     def over(self, what: str, column: str | None = None, pooled: bool = False) -> Mean:
         """The mean, and its standard error over ``"neurons"``, ``"sessions"`` or ``"seeds"``.
 
-        Over neurons (of activity): their scores are averaged over seeds; the errors of several
-        sessions add up as those of independent means do. Over seeds: of the means over sessions,
+        Over neurons: their scores are averaged over seeds; the errors of several sessions add up as
+        those of independent means do. A behaviour has no neurons, and so no error. Over seeds: of the means over sessions,
         for the seeds that every session has. A single session or seed has no error.
         """
         runs = self._runs(column, pooled)
@@ -118,6 +119,8 @@ class TaskScores:
         if what != "neurons" or pooled:
             known = "'sessions', 'seeds' or (unless pooled) 'neurons'"
             raise ValueError(f"over must be {known}, got {what!r}")
+        if not self.per_neuron:
+            return Mean(self.mean(column), np.nan, 0)
         each = self._by_neuron(column).groupby("session").agg(["mean", "sem", "count"])
         each = each[each["count"] > 0]
         error = np.linalg.norm(each["sem"]) / len(each) if len(each) else np.nan
@@ -130,6 +133,8 @@ class TaskScores:
 
     def by_region(self, column: str | None = None) -> dict[str, Mean]:
         """Region -> mean over its neurons, of all sessions; a neuron's seeds are averaged first."""
+        if not self.per_neuron:
+            return {}
         each = self._by_neuron(column)
         regions = self.each_neuron.set_index(["session", "neuron"])["region"]
         return {name: mean_of(values) for name, values in each.groupby(regions)}

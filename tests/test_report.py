@@ -94,6 +94,9 @@ def test_a_behaviour_has_no_neurons():
     scores = both.tasks["choice"]
     assert scores.over("sessions") == Mean(pytest.approx(0.6), pytest.approx(sem([0.5, 0.7])), 2)
     assert "choice: accuracy 0.600 ± 0.100 (majority 0.500)" in str(both)
+    assert len(scores.neurons) == scores.n_silent == 0 and scores.by_region() == {}
+    value, error, n = scores.over("neurons")
+    assert value == pytest.approx(0.6) and np.isnan(error) and n == 0
 
 
 def test_seeds_are_paired_by_their_number():
