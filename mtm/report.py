@@ -108,8 +108,9 @@ class TaskScores:
         """The mean, and its standard error over ``"neurons"``, ``"sessions"`` or ``"seeds"``.
 
         Over neurons: their scores are averaged over seeds; the errors of several sessions add up as
-        those of independent means do. A behaviour has no neurons, and so no error. Over seeds: of the means over sessions,
-        for the seeds that every session has. A single session or seed has no error.
+        those of independent means do. A behaviour has no neurons, and so no error. Over seeds: of
+        the means over sessions, for the seeds that every session has. A single session or seed has
+        no error.
         """
         runs = self._runs(column, pooled)
         if what == "sessions":
