@@ -2,7 +2,7 @@
 
     python benchmarks/direct_paths.py FOLDER [--recordings NAME ...] [--variants NAME ...]
 
-FOLDER is that of real_data.py. Out come results/direct_paths.json and .md. On 2 cores: 1 hour.
+FOLDER is that of real_data.py. Out come results/direct_paths.json and .md. Takes half an hour.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ VARIANTS = {
     "own history alone": {"latents": 0},
     "population alone": {"own_history": False},
     "no dropout of latents": {"latent_dropout": 0.0},
-    "8 latents": {"latents": 8},
-    "hiding 0.3": {"ratios": {"neuron": 0.3, "intra-region": 0.3}},
-    "two layers": {"depth": 2},
 }
 RECORDINGS = ("03_Cori_2016-12-18", "07_Forssmann_2017-11-05")
 

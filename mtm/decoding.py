@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import joblib
@@ -229,7 +230,7 @@ class Decoder:
         if kind == "counts":
             values = smoothed(session.counts[trials][:, :, inside].astype(np.float64), how)
         elif kind == "latents":
-            values = smoothed(predict_latents(self.predictor, session, trials, ~inside), how)
+            values = smoothed(self._latents[usable], how)
         else:
             queries = Queries(~inside[None], inside[None])
             options = {"batch_size": self.batch_size}
@@ -238,6 +239,11 @@ class Decoder:
         flat, is_test = values.reshape(len(trials), -1), self.is_test[usable]
         self._features[key] = principal_axes(flat[~is_test], flat[is_test])
         return self._features[key]
+
+    @cached_property
+    def _latents(self) -> np.ndarray:
+        """Latents (K, T, R) of all trials, whatever behaviour is decoded and however smoothed."""
+        return predict_latents(self.predictor, self.session, self.trials, ~self.inside)
 
     def _controls(self, usable: np.ndarray, y: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         """Controls without a predictor: computed once, however many predictors are compared."""

@@ -158,8 +158,13 @@ def _evaluate(
         scores[task] = _score(log_rates, session, queries, trials, train_null)
     names = [t for t in asked if t not in TASKS]
     if names:
-        options = split_seed, batch_size, allow_seen
-        decoder = Decoder(predictor, session, None, None, None, *options)
+        decoder = Decoder(
+            predictor,
+            session,
+            split_seed=split_seed,
+            batch_size=batch_size,
+            allow_seen=allow_seen,
+        )
     for name in names:
         try:
             decoded = decoder.decode(name)

@@ -281,7 +281,7 @@ def own_history(x: Tensor, kernels: Tensor, weights: Tensor, neurons: Tensor | N
 def history_kernels(visible: Tensor, causal: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weights of the visible bins in averages for each bin, (B, scales, T, T), itself left out.
 
-    A bin's own share of the sum is counted as 0, which shrinks averages over few bins.
+    Sums are divided by the total weight plus 1, which shrinks averages over few bins towards 0.
 
     Args:
         visible: (B, T) bool, the bins to average.
