@@ -1,9 +1,9 @@
-"""Behaviour from predicted activity: the choice, and behaviours recorded bin by bin.
+"""Behaviour from predicted activity: classes, numbers, and traces recorded bin by bin.
 
 A linear decoder reads the log-rates that a model predicts for every bin and neuron, or the model's
-latents, whichever cross-validates better. It is fitted
-on the training and validation trials, its penalty is chosen by cross-validation there, and it is
-scored on the test trials. Source: arXiv 2407.14668, section 4, and the authors' final code.
+latents, whichever cross-validates better. It is fitted on the training and validation trials, its
+penalty is chosen by cross-validation there, and it is scored on the test trials. Source of the
+choice and of traces: arXiv 2407.14668, section 4, and the authors' final code.
 
 Controls are the scores without activity, from the stimulus alone, from shuffled trials, from the
 raw counts, and from counts smoothed by the Gaussian that cross-validates best.
@@ -11,16 +11,18 @@ raw counts, and from counts smoothed by the Gaussian that cross-validates best.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
+import pandas as pd
 from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, r2_score
+from sklearn.metrics import accuracy_score, confusion_matrix, r2_score, recall_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
@@ -37,8 +39,10 @@ from mtm.prediction import (
 from mtm.session import Session, SessionError
 
 FOLDS = 4
-CHOICE_PENALTIES = np.logspace(-4, 4, 9)  # C of the logistic regression, as the paper
-TRACE_PENALTIES = np.logspace(-3, 6, 10)  # alpha of the ridge regression
+MOST_CLASSES = 10  # of whole numbers; with more different values they are decoded as numbers
+CLASS_PENALTIES = np.logspace(-4, 4, 9)  # C of the logistic regression, as the paper
+RIDGE_PENALTIES = np.logspace(-3, 6, 10)  # alpha of the ridge regression
+KINDS = ("classes", "number", "trace")
 WIDTHS = (0, 1, 2, 4)  # bins, standard deviations of the Gaussians that smooth counts
 _CONTROLS: dict[str, dict[str, float]] = {}  # cache: hash of the data -> scores of the controls
 
@@ -53,16 +57,22 @@ class Decoded:
 
     behaviour: str
     session: str
-    metric: str  # "accuracy" or "R2"
+    kind: str  # "classes", "number" or "trace"
+    metric: str  # "accuracy" of classes, else "R2"
     score: float  # of the predicted activity, on the test trials
     others: dict[str, float]  # further scores and the controls, by name
     features: str  # what the decoder read: "rates" or "latents"
     n_train: int  # trials the decoder was fitted on
     n_test: int  # trials it was scored on
+    n_left_out: int  # trials without a usable value
+    confusion: pd.DataFrame | None = None  # test trials: true class (row) x decoded class (column)
 
     def __repr__(self) -> str:
+        kind = self.kind if self.confusion is None else f"{len(self.confusion)} {self.kind}"
         others = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.others.items())
-        return f"{self.behaviour} from {self.features}: {self.metric} {self.score:.3f} ({others})"
+        text = f"{self.behaviour} ({kind}) from {self.features}: {self.metric} {self.score:.3f}"
+        left_out = f"; {self.n_left_out} trials left out" if self.n_left_out else ""
+        return f"{text} ({others}){left_out}"
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as a row of a table."""
@@ -79,36 +89,40 @@ def decode(
     region: str | None = None,
     prompt: str | None = None,
     features: str | None = None,
+    kinds: Mapping[str, str] | None = None,
     split_seed: int | None = None,
     batch_size: int | None = None,
     allow_seen: bool = False,
 ) -> dict[str, Decoded]:
-    """Decode the choice and behaviours that are recorded bin by bin.
+    """Decode behaviours of a session: a class or a number of each trial, or a trace.
 
-    The choice (-1 or +1; trials with other values are left out) is decoded with logistic
-    regression. Its score is the accuracy; further scores are ``balanced_accuracy`` and the
-    controls ``majority`` (the more frequent choice), ``shuffled`` (fitted to shuffled choices),
-    ``raw_counts``, ``smoothed_counts`` and, where the contrast is known, ``stimulus_only`` with
-    ``stimulus_only_balanced``.
+    - *Classes* are decoded with logistic regression. The score is the accuracy; further scores are
+      ``balanced_accuracy`` (mean over the classes of the test trials) and the control ``majority``
+      (the most frequent class). Of the choice, where the contrast is known, also the control
+      ``stimulus_only``, with ``stimulus_only_balanced``.
+    - A *number* is decoded with ridge regression and scored by R2; the control is the ``mean``.
+    - A *trace*, of shape (K, T), likewise, all bins at once. The mean time course counts as
+      explained variance, so compare the R2 with the control ``time_course``.
 
-    A behaviour of shape (K, T) is decoded with ridge regression, all bins at once. Its score is
-    the R2 over all test trials and bins. The mean time course counts as explained variance, so
-    compare it with the control ``time_course``; the others are as for the choice.
+    Controls of all: ``shuffled`` (fitted to shuffled trials), ``raw_counts``, ``smoothed_counts``.
 
-    All trials with a known behaviour are used. The paper decodes only those with a valid reaction
-    time, as sessions loaded by ``ibl.load_session(..., trial_filter="reaction-time")``.
+    Trials without a value (NaN, or an empty word) are left out, and so is a choice of 0 beside -1
+    and +1, which means no response. The paper decodes only trials with a valid reaction time, as
+    sessions loaded by ``ibl.load_session(..., trial_filter="reaction-time")``.
 
     Args:
         predictor: as in :func:`mtm.evaluate`.
         session: the recording.
-        behaviours: a name or several. Default: ``choice`` where known, and all of shape (K, T).
+        behaviours: a name or several. Default: ``choice`` where known, and all traces.
         region: show the predictor this region only, and decode from its neurons.
         prompt: masking scheme whose prompt a model gets. Default, as in the paper: "neuron" for
-            the choice, "causal" for behaviours of shape (K, T), "intra-region" with ``region``.
+            the choice (and all classes and numbers), "causal" for traces, "intra-region" with
+            ``region``.
         features: what the decoder reads: the predicted log-"rates" (the paper), the model's
             "latents" (:meth:`mtm.MtM.latents`, smoothed by a Gaussian of cross-validated width), or
             "auto", whichever cross-validates better on training and validation trials. Default:
             "auto" for models with latents of the population, else "rates".
+        kinds: behaviour -> "classes" or "number", where :func:`kind_of` is not what you want.
         split_seed: of ``session.split``. Default: the one the model was trained with, else 0.
         batch_size, allow_seen: as in :func:`mtm.evaluate`.
 
@@ -116,13 +130,14 @@ def decode(
         behaviour -> :class:`Decoded`.
 
     Raises:
-        SessionError: for an unknown behaviour or region, or too few trials.
+        SessionError: for an unknown behaviour or region, too few trials (of a class), or a
+            behaviour that does not vary in the test trials.
         ValueError: for an unknown prompt, predictions of a wrong shape or with NaN, or test trials
             that the predictor was trained on.
     """
     if features not in (None, "auto", "rates", "latents"):
         raise ValueError(f"features must be 'rates', 'latents' or 'auto', got {features!r}")
-    options = region, prompt, features, split_seed, batch_size, allow_seen
+    options = region, prompt, features, kinds, split_seed, batch_size, allow_seen
     decoder = Decoder(as_predictor(predictor, session), session, *options)
     names = decodable(session) if behaviours is None else behaviours
     names = [names] if isinstance(names, str) else names
@@ -156,16 +171,40 @@ def decode_by_region(
 
 
 def decodable(session: Session) -> list[str]:
-    """Behaviours that can be decoded: ``choice`` where known, and those recorded bin by bin."""
+    """Behaviours that are decoded by default: ``choice`` where known, and traces."""
     traces = sorted(key for key, value in session.behaviour.items() if value.ndim == 2)
     return ["choice"] * ("choice" in session.behaviour) + traces
+
+
+def kind_of(values: np.ndarray) -> str:
+    """Kind of a behaviour: "trace" (K, T); else "classes" or "number" (K,).
+
+    Words, booleans, and whole numbers of at most 10 different values are classes.
+    """
+    if values.ndim == 2:
+        return "trace"
+    if values.dtype.kind in "bU":
+        return "classes"
+    known = np.unique(values[np.isfinite(values)])
+    return "classes" if len(known) <= MOST_CLASSES and (known % 1 == 0).all() else "number"
+
+
+class Target(NamedTuple):
+    """Values of a behaviour that a decoder is fitted to and tested on."""
+
+    kind: str
+    usable: np.ndarray  # (K,) bool, trials with a known value
+    names: list[Any]  # of the classes, in order; y and truth then hold their indices
+    y: np.ndarray  # (K',) or (K', T) values in usable training and validation trials
+    truth: np.ndarray  # (K'',) or (K'', T) values in usable test trials
 
 
 @dataclass
 class Decoder:
     """Decodes behaviours of one session; activity is predicted once for each prompt.
 
-    Arguments: see :func:`decode`; the predictor is what :func:`as_predictor` returns.
+    Arguments: see :func:`decode`, whose ``features`` is ``features_from`` here; the predictor is
+    what :func:`as_predictor` returns.
     """
 
     predictor: PredictorLike
@@ -173,6 +212,7 @@ class Decoder:
     region: str | None = None
     prompt: str | None = None
     features_from: str | None = None
+    kinds: Mapping[str, str] | None = None
     split_seed: int | None = None
     batch_size: int | None = None
     allow_seen: bool = False
@@ -196,23 +236,37 @@ class Decoder:
 
     def decode(self, behaviour: str) -> Decoded:
         """Decode one behaviour: see :func:`decode`."""
-        choice = behaviour == "choice"
-        usable, y, truth = self._values(behaviour)
-        default = "intra-region" if self.region else "neuron" if choice else "causal"
+        target = self.target(behaviour)
+        kind, usable, names, y, truth = target
+        default = "intra-region" if self.region else "causal" if kind == "trace" else "neuron"
         prompt = self.prompt or default
         sources: list[Source] = [("rates", prompt)] if self.features_from != "latents" else []
         sources += [("latents", w) for w in WIDTHS] if self.features_from != "rates" else []
-        fits = [search(self.features(source, usable)[0], y) for source in sources]
+        fits = [search(self.features(source, usable)[0], y, kind) for source in sources]
         best = int(np.argmax([fit.best_score_ for fit in fits]))
         x, x_test = self.features(sources[best], usable)
         guess = fits[best].predict(x_test)
         shuffled = y[np.random.default_rng(0).permutation(len(y))]
-        others = {"balanced_accuracy": balanced_accuracy_score(truth, guess)} if choice else {}
-        others["shuffled"] = score(truth, search(x, shuffled).predict(x_test))
-        others |= self._controls(usable, y, truth)
-        metric, found = "accuracy" if choice else "R2", score(truth, guess)
-        name, sizes = self.session.name, (len(y), len(truth))
-        return Decoded(behaviour, name, metric, found, others, sources[best][0], *sizes)
+        others, confusion = {}, None
+        if kind == "classes":
+            others["balanced_accuracy"] = balanced_accuracy(truth, guess)
+            matrix = confusion_matrix(truth, guess, labels=range(len(names)))
+            confusion = pd.DataFrame(matrix, index=names, columns=names)
+        others["shuffled"] = score(truth, search(x, shuffled, kind).predict(x_test), kind)
+        others |= self._controls(target, with_stimulus=behaviour == "choice")
+        return Decoded(
+            behaviour,
+            self.session.name,
+            kind,
+            "accuracy" if kind == "classes" else "R2",
+            score(truth, guess, kind),
+            others,
+            features=sources[best][0],
+            n_train=len(y),
+            n_test=len(truth),
+            n_left_out=int((~usable).sum()),
+            confusion=confusion,
+        )
 
     def features(self, source: Source, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features (K', F) and (K'', F) of the trials to fit to and to test on, computed once.
@@ -245,54 +299,77 @@ class Decoder:
         """Latents (K, T, R) of all trials, whatever behaviour is decoded and however smoothed."""
         return predict_latents(self.predictor, self.session, self.trials, ~self.inside)
 
-    def _controls(self, usable: np.ndarray, y: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    def _controls(self, target: Target, *, with_stimulus: bool) -> dict[str, float]:
         """Controls without a predictor: computed once, however many predictors are compared."""
-        choice = y.ndim == 1
+        kind, usable, _, y, truth = target
         counts = self.session.counts[self.trials][:, :, self.inside]
-        stimulus = _stimulus(self.session)[self.trials] if choice else None
-        key = joblib.hash((counts, usable, self.is_test, y, truth, stimulus))
+        stimulus = _stimulus(self.session)[self.trials] if with_stimulus else None
+        key = joblib.hash((counts, self.is_test, target, stimulus))
         if key in _CONTROLS:
             return _CONTROLS[key]
-        majority = -1.0 if (y == -1).mean() > 0.5 else 1.0
-        constant = np.broadcast_to(majority if choice else y.mean(axis=0), truth.shape)
-        found = {"majority" if choice else "time_course": score(truth, constant)}
+        name = {"classes": "majority", "number": "mean", "trace": "time_course"}[kind]
+        constant = y.mean(axis=0) if kind != "classes" else most_frequent(y)
+        found = {name: score(truth, np.broadcast_to(constant, truth.shape), kind)}
         fits = [
-            (search(x, y), x_test)
+            (search(x, y, kind), x_test)
             for x, x_test in (self.features(("counts", w), usable) for w in WIDTHS)
         ]
-        scores = [score(truth, fit.predict(x_test)) for fit, x_test in fits]
+        scores = [score(truth, fit.predict(x_test), kind) for fit, x_test in fits]
         best = int(np.argmax([fit.best_score_ for fit, _ in fits]))
         found |= {"raw_counts": scores[0], "smoothed_counts": scores[best]}
         if stimulus is not None and stimulus.size:
-            fit = search(stimulus[usable & ~self.is_test], y)
+            fit = search(stimulus[usable & ~self.is_test], y, kind)
             guess = fit.predict(stimulus[usable & self.is_test])
-            found["stimulus_only"] = score(truth, guess)
-            found["stimulus_only_balanced"] = balanced_accuracy_score(truth, guess)
+            found["stimulus_only"] = score(truth, guess, kind)
+            found["stimulus_only_balanced"] = balanced_accuracy(truth, guess)
         _CONTROLS[key] = found
         return found
 
-    def _values(self, behaviour: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where a behaviour is usable, (K,) bool, and its values there: to fit to, to test on."""
-        session, choice = self.session, behaviour == "choice"
-        shape = session.counts.shape[: 1 if choice else 2]
+    def target(self, behaviour: str) -> Target:
+        """Values of a behaviour in the trials where it can be used."""
+        session = self.session
         title = f"session {session.name!r}, behaviour {behaviour!r}"
         if behaviour not in session.behaviour:
             raise SessionError(f"{title}: there is none; there are: {', '.join(session.behaviour)}")
-        values = session.behaviour[behaviour]
-        if values.shape != shape:
-            raise SessionError(f"{title} has shape {values.shape}; to be decoded it needs {shape}")
-        values = values[self.trials].astype(np.float64)
-        usable = np.isin(values, (-1, 1)) if choice else np.isfinite(values).all(axis=1)
+        values = session.behaviour[behaviour][self.trials]
+        kind = (self.kinds or {}).get(behaviour) or kind_of(values)
+        if kind not in KINDS or (kind == "trace") != (values.ndim == 2):
+            raise SessionError(f"{title} has shape {values.shape}, so its kind is not {kind!r}")
+        if values.dtype.kind == "U":
+            if kind == "number":
+                raise SessionError(f"{title} holds words, so its kind is not {kind!r}")
+            usable = values != ""
+        else:
+            usable = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if behaviour == "choice" and kind == "classes" and np.isin((-1, 1), values).all():
+            usable &= values != 0  # no response
+        names: list[Any] = []
+        if kind == "classes":
+            names = np.unique(values[usable]).tolist()
+            values = np.searchsorted(names, values)
         y, truth = values[usable & ~self.is_test], values[usable & self.is_test]
         if len(truth) == 0 or len(y) < 2 * FOLDS:
             n = f"{len(y)} usable training and {len(truth)} test trials"
             raise SessionError(f"{title}: {n}; at least {2 * FOLDS} and 1 are needed")
-        if choice and (rarer := min((y == -1).sum(), (y == 1).sum())) < FOLDS:
-            n = f"{rarer} training trials of the rarer choice, {FOLDS} are needed"
-            raise SessionError(f"{title}: {n}; choices are -1 and +1")
-        if not choice and np.ptp(truth) == 0:
+        if kind == "classes":
+            _require_classes(title, names, y, truth)
+        elif np.ptp(truth) == 0:
             raise SessionError(f"{title} does not vary in the test trials")
-        return usable, y, truth
+        return Target(kind, usable, names, y, truth)
+
+
+def _require_classes(title: str, names: list[Any], y: np.ndarray, truth: np.ndarray) -> None:
+    """Refuse classes that cannot be fitted or scored; warn of those that no test trial has."""
+    fitted, tested = (np.bincount(x, minlength=len(names)) for x in (y, truth))  # trials of each
+    if fitted.min() < FOLDS:
+        raise SessionError(
+            f"{title}: class {names[fitted.argmin()]!r} of {names} has {fitted.min()} training "
+            f"trials, {FOLDS} are needed; merge it with another, or set its trials to NaN or ''"
+        )
+    if (tested > 0).sum() == 1:
+        raise SessionError(f"{title}: all test trials are {names[tested.argmax()]!r}; no score")
+    if missing := [name for name, n in zip(names, tested, strict=True) if n == 0]:
+        warnings.warn(f"{title}: no test trial is {missing}; scores are of the rest", stacklevel=5)
 
 
 def smoothed(x: np.ndarray, width: float) -> np.ndarray:
@@ -300,15 +377,15 @@ def smoothed(x: np.ndarray, width: float) -> np.ndarray:
     return gaussian_filter(x, (0, width, 0), mode="nearest")
 
 
-def search(x: np.ndarray, y: np.ndarray) -> GridSearchCV:
-    """Fit choices (K,) or traces (K, T) to features (K, F), the penalty cross-validated."""
-    if y.ndim == 1:
+def search(x: np.ndarray, y: np.ndarray, kind: str) -> GridSearchCV:
+    """Fit a behaviour (K,) or (K, T) to features (K, F), the penalty cross-validated."""
+    if kind == "classes":
         # Newton's line search warns of features that never vary, as those of the mean rates.
         solver = "newton-cholesky" if np.ptp(x, axis=0).max() > 1e-9 else "lbfgs"
-        decoder, grid = LogisticRegression(solver=solver, max_iter=1000), {"C": CHOICE_PENALTIES}
+        decoder, grid = LogisticRegression(solver=solver, max_iter=1000), {"C": CLASS_PENALTIES}
         folds, scoring = StratifiedKFold(FOLDS, shuffle=True, random_state=0), "accuracy"
     else:
-        decoder, grid = Ridge(), {"alpha": TRACE_PENALTIES}
+        decoder, grid = Ridge(), {"alpha": RIDGE_PENALTIES}
         folds, scoring = KFold(FOLDS, shuffle=True, random_state=0), "neg_mean_squared_error"
     return fitted(GridSearchCV(decoder, grid, cv=folds, scoring=scoring), x, y)
 
@@ -319,11 +396,23 @@ def fitted(grid: GridSearchCV, x: np.ndarray, y: np.ndarray) -> GridSearchCV:
         return grid.fit(x, y)
 
 
-def score(truth: np.ndarray, guess: np.ndarray) -> float:
-    """Accuracy of choices (K,), or R2 of traces (K, T) over all trials and bins."""
-    if truth.ndim == 1:
+def score(truth: np.ndarray, guess: np.ndarray, kind: str) -> float:
+    """Accuracy of classes (K,), or R2 of numbers (K,) or traces (K, T) over all trials and bins."""
+    if kind == "classes":
         return float(accuracy_score(truth, guess))
     return float(r2_score(truth.ravel(), guess.ravel()))
+
+
+def most_frequent(y: np.ndarray) -> Any:
+    """The most frequent class; of several, the last in order."""
+    names, n_each = np.unique(y, return_counts=True)
+    return names[n_each == n_each.max()][-1]
+
+
+def balanced_accuracy(truth: np.ndarray, guess: np.ndarray) -> float:
+    """Mean over the classes of ``truth`` of the share of their trials that are decoded right."""
+    classes = np.unique(truth)
+    return float(recall_score(truth, guess, labels=classes, average="macro", zero_division=0.0))
 
 
 def principal_axes(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

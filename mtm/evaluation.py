@@ -219,7 +219,7 @@ def _score(
     }
     known = [k for k in CONDITIONS if k in session.behaviour and session.behaviour[k].ndim == 1]
     if known:
-        conditions = np.stack([session.behaviour[key][trials] for key in known], axis=1)
+        conditions = pd.DataFrame({key: session.behaviour[key][trials] for key in known})
         table["psth_r2"] = metrics.psth_r2(predicted, counts, conditions)
     table |= _shuffled(predicted, counts)
     table["gain"] = metrics.gain(predicted, counts)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from scipy.special import xlogy
@@ -98,16 +99,14 @@ def psth_r2(log_rates: ArrayLike, counts: ArrayLike, conditions: ArrayLike) -> n
     Args:
         log_rates: (K, T, N).
         counts: (K, T, N).
-        conditions: (K,) or (K, C) numbers; a histogram is the mean over trials with equal rows.
-            Rows with NaN are left out.
+        conditions: (K,) or (K, C) numbers or words; a histogram is the mean over trials with equal
+            rows. Rows with NaN or '' are left out.
     """
     f, y = (x.reshape(np.shape(counts)) for x in _check(log_rates, counts))
-    labels = np.asarray(conditions, dtype=np.float64)
+    labels = pd.DataFrame(conditions).replace("", np.nan)
     if len(labels) != len(y):
         raise ValueError(f"need one condition per trial, got {len(labels)} for {len(y)} trials")
-    labels = labels.reshape(len(y), -1)
-    groups = [(labels == row).all(axis=1) for row in np.unique(labels, axis=0)]
-    groups = [group for group in groups if group.any()]  # NaN equals nothing
+    groups = labels.groupby(list(labels)).indices.values()  # without NaN
     if not groups:
         return np.full(np.shape(counts)[-1], np.nan)
     rates = np.exp(f)

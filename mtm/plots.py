@@ -378,12 +378,13 @@ def _draw_psth(
     session: Session, counts: np.ndarray, by: str, trials: np.ndarray, ax: Axes, **style: Any
 ) -> None:
     """Draw the mean rate of counts (K', T) of ``trials`` (K',) for each value of a behaviour."""
-    values = np.asarray(session.behaviour[by], dtype=np.float64)[trials]
-    levels = np.unique(values[~np.isnan(values)])
+    values = session.behaviour[by][trials]
+    levels = [value for value in np.unique(values).tolist() if value == value and value != ""]
     centres = session.times + session.bin_size / 2
     for level, colour in zip(levels, _palette(len(levels)), strict=False):
         mean = counts[values == level].mean(axis=0) / session.bin_size
-        ax.plot(centres, mean, color=colour, label=f"{by} {level:g}", **style)
+        label = f"{by} {level if isinstance(level, str) else f'{level:g}'}"
+        ax.plot(centres, mean, color=colour, label=label, **style)
     ax.set_ylim(bottom=0)
     _tidy(ax)
 

@@ -50,7 +50,8 @@ class Session:
         subject: the animal.
         bin_size: width of a time bin, seconds.
         window: (start, stop) of a trial around its event, seconds. Default: from 0.
-        behaviour: name -> one number per trial (K,), or one per bin (K, T). NaN = missing.
+        behaviour: name -> a number, boolean or word for each trial (K,), or a number for each bin
+            (K, T). NaN, None or "" = missing.
         neurons: table of neurons: column name -> (N,) numbers or strings.
         rates: expected count in each bin, (K, T, N); known for simulated recordings only.
         given_split: (train, val, test) trials, where the recording comes with a split of its own.
@@ -91,14 +92,17 @@ class Session:
         self.window = self._check_window(window)
         self.behaviour: dict[str, np.ndarray] = {}
         for key, values in (behaviour or {}).items():
-            array = self._array(f"behaviour {key!r}", values, (trials,), (trials, bins))
-            if array.dtype.kind not in "uibf" or np.isinf(array).any():
-                self._fail(f"behaviour {key!r}", "need finite numbers; missing ones are NaN")
+            shapes = ((trials,), (trials, bins))
+            array = _plain(self._array(f"behaviour {key!r}", values, *shapes))
+            words = array.dtype.kind == "U"
+            if array.dtype.kind not in "uibfU" or (not words and np.isinf(array).any()):
+                self._fail(f"behaviour {key!r}", "need finite numbers, or words; missing: NaN, ''")
+            if words and array.ndim == 2:
+                self._fail(f"behaviour {key!r}", "need numbers in bins; words are for whole trials")
             self.behaviour[key] = array
         self.neurons: dict[str, np.ndarray] = {}
         for key, values in (neurons or {}).items():
-            column = self._array(f"neurons {key!r}", values, (units,))
-            self.neurons[key] = column.astype(np.str_) if column.dtype.kind == "O" else column
+            self.neurons[key] = _plain(self._array(f"neurons {key!r}", values, (units,)))
         self.rates = None if rates is None else np.asarray(rates, np.float32)
         if self.rates is not None:
             self._array("rates", self.rates, self.counts.shape)
@@ -397,6 +401,17 @@ def read_session_file(
     if description.get("format") != FORMAT:
         raise SessionError(f"{path} is no session file of this version; make it again")
     return description, arrays
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """Numbers or words instead of Python objects and bytes; a missing word is ''."""
+    if array.dtype.kind not in "OST":
+        return array
+    values = [v.decode() if isinstance(v, bytes) else v for v in array.ravel().tolist()]
+    column = pd.Series(values, dtype=object).convert_dtypes()
+    if pd.api.types.is_numeric_dtype(column):
+        return column.to_numpy(np.float64, na_value=np.nan).reshape(array.shape)
+    return column.astype(object).fillna("").to_numpy().astype(np.str_).reshape(array.shape)
 
 
 def has_region(label: str) -> bool:

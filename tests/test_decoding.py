@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter1d
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import r2_score
+from sklearn.metrics import confusion_matrix, r2_score
 
 from mtm import Session, SessionError, decode, decode_by_region, decoding, oracle
 from mtm.decoding import principal_axes
@@ -143,7 +143,6 @@ def test_predictor_functions_see_only_the_region(session):
 def test_errors(session):
     for name, message in {
         "wheel": "behaviour 'wheel': there is none; there are: choice",
-        "contrast": "behaviour 'contrast' has shape",
     }.items():
         with pytest.raises(SessionError, match=message):
             decode(oracle(session), session, name)
@@ -151,13 +150,23 @@ def test_errors(session):
         decode(oracle(session), session, "choice", prompt="nueron")
     with pytest.raises(ValueError, match="NaN or infinite log-rates"):
         decode(lambda counts, *_: torch.log(counts * 0.0), session)
-    behaviour = {"x": np.full((120, 8), np.nan), "flat": np.ones((120, 8))}
-    behaviour["choice"] = np.arange(120) % 2
+    split = session.split()
+    rare, absent = np.array(["left cue", "right cue"])[np.arange(120) % 2], np.ones(120)
+    rare[split.train[:2]], absent[split.train[:9]] = "none", -1
+    behaviour = {
+        "x": np.full((120, 8), np.nan),
+        "flat": np.ones((120, 8)),
+        "number": np.full(120, 0.5),
+    }
+    behaviour |= {"one": ["left"] * 120, "rare": rare, "choice": absent}
     bad = Session(session.counts, name="s", behaviour=behaviour)
     for name, message in {
         "x": "0 usable training and 0 test trials",
         "flat": "does not vary in the test trials",
-        "choice": "0 training trials of the rarer choice.*choices are -1 and .1",
+        "number": "does not vary in the test trials",
+        "one": "all test trials are 'left'",
+        "choice": "all test trials are 1.0",
+        "rare": "class 'none' of .* has 2 training trials, 4 are needed; merge it",
     }.items():
         with pytest.raises(SessionError, match=message):
             decode(session.counts + 0.0, bad, name)
@@ -183,7 +192,7 @@ def test_features_are_rates_latents_or_what_cross_validates_better(trained, sess
     for width in decoding.WIDTHS:
         x = gaussian_filter1d(z, width, axis=1, mode="nearest") if width else z
         x = x.reshape(len(x), -1)
-        for alpha in decoding.TRACE_PENALTIES:
+        for alpha in decoding.RIDGE_PENALTIES:
             guess = Ridge(alpha=alpha).fit(x[trials], y[trials]).predict(x[split.test])
             scores.append(r2_score(y[split.test].ravel(), guess.ravel()))
     assert np.abs(np.array(scores) - found["latents"].score).min() < 1e-6
@@ -195,3 +204,70 @@ def test_features_are_rates_latents_or_what_cross_validates_better(trained, sess
         decode(lambda counts, *_: counts + 0.0, session, "choice", features="latents")
     with pytest.raises(ValueError, match="features must be 'rates', 'latents' or 'auto'"):
         decode(trained, sessions[0], name, features="counts")
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], [-1.0, 0.0, 1.0], ["no go", "left", "right"]])
+def test_classes_of_any_kind_are_decoded_as_scikit_learn_does(session, labels):
+    rng = np.random.default_rng(3)
+    code = rng.integers(3, size=120)
+    rates = np.where(code[:, None, None] == np.arange(6) % 3, 2.0, 0.4)
+    rates = np.broadcast_to(rates, session.counts.shape)
+    given = np.array(labels)[code]
+    given[session.split().train[0]] = "" if isinstance(labels[0], str) else labels[0]
+    counts = rng.poisson(rates)
+    s = Session(counts, ["VISp"] * 6, "s", behaviour={"side": given})
+    found = decode(counts + 0.0, s, "side")["side"]
+    y, split = s.behaviour["side"], s.split()
+    fit = np.concatenate(split[:2])
+    fit = fit[y[fit] != ""] if y.dtype.kind == "U" else fit
+    assert (found.kind, found.n_train, found.n_left_out) == ("classes", len(fit), 96 - len(fit))
+    guesses = [
+        LogisticRegression(C=c, max_iter=10_000)
+        .fit(counts[fit].reshape(len(fit), -1), y[fit])
+        .predict(counts[split.test].reshape(24, -1))
+        for c in decoding.CLASS_PENALTIES
+    ]
+    expected = [confusion_matrix(y[split.test], g) for g in guesses]
+    assert any((found.confusion.to_numpy() == e).all() for e in expected)
+    assert found.confusion.index.tolist() == np.unique(y[y != ""] if len(fit) < 96 else y).tolist()
+    assert found.score == np.trace(found.confusion) / 24 > 0.8
+    recall = np.diag(found.confusion) / found.confusion.sum(axis=1)
+    assert found.others["balanced_accuracy"] == pytest.approx(recall.mean())
+    assert found.others["majority"] < 0.6 > found.others["shuffled"]
+
+
+def test_numbers_are_decoded_and_kinds_can_be_set(session):
+    speed = session.rates[:, :, 1].mean(axis=1)  # (K,)
+    behaviour = {"speed": speed, "level": np.digitize(speed, np.quantile(speed, [0.3, 0.7])) / 4}
+    s = Session(session.counts, name="s", behaviour=behaviour)
+    found = decode(session.rates, s, ["speed", "level"])
+    assert found["speed"].kind == found["level"].kind == "number"
+    x, split = session.rates.reshape(120, -1), s.split()
+    fit = np.concatenate(split[:2])
+    scores = [
+        Ridge(alpha=a).fit(x[fit], speed[fit]).score(x[split.test], speed[split.test])
+        for a in decoding.RIDGE_PENALTIES
+    ]
+    assert np.abs(np.array(scores) - found["speed"].score).min() < 1e-6
+    assert found["speed"].score > 0.9
+    assert found["speed"].others["mean"] <= 0 and found["speed"].others["shuffled"] < 0.1
+    classes = decode(session.rates, s, "level", kinds={"level": "classes"})["level"]
+    assert classes.kind == "classes" and classes.confusion.index.tolist() == [0, 0.25, 0.5]
+    for name, kind in {"level": "trace", "speed": "words"}.items():
+        with pytest.raises(SessionError, match=f"so its kind is not '{kind}'"):
+            decode(session.rates, s, name, kinds={name: kind})
+
+
+def test_a_choice_of_zero_is_no_response_and_other_codes_are_classes(session):
+    side = session.behaviour["choice"] > 0
+    codes = {"1/2": 1 + side, "-1/0": np.where(side, 0, -1), "0/1": side, "with 2": 2 * side - 1}
+    codes["with 2"][::3] = 2
+    for name, choice in codes.items():
+        s = Session(session.counts, name="s", behaviour={"choice": choice})
+        found = decode(session.rates, s, "choice")["choice"]
+        assert found.n_left_out == 0 and len(found.confusion) == len(np.unique(choice)), name
+    absent = np.array(["a", "b", "c"])[np.arange(120) % 3]
+    absent[session.split().test[absent[session.split().test] == "c"]] = "a"
+    s = Session(session.counts, name="s", behaviour={"choice": absent})
+    with pytest.warns(UserWarning, match=r"no test trial is \['c'\]"):
+        decode(session.rates, s, "choice")

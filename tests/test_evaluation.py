@@ -85,7 +85,7 @@ def test_silent_neurons_are_counted_and_not_averaged():
 
 
 def test_neurons_predicted_from_nothing_are_counted(session):
-    report = evaluate(plus_one, session)
+    report = evaluate(plus_one, session, tasks=list(TASKS))
     visible = {task: scores.table["visible"].tolist() for task, scores in report.tasks.items()}
     assert visible["co-smoothing"] == [6] * 7 and visible["forward-prediction"] == [7] * 7
     assert visible["inter-region"] == [4, 4, 4, 5, 5, 6]

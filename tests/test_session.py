@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,7 +63,8 @@ def test_counts_are_copied(dtype):
         ({"bin_size": 0.0}, "bin_size: need seconds above 0"),
         ({"window": (0.0, 1.0)}, "window: .0.0, 1.0. s, but 5 bins last 0.1 s"),
         ({"behaviour": {"wheel": np.zeros((20, 4))}}, "behaviour 'wheel': .* or .20, 5.*20, 4"),
-        ({"behaviour": {"x": np.full(20, np.inf)}}, "behaviour 'x': need finite numbers; missing"),
+        ({"behaviour": {"x": np.full(20, np.inf)}}, "behaviour 'x': need finite numbers, or words"),
+        ({"behaviour": {"x": np.full((20, 5), "a")}}, "behaviour 'x': need numbers in bins; words"),
         ({"neurons": {"depth": np.zeros(3)}}, "neurons 'depth': need shape .4,., got .3,."),
         ({"rates": np.zeros((20, 5, 4))}, "rates: expected counts must be finite and above 0"),
         ({"rates": np.ones((20, 5, 3))}, "rates: need shape .20, 5, 4."),
@@ -200,6 +202,23 @@ def test_counts_can_stay_on_disk(tmp_path):
         assert str(path) in Path("/proc/self/maps").read_text()
     mapped[0].counts[:] = 7  # changes neither the file nor other sessions
     assert path.read_bytes() == before and mapped[1].counts.max() == 1
+
+
+def test_words_booleans_and_missing_values_are_kept(tmp_path):
+    number = [1, None] * 10
+    given = {
+        "cue": ["go left", None, "", b"right"] * 5,
+        "correct": np.arange(20) % 2 == 0,
+        "delay": pd.array(number, dtype="Int64"),
+        "block": pd.Categorical(["a", "b"] * 10),
+        "mixed": np.array(number, dtype=object),
+    }
+    s = Session.load(make(behaviour=given).save(tmp_path / "s.npz")).select(trials=np.arange(4))
+    assert s.behaviour["cue"].tolist() == ["go left", "", "", "right"]
+    assert s.behaviour["correct"].tolist() == [True, False, True, False]
+    assert s.behaviour["block"].tolist() == ["a", "b", "a", "b"]
+    for key in ("delay", "mixed"):
+        np.testing.assert_array_equal(s.behaviour[key], [1, np.nan, 1, np.nan])
 
 
 def test_damaged_and_other_files_are_refused(tmp_path):

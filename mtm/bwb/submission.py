@@ -290,7 +290,7 @@ def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) ->
     if task.group:
         samples = np.where(fit.trusted, fit.values[..., 0], 0.0)
         means = samples.sum(axis=0) / np.maximum(fit.trusted.sum(axis=0), 1)
-        search = decoding.search(x, np.where(fit.trusted, samples, means))
+        search = decoding.search(x, np.where(fit.trusted, samples, means), "trace")
         found = search.predict(x_test).reshape(len(x_test), -1)
         if task.group == "licks":  # a line may fall below 0: at least half a lick in all trials
             found = np.log(np.maximum(found, 0.5 / len(samples)))
@@ -299,7 +299,7 @@ def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) ->
     solver = "newton-cholesky" if len(classes) == 2 else "lbfgs"
     logistic = LogisticRegression(solver=solver, class_weight="balanced", max_iter=1000)
     folds = StratifiedKFold(min(decoding.FOLDS, *n_each), shuffle=True, random_state=0)
-    grid = {"C": decoding.CHOICE_PENALTIES}
+    grid = {"C": decoding.CLASS_PENALTIES}
     search = GridSearchCV(logistic, grid, cv=folds, scoring="balanced_accuracy")
     found = np.full((len(x_test), task.classes), -np.inf)  # of classes never seen
     found[:, classes] = decoding.fitted(search, x, fit.values[:, 0]).predict_log_proba(x_test)
