@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import joblib
@@ -42,13 +41,14 @@ FOLDS = 4
 MOST_CLASSES = 10  # of whole numbers; with more different values they are decoded as numbers
 CLASS_PENALTIES = np.logspace(-4, 4, 9)  # C of the logistic regression, as the paper
 RIDGE_PENALTIES = np.logspace(-3, 6, 10)  # alpha of the ridge regression
+FEATURES = ("rates", "latents", "encoder")
 KINDS = ("classes", "number", "trace")
-WIDTHS = (0, 1, 2, 4)  # bins, standard deviations of the Gaussians that smooth counts
+WIDTHS = (0, 1, 2, 4)  # bins, standard deviations of the Gaussians that smooth
+ENCODER_WIDTH = 1  # bins, of the Gaussian that smooths the encoder's output
 _CONTROLS: dict[str, dict[str, float]] = {}  # cache: hash of the data -> scores of the controls
 
 
-Source = tuple[str, Any]
-"""What a decoder reads: see :meth:`Decoder.features`."""
+Source = tuple[str, Any]  # what a decoder reads: see `Decoder.features`
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,7 +61,7 @@ class Decoded:
     metric: str  # "accuracy" of classes, else "R2"
     score: float  # of the predicted activity, on the test trials
     others: dict[str, float]  # further scores and the controls, by name
-    features: str  # what the decoder read: "rates" or "latents"
+    features: str  # what the decoder read: "rates", "latents" or "encoder"
     n_train: int  # trials the decoder was fitted on
     n_test: int  # trials it was scored on
     n_left_out: int  # trials without a usable value
@@ -76,9 +76,9 @@ class Decoded:
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as a row of a table."""
-        row = {"session": self.session, "seed": 0, self.metric: self.score, **self.others}
-        row |= {"train_trials": self.n_train, "test_trials": self.n_test}
-        return row | {"from_latents": float(self.features == "latents")}
+        row = {"session": self.session, "seed": 0, "features": self.features}
+        row |= {self.metric: self.score, **self.others}
+        return row | {"train_trials": self.n_train, "test_trials": self.n_test}
 
 
 def decode(
@@ -118,10 +118,11 @@ def decode(
         prompt: masking scheme whose prompt a model gets. Default, as in the paper: "neuron" for
             the choice (and all classes and numbers), "causal" for traces, "intra-region" with
             ``region``.
-        features: what the decoder reads: the predicted log-"rates" (the paper), the model's
-            "latents" (:meth:`mtm.MtM.latents`, smoothed by a Gaussian of cross-validated width), or
-            "auto", whichever cross-validates better on training and validation trials. Default:
-            "auto" for models with latents of the population, else "rates".
+        features: what the decoder reads: the predicted log-"rates" (the paper); the model's
+            "latents" (:meth:`mtm.MtM.latents`, smoothed by a Gaussian of cross-validated width);
+            these beside the output of its "encoder"; or "auto", whichever of the three
+            cross-validates best on training and validation trials. Default: "auto" for models with
+            latents of the population, else "rates".
         kinds: behaviour -> "classes" or "number", where :func:`kind_of` is not what you want.
         split_seed: of ``session.split``. Default: the one the model was trained with, else 0.
         batch_size, allow_seen: as in :func:`mtm.evaluate`.
@@ -135,8 +136,8 @@ def decode(
         ValueError: for an unknown prompt, predictions of a wrong shape or with NaN, or test trials
             that the predictor was trained on.
     """
-    if features not in (None, "auto", "rates", "latents"):
-        raise ValueError(f"features must be 'rates', 'latents' or 'auto', got {features!r}")
+    if features not in (None, "auto", *FEATURES):
+        raise ValueError(f"features must be 'auto' or one of {FEATURES}, got {features!r}")
     options = region, prompt, features, kinds, split_seed, batch_size, allow_seen
     decoder = Decoder(as_predictor(predictor, session), session, *options)
     names = decodable(session) if behaviours is None else behaviours
@@ -232,6 +233,7 @@ class Decoder:
         self.features_from = self.features_from or (
             "auto" if has_latents(self.predictor) else "rates"
         )
+        self._latents: dict[str, np.ndarray] = {}  # "latents", "encoder" -> (K, T, R)
         self._features: dict[tuple[Source, bytes], tuple[np.ndarray, np.ndarray]] = {}
 
     def decode(self, behaviour: str) -> Decoded:
@@ -240,8 +242,12 @@ class Decoder:
         kind, usable, names, y, truth = target
         default = "intra-region" if self.region else "causal" if kind == "trace" else "neuron"
         prompt = self.prompt or default
-        sources: list[Source] = [("rates", prompt)] if self.features_from != "latents" else []
-        sources += [("latents", w) for w in WIDTHS] if self.features_from != "rates" else []
+        sources: list[Source] = [
+            ("rates", prompt),
+            *(("latents", w) for w in WIDTHS),
+            ("encoder", ENCODER_WIDTH),
+        ]
+        sources = [s for s in sources if self.features_from in ("auto", s[0])]
         fits = [search(self.features(source, usable)[0], y, kind) for source in sources]
         best = int(np.argmax([fit.best_score_ for fit in fits]))
         x, x_test = self.features(sources[best], usable)
@@ -272,8 +278,8 @@ class Decoder:
         """Features (K', F) and (K'', F) of the trials to fit to and to test on, computed once.
 
         Args:
-            source: ("rates", prompt with which they are predicted), or ("latents", width) or
-                ("counts", width) of the Gaussian that smooths them, bins.
+            source: ("rates", prompt with which they are predicted), or "latents", "encoder" or
+                "counts" and the width of the Gaussian that smooths them, bins.
             usable: (K,) bool, trials with a known behaviour.
         """
         key = source, usable.tobytes()
@@ -283,8 +289,11 @@ class Decoder:
         kind, how = source
         if kind == "counts":
             values = smoothed(session.counts[trials][:, :, inside].astype(np.float64), how)
-        elif kind == "latents":
-            values = smoothed(self._latents[usable], how)
+        elif kind in ("latents", "encoder"):
+            if kind not in self._latents:  # of all trials, whatever behaviour is decoded
+                given = self.trials, ~self.inside, kind == "encoder"
+                self._latents[kind] = predict_latents(self.predictor, session, *given)
+            values = smoothed(self._latents[kind][usable], how)
         else:
             queries = Queries(~inside[None], inside[None])
             options = {"batch_size": self.batch_size}
@@ -293,11 +302,6 @@ class Decoder:
         flat, is_test = values.reshape(len(trials), -1), self.is_test[usable]
         self._features[key] = principal_axes(flat[~is_test], flat[is_test])
         return self._features[key]
-
-    @cached_property
-    def _latents(self) -> np.ndarray:
-        """Latents (K, T, R) of all trials, whatever behaviour is decoded and however smoothed."""
-        return predict_latents(self.predictor, self.session, self.trials, ~self.inside)
 
     def _controls(self, target: Target, *, with_stimulus: bool) -> dict[str, float]:
         """Controls without a predictor: computed once, however many predictors are compared."""

@@ -661,32 +661,36 @@ class MtM(nn.Module):
         return log_rates
 
     @torch.no_grad()
-    def latents(self, counts: Tensor, session: str, mask: Mask | None = None) -> Tensor:
+    def latents(
+        self, counts: Tensor, session: str, mask: Mask | None = None, encoder: bool = False
+    ) -> Tensor:
         """Latents of the population in each bin, given its visible neurons.
 
         Args:
             counts: (K, T, N) of trials of one session, on the model's device.
             session: its name.
             mask: what to hide. Default: nothing.
+            encoder: append the output of the encoder.
 
         Returns:
-            (K, T, R) expected latents of the direct path, see :class:`DirectPaths`. Without that
-            path, (K, T, D) the output of the encoder, the mean over the tokens of a bin.
+            (K, T, R) expected latents of the direct path, see :class:`DirectPaths`; of the encoder,
+            (K, T, D) the mean over the tokens of a bin, which is all of a model without that path.
         """
         layers = self.session_layers(session)
         was_training = self.training
         self.eval()
-        if layers.direct is None or layers.direct.readout is None:
-            x = self.encode(self.embed(counts, None, mask, session))[:, -self.n_tokens(session) :]
-            found = x.unflatten(1, (self.n_bins, -1)).mean(dim=2)
-        else:
+        found: list[Tensor] = []
+        if (direct := layers.direct) is not None and direct.readout is not None:
             x = self.masked_input(counts, mask, layers).clamp(max=LARGEST_INPUT)
             hidden = torch.zeros_like(x, dtype=torch.bool)
             hidden = hidden if mask is None else mask.hidden | hidden
             none = x.new_zeros(len(x), 0, self.n_bins, self.n_bins)  # no kernel: each bin alone
-            found = layers.direct.population_latents(x, hidden, none)[:, 0]
+            found.append(direct.population_latents(x, hidden, none)[:, 0])
+        if encoder or not found:
+            x = self.encode(self.embed(counts, None, mask, session))[:, -self.n_tokens(session) :]
+            found.append(x.unflatten(1, (self.n_bins, -1)).mean(dim=2))
         self.train(was_training)
-        return found
+        return torch.cat(found, dim=2)
 
     @torch.no_grad()
     def predict_log_rates(

@@ -285,7 +285,11 @@ def predict_queries(
 
 
 def predict_latents(
-    predictor: PredictorLike, session: Session, trials: np.ndarray, hidden: np.ndarray
+    predictor: PredictorLike,
+    session: Session,
+    trials: np.ndarray,
+    hidden: np.ndarray,
+    encoder: bool = False,
 ) -> np.ndarray:
     """Latents (K', T, D) of a model, see :meth:`mtm.MtM.latents`, without the neurons ``hidden``.
 
@@ -300,7 +304,8 @@ def predict_latents(
     for some in np.array_split(trials, -(-len(trials) // TRIALS_AT_ONCE)):
         counts = on_device(session.counts[some].astype(np.float32))
         mask = on_device(hidden).expand_as(counts)
-        found.append(latents(counts.masked_fill(mask, 0), session.name, Mask(mask, mask)).cpu())
+        visible = counts.masked_fill(mask, 0)
+        found.append(latents(visible, session.name, Mask(mask, mask), encoder).cpu())
     return torch.cat(found).double().numpy()
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 
 from mtm.files import atomic_write
 
-LABELS = ("session", "seed", "neuron", "region")  # columns that identify a row
+LABELS = ("session", "seed", "neuron", "region", "features")  # columns that identify a row
 COUNTED = ("neurons", "of them silent", "not scored", "with nothing visible")
 COUNTS = ("spikes", "visible", "train_trials", "test_trials")
 POOLED = {"bits_per_spike": "gain", "bits_per_spike_train_null": "gain_train_null"}
@@ -293,13 +293,12 @@ class Report:
         for task, scores in self.tasks.items():
             if scores.per_neuron:
                 continue
-            hidden = (*LABELS, *COUNTS, scores.score, "from_latents")
-            others = [c for c in scores.table if c not in hidden]
-            read = set(scores.table.get("from_latents", []))
-            source = {(0,): "from rates, ", (1,): "from latents, "}.get(tuple(read), "")
+            others = [c for c in scores.table if c not in (*LABELS, *COUNTS, scores.score)]
             beside = ", ".join(f"{c.replace('_', ' ')} {scores.mean(c):.3f}" for c in others)
             value = scores.over("sessions" if several == "neurons" else several)
-            text = f"{task}: {scores.score} {value} ({source}{beside})"
+            read = " or ".join(dict.fromkeys(scores.table.get("features", [])))
+            source = f" from {read}" if read else ""
+            text = f"{task}{source}: {scores.score} {value} ({beside})"
             lines.append(textwrap.fill(text, 79, subsequent_indent="    "))
         lines += [f"{task}: left out, {reason}" for task, reason in self.left_out.items()]
         return "\n".join(lines)

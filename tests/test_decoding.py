@@ -176,7 +176,7 @@ def test_features_are_rates_latents_or_what_cross_validates_better(trained, sess
     name = "wheel-speed"
     found = {
         features: decode(trained, sessions[0], name, features=features)[name]
-        for features in ("rates", "latents", "auto")
+        for features in (*decoding.FEATURES, "auto")
     }
     assert found["auto"].score == found[found["auto"].features].score
     assert found["rates"].score != found["latents"].score
@@ -196,13 +196,24 @@ def test_features_are_rates_latents_or_what_cross_validates_better(trained, sess
             guess = Ridge(alpha=alpha).fit(x[trials], y[trials]).predict(x[split.test])
             scores.append(r2_score(y[split.test].ravel(), guess.ravel()))
     assert np.abs(np.array(scores) - found["latents"].score).min() < 1e-6
+    # The encoder's output stands beside the latents.
+    both = trained.model.latents(counts, sessions[0].name, encoder=True).double().numpy()
+    np.testing.assert_allclose(both[:, :, : z.shape[2]], z)
+    assert both.shape[2] == z.shape[2] + trained.model.config.width
+    x = gaussian_filter1d(both, decoding.ENCODER_WIDTH, axis=1, mode="nearest").reshape(len(z), -1)
+    guesses = [
+        Ridge(alpha=alpha).fit(x[trials], y[trials]).predict(x[split.test])
+        for alpha in decoding.RIDGE_PENALTIES
+    ]
+    scores = np.array([r2_score(y[split.test].ravel(), guess.ravel()) for guess in guesses])
+    assert np.abs(scores - found["encoder"].score).min() < 1e-5
     # A decoder of one region does not see the others, and a function has no latents.
     region = sessions[0].region_names[0]
     alone = decode(trained, sessions[0], name, region=region, features="latents")[name]
     assert alone.score < found["latents"].score
     with pytest.raises(ValueError, match="no latents to decode from"):
         decode(lambda counts, *_: counts + 0.0, session, "choice", features="latents")
-    with pytest.raises(ValueError, match="features must be 'rates', 'latents' or 'auto'"):
+    with pytest.raises(ValueError, match="features must be 'auto' or one of"):
         decode(trained, sessions[0], name, features="counts")
 
 
