@@ -22,7 +22,8 @@ first. Differences from the authors' code:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
@@ -477,6 +478,18 @@ class Batch(NamedTuple):
         ]
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout; afterwards each part is in the mode in which it was."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 class MtM(nn.Module):
     """A model of the activity of one or many sessions.
 
@@ -491,6 +504,7 @@ class MtM(nn.Module):
 
     Attributes:
         split_seed: of the splits it was trained on (:meth:`mtm.Session.split`); None = not known.
+        window: of the trials it was trained on (:class:`mtm.Session`); None = not known.
         seen: session -> :meth:`mtm.Session.fingerprints` of its training trials, (n,) int64.
     """
 
@@ -513,6 +527,7 @@ class MtM(nn.Module):
         self.config, self.n_bins, self.bin_size = config, n_bins, bin_size
         self.prompts, self.causal, self.init = tuple(prompts), causal, init
         self.split_seed: int | None = None
+        self.window: tuple[float, float] | None = None
         self.seen: dict[str, np.ndarray] = {}
         self.token_std = 1.0 if init == "paper" else TOKEN_STD
         self.tokenizer = self.tokenizers[config.tokenizer](config, n_bins, init)
@@ -661,11 +676,13 @@ class MtM(nn.Module):
         return log_rates
 
     @torch.no_grad()
-    def latents(self, counts: Tensor, session: str, mask: Mask | None = None) -> Tensor:
+    def latents(
+        self, counts: Tensor | np.ndarray, session: str, mask: Mask | None = None
+    ) -> Tensor:
         """Latents of the population in each bin, given its visible neurons.
 
         Args:
-            counts: (K, T, N) of trials of one session, on the model's device.
+            counts: (K, T, N) of trials of one session.
             session: its name.
             mask: what to hide. Default: nothing.
 
@@ -673,25 +690,22 @@ class MtM(nn.Module):
             (K, T, R) expected latents of the direct path, see :class:`DirectPaths`. Without that
             path, (K, T, D) the output of the encoder, the mean over the tokens of a bin.
         """
-        layers = self.session_layers(session)
-        was_training = self.training
-        self.eval()
+        layers, counts = self.session_layers(session), torch.as_tensor(counts, device=self.device)
         if layers.direct is None or layers.direct.readout is None:
-            x = self.encode(self.embed(counts, None, mask, session))[:, -self.n_tokens(session) :]
-            found = x.unflatten(1, (self.n_bins, -1)).mean(dim=2)
-        else:
-            x = self.masked_input(counts, mask, layers).clamp(max=LARGEST_INPUT)
-            hidden = torch.zeros_like(x, dtype=torch.bool)
-            hidden = hidden if mask is None else mask.hidden | hidden
-            none = x.new_zeros(len(x), 0, self.n_bins, self.n_bins)  # no kernel: each bin alone
-            found = layers.direct.population_latents(x, hidden, none)[:, 0]
-        self.train(was_training)
-        return found
+            with evaluating(self):
+                x = self.encode(self.embed(counts, None, mask, session))
+            x = x[:, -self.n_tokens(session) :]
+            return x.unflatten(1, (self.n_bins, -1)).mean(dim=2)
+        x = self.masked_input(counts, mask, layers).clamp(max=LARGEST_INPUT)
+        hidden = torch.zeros_like(x, dtype=torch.bool)
+        hidden = hidden if mask is None else mask.hidden | hidden
+        none = x.new_zeros(len(x), 0, self.n_bins, self.n_bins)  # no kernel: each bin alone
+        return layers.direct.population_latents(x, hidden, none)[:, 0]
 
     @torch.no_grad()
     def predict_log_rates(
         self,
-        counts: Tensor,
+        counts: Tensor | np.ndarray,
         scheme: str | None,
         mask: Mask | None,
         session: str,
@@ -703,9 +717,9 @@ class MtM(nn.Module):
         """
         if mask is not None and not self.causal:
             mask = replace(mask, causal=False)
-        was_training = self.training
-        log_rates = self.eval()(counts, scheme, mask, session, neurons)
-        self.train(was_training)
+        with evaluating(self):
+            counts = torch.as_tensor(counts, device=self.device)
+            log_rates: Tensor = self(counts, scheme, mask, session, neurons)
         return log_rates
 
     def add_session(
@@ -716,6 +730,9 @@ class MtM(nn.Module):
         token: str = "new",
     ) -> None:
         """Make layers and a token for a recording that the model does not know.
+
+        Make the optimizer afterwards: it would not know the new parameters. With ndt2, a session
+        with more patches than all before replaces ``tokenizer.space``, too.
 
         Args:
             name: a name that no other session has.
