@@ -204,9 +204,10 @@ def seconds(name: str, values: Any, bin_size: float) -> Floats:
     """
     if hasattr(values, "units"):  # neo and quantities: rescale; pint: to
         convert = getattr(values, "rescale", None) or getattr(values, "to", None)
-        if convert is None:
+        if convert is not None:
+            values = convert("s").magnitude
+        elif str(values.units) not in ("s", "second", "seconds"):  # a note of xarray
             raise ValueError(f"{name} have units ({values.units}); pass plain numbers, in seconds")
-        values = convert("s").magnitude
     array = plain(values)
     if array.dtype.kind in "mM":
         raise ValueError(f"{name} are {array.dtype}; pass seconds as numbers")

@@ -283,7 +283,7 @@ class Run:
         for name in (MODEL, CONFIG, HISTORY, RUN) if restart else ():
             (folder / name).unlink(missing_ok=True)
         remedy = "use another folder, or restart=True (--restart), which deletes what is in "
-        remedy += f"{folder}; to train on with what it learned, fit(sessions, mtm.load({folder}))"
+        remedy += f"{folder}; to go on from its model, fit(sessions, mtm.load({str(folder)!r}))"
         if not (folder / RUN).exists():
             if (folder / MODEL).exists():
                 raise StateError(f"{folder} holds a model but no run to resume; {remedy}")

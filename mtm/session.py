@@ -103,7 +103,7 @@ class Session:
                 self._fail(f"behaviour {key!r}", "need finite numbers; missing ones are NaN")
             self.behaviour[key] = array
         self.neurons: dict[str, np.ndarray] = {}
-        for key, values in (neurons or {}).items():
+        for key, values in ({} if neurons is None else neurons).items():
             column = self._array(f"neurons {key!r}", values, (units,))
             self.neurons[key] = column.astype(np.str_) if column.dtype.kind == "O" else column
         self.rates = None if rates is None else np.asarray(plain(rates), np.float32)
@@ -342,7 +342,8 @@ class Session:
             UserWarning: for windows that overlap, trials outside the recording, and traces without
                 a value.
         """
-        trials, table = dict(behaviour or {}), dict(neurons or {})
+        # Not `behaviour or {}`: they may be DataFrames.
+        trials, table = (dict({} if x is None else x) for x in (behaviour, neurons))
         try:
             ids = _cluster_ids(plain(spike_clusters), clusters, regions)
             labels = _labels(regions, ids, clusters)
@@ -475,7 +476,8 @@ def _bin(
         field, rates = "times", counts.mean(axis=(0, 1), dtype=np.float64) / grid["bin_size"]
         spikes = seconds("spike_times", spike_times, grid["bin_size"])
         events = seconds("align_times", align_times, grid["bin_size"])
-        _check_times(spikes, events, grid["window"], rates[np.unique(places)])
+        fires = np.bincount(places, minlength=len(ids)) > 0
+        _check_times(spikes, events, grid["window"], rates[fires])
         for field, (times, values) in traces.items():
             binned[field] = bin_trace(times, values, align_times, **grid)
     except ValueError as error:
@@ -592,6 +594,6 @@ def _doubts(
     if 0.05 < outside.mean() < 1:
         doubts.append(
             f"{outside.sum()} of {len(events)} trials lie before the first or after the last "
-            "spike; leave them out"
+            "spike; leave them out, or add the trial's start to spike times that count from it"
         )
     return [f"align_times: {doubt}" for doubt in doubts]

@@ -200,6 +200,7 @@ def test_phases_of_fine_tuning_resume_too(sessions, tmp_path, monkeypatch, whole
         assert same(resumed(monkeypatch, tmp_path / f"{step}", step, call).model, expected.model)
 
 
+@pytest.mark.filterwarnings("ignore:.*same neurons")
 def test_a_folder_of_another_run_is_refused(sessions, tmp_path, whole):
     a = whole.model
     fit(sessions[0], a, **SHORT, folder=tmp_path)

@@ -298,8 +298,9 @@ def test_columns_with_ids_are_taken_by_id(labels, clusters):
     times, ids = rng.uniform(0, 60, 3000), rng.choice([3, 5, 7, 10], 3000)
     events = pd.Series(np.arange(2.0, 58.0, 4.0), index=np.arange(14) * 2 + 1)
     depth = pd.Series({10: 1.0, 3: 2.0, 5: 3.0, 7: 4.0, 11: 5.0})  # more than are used
+    table = pd.DataFrame({"depth": depth})
     session = Session.from_spike_times(
-        times, ids, events, clusters=clusters, regions=labels, neurons={"depth": depth},
+        times, ids, events, clusters=clusters, regions=labels, neurons=table,
         behaviour={"number": pd.Series(events.index[::-1], index=events.index[::-1])},
     )  # fmt: skip
     found = session.neurons["cluster"].tolist()
