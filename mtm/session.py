@@ -342,16 +342,11 @@ class Session:
             UserWarning: for windows that overlap, trials outside the recording, and traces without
                 a value.
         """
-        # Not `behaviour or {}`: they may be DataFrames.
-        trials, table = (dict({} if x is None else x) for x in (behaviour, neurons))
         try:
             ids = _cluster_ids(plain(spike_clusters), clusters, regions)
-            labels = _labels(regions, ids, clusters)
-            rows = align_times.index if isinstance(align_times, pd.Series) else None
-            for key, values in trials.items():
-                trials[key] = _in_order(f"behaviour {key!r}", values, rows, align_times)
-            for key, values in table.items():
-                table[key] = _in_order(f"neurons {key!r}", values, ids, clusters)
+            labels = _labels(regions, clusters, ids)
+            trials = _columns("behaviour", behaviour, align_times)
+            table = {"cluster": ids} | _columns("neurons", neurons, clusters, ids)
             if both := trials.keys() & (traces or {}).keys():
                 raise ValueError(f"{min(both)}: a behaviour has the same name")
         except ValueError as error:
@@ -360,7 +355,7 @@ class Session:
         recorded = spike_times, spike_clusters, align_times
         split_given = fields.get("given_split") is not None
         counts, binned = _bin(name, *recorded, ids, traces or {}, split_given, **grid)
-        table, trials = {"cluster": ids, **table}, trials | binned
+        trials |= binned
         return cls(counts, labels, name, behaviour=trials, neurons=table, **grid, **fields)
 
     @classmethod
@@ -507,30 +502,37 @@ def _cluster_ids(fired: np.ndarray, clusters: Any, regions: Any) -> np.ndarray:
     return ids
 
 
-def _labels(regions: Any, ids: np.ndarray, clusters: Any) -> Any:
+def _labels(regions: Any, clusters: Any, ids: np.ndarray) -> Any:
     """Labels of the clusters ``ids``, (N,), where they come as a mapping or a Series."""
     if not isinstance(regions, Mapping):
-        return _in_order("regions", regions, ids, clusters)
+        return _in_order("regions", regions, clusters, ids)
     if regions and not set(regions) & set(ids.tolist()):
         keys = f"{list(regions)[:1]} against {ids[:1].tolist()}"
         raise ValueError(f"regions: no key is a cluster id: {keys}")
     return [regions.get(cluster, "") for cluster in ids.tolist()]
 
 
-def _in_order(field: str, values: Any, ids: Any, rows: Any) -> Any:
-    """A Series in the order of ``ids``, by its index; other columns, and those of ``rows``, as is.
+def _columns(kind: str, table: Any, rows: Any, ids: np.ndarray | None = None) -> dict[str, Any]:
+    """The columns of a mapping or DataFrame, each `_in_order`."""
+    items = () if table is None else table.items()
+    return {key: _in_order(f"{kind} {key!r}", values, rows, ids) for key, values in items}
+
+
+def _in_order(field: str, values: Any, rows: Any, ids: np.ndarray | None = None) -> Any:
+    """A Series in the order of ``ids``, by its index; anything else as it is.
 
     Args:
         field: what it is, for errors.
         values: one for each neuron or trial.
-        ids: of these, in order; None = not known.
         rows: the column that sets the order; a Series with the same index is of the same table.
+        ids: of the neurons, in order. Default: the index of ``rows``, if they are a Series.
     """
-    if not isinstance(values, pd.Series) or ids is None:
+    index = rows.index if isinstance(rows, pd.Series) else None
+    if not isinstance(values, pd.Series) or (ids is None and index is None):
         return values
-    if isinstance(rows, pd.Series) and values.index.equals(rows.index):
+    if index is not None and values.index.equals(index):
         return values.to_numpy()
-    order = pd.Index(ids)
+    order = pd.Index(index if ids is None else ids)
     known, numbered = order.isin(values.index).all(), values.index.equals(pd.RangeIndex(len(order)))
     if numbered and not known:  # no ids in the index: by place
         return values.to_numpy()
