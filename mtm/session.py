@@ -128,7 +128,8 @@ class Session:
 
     def _check_counts(self, values: Any) -> np.ndarray:
         counts = plain(values)
-        if names := [str(name).lower() for name in getattr(values, "dims", ())]:
+        if isinstance(names := getattr(values, "dims", None), tuple):  # of h5py, it is no tuple
+            names = [str(name).lower() for name in names]
             order = [
                 [i for i, name in enumerate(names) if any(word in name for word in words)]
                 for words in AXES

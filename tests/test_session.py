@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -56,12 +57,14 @@ def test_attributes_and_description():
 
 
 @pytest.mark.parametrize("dims", [("unit_id", "trial", "time"), ("time_bins", "Neurons", "Trials")])
-def test_axes_with_names_are_put_in_order(dims):
+def test_axes_with_names_are_put_in_order(dims, tmp_path):
     counts = np.random.default_rng(0).poisson(1.0, (7, 5, 4))  # trials x bins x neurons
     order = [["tri", "tim", "neu"].index(dim.lower().replace("unit", "neu")[:3]) for dim in dims]
     named = counts.transpose(order).view(Named)
     named.dims = dims
     np.testing.assert_array_equal(Session(named).counts, counts)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        np.testing.assert_array_equal(Session(file.create_dataset("x", data=counts)).counts, counts)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64, np.float32])
