@@ -6,6 +6,8 @@ Both use the same half-open bins: bin b of trial k starts at
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
@@ -48,7 +50,7 @@ def bin_spikes(
     """Count the spikes of each neuron in each bin of each trial.
 
     Args:
-        spike_times: (S,) seconds, in any order.
+        spike_times: (S,) seconds, in any order; or with units that convert to seconds (neo, pint).
         spike_neurons: (S,) integers in [0, n_neurons), the neuron of each spike.
         align_times: (K,) seconds, the event that each trial is aligned to, in any order.
         n_neurons: number of neurons, N; one without a spike keeps its column of zeros.
@@ -62,8 +64,9 @@ def bin_spikes(
         ValueError: for NaN times, lengths that differ, or neurons out of range.
     """
     bins = n_bins(window, bin_size)
-    times, align = _finite("spike_times", spike_times), _finite("align_times", align_times)
-    neurons = np.asarray(spike_neurons)
+    times = seconds("spike_times", spike_times, bin_size)
+    align = seconds("align_times", align_times, bin_size)
+    neurons = plain(spike_neurons)
     if neurons.shape != times.shape:
         raise ValueError(f"spike_neurons has shape {neurons.shape}, spike_times {times.shape}")
     neurons = neurons.astype(np.int64)
@@ -95,7 +98,7 @@ def cluster_places(spike_clusters: ArrayLike, clusters: ArrayLike) -> NDArray[np
     Raises:
         ValueError: for an id that is listed twice, or a spike of a cluster that is not listed.
     """
-    index, fired = pd.Index(np.asarray(clusters)), np.asarray(spike_clusters)
+    index, fired = pd.Index(plain(clusters)), plain(spike_clusters)
     if not index.is_unique:
         twice = index[index.duplicated()][0]
         raise ValueError(f"clusters: id {twice} twice; add an offset to the ids of one probe")
@@ -136,8 +139,9 @@ def bin_trace(
         ValueError: for times that are NaN or not increasing, or values that are infinite.
     """
     bins = n_bins(window, bin_size)
-    t, align = _finite("times", times), _finite("align_times", align_times)
-    v = np.asarray(values, dtype=np.float64)
+    t = seconds("times", times, bin_size)
+    align = seconds("align_times", align_times, bin_size)
+    v = plain(values).astype(np.float64)
     if v.shape != t.shape or np.isinf(v).any():
         raise ValueError(f"values {v.shape} must be one for each of times {t.shape}, none infinite")
     if not (t[1:] > t[:-1]).all():
@@ -180,9 +184,34 @@ def _edges(align: Floats, bins: int, start: float, bin_size: float) -> tuple[Flo
     return edges, max(SNAP * bin_size, rounding)
 
 
-def _finite(name: str, values: ArrayLike) -> Floats:
-    """The argument as finite float64 (n,), or a ValueError that names it."""
-    vector = np.asarray(values, dtype=np.float64)
+def plain(values: Any) -> NDArray[Any]:
+    """Return values as an array, with NaN for masked numbers and "" for masked text.
+
+    ``np.asarray`` would forget the mask and show what is under it.
+    """
+    if not isinstance(values, np.ma.MaskedArray):
+        return np.asarray(values)
+    if values.dtype.kind in "OSU":
+        return np.asarray(values.filled(""))
+    return np.asarray(values.astype(np.float64).filled(np.nan))
+
+
+def seconds(name: str, values: Any, bin_size: float) -> Floats:
+    """Return times as finite float64 (n,) seconds, from numbers or quantities with units.
+
+    Raises:
+        ValueError: naming the times, also where their type is too coarse for ``bin_size``.
+    """
+    if hasattr(values, "units"):  # neo and quantities: rescale; pint: to
+        convert = getattr(values, "rescale", None) or getattr(values, "to", None)
+        if convert is not None:
+            values = convert("s").magnitude
+        elif str(values.units) not in ("s", "second", "seconds"):  # a note of xarray
+            raise ValueError(f"{name} have units ({values.units}); pass plain numbers, in seconds")
+    array = plain(values)
+    if array.dtype.kind in "mM":
+        raise ValueError(f"{name} are {array.dtype}; pass seconds as numbers")
+    vector: Floats = array.astype(np.float64)
     if vector.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {vector.shape}")
     bad = ~np.isfinite(vector)
@@ -190,5 +219,12 @@ def _finite(name: str, values: ArrayLike) -> Floats:
         raise ValueError(
             f"{name} holds {bad.sum()} NaN or infinite values, the first at index {bad.argmax()}; "
             "leave them out"
+        )
+    largest = np.abs(array).max(initial=0)
+    if array.dtype.kind == "f" and (step := float(np.spacing(largest))) > bin_size / 10:
+        raise ValueError(
+            f"{name} are too large for {array.dtype} to resolve bin_size {bin_size} s (steps of "
+            f"{step:.2g} s at {largest:.6g} s); read them as float64, or subtract one offset from "
+            "all times where they are computed"
         )
     return vector

@@ -141,7 +141,7 @@ def _read_model(folder: str | Path, with_tensors: bool = True) -> Content:
 def settings(model: MtM) -> dict[str, Any]:
     """Return everything about a model but its weights, as JSON can hold it."""
     official = isinstance(model, OfficialMtM)
-    names = ("n_bins", "bin_size", "causal", "init", "split_seed")
+    names = ("n_bins", "bin_size", "causal", "init", "split_seed", "window")
     return {
         "class": "official" if official else "mtm",
         "config": asdict(model.config),
@@ -156,8 +156,9 @@ def from_settings(described: dict[str, Any]) -> MtM:
     """Make the model that :func:`settings` describes, with new weights."""
     given = {**described, "config": MtMConfig(**described["config"])}
     kind, split_seed, seen = (given.pop(key) for key in ("class", "split_seed", "seen"))
+    window = given.pop("window", None)
     model = CLASSES[kind](**given)
-    model.split_seed = split_seed
+    model.split_seed, model.window = split_seed, window and tuple(window)
     for name, each in seen.items():
         model.seen[name] = np.frombuffer(b64decode(each), dtype=np.int64)
     return model
@@ -282,7 +283,7 @@ class Run:
         for name in (MODEL, CONFIG, HISTORY, RUN) if restart else ():
             (folder / name).unlink(missing_ok=True)
         remedy = "use another folder, or restart=True (--restart), which deletes what is in "
-        remedy += str(folder)
+        remedy += f"{folder}; to go on from its model, fit(sessions, mtm.load({str(folder)!r}))"
         if not (folder / RUN).exists():
             if (folder / MODEL).exists():
                 raise StateError(f"{folder} holds a model but no run to resume; {remedy}")

@@ -53,7 +53,18 @@ Source = tuple[str, Any]  # what a decoder reads: see `Decoder.features`
 
 @dataclass(frozen=True, repr=False)
 class Decoded:
-    """How well one behaviour was decoded."""
+    """How well one behaviour was decoded.
+
+    ``others`` holds, for each behaviour, the controls ``shuffled`` (fitted to shuffled trials),
+    ``raw_counts`` and ``smoothed_counts``, and
+
+    - of classes: ``balanced_accuracy`` (mean over the classes of the test trials) and the control
+      ``majority`` (the most frequent class); of the choice, where the contrast is known, also the
+      control ``stimulus_only``, with ``stimulus_only_balanced``;
+    - of a number: the control ``mean``;
+    - of a trace: the control ``time_course``. The R2 is over all test trials and bins, so that the
+      mean time course counts as explained variance.
+    """
 
     behaviour: str
     session: str
@@ -96,15 +107,8 @@ def decode(
 ) -> dict[str, Decoded]:
     """Decode behaviours of a session: a class or a number of each trial, or a trace.
 
-    - *Classes* are decoded with logistic regression. The score is the accuracy; further scores are
-      ``balanced_accuracy`` (mean over the classes of the test trials) and the control ``majority``
-      (the most frequent class). Of the choice, where the contrast is known, also the control
-      ``stimulus_only``, with ``stimulus_only_balanced``.
-    - A *number* is decoded with ridge regression and scored by R2; the control is the ``mean``.
-    - A *trace*, of shape (K, T), likewise, all bins at once. The mean time course counts as
-      explained variance, so compare the R2 with the control ``time_course``.
-
-    Controls of all: ``shuffled`` (fitted to shuffled trials), ``raw_counts``, ``smoothed_counts``.
+    Classes are decoded with logistic regression, numbers and traces with ridge regression, all bins
+    of a trace at once. Scores and controls: see :class:`Decoded`.
 
     Trials without a value (NaN, or an empty word) are left out, and so is a choice of 0 beside -1
     and +1, which means no response. The paper decodes only trials with a valid reaction time, as

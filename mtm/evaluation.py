@@ -25,6 +25,7 @@ from mtm.prediction import (
     predict_queries,
     queries_of,
     require_unseen,
+    selected,
 )
 from mtm.report import Report, TaskScores
 from mtm.session import Session, SessionError
@@ -59,7 +60,8 @@ def evaluate(
         tasks: some of :data:`mtm.prediction.TASKS`, and names of behaviours; those that some of
             several sessions lack are left out there. Default: all that can be scored.
         trials: indices of the scored trials, of one session only. Default: the test trials of
-            ``session.split``. Behaviour is always decoded in test trials (:func:`mtm.decode`).
+            ``session.split``. Behaviour is left out with other trials: :func:`mtm.decode` fits its
+            decoders to all but the test trials.
         neurons: indices of the scored neurons, of one session only; all are in the input.
         split_seed: of ``session.split``, whose training trials make the honest null model.
             Default: the one that the predictor was trained with, else 0. Imported checkpoints,
@@ -134,8 +136,7 @@ def _evaluate(
     predictor = as_predictor(predictor, session)
     split = choose_split(predictor, session, split_seed, allow_seen=allow_seen)
     trials = np.arange(session.n_trials)[split.test if trials is None else trials]
-    wanted = np.zeros(session.n_neurons, dtype=bool)
-    wanted[slice(None) if neurons is None else neurons] = True
+    wanted = selected(neurons, session.n_neurons)
     if len(trials) == 0 or not wanted.any():
         what, regions = "neurons" if len(trials) else "trials", ", ".join(session.region_names)
         raise ValueError(
@@ -146,6 +147,9 @@ def _evaluate(
     _require_known(tasks or (), session.behaviour)
     asked = [*TASKS, *decodable(session)] if tasks is None else tasks
     left_out = _unscorable(predictor, session, wanted, asked)
+    if not np.array_equal(np.sort(trials), split.test):
+        reason = "decoded in the test trials alone, which `trials` are not"
+        left_out |= {task: reason for task in asked if task not in TASKS}
     if tasks is not None and left_out:
         reasons = "; ".join(f"{task}: {why}" for task, why in left_out.items())
         raise SessionError(f"session {session.name!r}, {reasons}")
@@ -156,7 +160,7 @@ def _evaluate(
         how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         log_rates = predict_queries(predictor, session, TASKS[task], trials, queries, **how)
         scores[task] = _score(log_rates, session, queries, trials, train_null)
-    names = [t for t in asked if t not in TASKS]
+    names = [t for t in asked if t not in TASKS and t not in left_out]
     if names:
         decoder = Decoder(
             predictor,

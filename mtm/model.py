@@ -22,7 +22,8 @@ first. Differences from the authors' code:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
@@ -477,6 +478,18 @@ class Batch(NamedTuple):
         ]
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout; afterwards each part is in the mode in which it was."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 class MtM(nn.Module):
     """A model of the activity of one or many sessions.
 
@@ -491,6 +504,7 @@ class MtM(nn.Module):
 
     Attributes:
         split_seed: of the splits it was trained on (:meth:`mtm.Session.split`); None = not known.
+        window: of the trials it was trained on (:class:`mtm.Session`); None = not known.
         seen: session -> :meth:`mtm.Session.fingerprints` of its training trials, (n,) int64.
     """
 
@@ -513,6 +527,7 @@ class MtM(nn.Module):
         self.config, self.n_bins, self.bin_size = config, n_bins, bin_size
         self.prompts, self.causal, self.init = tuple(prompts), causal, init
         self.split_seed: int | None = None
+        self.window: tuple[float, float] | None = None
         self.seen: dict[str, np.ndarray] = {}
         self.token_std = 1.0 if init == "paper" else TOKEN_STD
         self.tokenizer = self.tokenizers[config.tokenizer](config, n_bins, init)
@@ -662,12 +677,16 @@ class MtM(nn.Module):
 
     @torch.no_grad()
     def latents(
-        self, counts: Tensor, session: str, mask: Mask | None = None, encoder: bool = False
+        self,
+        counts: Tensor | np.ndarray,
+        session: str,
+        mask: Mask | None = None,
+        encoder: bool = False,
     ) -> Tensor:
         """Latents of the population in each bin, given its visible neurons.
 
         Args:
-            counts: (K, T, N) of trials of one session, on the model's device.
+            counts: (K, T, N) of trials of one session.
             session: its name.
             mask: what to hide. Default: nothing.
             encoder: append the output of the encoder.
@@ -676,10 +695,15 @@ class MtM(nn.Module):
             (K, T, R) expected latents of the direct path, see :class:`DirectPaths`; of the encoder,
             (K, T, D) the mean over the tokens of a bin, which is all of a model without that path.
         """
-        layers = self.session_layers(session)
-        was_training = self.training
-        self.eval()
-        found: list[Tensor] = []
+        with evaluating(self):
+            counts = torch.as_tensor(counts, device=self.device)
+            return self.encode_latents(counts, session, mask, encoder)
+
+    def encode_latents(
+        self, counts: Tensor, session: str, mask: Mask | None, encoder: bool
+    ) -> Tensor:
+        """Latents as from :meth:`latents`, with gradients, and dropout in training."""
+        layers, found = self.session_layers(session), []
         if (direct := layers.direct) is not None and direct.readout is not None:
             x = self.masked_input(counts, mask, layers).clamp(max=LARGEST_INPUT)
             hidden = torch.zeros_like(x, dtype=torch.bool)
@@ -689,13 +713,12 @@ class MtM(nn.Module):
         if encoder or not found:
             x = self.encode(self.embed(counts, None, mask, session))[:, -self.n_tokens(session) :]
             found.append(x.unflatten(1, (self.n_bins, -1)).mean(dim=2))
-        self.train(was_training)
         return torch.cat(found, dim=2)
 
     @torch.no_grad()
     def predict_log_rates(
         self,
-        counts: Tensor,
+        counts: Tensor | np.ndarray,
         scheme: str | None,
         mask: Mask | None,
         session: str,
@@ -707,9 +730,9 @@ class MtM(nn.Module):
         """
         if mask is not None and not self.causal:
             mask = replace(mask, causal=False)
-        was_training = self.training
-        log_rates = self.eval()(counts, scheme, mask, session, neurons)
-        self.train(was_training)
+        with evaluating(self):
+            counts = torch.as_tensor(counts, device=self.device)
+            log_rates: Tensor = self(counts, scheme, mask, session, neurons)
         return log_rates
 
     def add_session(
@@ -720,6 +743,9 @@ class MtM(nn.Module):
         token: str = "new",
     ) -> None:
         """Make layers and a token for a recording that the model does not know.
+
+        Make the optimizer afterwards: it would not know the new parameters. With ndt2, a session
+        with more patches than all before replaces ``tokenizer.space``, too.
 
         Args:
             name: a name that no other session has.

@@ -10,12 +10,14 @@ it is.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +34,7 @@ TASKS = {
 """Each activity task, and the masking scheme that trains for it (whose prompt the model gets).
 To add a task, add an entry here and a branch in :func:`queries_of`."""
 
+BINS = ("n_bins", "bin_size")
 TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}  # of a batch; the fastest measured on each device
 TRIALS_AT_ONCE = 256  # of a batch, for predictors without tokens
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
@@ -41,8 +44,9 @@ class Predictor(Protocol):
     """Anything with this method can be evaluated.
 
     It may also take ``neurons`` (B,) and return the log-rates (B, T) of one neuron of each trial.
-    Optional attributes: ``device``; ``bin_size``, ``split_seed`` and ``seen`` (session name ->
-    fingerprints of training trials), which are checked; ``schemes``, those that it can predict.
+    Optional attributes: ``device``; ``n_bins``, ``bin_size``, ``window``, ``split_seed`` and
+    ``seen`` (session name -> fingerprints of training trials), which are checked; ``schemes``,
+    those that it can predict.
     """
 
     def predict_log_rates(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
@@ -59,7 +63,10 @@ def as_predictor(
 
     Raises:
         ValueError: when it is not for this session, or a function with other arguments.
-        SessionError: for a model that was trained on bins of another width.
+        SessionError: for a model that was trained on other bins.
+
+    Warns:
+        UserWarning: for a model that knows none of the session's trials, see `require_same_bins`.
     """
     if isinstance(predictor, Mapping):
         if session.name not in predictor:
@@ -67,7 +74,7 @@ def as_predictor(
             raise ValueError(f"no predictor for session {session.name!r}; there are: {known}")
         predictor = predictor[session.name]
     if isinstance(predictor, Tensor):
-        predictor = predictor.detach().cpu().numpy()
+        predictor = predictor.detach().cpu().double().numpy()
     if isinstance(predictor, np.ndarray):
         try:
             return np.broadcast_to(predictor, session.counts.shape)
@@ -78,11 +85,31 @@ def as_predictor(
     except TypeError as error:
         message = f"a predictor is a function of (counts, scheme, mask, session): {error}"
         raise ValueError(message) from error
-    bin_size = _attribute(predictor, "bin_size", session.bin_size)
-    if abs(bin_size - session.bin_size) > 1e-9:
-        bins = f"has bins of {session.bin_size} s, the model was trained on bins of {bin_size} s"
-        raise SessionError(f"session {session.name!r} {bins}")
+    require_same_bins(predictor, session)
     return predictor
+
+
+def require_same_bins(predictor: PredictorLike, session: Session) -> None:
+    """Raise SessionError where a predictor was trained on other bins; warn of other neurons.
+
+    A session has other neurons, or the same in another order, if the predictor was trained on one
+    of this name and knows none of its trials. (Or all its trials are new, which cannot be told.)
+    """
+    window = _attribute(predictor, "window", None) or session.window  # None: not known
+    found = session.n_bins, session.bin_size, session.window[0]
+    trained = [*(_attribute(predictor, key, getattr(session, key)) for key in BINS), window[0]]
+    if not np.allclose(found, trained):
+        one, other = ("{} bins of {:g} s from {:g} s".format(*bins) for bins in (found, trained))
+        problem = f"has {one}, the model was trained on {other}; bin it alike"
+        raise SessionError(f"session {session.name!r} {problem}")
+    seen = _attribute(predictor, "seen", {}).get(session.name, ())
+    trials = session.fingerprints(np.arange(session.n_trials)) if len(seen) else np.zeros(1)
+    if trials.any() and not np.isin(trials[trials != 0], seen).any():
+        warnings.warn(
+            f"session {session.name!r}: the predictor was trained on a session of this name, and "
+            "knows none of these trials: are these the same neurons, in the same order?",
+            stacklevel=4,
+        )
 
 
 def choose_split(
@@ -113,7 +140,8 @@ def require_unseen(predictor: PredictorLike, session: Session, trials: np.ndarra
     """Raise ValueError for trials that a predictor was trained on.
 
     They are found by their fingerprints (``predictor.seen``), whatever the session was called and
-    however it was split. Trials of fewer than ten spikes cannot be checked.
+    however it was split, as long as neurons and bins are those of training. Trials of fewer than
+    ten spikes cannot be checked.
     """
     scored = session.fingerprints(trials)
     for name, trained in _attribute(predictor, "seen", {}).items():
@@ -351,12 +379,19 @@ def queries_of(task: str, session: Session, wanted: np.ndarray) -> Queries:
     raise ValueError(f"task {task!r} has no branch in queries_of")
 
 
+def selected(which: ArrayLike | None, n: int) -> np.ndarray:
+    """What is selected of ``n`` by indices or a mask, (n,) bool; all by None."""
+    found = np.zeros(n, dtype=bool)
+    found[slice(None) if which is None else np.asarray(which)] = True
+    return found
+
+
 def predict_held_out(
     predictor: PredictorLike | Mapping[str, PredictorLike],
     session: Session,
     task: str,
     trials: np.ndarray | None = None,
-    wanted: np.ndarray | None = None,
+    wanted: ArrayLike | None = None,
     *,
     batch_size: int | None = None,
     progress: bool = False,
@@ -368,15 +403,14 @@ def predict_held_out(
         session: the recording.
         task: one of :data:`TASKS`.
         trials: (K',) indices. Default: the test trials, as in :func:`mtm.evaluate`.
-        wanted: (N,) bool, neurons to score. Default: all.
+        wanted: neurons to score, indices or (N,) bool. Default: all.
 
     Returns:
         log-rates (K', T, N) float64, NaN where nothing is scored.
     """
     predictor = as_predictor(predictor, session)
     trials = choose_split(predictor, session).test if trials is None else np.asarray(trials)
-    wanted = np.ones(session.n_neurons, dtype=bool) if wanted is None else wanted
-    queries = queries_of(task, session, wanted)
+    queries = queries_of(task, session, selected(wanted, session.n_neurons))
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     return predict_queries(predictor, session, TASKS[task], trials, queries, **how)
 

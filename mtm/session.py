@@ -17,13 +17,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from mtm.binning import bin_spikes, bin_trace, cluster_places
+from mtm.binning import bin_spikes, bin_trace, cluster_places, plain, seconds
 from mtm.files import MemoryMapped, read_arrays, write_arrays
 
 FORMAT = "mtm-session 3"
 LISTED = ("format", "shape", "firing_rates")  # for `Sessions`, which reads no counts
 UNLABELLED = ("", "root", "void", "nan", "none", "unknown")
 """Labels (any case) that mean "no region": such neurons are kept, but never form a region."""
+AXES = (("trial", "presentation"), ("time", "bin"), ("neuron", "unit", "cluster", "cell"))
+"""Words in the names of counts' axes, for arrays that name them (xarray)."""
+LOWEST_RATE, LOWEST_SHARE = 0.1, 0.01  # below both, times are not seconds: see `_check_times`
 
 
 class SessionError(ValueError):
@@ -43,7 +46,7 @@ class Session:
 
     Args:
         counts: spike counts, (K, T, N) trials x time bins x neurons; whole numbers from 0. They are
-            copied.
+            copied. Axes that have names, as in xarray, may come in any order.
         regions: brain region of each neuron, (N,) strings; ``None``, ``""`` or another of
             :data:`UNLABELLED` where there is none. Default: no neuron has one.
         name: the session's key, unique among the sessions of a model (an eid, for IBL data).
@@ -59,6 +62,9 @@ class Session:
             which splits are drawn among. Default: these are all trials, in order.
         n_recorded: number of trials of the whole recording; default K.
         provenance: where the recording comes from; anything that JSON can hold.
+
+    Masked entries of arrays count as missing: NaN, or no label. A pandas Series must have the index
+    0, 1, 2, ..., since nothing tells which neuron or trial another index means.
 
     Attributes:
         n_trials, n_bins, n_neurons: K, T and N.
@@ -86,9 +92,10 @@ class Session:
         self.name, self.subject, self.bin_size = str(name), str(subject), float(bin_size)
         self.counts = self._check_counts(counts)
         self.n_trials, self.n_bins, self.n_neurons = trials, bins, units = self.counts.shape
-        labels = [""] * units if regions is None else list(regions)
-        labels = [r.decode() if isinstance(r, bytes) else r or "" for r in labels]
-        self.regions = self._array("regions", labels, (units,)).astype(np.str_)
+        given = self._array("regions", [""] * units if regions is None else regions, (units,))
+        labels = ["" if pd.isna(label) else label or "" for label in given.tolist()]
+        labels = [label.decode() if isinstance(label, bytes) else label for label in labels]
+        self.regions = np.array(labels, dtype=np.str_)
         self.window = self._check_window(window)
         self.behaviour: dict[str, np.ndarray] = {}
         for key, values in (behaviour or {}).items():
@@ -101,9 +108,9 @@ class Session:
                 self._fail(f"behaviour {key!r}", "need numbers in bins; words are for whole trials")
             self.behaviour[key] = array
         self.neurons: dict[str, np.ndarray] = {}
-        for key, values in (neurons or {}).items():
+        for key, values in ({} if neurons is None else neurons).items():
             self.neurons[key] = _plain(self._array(f"neurons {key!r}", values, (units,)))
-        self.rates = None if rates is None else np.asarray(rates, np.float32)
+        self.rates = None if rates is None else np.asarray(plain(rates), np.float32)
         if self.rates is not None:
             self._array("rates", self.rates, self.counts.shape)
             on_disk = isinstance(rates, MemoryMapped)  # checked before they were written
@@ -123,8 +130,18 @@ class Session:
     def _fail(self, field: str, problem: str) -> NoReturn:
         raise SessionError(f"session {self.name!r}, {field}: {problem}")
 
-    def _check_counts(self, values: ArrayLike) -> np.ndarray:
-        counts = np.asarray(values)
+    def _check_counts(self, values: Any) -> np.ndarray:
+        counts = plain(values)
+        if isinstance(names := getattr(values, "dims", None), tuple):  # of h5py, it is no tuple
+            names = [str(name).lower() for name in names]
+            order = [
+                [i for i, name in enumerate(names) if any(word in name for word in words)]
+                for words in AXES
+            ]
+            if sorted(order) != [[0], [1], [2]]:
+                self._fail("counts", f"axes {names} do not tell trials, time bins and neurons; "
+                           "transpose to this order and pass .to_numpy()")  # fmt: skip
+            counts = counts.transpose([axis for [axis] in order])
         if counts.ndim != 3 or 0 in counts.shape:
             self._fail("counts", f"need trials x bins x neurons, got shape {counts.shape}")
         if counts.dtype in (np.uint8, np.uint16):  # valid as they are; may be on disk
@@ -152,11 +169,18 @@ class Session:
         start, stop = (0.0, length) if window is None else map(float, window)
         if not abs(stop - start - length) < 1e-6 * max(1.0, length):
             problem = f"({start}, {stop}) s, but {self.n_bins} bins last {length:g} s"
+            sizes, bins = self.counts.shape, round((stop - start) / self.bin_size)
+            if bins in sizes:
+                problem += (f"; axis {sizes.index(bins)} of counts {sizes} has {bins}: if it is "
+                            "time, transpose to trials x bins x neurons")  # fmt: skip
             self._fail("window", problem)
         return start, stop
 
-    def _array(self, field: str, values: ArrayLike, *shapes: tuple[int, ...]) -> np.ndarray:
-        array = np.asarray(values)
+    def _array(self, field: str, values: Any, *shapes: tuple[int, ...]) -> np.ndarray:
+        if isinstance(values, pd.Series) and not values.index.equals(pd.RangeIndex(len(values))):
+            index = f"a Series with index {values.index[:3].tolist()}..., not 0, 1, 2, ..."
+            self._fail(field, f"{index}; put it in the order of counts and pass .to_numpy()")
+        array = plain(values)
         if array.shape not in shapes:
             needed, sizes = " or ".join(map(str, shapes)), self.counts.shape
             problem = f"need shape {needed}, got {array.shape}"
@@ -241,8 +265,8 @@ class Session:
             split = Split(*(np.flatnonzero(part == number) for number in (2, 1, 0)))
         for label, trials in split._asdict().items():
             if len(trials) == 0 and (label != "test" or self.given_split is None):
-                self._fail("split", f"none of its {self.n_trials} trials is in {label}; keep more "
-                           "trials, or pass given_split")  # fmt: skip
+                problem = f"none of its {self.n_trials} trials is in {label}; keep more trials, or "
+                self._fail("split", f"{problem}pass given_split=(train, val, test), their indices")
         return split
 
     def select(self, trials: ArrayLike | None = None, neurons: ArrayLike | None = None) -> Session:
@@ -305,53 +329,58 @@ class Session:
             spike_clusters: (S,) the id of the neuron that fired.
             align_times: (K,) seconds; the event of each trial, where the window's 0 lies.
             clusters: (N,) the ids, in the order of the neuron axis, silent ones included. Default:
-                0..N-1 where ``regions`` lists N labels, else every id that fired.
+                0..N-1 where ``regions`` lists N labels, the index of a Series of labels, else every
+                id that fired.
             regions: label of each cluster: (N,) in that order, or a mapping from id to label.
             window: (start, stop) around each event, seconds; a whole number of bins.
             bin_size: seconds.
             traces: continuous behaviour, averaged within each bin: name -> (sample times (S',) in
                 seconds, values (S',)).
-            behaviour, neurons, name, fields: as in :class:`Session`.
+            behaviour, neurons, name, fields: as in :class:`Session`. A Series with the cluster ids
+                (or with the rows of ``align_times``) in its index is taken by index.
+
+        Raises:
+            SessionError: naming what is wrong, also where times seem to be in other units, two
+                trials are at the same time, or a Series cannot be put in order.
 
         Warns:
-            UserWarning: for times that seem to be in milliseconds, windows that overlap, and trials
-                outside the recording.
+            UserWarning: for windows that overlap, trials outside the recording, and traces without
+                a value.
         """
-        if clusters is None:
-            one_each = None if isinstance(regions, Mapping) else regions
-            clusters = np.unique(spike_clusters) if one_each is None else np.arange(len(one_each))
-        ids = np.asarray(clusters)
-        if isinstance(regions, Mapping):
-            if regions and not set(regions) & set(ids.tolist()):
-                problem = f"no key is a cluster id: {list(regions)[:1]} against {ids[:1].tolist()}"
-                raise SessionError(f"session {name!r}, regions: {problem}")
-            regions = [regions.get(cluster, "") for cluster in ids.tolist()]
-        _doubt_times(name, spike_times, align_times, window, fields.get("given_split") is not None)
-        grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
-        binned, field = dict(behaviour or {}), "spikes"
         try:
-            places = cluster_places(spike_clusters, ids)
-            counts = bin_spikes(spike_times, places, align_times, n_neurons=len(ids), **grid)
-            if not counts.any():
-                raise ValueError("none falls into any trial's window; are both on one clock, in s?")
-            for field, (times, values) in (traces or {}).items():
-                if field in binned:
-                    raise ValueError("a behaviour has the same name")
-                binned[field] = bin_trace(times, values, align_times, **grid)
+            ids = _cluster_ids(plain(spike_clusters), clusters, regions)
+            labels = _labels(regions, clusters, ids)
+            trials = _columns("behaviour", behaviour, align_times)
+            table = {"cluster": ids} | _columns("neurons", neurons, clusters, ids)
+            if both := trials.keys() & (traces or {}).keys():
+                raise ValueError(f"{min(both)}: a behaviour has the same name")
         except ValueError as error:
-            raise SessionError(f"session {name!r}, {field}: {error}") from error
-        table = {"cluster": ids, **(neurons or {})}
-        return cls(counts, regions, name, behaviour=binned, neurons=table, **grid, **fields)
+            raise SessionError(f"session {name!r}, {error}") from error
+        grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
+        recorded = spike_times, spike_clusters, align_times
+        split_given = fields.get("given_split") is not None
+        counts, binned = _bin(name, *recorded, ids, traces or {}, split_given, **grid)
+        trials |= binned
+        return cls(counts, labels, name, behaviour=trials, neurons=table, **grid, **fields)
 
     @classmethod
     def from_spike_trains(
-        cls, trains: Sequence[ArrayLike], align_times: ArrayLike, **fields: Any
-    ) -> Self:
-        """Bin one array of spike times (seconds) for each neuron, as :meth:`from_spike_times`."""
-        ids = np.arange(len(trains))
-        clusters = np.repeat(ids, [np.size(train) for train in trains])
-        times = np.concatenate([np.ravel(np.asarray(train, dtype=float)) for train in trains])
-        return cls.from_spike_times(times, clusters, align_times, clusters=ids, **fields)
+        cls, trains: Sequence[ArrayLike] | Mapping[Any, ArrayLike], align_times: ArrayLike,
+        *, name: str = "session", bin_size: float = 0.02, **fields: Any,
+    ) -> Self:  # fmt: skip
+        """Bin one array of spike times (seconds) for each neuron, as :meth:`from_spike_times`.
+
+        ``trains`` is a list, or a mapping or Series from cluster id to times.
+        """
+        named: Any = trains if isinstance(trains, Mapping | pd.Series) else enumerate(trains)
+        pairs: dict[Any, Any] = dict(named)
+        try:
+            times = [seconds("spike_times", train, bin_size) for train in pairs.values()]
+        except ValueError as error:
+            raise SessionError(f"session {name!r}, spikes: {error}") from error
+        fields |= {"clusters": np.array(list(pairs)), "name": name, "bin_size": bin_size}
+        spikes = np.concatenate(times), np.repeat(fields["clusters"], [len(t) for t in times])
+        return cls.from_spike_times(*spikes, align_times, **fields)
 
     # ------------------------------------------------------------ files
 
@@ -438,32 +467,151 @@ def require_alike(sessions: Sequence[Session]) -> None:
                 )
 
 
-def _doubt_times(
-    name: str, spike_times: Any, align_times: Any, window: tuple[float, float], split_given: bool
+def _bin(
+    name: str,
+    spike_times: Any,
+    spike_clusters: Any,
+    align_times: Any,
+    ids: np.ndarray,
+    traces: Mapping[str, tuple[Any, Any]],
+    split_given: bool,
+    **grid: Any,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Counts (K, T, N) and binned traces, with checks of the times."""
+    binned, field = {}, "spikes"
+    try:
+        places = cluster_places(spike_clusters, ids)
+        counts = bin_spikes(spike_times, places, align_times, n_neurons=len(ids), **grid)
+        if not counts.any():
+            raise ValueError("none falls into any trial's window; are both on one clock, in s?")
+        field, rates = "times", counts.mean(axis=(0, 1), dtype=np.float64) / grid["bin_size"]
+        spikes = seconds("spike_times", spike_times, grid["bin_size"])
+        events = seconds("align_times", align_times, grid["bin_size"])
+        fires = np.bincount(places, minlength=len(ids)) > 0
+        _check_times(spikes, events, grid["window"], rates[fires])
+        for field, (times, values) in traces.items():
+            binned[field] = bin_trace(times, values, align_times, **grid)
+    except ValueError as error:
+        raise SessionError(f"session {name!r}, {field}: {error}") from error
+    doubts = _doubts(spikes, events, grid["window"], split_given)
+    doubts += [f"trace {key!r}: {NO_SAMPLES}" for key in traces if np.isnan(binned[key]).all()]
+    for doubt in doubts:
+        warnings.warn(f"session {name!r}, {doubt}", stacklevel=3)
+    return counts, binned
+
+
+def _cluster_ids(fired: np.ndarray, clusters: Any, regions: Any) -> np.ndarray:
+    """The ids of the neuron axis, (N,), where ``clusters`` may not say."""
+    if clusters is not None:
+        return plain(clusters)
+    found = np.unique(fired[~pd.isna(fired)])
+    if regions is None or isinstance(regions, Mapping):
+        return found
+    ids = regions.index.to_numpy() if isinstance(regions, pd.Series) else np.arange(len(regions))
+    # Without id 0, ids may as well start at 1, and all labels be one place off.
+    if found.size and np.array_equal(ids, np.arange(len(ids))):
+        if not (found[0] == 0 and found[-1] < len(ids)):
+            raise ValueError(
+                f"clusters: spikes have ids {found[0]} to {found[-1]}, and nothing tells which of "
+                f"the {len(ids)} regions are theirs; pass clusters=, the id of each region"
+            )
+    return ids
+
+
+def _labels(regions: Any, clusters: Any, ids: np.ndarray) -> Any:
+    """Labels of the clusters ``ids``, (N,), where they come as a mapping or a Series."""
+    if not isinstance(regions, Mapping):
+        return _in_order("regions", regions, clusters, ids)
+    if regions and not set(regions) & set(ids.tolist()):
+        keys = f"{list(regions)[:1]} against {ids[:1].tolist()}"
+        raise ValueError(f"regions: no key is a cluster id: {keys}")
+    return [regions.get(cluster, "") for cluster in ids.tolist()]
+
+
+def _columns(kind: str, table: Any, rows: Any, ids: np.ndarray | None = None) -> dict[str, Any]:
+    """The columns of a mapping or DataFrame, each `_in_order`."""
+    items = () if table is None else table.items()
+    return {key: _in_order(f"{kind} {key!r}", values, rows, ids) for key, values in items}
+
+
+def _in_order(field: str, values: Any, rows: Any, ids: np.ndarray | None = None) -> Any:
+    """A Series in the order of ``ids``, by its index; anything else as it is.
+
+    Args:
+        field: what it is, for errors.
+        values: one for each neuron or trial.
+        rows: the column that sets the order; a Series with the same index is of the same table.
+        ids: of the neurons, in order. Default: the index of ``rows``, if they are a Series.
+    """
+    index = rows.index if isinstance(rows, pd.Series) else None
+    if not isinstance(values, pd.Series) or (ids is None and index is None):
+        return values
+    if index is not None and values.index.equals(index):
+        return values.to_numpy()
+    order = pd.Index(index if ids is None else ids)
+    known, numbered = order.isin(values.index).all(), values.index.equals(pd.RangeIndex(len(order)))
+    if numbered and not known:  # no ids in the index: by place
+        return values.to_numpy()
+    if known and (not numbered or values.index.equals(order)):
+        return values.reindex(order).to_numpy()
+    raise ValueError(
+        f"{field}: a Series with index {values.index[:3].tolist()}... for {order[:3].tolist()}...; "
+        "set these ids as its index, or pass .to_numpy() if it is in their order"
+    )
+
+
+NO_SAMPLES = (
+    "NaN in every bin; its times must be seconds on the clock of the events, and samples at most "
+    "0.2 s apart (interpolate a slower trace first)"
+)
+
+
+def _check_times(
+    spikes: np.ndarray, events: np.ndarray, window: tuple[float, float], rates: np.ndarray
 ) -> None:
-    """Warn of times that seem to be in another unit, and of events that do not suit a split."""
-    spikes, events = np.asarray(spike_times, float), np.sort(np.asarray(align_times, float))
-    length, doubts = window[1] - window[0], []
+    """Refuse times that are no seconds, and trials that are there twice.
+
+    Args:
+        spikes, events: (S,) and (K,) times.
+        window: of a trial.
+        rates: in the windows, of each neuron that fires at all.
+    """
+    rate, times = float(np.median(rates)), np.concatenate([spikes, events])
+    share = len(events) * (window[1] - window[0]) / np.ptp(times) if np.ptp(times) else 1.0
+    if rate < LOWEST_RATE and share < LOWEST_SHARE:
+        raise ValueError(
+            f"the median neuron fires {rate:.2g} times a second, in windows that cover {share:.2%} "
+            f"of {np.ptp(times):.3g} s; convert spike_times and align_times to seconds (from ms, "
+            "divide by 1000; from samples, by the sampling rate)"
+        )
+    if (again := pd.Index(events).duplicated()).any():
+        trials = np.flatnonzero(again)[:5].tolist()
+        raise ValueError(f"trials {trials} are at the time of an earlier one; drop duplicate rows")
+
+
+def _doubts(
+    spikes: np.ndarray, events: np.ndarray, window: tuple[float, float], split_given: bool
+) -> list[str]:
+    """What is odd about the times, and about events that do not suit a split."""
+    events, length, doubts = np.sort(events), window[1] - window[0], []
     if length > 100:
         doubts.append(f"trials of {length:g} s; window is in seconds, not milliseconds")
-    if spikes.size and events.size:
-        spans = np.ptp(spikes), np.ptp(events)
-        if len(events) >= 10 and max(spans) > 300 * min(spans) > 0:
-            doubts.append(
-                f"spikes span {spans[0]:.3g} s and events {spans[1]:.3g} s; both must be in "
-                "seconds, on the same clock"
-            )
-        overlap = np.maximum(length - np.diff(events), 0).sum() / (length * len(events))
-        if overlap > 0.1 and not split_given:
-            doubts.append(
-                f"{overlap:.0%} of the windows' time lies in the next window too, so a random "
-                "split tests on what it trains on; take events further apart, or pass given_split"
-            )
-        outside = (events + window[1] < spikes.min()) | (events + window[0] > spikes.max())
-        if 0.05 < outside.mean() < 1:
-            doubts.append(
-                f"{outside.sum()} of {len(events)} trials lie before the first or after the last "
-                "spike; leave them out"
-            )
-    for doubt in doubts:
-        warnings.warn(f"session {name!r}, align_times: {doubt}", stacklevel=3)
+    spans = np.ptp(spikes), np.ptp(events)
+    if len(events) >= 10 and max(spans) > 300 * min(spans) > 0:
+        doubts.append(
+            f"spikes span {spans[0]:.3g} s and events {spans[1]:.3g} s; both must be in "
+            "seconds, on the same clock"
+        )
+    overlap = np.maximum(length - np.diff(events), 0).sum() / (length * len(events))
+    if overlap > 0.1 and not split_given:
+        doubts.append(
+            f"{overlap:.0%} of the windows' time lies in the next window too, so a random "
+            "split tests on what it trains on; take events further apart, or pass given_split"
+        )
+    outside = (events + window[1] < spikes.min()) | (events + window[0] > spikes.max())
+    if 0.05 < outside.mean() < 1:
+        doubts.append(
+            f"{outside.sum()} of {len(events)} trials lie before the first or after the last "
+            "spike; leave them out, or add the trial's start to spike times that count from it"
+        )
+    return [f"align_times: {doubt}" for doubt in doubts]

@@ -28,9 +28,10 @@ from mtm import distributed
 from mtm.batches import SessionData, Step, counts_device, steps_of, steps_per_epoch
 from mtm.checkpoint import History, Run, best_entry, settings, without_nan
 from mtm.distributed import autocast, compiled, peak_memory, pick_device, setup_line
-from mtm.masks import NO_REGION, Mask, MaskSampler, scheme
+from mtm.masks import MTM_SCHEMES, NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2, poisson_nll
 from mtm.model import Batch, MtM, MtMConfig
+from mtm.prediction import require_same_bins
 from mtm.progress import Progress, TensorBoard
 from mtm.recipes import TrainConfig, recipe
 from mtm.session import Session, SessionError, require_alike
@@ -296,8 +297,8 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
 
     The null model is each neuron's mean in the training trials. Masks have a seed for each session
     and scheme, so every call scores the same entries: :data:`VALIDATION_MASKS` masks per batch of
-    trials or, for schemes that mask regions, one per region. NaN where no hidden entry has a spike.
-    Several processes share the sessions.
+    trials or, for inter-region and intra-region, one per region. NaN where no hidden entry has a
+    spike. Several processes share the sessions.
     """
     model.eval()
     found = torch.zeros(len(config.schemes), len(data), 2, device=model.device)  # gain, spikes
@@ -321,7 +322,8 @@ def _validation_gain(model: MtM, one: SessionData, name: str, config: TrainConfi
     sampler = make_sampler(model, config)
     sampler.reseed(seed_of("validation", one.name, name))
     labels = [one.regions] * VALIDATION_MASKS
-    if scheme(name).needs_regions:  # label one region at a time, so that each is masked once
+    # Label one region at a time, so that each is masked once. Schemes of users may need several.
+    if scheme(name).needs_regions and name in MTM_SCHEMES:
         codes = range(len(one.session.region_names))
         labels = [torch.where(one.regions == code, 0, NO_REGION) for code in codes]
     found = torch.zeros(2, device=model.device)  # summed on the device, without waiting for it
@@ -376,7 +378,7 @@ class Fit:
 
     def predict_log_rates(
         self,
-        counts: Tensor,
+        counts: Tensor | np.ndarray,
         scheme: str | None,
         mask: Mask | None,
         session: str,
@@ -495,7 +497,9 @@ def _build(
     if start is not None and depth is not None:
         raise ValueError("depth is for a new model; the given one has its depth already")
     if isinstance(start, MtM):
-        _check_start(start, first, prompts, causal, config)
+        _check_start(start, prompts, causal, config)
+        for one in data:
+            require_same_bins(start, one.session)
         model = copy.deepcopy(start)
     elif isinstance(start, MtMConfig | None):
         if config.tune != "all":
@@ -508,7 +512,7 @@ def _build(
             f"model must be an MtM or MtMConfig, got {start!r}; mtm.load reads a folder"
         )
     # By the split and the fingerprints, evaluation knows which trials the model has seen.
-    model.split_seed = config.split_seed
+    model.split_seed, model.window = config.split_seed, first.window
     for one in data:
         if one.name not in model.session_names:
             counts = one.session.counts[one.train]
@@ -518,10 +522,8 @@ def _build(
     return model
 
 
-def _check_start(
-    model: MtM, session: Session, prompts: tuple[str, ...], causal: bool, config: TrainConfig
-) -> None:
-    """Check that a model can be fine-tuned with these settings on sessions like this one."""
+def _check_start(model: MtM, prompts: tuple[str, ...], causal: bool, config: TrainConfig) -> None:
+    """Check that a model can be fine-tuned with these settings."""
     if missing := set(prompts) - set(model.prompts):
         raise ValueError(
             f"the model has no prompt for {', '.join(sorted(missing))}; train it with the schemes "
@@ -533,11 +535,6 @@ def _check_start(
         raise ValueError(
             f"the model was trained with split_seed={model.split_seed}, not {config.split_seed}: "
             "its training trials would become test trials"
-        )
-    if session.n_bins != model.n_bins or abs(model.bin_size - session.bin_size) > 1e-9:
-        raise SessionError(
-            f"session {session.name!r} has {session.n_bins} bins of {session.bin_size} s, the "
-            f"model was trained on {model.n_bins} bins of {model.bin_size} s"
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mtm.binning import bin_spikes, bin_trace, n_bins
+from mtm.binning import bin_spikes, bin_trace, n_bins, plain, seconds
 
 FIVE_BINS = {"window": (-0.04, 0.06), "bin_size": 0.02}
 
@@ -145,8 +145,56 @@ def test_nothing_to_count():
 
 
 @pytest.mark.parametrize(
+    ("spikes", "neurons", "expected"),
+    [
+        ([0.01, -1.0, -0.03, 0.05], [0, 0, 0, 1], [[1, 0, 1, 0, 0], [0, 0, 0, 0, 1], [0] * 5]),
+        ([-0.04, -0.02, 0.0, 0.02, 0.04, 0.06], [1] * 6, [[0] * 5, [1] * 5, [0] * 5]),
+        ([0.01], [2], [[0] * 5, [0] * 5, [0, 0, 1, 0, 0]]),
+    ],
+    ids=["negative and unsorted", "on the edges", "clusters without spikes"],
+)
+def test_what_other_packages_got_wrong(spikes, neurons, expected):
+    counts = bin_spikes(spikes, neurons, [0.0], n_neurons=3, **FIVE_BINS)
+    np.testing.assert_array_equal(counts[0].T, expected)
+
+
+class Quantity:
+    """Times with a unit, as neo has them (``rescale``) or pint (``to``)."""
+
+    def __init__(self, values, units, method):
+        self.magnitude, self.units = np.asarray(values), units
+        setattr(self, method, lambda unit: Quantity(self.magnitude / 1000, unit, method))
+
+
+@pytest.mark.parametrize("method", ["rescale", "to"])
+def test_units_are_converted(method):
+    found = seconds("t", Quantity([1500.0, -20.0], "ms", method), 0.02)
+    np.testing.assert_allclose(found, [1.5, -0.02])
+
+
+def test_what_is_masked_is_missing():
+    hidden = [False, True, False]
+    np.testing.assert_array_equal(plain(np.ma.array([1, 2, 3], mask=hidden)), [1, np.nan, 3])
+    assert plain(np.ma.array(["a", "b", "c"], mask=hidden)).tolist() == ["a", "", "c"]
+    assert plain(np.ma.array([1, 2, 3])).dtype == int
+
+
+def test_the_type_of_times_must_resolve_a_bin():
+    at = np.array([10_000.0])
+    assert seconds("t", at.astype("f4"), 0.02) == at  # steps of 0.98 ms
+    with pytest.raises(ValueError, match="t are too large for float32 to resolve bin_size 0.005 s"):
+        seconds("t", at.astype("f4"), 0.005)
+    with pytest.raises(ValueError, match="times are too large for float32"):
+        late = np.array([10_000, 10_001], "f4")
+        bin_trace(late, [0.0, 1.0], [0.0], window=(0, 0.005), bin_size=0.005)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"spike_times": np.ma.array([1.0, 2.0], mask=[0, 1])}, "spike_times holds 1 NaN"),
+        ({"spike_times": Quantity([1.0, 2.0], "ms", "none")}, "spike_times have units .ms.; pass"),
+        ({"spike_times": np.array([1, 2], "m8[ms]")}, "spike_times are timedelta.*; pass seconds"),
         ({"spike_times": [1.0, np.nan]}, "spike_times holds 1 NaN .*index 1; leave them out"),
         ({"spike_times": [[1.0, 2.0]]}, "spike_times must be one-dimensional"),
         ({"spike_times": np.ones(70_000), "spike_neurons": np.zeros(70_000, int)}, "70000 spikes"),

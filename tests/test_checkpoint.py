@@ -54,7 +54,7 @@ def contents(folder):
 
 def test_round_trip_in_one_file_beside_a_description_for_people(folder):
     path, model = folder
-    model.seen["a"], model.split_seed = torch.arange(3).numpy(), 7
+    model.seen["a"], model.split_seed, model.window = torch.arange(3).numpy(), 7, (-1.0, 2.0)
     save(model, path, info={"note": [1]})
     assert sorted(p.name for p in path.iterdir()) == ["config.json", MODEL]
     readable = json.loads((path / "config.json").read_text())
@@ -200,11 +200,13 @@ def test_phases_of_fine_tuning_resume_too(sessions, tmp_path, monkeypatch, whole
         assert same(resumed(monkeypatch, tmp_path / f"{step}", step, call).model, expected.model)
 
 
+@pytest.mark.filterwarnings("ignore:.*same neurons")
 def test_a_folder_of_another_run_is_refused(sessions, tmp_path, whole):
     a = whole.model
     fit(sessions[0], a, **SHORT, folder=tmp_path)
     before = contents(tmp_path)
-    louder = Session(sessions[0].counts + 1, sessions[0].regions, sessions[0].name, bin_size=0.1)
+    grid = {"bin_size": 0.1, "window": sessions[0].window}
+    louder = Session(sessions[0].counts + 1, sessions[0].regions, sessions[0].name, **grid)
     b = fit(sessions[0], **DEPTH1, seed=1).model  # the same settings, other weights
     for session, start, changes, problem in (
         (sessions[0], a, {"lr": 0.1}, "train lr was 0.001 and is now 0.1"),

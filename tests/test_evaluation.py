@@ -67,6 +67,14 @@ def test_a_subset_of_neurons_and_trials(session):
         part, all_of = report.tasks[task], whole.tasks[task]
         keep = np.isin(all_of.neurons, part.neurons)
         np.testing.assert_allclose(part.table["trial_r2"], all_of.table["trial_r2"][keep])
+    behaviour = {"wheel": np.random.default_rng(1).random((20, 20))}
+    moving = Session(session.counts, name="s", behaviour=behaviour)
+    split, tasks = moving.split(), ["co-smoothing", "wheel"]
+    assert "wheel" in evaluate(plus_one, moving, trials=split.test[::-1]).tasks
+    report = evaluate(plus_one, moving, trials=split.val)
+    assert "wheel" not in report.tasks and "test trials alone" in report.left_out["wheel"]
+    with pytest.raises(SessionError, match="wheel: decoded in the test trials alone"):
+        evaluate(plus_one, moving, tasks=tasks, trials=split.val)
     flags = evaluate(plus_one, session, trials=np.arange(20) < 5, neurons=np.arange(7) < 2)
     assert str(flags) == str(evaluate(plus_one, session, trials=np.arange(5), neurons=[0, 1]))
 
@@ -188,7 +196,9 @@ def test_all_six_tasks_of_many_sessions(sessions):
     assert whole.tasks["choice"].score == "accuracy"
     assert whole.tasks["wheel-speed"].mean("time_course") < whole.tasks["wheel-speed"].mean()
     text = str(whole)
-    assert "2 sessions" in text and "± over sessions" in text and "choice: accuracy" in text
+    assert (
+        "2 sessions" in text and "± over sessions" in text and "choice from rates: accuracy" in text
+    )
 
 
 def test_sessions_on_disk_are_read_once(sessions, tmp_path, monkeypatch):

@@ -269,6 +269,20 @@ def test_a_model_of_bfloat16_weights_predicts_and_masks_broadcast():
     torch.testing.assert_close(found.float(), expected, atol=0.2, rtol=0.1)
 
 
+def test_predicting_takes_numpy_and_leaves_each_part_in_its_mode():
+    model, counts = small(dropout=0.5), counts_of()
+    model.train()
+    model.layers[0].eval()  # as one that is frozen
+    before = [part.training for part in model.modules()]
+    expected = model.predict_log_rates(counts, "neuron", None, "a")
+    found = model.predict_log_rates(counts.numpy().astype(np.uint8), "neuron", None, "a")
+    assert torch.equal(found, expected)
+    for fields in VARIANTS:
+        other = small(**fields)
+        assert torch.equal(other.latents(counts.numpy(), "a"), other.latents(counts, "a"))
+    assert [part.training for part in model.modules()] == before
+
+
 def test_direct_paths_start_at_zero_and_need_scaled_counts():
     training = np.random.default_rng(0).poisson(1.0, (30, N_BINS, N_NEURONS))
     models = [

@@ -1,5 +1,7 @@
 """Predictors: what each task hides, that hidden entries cannot leak, batches and splits."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -198,11 +200,40 @@ def test_predictions_of_inputs_made_batch_by_batch(session):
     np.testing.assert_allclose(torch.cat(log_rates), expected)
 
 
+def test_a_session_of_the_same_name_with_other_neurons_is_doubted(session):
+    model = small_model(session)
+    model.seen = {"s": session.fingerprints(session.split().train)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        as_predictor(model, session)
+        as_predictor(model, session.select(trials=np.arange(19)))
+        as_predictor(model, Session(session.counts[::-1, :, ::-1], name="another"))
+    for order in (np.arange(7)[::-1], [0, 1, 2, 3, 4, 6, 6]):  # in another order, one replaced
+        with pytest.warns(UserWarning, match="session 's': .* are these the same neurons"):
+            as_predictor(model, session.select(neurons=order))
+
+
+def test_neurons_are_selected_by_index_or_mask(session):
+    by_index, by_mask = (
+        predict_held_out(Watcher(), session, "co-smoothing", wanted=wanted)
+        for wanted in ([3], np.arange(7) == 3)
+    )
+    np.testing.assert_array_equal(by_index, by_mask)
+    assert np.isfinite(by_index).any(axis=(0, 1)).tolist() == [n == 3 for n in range(7)]
+
+
 def test_arrays_and_tensors_are_used_as_they_are(session):
     log_rates = np.random.default_rng(1).normal(size=(20, 20, 7))
-    for given in (log_rates, torch.from_numpy(log_rates), {"s": log_rates}):
-        found = predict_held_out(given, session, "co-smoothing")
-        np.testing.assert_array_equal(found, log_rates[session.split().test])
+    log_rates = torch.from_numpy(log_rates).bfloat16().double().numpy()  # no digits to lose
+    tensor = torch.from_numpy(log_rates)
+    for given in (log_rates, tensor, tensor.clone().requires_grad_(), tensor.bfloat16()):
+        for predictor in (given, {"s": given}):
+            found = predict_held_out(predictor, session, "co-smoothing")
+            np.testing.assert_array_equal(found, log_rates[session.split().test])
+    for kind in (torch.float32, torch.bfloat16):  # as a function returns them
+        ones = torch.ones((), dtype=kind, requires_grad=True)
+        found = predict_held_out(lambda c, *_, x=ones: x.expand(c.shape), session, "co-smoothing")
+        assert (found == 1).all()
     means = mean_rates(session)
     train = session.counts[session.split().train]
     np.testing.assert_allclose(np.exp(means[0, 0, :4]), train.mean((0, 1))[:4])
@@ -246,9 +277,11 @@ def test_errors(session):
         as_predictor(np.zeros((3, 20, 7)), session)
     with pytest.raises(ValueError, match="no predictor for session 's'; there are: t"):
         as_predictor({"t": np.zeros(7)}, session)
-    with pytest.raises(SessionError, match="bins of 0.02 s, the model was trained on bins of 0.05"):
-        other = small_model(session)
-        other.bin_size = 0.05
-        as_predictor(other, session)
+    for name, value in (("bin_size", 0.05), ("n_bins", 19), ("window", (0.1, 0.5))):
+        setattr(other := small_model(session), name, value)
+        with pytest.raises(SessionError, match="20 bins of 0.02 s from 0 s, the model was trained"):
+            as_predictor(other, session)
+    with pytest.raises(ValueError, match="unknown masking scheme 'co-smoothing'; known: neuron"):
+        small_model(session).predict_log_rates(session.counts, "co-smoothing", None, "s")
     with pytest.raises(SessionError, match="only simulated sessions"):
         oracle(session)

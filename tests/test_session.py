@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtm.session import Session, SessionError, Split
+
+
+class Named(np.ndarray):
+    """An array of ones whose axes have names, as xarray's."""
+
+    def __new__(cls, *dims):
+        array = np.ones((20, 5, 4)).view(cls)
+        array.dims = dims
+        return array
 
 
 def make(**changes):
@@ -40,7 +50,21 @@ def test_attributes_and_description():
         assert part in repr(session)
     assert make(counts=np.full((20, 5, 4), 300)).counts.dtype == np.uint16
     assert make(regions=None).region_names == []
+    assert make(regions=pd.Series(list("abca"))).region_names == ["a", "b", "c"]
+    masked = np.ma.array(["CA1", "DG", "DG", "LP"], mask=[0, 1, 0, 0])
+    assert make(regions=masked).regions.tolist() == ["CA1", "", "DG", "LP"]
     assert make(regions=[b"CA1", "DG", "", None]).regions.tolist() == ["CA1", "DG", "", ""]
+
+
+@pytest.mark.parametrize("dims", [("unit_id", "trial", "time"), ("time_bins", "Neurons", "Trials")])
+def test_axes_with_names_are_put_in_order(dims, tmp_path):
+    counts = np.random.default_rng(0).poisson(1.0, (7, 5, 4))  # trials x bins x neurons
+    order = [["tri", "tim", "neu"].index(dim.lower().replace("unit", "neu")[:3]) for dim in dims]
+    named = counts.transpose(order).view(Named)
+    named.dims = dims
+    np.testing.assert_array_equal(Session(named).counts, counts)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        np.testing.assert_array_equal(Session(file.create_dataset("x", data=counts)).counts, counts)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64, np.float32])
@@ -60,6 +84,11 @@ def test_counts_are_copied(dtype):
         ({"counts": np.full((20, 5, 4), 0.5)}, "counts: not whole numbers"),
         ({"counts": np.full((20, 5, 4), np.nan)}, "counts: must be 0 to 65535, got nan"),
         ({"counts": np.ones((4, 20, 5))}, "regions: need .* are trials x bins x"),  # transposed
+        ({"counts": Named("cell", "trial", "x")}, r"counts: axes \['cell', 'trial', 'x'\] do not"),
+        ({"counts": np.ones((4, 20, 5)), "regions": None}, r"window: .* axis 2 of counts .* has 5"),
+        ({"counts": np.ma.array(np.ones((20, 5, 4)), mask=1)}, "counts: .* got nan"),
+        ({"regions": pd.Series(list("abcd"), index=[3, 5, 8, 9])}, "regions: a Series with index"),
+        ({"neurons": {"x": pd.Series(range(4)).iloc[::-1]}}, r"neurons 'x': .* \[3, 2, 1\]"),
         ({"bin_size": 0.0}, "bin_size: need seconds above 0"),
         ({"window": (0.0, 1.0)}, "window: .0.0, 1.0. s, but 5 bins last 0.1 s"),
         ({"behaviour": {"wheel": np.zeros((20, 4))}}, "behaviour 'wheel': .* or .20, 5.*20, 4"),
@@ -280,6 +309,44 @@ def test_spike_trains_are_spike_times_with_ids():
     assert repr(made) == repr(expected) and made.n_neurons == 3
 
 
+LABELS = pd.Series(["CA1", "", "DG", "LP"], index=[10, 3, 5, 7])
+
+
+@pytest.mark.parametrize("labels", [LABELS, LABELS.to_dict(), LABELS.iloc[[2, 0, 3, 1]]], ids=type)
+@pytest.mark.parametrize("clusters", [[3, 5, 7, 10], pd.Series([10, 7, 3, 5], index=[4, 1, 2, 0])])
+def test_columns_with_ids_are_taken_by_id(labels, clusters):
+    rng = np.random.default_rng(0)
+    times, ids = rng.uniform(0, 60, 3000), rng.choice([3, 5, 7, 10], 3000)
+    events = pd.Series(np.arange(2.0, 58.0, 4.0), index=np.arange(14) * 2 + 1)
+    depth = pd.Series({10: 1.0, 3: 2.0, 5: 3.0, 7: 4.0, 11: 5.0})  # more than are used
+    table = pd.DataFrame({"depth": depth})
+    session = Session.from_spike_times(
+        times, ids, events, clusters=clusters, regions=labels, neurons=table,
+        behaviour={"number": pd.Series(events.index[::-1], index=events.index[::-1])},
+    )  # fmt: skip
+    found = session.neurons["cluster"].tolist()
+    assert found == list(clusters)
+    assert session.regions.tolist() == [LABELS[i] for i in found]
+    assert session.neurons["depth"].tolist() == [depth[i] for i in found]
+    assert session.behaviour["number"].tolist() == events.index.tolist()
+    rows = clusters if isinstance(clusters, pd.Series) else pd.Series(clusters)
+    same_table = rows.map(LABELS)  # labels that follow the rows of clusters, whatever the index
+    again = Session.from_spike_times(times, ids, events, clusters=clusters, regions=same_table)
+    assert again.regions.tolist() == session.regions.tolist()
+
+
+def test_the_index_of_a_series_of_labels_names_the_clusters():
+    times, ids = np.arange(0, 60, 0.01), np.resize([3, 7, 10], 6000)  # 5 is silent
+    session = Session.from_spike_times(times, ids, np.arange(2.0, 58.0, 4.0), regions=LABELS)
+    assert session.neurons["cluster"].tolist() == [10, 3, 5, 7]
+    assert session.regions.tolist() == ["CA1", "", "DG", "LP"] and not session.counts[..., 2].any()
+    trains = {i: times[ids == i] for i in (7, 5, 3, 10)}
+    for named in (trains, pd.Series(trains)):
+        made = Session.from_spike_trains(named, np.arange(2.0, 58.0, 4.0), regions=LABELS)
+        np.testing.assert_array_equal(made.counts, session.counts[..., [3, 2, 1, 0]])
+        assert made.regions.tolist() == ["LP", "DG", "", "CA1"]
+
+
 def test_warnings_of_events_that_are_too_close_or_outside():
     times = np.arange(0, 100, 0.01)
     spikes = (times, np.resize([0, 1], len(times)))
@@ -300,14 +367,39 @@ def test_warnings_of_milliseconds():
     rng = np.random.default_rng(0)
     spikes, events = np.sort(rng.uniform(0, 300, 30_000)), np.arange(5.0, 295.0, 3.0)
     fields = {"spike_clusters": np.zeros(30_000, dtype=int), "name": "s"}
-    with pytest.warns(UserWarning, match=r"session 's', .*spikes span 3e.05 s and events 288 s"):
-        Session.from_spike_times(1000 * spikes, align_times=events, **fields)
+    with pytest.warns(UserWarning, match=r"session 's', .*spikes span 1.5e.05 s and events 288 s"):
+        Session.from_spike_times(500 * spikes, align_times=events, **fields)
     with pytest.warns(UserWarning, match="trials of 2000 s; window is in seconds"):
         long = {"window": (-500, 1500), "bin_size": 20, "given_split": ([0, 1, 2], [3], [4, 5])}
         Session.from_spike_times(spikes, align_times=events[:6], **long, **fields)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Session.from_spike_times(spikes, align_times=events, **fields)
+        rare = rng.uniform(0, 28_800, 3000)  # ten neurons of 0.01 Hz, in half an hour of trials
+        ids, late = rng.integers(0, 10, 3000), np.arange(9000.0, 10_800.0, 3.0)
+        Session.from_spike_times(rare, ids, late, behaviour={"x": pd.Series(late)})
+
+
+@pytest.mark.parametrize("spikes", [1, 1e3, 3e4])
+@pytest.mark.parametrize("events", [1, 1e3, 3e4])
+@pytest.mark.parametrize("rate", [0.5, 20])
+def test_times_in_other_units_are_refused(spikes, events, rate):
+    rng = np.random.default_rng(0)
+    times = rng.uniform(0, 600, 12 * int(600 * rate))
+    given = times * spikes, rng.integers(0, 12, len(times)), np.arange(2.0, 590.0, 3.0) * events
+    if spikes == events == 1:
+        assert Session.from_spike_times(*given).n_trials == 196
+        return
+    with pytest.raises(SessionError, match="convert spike_times and|are both on one clock, in s"):
+        Session.from_spike_times(*given)
+
+
+def test_a_trace_without_samples_is_told():
+    spikes, events = (np.arange(0, 100, 0.01), np.zeros(10_000, int)), np.arange(2.0, 90.0, 4.0)
+    slow, fast = np.arange(0, 100, 0.25), np.arange(0, 100, 0.01)
+    for times in (slow, fast * 1000):
+        with pytest.warns(UserWarning, match="session 'session', trace 'pupil': NaN in every bin"):
+            Session.from_spike_times(*spikes, events, traces={"pupil": (times, np.sin(times))})
 
 
 @pytest.mark.parametrize(
@@ -320,6 +412,15 @@ def test_warnings_of_milliseconds():
         ({"spike_times": [0.1, np.inf]}, "spikes: spike_times holds 1 NaN or infinite"),
         ({"window": (0, 0.03)}, "spikes: window .* holds 1.5 bins"),
         ({"align_times": [99.0]}, "spikes: none falls into any trial's window"),
+        ({"align_times": [0.0, 0.1, 0.0]}, r"times: trials \[2\] are at the time of an earlier"),
+        ({"regions": ["a"]}, "clusters: spikes have ids 0 to 1, .* the 1 regions"),
+        ({"spike_clusters": [1, 2], "regions": ["a", "b", "c"]}, "clusters: .* ids 1 to 2, .* 3 "),
+        ({"spike_clusters": np.ma.array([0, 1], mask=[0, 1])}, r"spikes: .* ids \[nan\] are not"),
+        (
+            {"clusters": [1, 0], "regions": pd.Series(["a", "b"])},
+            r"regions: a Series with index \[0, 1\]... for \[1, 0\]...; set these ids",
+        ),
+        ({"neurons": {"x": pd.Series([1, 2], [5, 6])}}, "neurons 'x': a Series with index"),
         ({"regions": {"0": "CA1"}}, "regions: no key is a cluster id"),
         ({"traces": {"wheel": ([1.0, 0.0], [0.0, 0.0])}}, "wheel: times must be strictly incr"),
     ],

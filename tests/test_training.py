@@ -13,7 +13,7 @@ import torch
 
 from mtm import MtM, MtMConfig, Session, SessionError, evaluate, fit, plots, progress, simulate
 from mtm.batches import SessionData, steps_of, steps_per_epoch
-from mtm.masks import MTM_SCHEMES, MaskSampler
+from mtm.masks import MTM_SCHEMES, SCHEMES, Mask, MaskSampler, Scheme
 from mtm.model import Batch
 from mtm.recipes import RECIPES, TrainConfig, recipe
 from mtm.training import (
@@ -212,6 +212,16 @@ def test_validation_scores_the_same_entries_each_time_and_every_region(small, mo
     assert regions == {tuple(small[0].regions == r) for r in small[0].region_names}
 
 
+def test_a_scheme_of_ones_own_that_needs_two_regions_is_validated(small, monkeypatch):
+    def one_from_another(counts, regions, ratio=1.0, generator=None):
+        assert len(set(regions.tolist())) > 1
+        hidden = (regions == regions[0]).expand(counts.shape)
+        return Mask(hidden, hidden)
+
+    monkeypatch.setitem(SCHEMES, "between", Scheme(one_from_another, 1.0, needs_regions=True))
+    assert np.isfinite(fit(small[0], schemes=("between",), **QUICK).best["mean"])
+
+
 def test_the_model_kept_is_the_best_one(small):
     result = fit(small, **{**QUICK, "epochs": 6, "validations": 6}, lr=0.02, clip=None)
     now = np.mean(list(validate(result.model, prepared(small), result.config).values()))
@@ -281,7 +291,8 @@ def test_a_model_whose_split_is_not_known_can_be_evaluated_after_fine_tuning(sma
         (("temporal",), {"schemes": ("causal",)}, "never trained causally"),
         (MTM_SCHEMES, {"split_seed": 1}, "split_seed=0, not 1"),
         (MTM_SCHEMES, {"depth": 1}, "depth is for a new model"),
-        (MTM_SCHEMES, {"other": True}, "20 bins of 0.05 s, the model was trained on 20 bins of 0"),
+        (MTM_SCHEMES, {"other": {"bin_size": 0.05}}, "20 bins of 0.05 s .* on 20 bins of 0.1 s"),
+        (MTM_SCHEMES, {"other": {"bin_size": 0.1}}, "bins of 0.1 s from 0 s, .* from -0.5 s"),
     ],
     ids=str,
 )
@@ -289,8 +300,9 @@ def test_what_a_given_model_cannot_do_is_refused(small, trained_with, settings, 
     sizes = MtMConfig(width=8, heads=1, depth=1, mlp_width=8, stitch_width=8)
     model = fit(small[0], sizes, **ON, schemes=trained_with).model
     session = small[0]
-    if settings.pop("other", False):
-        session = Session(session.counts, session.regions, "other", bin_size=0.05)
+    if "other" in settings:
+        session = Session(session.counts, session.regions, "other", **settings["other"])
+        settings = {}
     with pytest.raises(ValueError, match=problem):
         fit(session, model, **{**ON, "schemes": trained_with, **settings})
 
