@@ -189,7 +189,7 @@ def plain(values: Any) -> NDArray[Any]:
 
     ``np.asarray`` would forget the mask and show what is under it.
     """
-    if not isinstance(values, np.ma.MaskedArray):
+    if not (isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values)):
         return np.asarray(values)
     if values.dtype.kind in "OSU":
         return np.asarray(values.filled(""))
