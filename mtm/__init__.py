@@ -11,6 +11,7 @@ The core, to be read in this order::
     prediction   which entries each task hides, and how a predictor is asked for them
     evaluation   evaluate(): the six tasks of the paper
     decoding     decode(): behaviour from predicted activity
+    behaviour    fit_behaviour(): a model fine-tuned to decode behaviour
 
 Around it::
 
@@ -44,6 +45,7 @@ import importlib
 from types import ModuleType
 
 from mtm.baselines import fit_baseline
+from mtm.behaviour import fit_behaviour
 from mtm.checkpoint import from_pretrained, load, push_to_hub, save
 from mtm.data.collection import Prepared, Sessions, prepare
 from mtm.data.regions import at_level
@@ -80,6 +82,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_baseline",
+    "fit_behaviour",
     "from_official",
     "from_pretrained",
     "load",

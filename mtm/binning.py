@@ -189,11 +189,10 @@ def plain(values: Any) -> NDArray[Any]:
 
     ``np.asarray`` would forget the mask and show what is under it.
     """
-    if not (isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values)):
-        return np.asarray(values)
-    if values.dtype.kind in "OSU":
-        return np.asarray(values.filled(""))
-    return np.asarray(values.astype(np.float64).filled(np.nan))
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        is_text = values.dtype.kind in "OSU"
+        values = values.filled("") if is_text else values.astype(np.float64).filled(np.nan)  # type: ignore
+    return np.asarray(values)
 
 
 def seconds(name: str, values: Any, bin_size: float) -> Floats:

@@ -72,7 +72,7 @@ class Decoded:
     metric: str  # "accuracy" of classes, else "R2"
     score: float  # of the predicted activity, on the test trials
     others: dict[str, float]  # further scores and the controls, by name
-    features: str  # what the decoder read: "rates", "latents" or "encoder"
+    features: str  # what the decoder read: "rates", "latents", "encoder", or "fine-tuned" ones
     n_train: int  # trials the decoder was fitted on
     n_test: int  # trials it was scored on
     n_left_out: int  # trials without a usable value
@@ -226,6 +226,7 @@ class Decoder:
         session = self.session
         split = choose_split(self.predictor, session, self.split_seed, allow_seen=self.allow_seen)
         self.trials = np.concatenate(split)  # (K,) training, validation, then test trials
+        self.n_train = len(split.train)
         self.is_test = np.isin(self.trials, split.test)
         if not self.allow_seen:
             require_unseen(self.predictor, session, split.test)
@@ -243,7 +244,7 @@ class Decoder:
     def decode(self, behaviour: str) -> Decoded:
         """Decode one behaviour: see :func:`decode`."""
         target = self.target(behaviour)
-        kind, usable, names, y, truth = target
+        kind, usable, _, y, truth = target
         default = "intra-region" if self.region else "causal" if kind == "trace" else "neuron"
         prompt = self.prompt or default
         sources: list[Source] = [
@@ -255,23 +256,33 @@ class Decoder:
         fits = [search(self.features(source, usable)[0], y, kind) for source in sources]
         best = int(np.argmax([fit.best_score_ for fit in fits]))
         x, x_test = self.features(sources[best], usable)
-        guess = fits[best].predict(x_test)
-        shuffled = y[np.random.default_rng(0).permutation(len(y))]
-        others, confusion = {}, None
+        shuffled = search(x, y[np.random.default_rng(0).permutation(len(y))], kind)
+        others = {"shuffled": score(truth, shuffled.predict(x_test), kind)}
+        return self.scored(behaviour, target, fits[best].predict(x_test), sources[best][0], others)
+
+    def scored(
+        self,
+        behaviour: str,
+        target: Target,
+        guess: np.ndarray,
+        features: str,
+        others: dict[str, float],
+    ) -> Decoded:
+        """The scores of what was decoded in the test trials, with controls."""
+        kind, usable, names, y, truth = target
+        confusion = None
         if kind == "classes":
-            others["balanced_accuracy"] = balanced_accuracy(truth, guess)
+            others = {"balanced_accuracy": balanced_accuracy(truth, guess), **others}
             matrix = confusion_matrix(truth, guess, labels=range(len(names)))
             confusion = pd.DataFrame(matrix, index=names, columns=names)
-        others["shuffled"] = score(truth, search(x, shuffled, kind).predict(x_test), kind)
-        others |= self._controls(target, with_stimulus=behaviour == "choice")
         return Decoded(
             behaviour,
             self.session.name,
             kind,
             "accuracy" if kind == "classes" else "R2",
             score(truth, guess, kind),
-            others,
-            features=sources[best][0],
+            others | self._controls(target, with_stimulus=behaviour == "choice"),
+            features=features,
             n_train=len(y),
             n_test=len(truth),
             n_left_out=int((~usable).sum()),

@@ -1,0 +1,89 @@
+"""Fine-tuning on behaviour: it starts at scikit-learn's decoder, and uses no test trial."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter1d
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+
+from mtm import Session, SessionError, decoding, fit_behaviour
+
+
+@pytest.fixture(scope="module")
+def known(sessions):
+    """A session of the trained model, with a word of three, and a number, for each trial."""
+    s = sessions[0]
+    level = s.behaviour["wheel-speed"].mean(axis=1)
+    words = np.array(["slow", "medium", "fast"])[np.digitize(level, np.quantile(level, [0.3, 0.7]))]
+    words[s.split().train[0]] = ""
+    behaviour = s.behaviour | {"pace": words, "level": level}
+    fields = {"name": s.name, "bin_size": s.bin_size, "window": s.window, "behaviour": behaviour}
+    return Session(s.counts, s.regions, **fields)
+
+
+def test_it_starts_at_the_linear_decoder_and_returns_the_best_epoch(trained, known):
+    before = copy.deepcopy(trained.model.state_dict())
+    name = "wheel-speed"
+    found = fit_behaviour(known, trained, name, epochs=4)[name]
+    assert all((trained.model.state_dict()[key] == value).all() for key, value in before.items())
+    split, y = known.split(), known.behaviour[name]
+    z = trained.model.latents(known.counts.astype(np.float32), known.name, encoder=True)
+    x = gaussian_filter1d(z.double().numpy(), decoding.ENCODER_WIDTH, axis=1, mode="nearest")
+    x, scale = x.reshape(len(x), -1), y[np.concatenate(split[:2])].std()
+    losses = [
+        np.mean(
+            (
+                Ridge(alpha=a).fit(x[split.train], y[split.train]).predict(x[split.val])
+                - y[split.val]
+            )
+            ** 2
+        )
+        for a in decoding.RIDGE_PENALTIES
+    ]
+    assert np.abs(np.array(losses) / scale**2 - found.val_loss[0]).min() < 1e-4
+    values = torch.from_numpy(y[split.val] / scale).float()
+    output = found.readout(torch.from_numpy(known.counts[split.val]).float())
+    assert found.readout.loss(output, values).item() == pytest.approx(min(found.val_loss))
+    guess = found.readout.predict(known.counts[split.test])
+    assert found.decoded.score == pytest.approx(r2_score(y[split.test].ravel(), guess.ravel()))
+    assert found.decoded.features == "fine-tuned" and "raw_counts" in found.decoded.others
+
+
+def test_classes_and_numbers_are_learned_without_the_test_trials(trained, known):
+    split = known.split()
+    found = fit_behaviour(known, trained, ["pace", "level"], epochs=3)
+    changed = {key: value.copy() for key, value in known.behaviour.items()}
+    for name in ("pace", "level"):
+        changed[name][split.test] = np.roll(changed[name][split.test], 1)
+    other = Session(
+        known.counts,
+        known.regions,
+        name=known.name,
+        bin_size=known.bin_size,
+        window=known.window,
+        behaviour=changed,
+    )
+    again = fit_behaviour(other, trained, ["pace", "level"], epochs=3)
+    for name, one in found.items():
+        assert one.val_loss == again[name].val_loss and min(one.val_loss) <= one.val_loss[0]
+        guess = one.readout.predict(known.counts)
+        assert (guess == again[name].readout.predict(known.counts)).all()
+        truth = known.behaviour[name][split.test]
+        right = (
+            np.mean(guess[split.test] == truth)
+            if name == "pace"
+            else r2_score(truth, guess[split.test])
+        )
+        assert one.decoded.score == pytest.approx(right)
+    assert set(guess_pace := found["pace"].readout.predict(known.counts)) <= {
+        "slow",
+        "medium",
+        "fast",
+    }
+    assert found["pace"].decoded.n_left_out == 1 and len(guess_pace) == known.n_trials
+    assert (found["pace"].decoded.kind, found["level"].decoded.kind) == ("classes", "number")
+    with pytest.raises(SessionError, match="there is none"):
+        fit_behaviour(known, trained, "whisking")
