@@ -26,7 +26,7 @@ Around it::
     baselines    what a user would otherwise pick
     plots        rasters, PSTHs, masks, scores
     simulation   animals with known firing rates
-    data         readers (IBL, NWB, Steinmetz, Hugging Face), many sessions on disk
+    data         readers (IBL, NWB, Kilosort, Steinmetz, Hugging Face), many sessions on disk
     bwb          BrainWideBench: its files and submissions
     cli          python -m mtm simulate | prepare | train | evaluate | export
 

@@ -24,9 +24,8 @@ import torch
 from mtm import bwb, checkpoint, distributed, official, recipes
 from mtm.baselines import BASELINES, fit_baseline
 from mtm.bwb import submission
-from mtm.data import huggingface, ibl, nwb, steinmetz, synthetic
+from mtm.data import huggingface, ibl, kilosort, nwb, steinmetz, synthetic
 from mtm.data.collection import Prepared, Sessions, prepare
-from mtm.data.recording import public
 from mtm.decoding import decode_by_region
 from mtm.evaluation import evaluate
 from mtm.masks import SCHEMES
@@ -47,6 +46,7 @@ EXAMPLE = """example, from nothing to scores in a few minutes:
 GRID = ("align", "window", "bin_size")
 READERS: dict[str, tuple[str, Any, tuple[str, ...]]] = {  # what is read, module, its options
     "ibl": ("IBL recordings through ONE", ibl, (*GRID, "atlas", "trial_filter", "units")),
+    "kilosort": ("folders of Kilosort or phy", kilosort, ("align_times", *GRID, "units")),
     "nwb": ("NWB files, on disk or by URL", nwb, (*GRID, "traces")),
     "steinmetz": ("folders of Steinmetz et al. 2019", steinmetz, (*GRID, "trial_filter", "units")),
     "huggingface": ("folders of the authors' rows", huggingface, ()),
@@ -61,6 +61,7 @@ SEARCH = ("project", "lab", "subject", "region", "quality")  # terms of ibl.sear
 HELP = {  # of the arguments of all commands
     "alf": "also write OUT/alf, a folder tree as the International Brain Laboratory publishes",
     "align": "the event in each trial at which the window has its 0",
+    "align_times": "file of event times (.npy, or .csv of trials), in each folder or for all",
     "atlas": "how finely regions are named: Allen, Beryl or Cosmos",
     "baselines": f"fit and score these too: {', '.join(map(repr, BASELINES))}",
     "batch_size": "trials predicted at once (default by the device)",
@@ -150,8 +151,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         for name in names:
             more: dict[str, Any] = {"nargs": 2} if name == "window" else {}
             more |= {"choices": ("good",)} if name == "units" else {}
+            default = defaults[name].default
+            required = default is inspect.Parameter.empty
+            more |= {"required": True} if required else {}
             kind = {"window": "list[float]", "bin_size": "float", "traces": "list[str]"}
-            text = f"{HELP[name]} (default {_shown(defaults[name].default)})"
+            text = HELP[name] if required else f"{HELP[name]} (default {_shown(default)})"
             _add(command, name, kind.get(name, "str"), text, **more)
         for name in ("username", "eids", *SEARCH) if origin == "ibl" else ():
             _add(command, name, "str", HELP[name])
@@ -265,8 +269,8 @@ def run_prepare(
             raise ValueError("name one folder, the one that ONE keeps its files in")
         done = _prepare_ibl(Path(recordings[0]), out, options, **how)
     else:
-        named = _named(recordings)
-        done = prepare(READERS[origin][1].load_session, named, out, **how, **options)
+        listed = [each if "://" in each else Path(each) for each in recordings]
+        done = prepare(READERS[origin][1].load_session, listed, out, **how, **options)
     print(done)
     if not done.paths:
         raise SessionError(f"none of the {len(done.outcomes)} recordings could be read")
@@ -286,20 +290,6 @@ def _prepare_ibl(cache: Path, out: Path, options: dict[str, Any], **how: Any) ->
     elif not (eids := ibl.search(one, **terms)):
         raise SessionError(f"ONE finds no such session with spikes in {cache}")
     return ibl.prepare(one, eids, out, **how, **options)
-
-
-def _named(recordings: list[str]) -> dict[str, Any]:
-    """Files, folders or URLs by the name of their session file."""
-    named: dict[str, Any] = {}
-    for recording in recordings:
-        url = "://" in recording
-        # The name of a URL is what is public of it, and not too long for a file.
-        words = re.sub(r"\W+", "-", public(recording))[-100:].strip("-")
-        name = words if url else Path(recording).stem
-        if name in named:
-            raise ValueError(f"two recordings are named {name!r}; prepare them into two folders")
-        named[name] = recording if url else Path(recording)
-    return named
 
 
 def run_train(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtm import MtMConfig, Report, Session, TrainConfig, checkpoint, cli, load
-from mtm.cli import main, parse
+from mtm.cli import READERS, main, parse
 from mtm.recipes import RECIPES
 
 KEYS = ["co-smoothing", "forward-prediction", "inter-region", "intra-region", "choice"]
@@ -199,7 +199,7 @@ def test_every_setting_of_training_can_be_given():
 
 
 COMMANDS = ["simulate", "train", "evaluate", "export"]
-COMMANDS += [f"prepare {o}" for o in ("ibl", "nwb", "steinmetz", "huggingface", "bwb")]
+COMMANDS += [f"prepare {o}" for o in READERS]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -115,7 +115,7 @@ sys.addaudithook(refuse)
 import torch
 before = dict(os.environ)
 import mtm, mtm.cli
-from mtm.data import huggingface, ibl, nwb, steinmetz
+from mtm.data import huggingface, ibl, kilosort, nwb, steinmetz
 assert mtm.plots and mtm.bwb and dict(os.environ) == before
 
 (session,) = mtm.simulate(1, 30, 8, seed=0)

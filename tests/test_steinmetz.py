@@ -139,6 +139,14 @@ def test_folder_gives_the_session(folder, recwarn):
     assert Session.load(session.save(folder.parent / "s.npz")).provenance == session.provenance
 
 
+def test_a_folder_of_one_has_the_same_name(folder, tmp_path):
+    for number, name in (("001", NAME), ("002", f"{NAME}_002")):
+        alf = tmp_path / "cortexlab/Subjects/Cori/2016-12-14" / number / "alf"
+        shutil.copytree(folder, alf)
+        session = steinmetz.load_session(alf)
+        assert (session.name, session.subject) == (name, "Cori")
+
+
 def test_events_units_and_trials(folder):
     arrays = {name: values[:, 0] for name, values in make_arrays().items()}
     every = steinmetz.load_session(folder)

@@ -1,1 +1,1 @@
-"""Recordings from elsewhere as a Session (ibl, nwb, steinmetz, huggingface), and many on disk."""
+"""Readers that end in a Session (ibl, nwb, kilosort, steinmetz, huggingface); many on disk."""

@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import textwrap
 import warnings
 from collections import Counter
@@ -253,12 +254,14 @@ def prepare(
 
     A file made of the same recording (its name, size and time of change) by the same function with
     the same options is left as it is. A recording that cannot be read is skipped and listed in the
-    result. What is no session file is never written over. A session without name gets its file's.
+    result. What is no session file is never written over. A session that is named by its folder, or
+    not at all, gets its file's name.
 
     Args:
         load: ``load(recording, **options)`` returns a Session.
         recordings: name of the file -> what ``load`` takes. Or without names: paths, named by their
-            last part without its ending, or ids, named by themselves.
+            last part without its ending, and by the folders above it where two are alike; URLs; or
+            ids, named by themselves.
         out: folder of the files.
         workers: processes; each holds one recording at a time in memory. Default: one for each
             core, but at most 4. With 1, all is done in this process.
@@ -300,11 +303,26 @@ def _names(recordings: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
     """Name -> recording."""
     if isinstance(recordings, Mapping):
         return dict(recordings)
-    paths = [recordings] if isinstance(recordings, (str, Path)) else list(recordings)
-    names = [path.stem if isinstance(path, Path) else str(path) for path in paths]
+    listed = [recordings] if isinstance(recordings, (str, Path)) else list(recordings)
+    names = [_name(recording, 1) for recording in listed]
+    for depth in (2, 3, 4, 5):  # as many folders above as it takes: a sorter calls each "output"
+        counted = Counter(names)
+        names = [
+            name if counted[name] == 1 else _name(recording, depth)
+            for name, recording in zip(names, listed, strict=True)
+        ]
     if twice := [name for name, n in Counter(names).items() if n > 1]:
         raise ValueError(f"two recordings are named {twice[0]!r}; pass a mapping from names")
-    return dict(zip(names, paths, strict=True))
+    return dict(zip(names, listed, strict=True))
+
+
+def _name(recording: Any, depth: int) -> str:
+    """A path's last parts, without its ending; of an address what is public, not too long."""
+    if isinstance(recording, Path):
+        path = recording.absolute()
+        return "_".join([*path.parts[:-1], path.name if path.is_dir() else path.stem][-depth:])
+    text = str(recording)
+    return re.sub(r"\W+", "-", public(text))[-100:].strip("-") if "://" in text else text
 
 
 def _prepare_one(
@@ -335,7 +353,8 @@ def _prepare_one(
             return Outcome(name, "skipped", f"{kind}{error}")
     kept = (str(w.message) for w in caught if issubclass(w.category, UserWarning))
     notes = list(dict.fromkeys(kept))
-    if session.name == "session":  # the default
+    folder = isinstance(recording, (str, Path)) and os.path.isdir(recording)
+    if session.name in ("session", Path(recording).name if folder else ""):  # a reader's default
         session.name = name
     session.provenance = session.provenance | {"prepared": {**origin, "notes": notes}}
     for partial in out.glob(f".{path.name}.*.part"):
@@ -348,13 +367,15 @@ def _origin(
 ) -> dict[str, Any]:
     """What a file was made of and how, as JSON: if it is the same, it need not be made again."""
     function = load.func if isinstance(load, functools.partial) else load
-    if isinstance(recording, (str, Path)) and os.path.exists(recording):
-        path = Path(recording)
-        files = [f.stat() for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file()]
-        size, latest = sum(f.st_size for f in files), max((f.st_mtime_ns for f in files), default=0)
-        recording = [path.name, size, latest]  # wherever it lies by now
 
-    def shown(value: Any) -> Any:  # of an address what is public: no password, no signature
+    def shown(value: Any) -> Any:
+        if isinstance(value, (str, Path)) and os.path.exists(value):  # wherever it lies by now
+            path = Path(value)
+            files = [f for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file()]
+            facts = [file.stat() for file in files]
+            latest = max((fact.st_mtime_ns for fact in facts), default=0)
+            return [path.name, sum(fact.st_size for fact in facts), latest]
+        # of an address what is public: no password, no signature
         return public(value) if isinstance(value, str) and "://" in value else value
 
     kept = {key: shown(value) for key, value in options.items() if key not in SECRETS}

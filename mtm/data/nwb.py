@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mtm.data.recording import Recording, ordered_samples, public
+from mtm.data.recording import Recording, is_event, ordered_samples, public
 from mtm.files import optional
 from mtm.session import Session, has_region
 
@@ -280,7 +280,7 @@ def _trials(file: _NwbFile, trials: str, align: Any, behaviour: Any) -> dict[str
     file.provenance |= {"trials": counts, "levels": (levels := {})}
     if behaviour is None:
         numbers = [key for key in table.scalars if not file.is_text(table.columns[key])]
-        behaviour = [key for key in numbers if not re.search(r"times?$", key.lower())]
+        behaviour = [key for key in numbers if not is_event(key)]
     facts = {"trial_ids": rows, "n_recorded": len(times), "behaviour": (columns := {})}
     for key in behaviour:
         values = table.column(key)[rows]

@@ -45,7 +45,7 @@ class Recording:
         warnings.warn(f"session {self.name!r}, {dataset}: {problem}", UserWarning, stacklevel=3)
 
     @contextmanager
-    def reading(self, dataset: str, remedy: str = "download it again") -> Iterator[None]:
+    def reading(self, dataset: str, remedy: str = "copy or download it again") -> Iterator[None]:
         """Turn any error of a damaged or foreign file into a SessionError that names the file."""
         try:
             yield
@@ -55,6 +55,37 @@ class Recording:
             line = public(f"{type(error).__name__}: {error}")
             text = f"session {self.name!r}, {dataset}: cannot be read ({line}); {remedy}"
             raise SessionError(text) from None  # that error may quote a password in an address
+
+
+class Folder(Recording):
+    """A recording that is a folder of ``.npy`` files."""
+
+    def __init__(self, folder: str | Path, name: str = "", **provenance: Any) -> None:
+        self.path = Path(folder)
+        super().__init__(name or self.path.resolve().name, **provenance)
+        if not self.path.is_dir():
+            self.fail("folder", f"{folder} does not exist; check the path")
+
+    def has(self, *names: str) -> bool:
+        """Return whether all these files are there."""
+        return all((self.path / f"{name}.npy").is_file() for name in names)
+
+    def array(self, name: str, n: int | None = None, width: int = 1) -> np.ndarray:
+        """Numbers (n,), or (n, width), float64; (n, 1) is read as (n,)."""
+        with self.reading(f"{name}.npy"):
+            array = np.load(self.path / f"{name}.npy", allow_pickle=False)
+            array = array.astype(np.float64).reshape(len(array), width)
+            if n is not None and len(array) != n:
+                raise ValueError(f"{len(array)} rows, but {n} in other files")
+        return array[:, 0] if width == 1 else array
+
+
+def is_event(column: str) -> bool:
+    """Return whether a column of a table of trials seems to hold times: ``stim_time``, ``times``.
+
+    Times from the start of a recording are nothing to decode, so they are read when asked for.
+    """
+    return re.search(r"times?$", column.lower()) is not None
 
 
 # ---------------------------------------------------------------- sampled traces

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +34,8 @@ import numpy as np
 import pandas as pd
 
 from mtm.binning import n_bins
-from mtm.data.recording import Recording, ordered_samples, wheel_speed
-from mtm.session import Session, SessionError
+from mtm.data.recording import Folder, Recording, ordered_samples, wheel_speed
+from mtm.session import Session
 
 ORIGIN = "Steinmetz et al. 2019, 10.6084/m9.figshare.9598406"
 TICK = 2 * np.pi / 1440  # rad; the wheel's encoder has 1,440 ticks a turn
@@ -70,7 +71,8 @@ def load_session(
 
     Args:
         folder: e.g. ``Cori_2016-12-14``, with ``spikes.times.npy`` in it; its name is the session's
-            and the part before the first ``_`` the subject's.
+            and the part before the first ``_`` the subject's. Or as ONE keeps it, where the same
+            session is ``Cori/2016-12-14/001/alf``.
         align: the event: ``trials.<align>.npy``, as "goCue_times" or "response_times".
         window: (start, stop) around the event, seconds.
         bin_size: seconds.
@@ -88,9 +90,9 @@ def load_session(
     if units not in (None, "good") or trial_filter not in (None, "included"):
         raise ValueError(f"units may be 'good', got {units!r}; trial_filter 'included', got "
                          f"{trial_filter!r}")  # fmt: skip
-    if not Path(folder).is_dir():
-        raise SessionError(f"{folder}: no such folder")
-    files = _Folder(folder)
+    place = re.search(r"([^/]+)/([\d-]{10})/(\d{3})(?:/alf)?$", Path(folder).resolve().as_posix())
+    words = place.groups() if place else ()  # as ONE keeps it
+    files = Folder(folder, "_".join(words).removesuffix("_001"), origin=ORIGIN)
     trials, counted = _trials(files, align, trial_filter)
     neurons = _clusters(files)
     times = files.array("spikes.times")
@@ -169,28 +171,8 @@ def _behaviour(
 # ----------------------------------------------------------------------------------- the archive
 
 
-class _Folder(Recording):
-    """The files of one session of the archive."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder)
-        super().__init__(self.path.resolve().name, origin=ORIGIN)
-
-    def has(self, *names: str) -> bool:
-        return all((self.path / f"{name}.npy").is_file() for name in names)
-
-    def array(self, name: str, n: int | None = None, width: int = 1) -> np.ndarray:
-        """Numbers (n,), or (n, width), float64. The archive stores (n, 1) for (n,)."""
-        with self.reading(f"{name}.npy"):
-            array = np.load(self.path / f"{name}.npy", allow_pickle=False)
-            array = array.astype(np.float64).reshape(len(array), width)
-            if n is not None and len(array) != n:
-                raise ValueError(f"{len(array)} rows, but {n} in other files")
-        return array[:, 0] if width == 1 else array
-
-
 def _trials(
-    files: _Folder, align: str, trial_filter: str | None
+    files: Folder, align: str, trial_filter: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Columns (K,) of the trials to use, with their ``row``; number of trials, and why dropped."""
     if not files.has(f"trials.{align}"):
@@ -212,7 +194,7 @@ def _trials(
     return {name: column.to_numpy() for name, column in known.items()}, counted
 
 
-def _reaction_times(files: _Folder, trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _reaction_times(files: Folder, trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The behaviour reaction-time (K,), where the files for it are there."""
     needed = {"visualStim_times", "feedback_times"}
     if not (needed <= set(trials) and files.has("wheelMoves.intervals")):
@@ -225,7 +207,7 @@ def _reaction_times(files: _Folder, trials: Mapping[str, np.ndarray]) -> dict[st
     return {"reaction-time": np.where(during, first - stimulus, np.nan)}
 
 
-def _clusters(files: _Folder) -> dict[str, np.ndarray]:
+def _clusters(files: Folder) -> dict[str, np.ndarray]:
     """Columns (N,) of all clusters: row of the peak channel, region, and what else there is."""
     with files.reading("channels.brainLocation.tsv"):
         # Without keep_default_na, pandas would take some texts for missing values.
@@ -243,7 +225,7 @@ def _clusters(files: _Folder) -> dict[str, np.ndarray]:
     return columns
 
 
-def _traces(files: _Folder) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _traces(files: Folder) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Wheel speed and face motion energy: times (S,) s and values (S,)."""
     traces = {}
     for key, name in TRACES.items():
