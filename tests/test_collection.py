@@ -177,6 +177,7 @@ def folder(tmp_path):
 
 
 def test_listing_and_loading(folder):
+    (folder / "._s0.npz").write_bytes(b"\0\5\x16\7")  # as macOS leaves them on other disks
     sessions = Sessions(folder)
     assert sessions.names == ["s0", "s1", "s2"] and len(sessions) == 3 and "s1" in sessions
     assert isinstance(sessions[1], Session) and sessions[-1].name == "s2"

@@ -18,6 +18,7 @@ pytest.importorskip("iblatlas")
 import pandas as pd  # noqa: E402
 
 from mtm.data import ibl  # noqa: E402
+from mtm.data.ibl import LOCATIONS  # noqa: E402
 from mtm.data.regions import acronyms  # noqa: E402
 from mtm.data.synthetic import index_alf, write_alf  # noqa: E402
 from mtm.session import Session, SessionError  # noqa: E402
@@ -184,6 +185,17 @@ def test_counts_equal_direct_binning_of_the_files(tree):
 # ----------------------------------------------------------------------------- index
 
 
+def test_stray_files_are_no_datasets(tree, variant):
+    """What macOS leaves beside a file, and what a person does."""
+
+    def litter(alf):
+        for name in ("._spikes.times.npy", "spikes.times copy.npy", ".DS_Store"):
+            (alf / SORTING / name).write_bytes(b"\0\5\x16\7")
+        (alf / SORTING / f"channels.{LOCATIONS} copy.npy").write_bytes(b"\0")
+
+    np.testing.assert_array_equal(variant(litter).counts, make_session().counts)
+
+
 def test_last_revision_is_the_default(variant):
     def revise(alf):
         for revision, shift in (("2024-01-01", 1.0), ("2025-05-05", 2.0)):
@@ -251,6 +263,62 @@ def test_good_units(tree, read, variant):
     np.testing.assert_array_equal(
         lost.neurons["label"], np.where(known, every.neurons["label"], np.nan)
     )
+
+
+def test_a_probe_whose_clusters_have_no_labels(variant, read):
+    with pytest.warns(UserWarning, match="probe00.*metrics: none of its 8 clusters has a label"):
+        good = variant(remove_from("probe00", "*.metrics.pqt"), units="good")
+    keep = (read.neurons["label"] >= 1) & (PROBES == "probe01")
+    np.testing.assert_array_equal(good.counts, read.counts[:, :, keep])
+
+
+@pytest.mark.parametrize(
+    "place", ["sites", "sites with rawInd", "another sorting", "half a sorting"]
+)
+def test_where_histology_and_sorting_may_lie(variant, place):
+    """The sites of the probe, of which channels are some; the channels of another sorting."""
+
+    def change(alf):
+        sorting, newer = alf / SORTING, alf / "probe00/iblsorter"
+        ids = np.load(sorting / f"channels.{LOCATIONS}.npy")
+        if place.startswith("sites"):
+            (sorting / f"channels.{LOCATIONS}.npy").unlink()
+            raw = np.arange(len(ids)) + 3 * ("rawInd" in place)
+            sites = np.full(len(ids) + 3, 997)
+            sites[raw] = ids
+            np.save(alf / f"probe00/electrodeSites.{LOCATIONS}.npy", sites)
+            if "rawInd" in place:
+                np.save(sorting / "channels.rawInd.npy", raw)
+            return
+        shutil.copytree(sorting, newer)
+        (newer / f"channels.{LOCATIONS}.npy").unlink()
+        if place == "half a sorting":
+            (newer / "spikes.clusters.npy").unlink()
+
+    if place == "half a sorting":
+        with pytest.warns(UserWarning, match="iblsorter: not all .*pykilosort instead"):
+            read = variant(change)
+    else:
+        read = variant(change)
+    np.testing.assert_array_equal(read.regions, REGIONS)
+    np.testing.assert_array_equal(read.counts, make_session().counts)
+
+
+@pytest.mark.parametrize("columns", [["firstMovement_times", "stimOn_times"], None])
+def test_trials_in_files_of_their_own(variant, read, columns):
+    """Some columns, or all of them, as in older recordings."""
+
+    def split(alf):
+        path = alf / "_ibl_trials.table.pqt"
+        table = pd.read_parquet(path)
+        for name in columns or table:
+            np.save(alf / f"_ibl_trials.{name}.npy", table.pop(name).to_numpy())
+        path.unlink() if columns is None else table.to_parquet(path)
+
+    found = variant(split)
+    np.testing.assert_array_equal(found.counts, read.counts)
+    for key, values in read.behaviour.items():
+        np.testing.assert_array_equal(found.behaviour[key], values)
 
 
 def test_sorter_folders(variant):
@@ -406,6 +474,10 @@ def test_what_one_of_two_probes_lacks(variant, tree):
         variant(broken)
     read = variant(broken, probes=["probe00"])
     np.testing.assert_array_equal(read.counts, make_session().counts[..., :8])
+    with pytest.warns(UserWarning, match="alf/probe01: no histology; its clusters have no region"):
+        read = variant(remove_from("probe01", "channels.*"))
+    np.testing.assert_array_equal(read.counts, make_session().counts)
+    assert read.regions.tolist() == [*REGIONS[:8], *["void"] * 12]
     with pytest.raises(SessionError, match=r"probe07.*there are \['probe00', 'probe01'\]"):
         load(tree, probes=["probe00", "probe07"])
 

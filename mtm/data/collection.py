@@ -99,7 +99,7 @@ class Sessions(Sequence[Session]):
     def __init__(self, where: str | Path | Iterable[str | Path]) -> None:
         if isinstance(where, (str, Path)):
             folder = Path(where)
-            paths = sorted(folder.glob("*.npz")) if folder.is_dir() else [folder]
+            paths = sorted(folder.glob("[!.]*.npz")) if folder.is_dir() else [folder]
         else:
             paths = [Path(path) for path in where]
         if not paths:

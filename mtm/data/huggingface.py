@@ -155,7 +155,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     if (folder / "state.json").is_file():
         return {"train": _streams(folder)}
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet")):
+    for path in sorted(folder.glob("data/[!.]*.parquet")) or sorted(folder.glob("[!.]*.parquet")):
         found.setdefault(re.split(r"\W", path.name)[0], []).append(path)
     for split, paths in found.items():
         parts = re.search(r"-of-(\d+)", paths[0].name)

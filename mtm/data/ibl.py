@@ -38,7 +38,8 @@ TRIAL_COLUMNS = (
     *("stimOn_times", "goCue_times", "firstMovement_times", "feedback_times"),
     *("choice", "feedbackType", "probabilityLeft", "contrastLeft", "contrastRight"),
 )
-LOCATIONS = "channels.brainLocationIds_ccf_2017"
+LOCATIONS = "brainLocationIds_ccf_2017"  # of channels, or of a probe's electrodeSites
+SORTING = ("spikes.times", "spikes.clusters", "clusters.channels")  # what a probe needs
 SILENCE = 0.1  # seconds without a spike of a whole probe that do not yet mean that it was off
 
 
@@ -109,7 +110,7 @@ def load_session(
         align: the event: a column of the trials table. Trials without it are left out, as are
             those before or after the time in which all probes recorded.
         atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos". None: load
-            without regions (a probe without histology).
+            without regions. A probe without histology, of two, has none.
         trial_filter: "reaction-time" keeps the trials that `reaction_time_filter` accepts, each in
             its part of the split. The paper decodes behaviour from these, and trains on all.
         units: "good" keeps the clusters with label 1 (IBL's three quality criteria) only.
@@ -180,9 +181,9 @@ def search(
         return eids
     found = []
     for session in (_OneSession(one, eid) for eid in eids):
-        places = [c for c in _sortings(session, None).values() if session.find(LOCATIONS, c)]
         try:
-            ids = [np.abs(np.nan_to_num(session.load(LOCATIONS, place))) for place in places]
+            places = _sortings(session, None).values()
+            ids = [np.abs(_locations(session, place)) for place in places]
         except SessionError as error:  # the other sessions can still be searched
             warnings.warn(f"{error}; left out of the search", UserWarning, stacklevel=2)
             continue
@@ -288,10 +289,13 @@ class _OneSession(Recording):
 
 def _trials(session: _OneSession, align: str, trial_filter: str | None) -> pd.DataFrame:
     """The trials to use; their index is the row in the table."""
-    table, path = session.load("trials.table"), session.find("trials.table") or ""
+    path, alone = session.find("trials.table"), session.find(f"trials.{align}")
+    table = pd.DataFrame() if alone and not path else session.load("trials.table")
+    path = path or "alf/trials.*"
     with session.reading(path):
-        if align not in table and session.find(f"trials.{align}"):  # in a file of its own
-            table[align] = session.load(f"trials.{align}")
+        for name in dict.fromkeys((*TRIAL_COLUMNS, align)):
+            if name not in table and session.find(f"trials.{name}"):  # in a file of its own
+                table[name] = session.load(f"trials.{name}")
         if align not in table:
             events = sorted(name for name in table if name.endswith("_times"))
             session.fail(path, f"no column {align!r} to align to; there are {events}")
@@ -364,8 +368,12 @@ def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, s
         session.warn(f"alf/{unsorted[0]}", f"no spike sorting; left out {', '.join(unsorted)}")
     best = {}
     for probe in sorted(names & set(found)):
-        sorter = min(found[probe], key=lambda name: (*SORTERS, name).index(name))
-        best[probe] = f"alf/{probe}/{sorter}".rstrip("/")
+        order = sorted(found[probe], key=lambda name: (*SORTERS, name).index(name))
+        places = [f"alf/{probe}/{sorter}".rstrip("/") for sorter in order]
+        whole = [place for place in places if all(session.find(n, place) for n in SORTING)]
+        best[probe] = (whole or places)[0]
+        if best[probe] != places[0]:
+            session.warn(places[0], f"not all of a spike sorting; {best[probe]} instead")
     return best
 
 
@@ -374,10 +382,17 @@ def _spikes(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spikes (time, neuron, probe) of all probes, and the table of their clusters by neuron."""
     collections = session.provenance["collections"] = _sortings(session, wanted)
+    places = collections.items() if regions else ()
+    located = {probe: _locations(session, place) for probe, place in places}
+    for probe in [probe for probe, ids in located.items() if not len(ids)]:
+        if not any(map(len, located.values())):
+            problem = "the probe has no histology: atlas=None loads it without regions"
+            session.fail(f"{collections[probe]}/channels.{LOCATIONS}", f"missing; {problem}")
+        session.warn(f"alf/{probe}", "no histology; its clusters have no region")
     tables, offset = [], 0
     for probe, collection in collections.items():
         with session.reading(collection, "the files are of different sortings or damaged"):
-            spikes, table = _probe(session, probe, collection, regions)
+            spikes, table = _probe(session, probe, collection, located.get(probe))
         tables.append((spikes.assign(neuron=spikes["cluster"] + offset, probe=probe), table))
         offset += len(table)
     spikes, clusters = (pd.concat(each, ignore_index=True) for each in zip(*tables, strict=True))
@@ -385,6 +400,10 @@ def _spikes(
     if "uuid" in clusters:
         clusters["uuid"] = clusters["uuid"].fillna("")  # of a probe without uuids
     if units == "good":
+        for probe, labels in clusters.groupby("probe")["label"] if "label" in clusters else ():
+            if labels.isna().all():
+                problem = f"none of its {len(labels)} clusters has a label; they are left out"
+                session.warn(f"{collections[probe]}/clusters.metrics", problem)
         clusters = clusters[clusters["label"] >= 1] if "label" in clusters else clusters[:0]
         if clusters.empty:
             session.fail("clusters.metrics", "no cluster has label 1; pass units=None")
@@ -393,7 +412,7 @@ def _spikes(
 
 
 def _probe(
-    session: _OneSession, probe: str, collection: str, regions: bool
+    session: _OneSession, probe: str, collection: str, locations: np.ndarray | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spikes (time, cluster) of one probe, and the table of its clusters."""
     remedy = f"leave the probe out with probes=..., all but {probe!r}"
@@ -408,8 +427,8 @@ def _probe(
     if not spikes["cluster"].between(0, len(channels) - 1).all():
         raise ValueError(f"spikes of cluster {ids.max()}, but only {len(channels)} clusters")
     clusters = pd.DataFrame({"probe": probe, "cluster": np.arange(len(channels))})
-    if regions:
-        clusters["allen_id"] = _allen_ids(session, collection, channels)
+    if locations is not None:
+        clusters["allen_id"] = _allen_ids(session, collection, channels, locations)
         for level in LEVELS:
             clusters[level.lower()] = acronyms(clusters["allen_id"].to_numpy(), level)
     for column, name in (("depth", "depths"), ("uuid", "uuids"), ("label", "metrics")):
@@ -427,16 +446,42 @@ def _probe(
     return spikes, clusters
 
 
-def _allen_ids(session: _OneSession, collection: str, channels: np.ndarray) -> np.ndarray:
+def _locations(session: _OneSession, collection: str) -> np.ndarray:
+    """Allen id of each channel of a sorting, (n,) int64; empty for a probe without histology.
+
+    Where the sorting has none, they are those of the probe's sites, or of another sorting's
+    channels; ``rawInd`` is the site of each channel.
+    """
+    probe, ending = "/".join(collection.split("/")[:2]), f".{LOCATIONS}.npy"
+    found = [path for path in session.paths if path.startswith(probe) and path.endswith(ending)]
+    if not found:
+        return np.zeros(0, np.int64)
+    best = min(found, key=lambda path: (path.rpartition("/")[0] != collection, "Sites" not in path))
+    place, _, file = best.rpartition("/")
+    ids = np.nan_to_num(session.load(file.removesuffix(".npy"), place)).astype(np.int64)
+    if place == collection:
+        return ids
+
+    def sites(collection: str) -> np.ndarray:
+        known = session.find("channels.rawInd", collection)
+        return session.load("channels.rawInd", collection) if known else np.arange(len(ids))
+
+    with session.reading(best, "the files are of different sortings or damaged"):
+        by_site = pd.Series(ids, np.arange(len(ids)) if "Sites" in file else sites(place))
+        return by_site.reindex(sites(collection), fill_value=0).to_numpy()
+
+
+def _allen_ids(
+    session: _OneSession, collection: str, channels: np.ndarray, locations: np.ndarray
+) -> np.ndarray:
     """Allen id of each cluster, (n,) int64, from that of its channel; 0, void, without one."""
-    remedy = "the probe has no histology: atlas=None loads it without regions"
-    ids = session.load(LOCATIONS, collection, remedy)
     on_channel = channels >= 0  # neither NaN nor -1
     if not on_channel.all():
         problem = f"{(~on_channel).sum()} clusters without a channel; they have no region"
         session.warn(f"{collection}/clusters.channels", problem)
     found = np.zeros(len(channels), dtype=np.int64)
-    found[on_channel] = np.nan_to_num(ids)[channels[on_channel].astype(np.int64)]
+    if len(locations):
+        found[on_channel] = locations[channels[on_channel].astype(np.int64)]
     return found
 
 

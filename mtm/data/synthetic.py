@@ -68,7 +68,7 @@ def write_alf(session: Session, root: str | Path, number: int = 1) -> Path:
 
     path = Path(root) / "simlab" / "Subjects" / subject / "2026-01-02" / f"{number:03d}"
     alf = path / "alf"
-    present = {file.relative_to(alf).as_posix() for file in alf.rglob("*.*")}
+    present = {file.relative_to(alf).as_posix() for file in alf.rglob("[!.]*.*")}
     if other := sorted(present - set(files)):
         problem = f"holds another recording's {other[0]}; pass another root or number"
         raise SessionError(f"{alf} {problem}")
@@ -108,7 +108,7 @@ def index_alf(root: str | Path) -> dict[str, Path]:
         eid = _uuid(ORIGIN, lab, subject, day, number)
         folders[eid] = folder
         sessions.append((eid, lab, subject, datetime.date.fromisoformat(day), int(number), "", ""))
-        paths = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.*.*"))
+        paths = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("[!.]*.*.*"))
         paths.sort(key=lambda path: re.findall(r"#([^/]*)#/", path))  # revisions: folders #name#
         last = {re.sub(r"#[^/]*#/", "", path): path for path in paths}.values()
         for path in paths:
