@@ -238,14 +238,30 @@ def test_behaviour(path):
     np.testing.assert_array_equal(session.behaviour["contrast"], contrast)
     session = nwb.load_session(path, behaviour=["side", "stop_time", "note"])
     assert set(session.behaviour) == {"side", "stop_time", "note"}
-    np.testing.assert_array_equal(session.behaviour["side"], SIDES == "right")
+    np.testing.assert_array_equal(session.behaviour["side"], SIDES)
     np.testing.assert_array_equal(session.behaviour["stop_time"], START + 1)
-    assert session.provenance["levels"] == {"side": ["left", "right"], "note": ["a", "b"]}
-    expected = np.where(np.arange(K) % 5 == 0, np.nan, np.arange(K) % 2)
-    np.testing.assert_array_equal(session.behaviour["note"], expected)
+    notes = ["" if k % 5 == 0 else "ab"[k % 2] for k in range(K)]
+    assert session.behaviour["note"].tolist() == notes
     assert nwb.load_session(path, behaviour=()).behaviour == {}
     assert "'contrast'" in refusal(nwb.load_session, path, behaviour=["nope"])
     assert "pair" in refusal(nwb.load_session, path, behaviour=["pair"])
+
+
+@pytest.mark.parametrize("kind", ["EnumData", "HDF5"])
+def test_codes_are_read_as_the_words_they_stand_for(edited, kind):
+    words, codes = np.array(["right", "left", "none"]), np.arange(K) % 3
+
+    def edit(file):
+        table = file["intervals/trials"]
+        if kind == "EnumData":
+            table["side_elements"] = words.astype(object)
+            put("intervals/trials/side", codes.astype("u1"))(file)
+            table["side"].attrs["elements"] = table["side_elements"].ref
+        else:
+            enum = h5py.enum_dtype({word: code for code, word in enumerate(words.tolist())}, "u1")
+            put("intervals/trials/side", codes.astype(enum))(file)
+
+    assert edited(edit).behaviour["side"].tolist() == words[codes].tolist()
 
 
 def test_traces(path):
@@ -296,6 +312,14 @@ def test_regions(path, edited):
     assert edited(strip("brain_area")).regions.tolist() == ["PO"] * N
     assert edited(strip("brain_area", "electrode_group")).regions.tolist() == [""] * N
 
+    def placeholders(file):
+        put("units/brain_area", np.array(["N/A", "?", " tbd", "CA1", "-", "NA"], object))(file)
+
+    assert edited(placeholders, region="brain_area").regions.tolist() == [*[""] * 3, "CA1", "", ""]
+    electrodes = "general/extracellular_ephys/electrodes/location"
+    nowhere = edited(put(electrodes, np.array(["TBD"] * 6, object)))
+    assert nowhere.provenance["regions"] == "brain_area"
+
     def peaks(file):  # as the Allen Institute has it: the id of an electrode, not its row
         strip()(file)
         file["general/extracellular_ephys/electrodes/id"][:] = 100 + np.arange(6)
@@ -308,6 +332,52 @@ def test_regions(path, edited):
         file["units/electrodes"] = [0, 1, 2, 3, 4, 5]
 
     assert edited(one_each).regions.tolist() == REGIONS
+
+
+def list_all(file, peaks=None, name="peak_electrode", ids=0):
+    """Every unit lists all six electrodes, as templates do; a column says which is its peak."""
+    file["general/extracellular_ephys/electrodes/id"][:] = ids + np.arange(6)
+    put("units/electrodes", np.tile(np.arange(6), N))(file)
+    put("units/electrodes_index", 6 * np.arange(1, N + 1))(file)
+    if peaks is not None:
+        file[f"units/{name}"] = peaks
+
+
+PEAKS = np.array([0, 3, 1, 4, 2, 2])
+
+
+@pytest.mark.parametrize("name", ["peak_channel_id", "max_electrode", "maximum_amplitude_channel"])
+@pytest.mark.parametrize("ids", [0, 100])
+@pytest.mark.parametrize("holds", ["ids", "rows"])
+def test_the_peak_electrode_counts_where_many_are_listed(edited, name, ids, holds):
+    peaks = PEAKS + ids * (holds == "ids")
+    found = edited(lambda file: list_all(file, peaks, name, ids)).regions
+    assert found.tolist() == ["CA1", "LP", "CA1", "", "LP", "LP"]
+
+
+def test_a_unit_that_lists_a_whole_probe_has_no_region(edited, monkeypatch):
+    monkeypatch.setattr(nwb, "WIDEST", 5)
+    with pytest.warns(UserWarning, match="6 units list over 5 electrodes of several regions"):
+        session = edited(list_all, region="electrodes/location")
+    assert session.region_names == []
+    # Numbers that are none of the listed electrodes are no peaks.
+    with pytest.warns(UserWarning, match="none as the peak"):
+        edited(lambda file: list_all(file, 50 + PEAKS), region="electrodes/location")
+
+
+def test_times_relative_to_the_trials_are_refused(edited):
+    trialised = np.concatenate([np.sort(np.tile([0.1, 0.4], 40).reshape(40, 2)).ravel()] * N)
+
+    def edit(start):
+        def change(file):
+            put("units/spike_times", trialised)(file)
+            put("units/spike_times_index", 80 * np.arange(1, N + 1))(file)
+            put("intervals/trials/start_time", start)(file)
+
+        return change
+
+    for start in (np.zeros(K), START):
+        assert "relative to each trial" in refusal(edited, edit(start))
 
 
 def test_files_without_what_is_needed(tmp_path):
@@ -336,6 +406,15 @@ def test_what_is_mended(edited):
     few = [spikes()[0][[1, 2, 3, 4, *range(6, len(spikes()[0]))]], *spikes()[1:]]
     np.testing.assert_array_equal(session.counts, brute_force(few, START))
     assert edited(put("identifier", "")).name == "edited.nwb"
+
+    def shifted(file):  # as some converters store it
+        file["acquisition/w/data"] = np.arange(7000.0)
+        put("acquisition/w/starting_time", np.array([1.0]))(file)
+        file["acquisition/w/starting_time"].attrs["rate"] = 100.0
+
+    session = edited(shifted, window=WINDOW, traces=["w"])
+    middle = START[:, None] + session.times + 0.01
+    np.testing.assert_allclose(session.behaviour["w"], 100 * (middle - 1), rtol=1e-5)
     mixed = np.concatenate([train[::-1] for train in spikes()])
     session = edited(put("units/spike_times", mixed), window=WINDOW)
     np.testing.assert_array_equal(session.counts, brute_force(spikes(), START))

@@ -42,6 +42,15 @@ def test_there_and_back():
     assert beryl.region_codes.tolist() == [0, 2, 2, -1, -1, 3, -1, -1, 1]
 
 
+def test_full_names_are_known_as_acronyms_are():
+    names = np.array(["Primary visual area, layer 5", "field ca1", "Thalamus", "my area"])
+    named = Session(np.ones((10, 2, 4)), names)
+    fine, coarse = at_level(named, "Allen"), at_level(named, "Cosmos")
+    assert fine.regions.tolist() == ["VISp5", "CA1", "TH", "my area"]
+    assert coarse.regions.tolist() == ["Isocortex", "HPF", "TH", "my area"]
+    assert at_level(coarse, "Allen").regions.tolist() == fine.regions.tolist()
+
+
 def test_labels_of_the_recording_come_first():
     letters = np.array(list("abcdefghi"))
     columns = {"allen": LABELS, "cosmos": letters}

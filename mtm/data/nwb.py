@@ -3,12 +3,13 @@
 Files of NWB 2 are read with h5py as they are stored, without their extensions; of a remote file
 only the datasets that are used are fetched. `describe` lists what a file has.
 
-- ``region``: a column of the units table; ``"electrodes/<column>"``, the label that most of a
-  unit's electrodes have (its column ``electrodes``, or the Allen Institute's ``peak_channel_id``);
-  or ``"electrode_group/location"``. "auto" is the first of `REGION_SOURCES` that labels any unit.
+- ``region``: a column of the units table; ``"electrodes/<column>"``, the label of a unit's peak
+  electrode, where a column such as ``peak_channel_id`` or ``max_electrode`` names it, or else the
+  label that most of its ``electrodes`` have; or ``"electrode_group/location"``. "auto" is the first
+  of `REGION_SOURCES` that labels any unit. Labels such as "N/A" (`PLACEHOLDERS`) become "".
 - ``behaviour``: columns of the trials table. Default: all with one number or boolean per trial,
-  except those called ``*time`` or ``*times``. Text must be asked for; it becomes codes 0, 1, ... of
-  its sorted levels, which ``provenance["levels"]`` lists. Empty text is NaN.
+  except those called ``*time`` or ``*times``; codes whose words the file has are read as words.
+  Columns of text must be asked for.
 - ``traces``: any TimeSeries, averaged in each bin. Where a name occurs twice, give more of the
   path: ``"Position/head"``. ``"head[0]"`` is the first column of several. Angles do not average.
 """
@@ -33,6 +34,9 @@ REGION_SOURCES = (
     *("location", "brain_area", "brain_region", "region", "area"),
     "electrode_group/location",
 )
+PLACEHOLDERS = ("n/a", "na", "tbd", "?", "-", "null", "unassigned", "not available")  # any case
+PEAK = r"(peak|max|best|main|extremum).*(channel|electrode|ch\b)"  # columns that name an electrode
+WIDEST = 32  # electrodes that one neuron can be seen on
 ELECTRODES = "general/extracellular_ephys/electrodes"
 PROVENANCE = {  # key of Session.provenance: place in the file
     **{key: key for key in ("identifier", "session_start_time")},
@@ -78,6 +82,7 @@ def load_session(
     with _opened(source) as file:
         fields = _units(file, region) | _trials(file, trials, align, behaviour)
         fields["traces"] = {name: _samples(file, name) for name in traces}
+    _check_clock(file, fields["spike_times"], fields["spike_clusters"], fields["align_times"])
     fields |= {"name": file.name, "subject": file.provenance["subject"]}
     grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
     session = Session.from_spike_times(**fields, **grid, provenance=file.provenance)
@@ -108,6 +113,17 @@ def describe(source: str | Path) -> str:
     return "\n".join(lines)
 
 
+def _check_clock(file: _NwbFile, times: np.ndarray, units: np.ndarray, events: np.ndarray) -> None:
+    """Refuse spike times that begin anew in each trial, which give every trial the same counts."""
+    if not len(times):
+        return
+    back = units[1:][(np.diff(times) < 0) & (np.diff(units) == 0)]
+    within = {event for event in events.tolist() if times.min() <= event <= times.max()}
+    if len(set(back)) > len(set(units)) / 2 and len(within) < len(events) / 2:
+        problem = "not sorted, and beside the trials, as times relative to each trial are"
+        file.fail("units/spike_times", f"{problem}; add the start of its trial to each")
+
+
 # ---------------------------------------------------------------- the file
 
 
@@ -117,10 +133,21 @@ class _NwbFile(Recording):
     h5: Any
 
     def is_text(self, dataset: Any) -> bool:
-        return optional("h5py", "nwb").check_string_dtype(dataset.dtype) is not None
+        text = optional("h5py", "nwb").check_string_dtype(dataset.dtype) is not None
+        return text or self.words(dataset) is not None
+
+    def words(self, dataset: Any) -> dict[int, str] | None:
+        """What the codes in a dataset stand for: HDF5's enumerations, and NWB's EnumData."""
+        if "elements" in dataset.attrs:
+            return dict(enumerate(self.read(self.h5[dataset.attrs["elements"]]).tolist()))
+        codes = optional("h5py", "nwb").check_enum_dtype(dataset.dtype)
+        return codes and {code: word for word, code in codes.items()}
 
     def read(self, dataset: Any, part: Any = ()) -> np.ndarray:
         """A dataset, or part of it; text as str."""
+        if (words := self.words(dataset)) is not None:
+            codes = np.asarray(dataset[part])
+            return np.array([words.get(code, "") for code in codes.ravel().tolist()], np.str_)
         text = self.is_text(dataset)
         values = np.asarray((dataset.asstr(errors="replace") if text else dataset)[part])
         return values.astype(np.str_) if text else values
@@ -180,6 +207,7 @@ class _Table:
         self.n = len(self.id)
         self.index = {key: found[f"{key}_index"] for key in found if f"{key}_index" in found}
         indices = {f"{key}_index" for key in self.index}
+        indices |= {f"{key}_elements" for key, item in found.items() if "elements" in item.attrs}
         self.columns = {key: item for key, item in found.items() if key not in indices}
         # Those with one number or text per row; a reference to another table is neither.
         self.scalars = [
@@ -232,7 +260,7 @@ def _regions(file: _NwbFile, table: _Table, region: str | None) -> tuple[np.ndar
             )
             file.fail(f"regions from {region}", f"{problem} {table.scalars}")
         if labels is not None and (region != "auto" or any(map(has_region, labels))):
-            return np.char.strip(labels.astype(np.str_)), source
+            return labels, source
     return np.full(table.n, ""), None
 
 
@@ -241,24 +269,59 @@ def _labels(file: _NwbFile, table: _Table, source: str) -> np.ndarray | None:
     if source == "electrode_group/location" and "electrode_group" in table.columns:
         groups = file.read(table.columns["electrode_group"])
         labels = [file.h5[group].attrs.get("location", "") for group in groups]
-        return np.array([x.decode() if isinstance(x, bytes) else x for x in labels])
+        return _cleaned([x.decode() if isinstance(x, bytes) else x for x in labels])
     if not source.startswith("electrodes/"):
-        return table.column(source) if source in table.scalars else None
+        return _cleaned(table.column(source)) if source in table.scalars else None
     electrodes, column = _Table(file, ELECTRODES), source.removeprefix("electrodes/")
-    if column not in electrodes.scalars:
+    if column not in electrodes.scalars or (found := _electrodes(file, table, electrodes)) is None:
         return None
-    if "electrodes" in table.columns:
-        places, rows = table.ragged("electrodes")
-    elif "peak_channel_id" in table.scalars:
-        places = pd.Index(electrodes.id).get_indexer(table.column("peak_channel_id"))
-        rows = np.arange(table.n)
-    else:
-        return None
-    labels = np.char.strip(electrodes.column(column).astype(np.str_))[places]
-    labelled = (places >= 0) & [has_region(label) for label in labels]
+    places, rows = found
+    labels = _cleaned(electrodes.column(column))[places]
+    listed = pd.DataFrame({"unit": rows, "label": labels}).groupby("unit")["label"]
+    wide = (listed.transform("size") > WIDEST) & (listed.transform("nunique") > 1)
+    if wide.any():
+        problem = f"{len(set(rows[wide]))} units list over {WIDEST} electrodes of several regions"
+        file.warn("units/electrodes", f"{problem}, none as the peak; they have no region")
+    labelled = (places >= 0) & ~wide.to_numpy() & [has_region(label) for label in labels]
     votes = pd.Series(labels[labelled]).groupby(rows[labelled])
     best = votes.agg(lambda x: x.value_counts(sort=False).idxmax())  # on a tie the first listed
     return best.reindex(np.arange(table.n), fill_value="").to_numpy(np.str_)
+
+
+def _cleaned(labels: Any) -> np.ndarray:
+    """Labels without spaces around them, and "" for placeholders."""
+    labels = np.char.strip(np.asarray(labels).astype(np.str_))
+    return np.where(np.isin(np.char.lower(labels), PLACEHOLDERS), "", labels)
+
+
+def _electrodes(
+    file: _NwbFile, table: _Table, electrodes: _Table
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Rows (S,) of the electrodes table, and the unit (S,) of each: of peaks, or of all listed.
+
+    A column of peaks may hold rows or ids of electrodes, or numbers within one of several probes.
+    What it holds must be among the electrodes that the units list, if they do.
+    """
+    units, listed = np.arange(table.n), None
+    if "electrodes" in table.columns:
+        listed = table.ragged("electrodes")
+    every_row = np.arange(electrodes.n)
+    ids = electrodes.id if len(set(electrodes.id.tolist())) == electrodes.n else every_row
+    for name, item in table.columns.items():
+        if item.shape != (table.n,) or not re.match(PEAK, name.lower()):
+            continue
+        values, reference = file.read(item), "table" in item.attrs  # references hold rows
+        for known in (ids, every_row)[reference:]:
+            places = pd.Index(known).get_indexer(values)
+            if listed is None:
+                if reference or name == "peak_channel_id":
+                    return places, units
+                continue
+            pairs = listed[1] * electrodes.n + listed[0]
+            checked = np.isin(units, listed[1]) & (places >= 0)
+            if checked.any() and np.isin(units * electrodes.n + places, pairs)[checked].all():
+                return places, units
+    return listed
 
 
 # ---------------------------------------------------------------- trials, behaviour, traces
@@ -277,17 +340,17 @@ def _trials(file: _NwbFile, trials: str, align: Any, behaviour: Any) -> dict[str
         file.fail(f"align={file.provenance['align']}", "no times in it; name a column of seconds")
     rows = np.flatnonzero(np.isfinite(times))
     counts = {"recorded": len(times), "without the event": len(times) - len(rows)}
-    file.provenance |= {"trials": counts, "levels": (levels := {})}
+    file.provenance["trials"] = counts
     if behaviour is None:
-        numbers = [key for key in table.scalars if not file.is_text(table.columns[key])]
+        numbers = [key for key in table.scalars if table.columns[key].dtype.kind in "uifb"]
         behaviour = [key for key in numbers if not is_event(key)]
     facts = {"trial_ids": rows, "n_recorded": len(times), "behaviour": (columns := {})}
     for key in behaviour:
         values = table.column(key)[rows]
         if values.dtype.kind == "U":
-            codes, known = pd.factorize(pd.Series(values).replace("", None), sort=True)
-            levels[key], values = list(known), np.where(codes < 0, np.nan, codes)
-        columns[key] = np.where(np.isfinite(values), values, np.nan)
+            columns[key] = values
+        else:
+            columns[key] = np.where(np.isfinite(values), values, np.nan)
     return facts | {"align_times": times[rows].astype(np.float64)}
 
 
@@ -311,7 +374,7 @@ def _samples(file: _NwbFile, name: str) -> tuple[np.ndarray, np.ndarray]:
             times = file.read(group["timestamps"])
         else:
             start = group["starting_time"]
-            times = float(file.read(start)) + np.arange(len(values)) / start.attrs["rate"]
+            times = file.read(start).item() + np.arange(len(values)) / start.attrs["rate"]
         values = values * data.attrs.get("conversion", 1.0) + data.attrs.get("offset", 0.0)
         if "channel_conversion" in group:
             values *= file.read(group["channel_conversion"])[column]

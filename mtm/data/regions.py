@@ -34,8 +34,9 @@ def at_level(session: Session, level: str) -> Session:
     """Return the session with its regions named at another level, sharing counts and all else.
 
     Labels of each level that came with the recording (columns ``allen``, ``beryl`` and ``cosmos``
-    of ``session.neurons``) are used, unless you have replaced its regions. Otherwise labels are
-    looked up in the atlas, and kept as column ``allen``. Labels that are no acronym stay. Where a
+    of ``session.neurons``) are used, unless you have replaced its regions. Otherwise labels,
+    acronyms or full names ("Primary visual area"), are looked up in the atlas, and the acronyms
+    kept as column ``allen``. Other labels stay. Where a
     level has no region (fibre tracts; at ``Beryl``, whole areas such as ``TH``), the label becomes
     ``root``: such neurons form no region.
 
@@ -68,14 +69,18 @@ def at_level(session: Session, level: str) -> Session:
 
 
 def _looked_up(session: Session, labels: np.ndarray, level: str) -> dict[str, np.ndarray]:
-    """Columns with the labels as they are and at a level."""
-    ids, atlas = allen_ids(), labels.astype(object)
-    known = np.isin(labels, list(ids))
+    """Columns with the labels at the levels Allen and ``level``."""
+    ids = [_allen_id(label) for label in labels.tolist()]
+    known = np.array([number is not None for number in ids])
     if not any(map(has_region, labels[known].tolist())):
         problem = f"none of {sorted(set(labels.tolist()))[:5]} is an acronym of the Allen atlas"
         raise SessionError(f"session {session.name!r}, regions: {problem}")
-    atlas[known] = acronyms(np.array([ids[label] for label in labels[known].tolist()]), level)
-    return {"allen": labels, level.lower(): atlas.astype(np.str_)}
+    columns = {}
+    for name in ("Allen", level):
+        column = labels.astype(object)
+        column[known] = acronyms(np.array([number for number in ids if number is not None]), name)
+        columns[name.lower()] = column.astype(np.str_)
+    return columns
 
 
 def within(region: str) -> np.ndarray:
@@ -85,12 +90,24 @@ def within(region: str) -> np.ndarray:
     return _table().descendants(allen_ids()[region]).id
 
 
+def _allen_id(label: str) -> int | None:
+    """Allen id of an acronym, or of a full name in any case, with or without commas."""
+    return allen_ids().get(label, _ids_by_name().get(label.lower().replace(",", "")))
+
+
 @functools.cache
 def allen_ids() -> dict[str, int]:
     """Acronym -> Allen id in the right hemisphere, for every structure of the atlas."""
     table = _table()
     right = table.id >= 0  # the left hemisphere repeats every acronym with a negative id
     return dict(zip(table.acronym[right].tolist(), table.id[right].tolist(), strict=True))
+
+
+@functools.cache
+def _ids_by_name() -> dict[str, int]:
+    """Name in lower case, as "primary visual area layer 5", -> Allen id."""
+    names = [name.lower() for name in _table().name.tolist()]
+    return dict(zip(names, np.abs(_table().id).tolist(), strict=True))
 
 
 @functools.cache
