@@ -114,7 +114,7 @@ def test_events_from_files(folder, tmp_path):
         ("spike_times.npy", {}, "spike_times.npy: missing; pass"),
         ("spike_c*.npy spike_te*.npy", {}, "spike_templates.npy: cannot be read"),
         ("params.py", {}, "params.py: no sample_rate in it; pass sample_rate="),
-        ("cluster_*.tsv", {"units": "good"}, r"no cluster is good.*pass units="),
+        ("cluster_*.tsv", {"units": "good"}, r"no cluster is left of.*pass units="),
         ("", {"units": [3, 5]}, r"no spikes of clusters \[5\]"),
         ("", {"behaviour": {"a": [1, 2]}}, "behaviour 'a': 2 values of 30 events"),
         ("", {"events": "absent.csv"}, r"absent.csv: cannot be read.*pass a .npy or .csv"),

@@ -365,19 +365,18 @@ def test_a_unit_that_lists_a_whole_probe_has_no_region(edited, monkeypatch):
         edited(lambda file: list_all(file, 50 + PEAKS), region="electrodes/location")
 
 
-def test_times_relative_to_the_trials_are_refused(edited):
-    trialised = np.concatenate([np.sort(np.tile([0.1, 0.4], 40).reshape(40, 2)).ravel()] * N)
-
+def test_times_relative_to_the_trials_are_not_taken_in_silence(edited):
     def edit(start):
         def change(file):
-            put("units/spike_times", trialised)(file)
+            put("units/spike_times", np.tile([0.1, 0.4], 40 * N))(file)
             put("units/spike_times_index", 80 * np.arange(1, N + 1))(file)
             put("intervals/trials/start_time", start)(file)
 
         return change
 
-    for start in (np.zeros(K), START):
-        assert "relative to each trial" in refusal(edited, edit(start))
+    assert "trials [1, 2" in refusal(edited, edit(np.zeros(K)))  # each at the time of the first
+    with pytest.raises(SessionError, match="none falls into any trial"):
+        edited(edit(START))
 
 
 def test_files_without_what_is_needed(tmp_path):

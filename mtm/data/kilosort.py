@@ -67,19 +67,19 @@ def load_session(
     times, clusters = _spikes(files, sample_rate)
     table = _clusters(files, np.unique(clusters))
     kept = _kept(files, table, units)
-    mine = np.isin(clusters, table.index[kept])
+    mine = np.isin(clusters, kept.index)
     events, trials = _trials(files, align_times, align, behaviour)
     files.provenance |= {"clusters": len(table), "noise": int((table["quality"] == "noise").sum())}
     return Session.from_spike_times(
         times[mine],
         clusters[mine],
         events,
-        clusters=table.index[kept].to_numpy(),
+        clusters=kept.index,
         regions=regions,
         window=window,
         bin_size=bin_size,
         traces=traces,
-        neurons=table[kept].to_dict("series"),
+        neurons=kept.to_dict("series"),
         name=files.name,
         provenance=files.provenance,
         **trials,
@@ -123,20 +123,20 @@ def _clusters(files: Folder, ids: np.ndarray) -> pd.DataFrame:
     return table
 
 
-def _kept(files: Folder, table: pd.DataFrame, units: str | Collection[int] | None) -> np.ndarray:
-    """Mask of the clusters to use."""
-    if isinstance(units, str) and units != "good":
-        raise ValueError(f"units must be None, 'good' or a list of ids; got {units!r}")
-    if units is not None and not isinstance(units, str):
+def _kept(files: Folder, table: pd.DataFrame, units: str | Collection[int] | None) -> pd.DataFrame:
+    """The rows of the clusters to use."""
+    if units is None or isinstance(units, str):
+        if units not in (None, "good"):
+            raise ValueError(f"units must be None, 'good' or a list of ids; got {units!r}")
+        kept = table[table["quality"] == units if units else table["quality"] != "noise"]
+    else:
         if missing := sorted(set(units) - set(table.index)):
             files.fail("units", f"no spikes of clusters {missing[:5]}; name others")
-        return table.index.isin(list(units))
-    kept = table["quality"] == units if units else table["quality"] != "noise"
-    if not kept.any():
+        kept = table[table.index.isin(list(units))]
+    if kept.empty:
         found = table["quality"].value_counts().to_dict()
-        files.fail("cluster_group.tsv", f"no cluster is {units or 'but noise'}, of {found}; "
-                   "pass units=, a list of ids")  # fmt: skip
-    return kept.to_numpy()
+        files.fail("units", f"no cluster is left of {found}; pass units=, a list of ids")
+    return kept
 
 
 def _trials(

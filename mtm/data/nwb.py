@@ -82,7 +82,6 @@ def load_session(
     with _opened(source) as file:
         fields = _units(file, region) | _trials(file, trials, align, behaviour)
         fields["traces"] = {name: _samples(file, name) for name in traces}
-    _check_clock(file, fields["spike_times"], fields["spike_clusters"], fields["align_times"])
     fields |= {"name": file.name, "subject": file.provenance["subject"]}
     grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
     session = Session.from_spike_times(**fields, **grid, provenance=file.provenance)
@@ -111,17 +110,6 @@ def describe(source: str | Path) -> str:
             data = group["data"]
             lines.append(f"series {path}: shape {data.shape}, unit {data.attrs.get('unit', '?')}")
     return "\n".join(lines)
-
-
-def _check_clock(file: _NwbFile, times: np.ndarray, units: np.ndarray, events: np.ndarray) -> None:
-    """Refuse spike times that begin anew in each trial, which give every trial the same counts."""
-    if not len(times):
-        return
-    back = units[1:][(np.diff(times) < 0) & (np.diff(units) == 0)]
-    within = {event for event in events.tolist() if times.min() <= event <= times.max()}
-    if len(set(back)) > len(set(units)) / 2 and len(within) < len(events) / 2:
-        problem = "not sorted, and beside the trials, as times relative to each trial are"
-        file.fail("units/spike_times", f"{problem}; add the start of its trial to each")
 
 
 # ---------------------------------------------------------------- the file
