@@ -98,7 +98,7 @@ def test_events_from_files(folder, tmp_path):
     for given, options, names in (
         ("trials.csv", {"align": "go"}, ["trial"]),
         (tmp_path / "events.npy", {"behaviour": pair}, ["choice", "speed"]),
-        (events, {"traces": {"pupil": (np.arange(70.0), np.ones(70))}}, []),
+        (events, {"traces": {"pupil": (np.arange(0, 70, 0.1), np.ones(700))}}, []),
     ):
         session = load(folder, given, units="good", **options)
         np.testing.assert_array_equal(session.counts, good)

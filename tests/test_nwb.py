@@ -348,11 +348,18 @@ PEAKS = np.array([0, 3, 1, 4, 2, 2])
 
 @pytest.mark.parametrize("name", ["peak_channel_id", "max_electrode", "maximum_amplitude_channel"])
 @pytest.mark.parametrize("ids", [0, 100])
-@pytest.mark.parametrize("holds", ["ids", "rows"])
+@pytest.mark.parametrize("holds", ["ids", "rows", "reference"])
 def test_the_peak_electrode_counts_where_many_are_listed(edited, name, ids, holds):
     peaks = PEAKS + ids * (holds == "ids")
-    found = edited(lambda file: list_all(file, peaks, name, ids)).regions
-    assert found.tolist() == ["CA1", "LP", "CA1", "", "LP", "LP"]
+
+    def edit(file):
+        list_all(file, peaks, name, ids)
+        if holds == "reference":  # to rows; then the list of all electrodes is not needed
+            electrodes = file["general/extracellular_ephys/electrodes"]
+            file[f"units/{name}"].attrs["table"] = electrodes.ref
+            del file["units/electrodes"], file["units/electrodes_index"]
+
+    assert edited(edit).regions.tolist() == ["CA1", "LP", "CA1", "", "LP", "LP"]
 
 
 def test_a_unit_that_lists_a_whole_probe_has_no_region(edited, monkeypatch):
