@@ -452,7 +452,7 @@ def _locations(session: _OneSession, collection: str) -> np.ndarray:
     Where the sorting has none, they are those of the probe's sites, or of another sorting's
     channels; ``rawInd`` is the site of each channel.
     """
-    probe, ending = "/".join(collection.split("/")[:2]), f".{LOCATIONS}.npy"
+    probe, ending = "/".join(collection.split("/")[:2]) + "/", f".{LOCATIONS}.npy"
     found = [path for path in session.paths if path.startswith(probe) and path.endswith(ending)]
     if not found:
         return np.zeros(0, np.int64)
