@@ -23,7 +23,17 @@ SECRET = "s3cr3t-0123456789"
 
 # A module imports only from those after it.
 FLOORS = (
-    *("__main__", "cli", "__init__", "bwb", "baselines", "evaluation", "training", "plots"),
+    *(
+        "__main__",
+        "cli",
+        "__init__",
+        "bwb",
+        "baselines",
+        "behaviour",
+        "evaluation",
+        "training",
+        "plots",
+    ),
     *("decoding", "progress", "checkpoint", "official", "prediction", "data", "simulation"),
     *(
         "batches",
