@@ -31,7 +31,7 @@ from mtm.official import OfficialMtM
 
 MODEL, CONFIG, RUN, HISTORY = "model.safetensors", "config.json", "run.safetensors", "history.jsonl"
 HEADER = "mtm"  # key of the JSON description in a file's header
-VERSION = 4
+VERSION = 5
 CLASSES: dict[str, type[MtM]] = {"mtm": MtM, "official": OfficialMtM}
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -147,6 +147,7 @@ def settings(model: MtM) -> dict[str, Any]:
         "config": asdict(model.config),
         "prompts": list(model.prompts),
         **{name: getattr(model, name) for name in (*names, *["n_places"] * official)},
+        "shrinkage": model.shrinkage,
         "sessions": {name: model.session_layers(name).n_neurons for name in model.session_names},
         "seen": {name: b64encode(each.tobytes()).decode() for name, each in model.seen.items()},
     }
@@ -156,9 +157,10 @@ def from_settings(described: dict[str, Any]) -> MtM:
     """Make the model that :func:`settings` describes, with new weights."""
     given = {**described, "config": MtMConfig(**described["config"])}
     kind, split_seed, seen = (given.pop(key) for key in ("class", "split_seed", "seen"))
-    window = given.pop("window", None)
+    window, shrinkage = given.pop("window", None), given.pop("shrinkage")
     model = CLASSES[kind](**given)
     model.split_seed, model.window = split_seed, window and tuple(window)
+    model.shrinkage = shrinkage
     for name, each in seen.items():
         model.seen[name] = np.frombuffer(b64decode(each), dtype=np.int64)
     return model

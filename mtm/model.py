@@ -506,6 +506,7 @@ class MtM(nn.Module):
         split_seed: of the splits it was trained on (:meth:`mtm.Session.split`); None = not known.
         window: of the trials it was trained on (:class:`mtm.Session`); None = not known.
         seen: session -> :meth:`mtm.Session.fingerprints` of its training trials, (n,) int64.
+        shrinkage: session -> scheme -> factor of :meth:`predict_log_rates`; 1 where there is none.
     """
 
     tokenizers: Mapping[str, type[Any]] = {"ndt1": BinTokenizer, "ndt2": PatchTokenizer}
@@ -529,6 +530,7 @@ class MtM(nn.Module):
         self.split_seed: int | None = None
         self.window: tuple[float, float] | None = None
         self.seen: dict[str, np.ndarray] = {}
+        self.shrinkage: dict[str, dict[str, float]] = {}
         self.token_std = 1.0 if init == "paper" else TOKEN_STD
         self.tokenizer = self.tokenizers[config.tokenizer](config, n_bins, init)
         self.embed_dropout = nn.Dropout(config.embed_dropout)
@@ -724,15 +726,21 @@ class MtM(nn.Module):
         session: str,
         neurons: Tensor | None = None,
     ) -> Tensor:
-        """Log-rates as from :meth:`forward`, without dropout and gradients.
+        """Log-rates as from :meth:`forward`, without dropout and gradients, and calibrated.
 
-        A model that was not trained with causal attention predicts without it.
+        Their deviations from the mean log-rates are multiplied by ``shrinkage[session][scheme]``,
+        which :func:`mtm.training.calibrate` chooses. A model that was not trained with causal
+        attention predicts without it.
         """
         if mask is not None and not self.causal:
             mask = replace(mask, causal=False)
         with evaluating(self):
             counts = torch.as_tensor(counts, device=self.device)
             log_rates: Tensor = self(counts, scheme, mask, session, neurons)
+        if (factor := self.shrinkage.get(session, {}).get(scheme or "", 1.0)) != 1:
+            mean = self.session_layers(session).mean.log()  # (N,)
+            mean = mean if neurons is None else mean[neurons, None]
+            log_rates = mean + factor * (log_rates - mean)
         return log_rates
 
     def add_session(

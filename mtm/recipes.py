@@ -60,6 +60,8 @@ class TrainConfig:
         prompt: give each scheme a prompt token, if there are several schemes.
         validations: number of validations, evenly spread over the epochs.
         patience: stop after this many validations without improvement, or None.
+        calibrate: at the end, scale how far predictions are from the mean rates so that they suit
+            the validation trials best (temperature scaling), see ``mtm.training.calibrate``.
         seed: of initial weights, masks, dropout and the order of batches.
         split_seed: of ``Session.split``.
         init: preset of a new model, "mtm" or "paper": its initial weights and, unless a model is
@@ -92,6 +94,7 @@ class TrainConfig:
     prompt: bool = True
     validations: int = 20
     patience: int | None = None
+    calibrate: bool = True
     seed: int = 0
     split_seed: int = 0
     init: str = "mtm"
@@ -134,6 +137,7 @@ RECIPES = {
         decay_all=True,
         loss="sum",
         clip=None,
+        calibrate=False,
         seed=42,
         ratios={},
         init="paper",

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,6 +37,7 @@ from mtm.recipes import TrainConfig, recipe
 from mtm.session import Session, SessionError, require_alike
 
 VALIDATION_BATCH = 64  # validation trials that share a mask, whatever the batch size of training
+SHRINKAGES = [step / 20 for step in range(10, 23)]  # 0.5 to 1.1
 VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
 
 
@@ -317,8 +318,43 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
     return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
 
 
+@torch.no_grad()
+def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> None:
+    """Set ``model.shrinkage``: session -> scheme -> the factor that suits validation trials best.
+
+    Models are too sure of what they predict, the more so the fewer trials they have learned from.
+    The factor multiplies all deviations from the mean log-rates, and is the one for which the
+    likelihood of the hidden entries of the validation trials is highest. Compare temperature
+    scaling (Guo et al. 2017). Models of raw counts, as the authors', know no mean rates.
+    """
+    if model.config.input_counts == "raw":
+        return
+    for one in data:
+        mean = model.session_layers(one.name).mean.log()
+        model.shrinkage[one.name] = {}
+        for name in config.schemes:
+            losses = torch.zeros(len(SHRINKAGES), device=model.device)
+            for counts, mask, log_rates in _predict_validation(model, one, name, config):
+                for i, factor in enumerate(SHRINKAGES):
+                    scaled = mean + factor * (log_rates - mean)
+                    losses[i] += masked_loss(scaled, counts, mask.target)
+            model.shrinkage[one.name][name] = SHRINKAGES[int(losses.argmin())]
+
+
 def _validation_gain(model: MtM, one: SessionData, name: str, config: TrainConfig) -> Tensor:
     """Return the gain over the null model in nats, and the number of spikes scored; (2,)."""
+    found = torch.zeros(2, device=model.device)  # summed on the device, without waiting for it
+    for counts, mask, log_rates in _predict_validation(model, one, name, config):
+        found[0] += masked_loss(one.null.expand_as(counts), counts, mask.target)
+        found[0] -= masked_loss(log_rates, counts, mask.target)
+        found[1] += (counts * mask.target).sum()
+    return found
+
+
+def _predict_validation(
+    model: MtM, one: SessionData, name: str, config: TrainConfig
+) -> Iterator[tuple[Tensor, Mask, Tensor]]:
+    """Yield counts, mask and predicted log-rates of validation trials, the same in every call."""
     sampler = make_sampler(model, config)
     sampler.reseed(seed_of("validation", one.name, name))
     labels = [one.regions] * VALIDATION_MASKS
@@ -326,18 +362,13 @@ def _validation_gain(model: MtM, one: SessionData, name: str, config: TrainConfi
     if scheme(name).needs_regions and name in MTM_SCHEMES:
         codes = range(len(one.session.region_names))
         labels = [torch.where(one.regions == code, 0, NO_REGION) for code in codes]
-    found = torch.zeros(2, device=model.device)  # summed on the device, without waiting for it
     for trials in one.val.split(VALIDATION_BATCH):
         counts = one.batch(trials)
-        null = one.null.expand_as(counts)
         for regions in labels:
             mask = sampler.draw(name, counts, regions)
             with autocast(model.device, config.precision):
                 log_rates = model(counts, name, mask, one.name).float()
-            found[0] += masked_loss(null, counts, mask.target)
-            found[0] -= masked_loss(log_rates, counts, mask.target)
-            found[1] += (counts * mask.target).sum()
-    return found
+            yield counts, mask, log_rates
 
 
 # ---------------------------------------------------------------------------------------------- fit
@@ -446,6 +477,8 @@ def fit(
         with Progress(config.epochs, progress and distributed.rank() == 0, setup) as display:
             with compiled(network, config.compile):
                 Trainer(network, data, config, run).train(display, on_validation)
+                if config.calibrate:
+                    calibrate(network, data, config)
     run.save_model(network)
     result = Fit(network, run.history, config)
     display.print(f"{run.step} steps in {run.seconds:.0f} s on {device.type}; {result}")

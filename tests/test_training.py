@@ -10,8 +10,22 @@ from contextlib import redirect_stderr
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 
-from mtm import MtM, MtMConfig, Session, SessionError, evaluate, fit, plots, progress, simulate
+from mtm import (
+    MtM,
+    MtMConfig,
+    Session,
+    SessionError,
+    evaluate,
+    fit,
+    load,
+    plots,
+    progress,
+    save,
+    simulate,
+    training,
+)
 from mtm.batches import SessionData, steps_of, steps_per_epoch
 from mtm.masks import MTM_SCHEMES, SCHEMES, Mask, MaskSampler, Scheme
 from mtm.model import Batch
@@ -220,6 +234,33 @@ def test_a_scheme_of_ones_own_that_needs_two_regions_is_validated(small, monkeyp
 
     monkeypatch.setitem(SCHEMES, "between", Scheme(one_from_another, 1.0, needs_regions=True))
     assert np.isfinite(fit(small[0], schemes=("between",), **QUICK).best["mean"])
+
+
+def test_predictions_are_scaled_as_the_validation_trials_say(small, tmp_path):
+    result = fit(small, depth=1, epochs=4, validations=1, progress=False)
+    plain = fit(small, depth=1, epochs=4, validations=1, calibrate=False, progress=False)
+    assert plain.model.shrinkage == {} and same(result.model.state_dict(), plain.model.state_dict())
+    for one in prepared(small):
+        mean = one.null
+        for scheme in MTM_SCHEMES:
+            seen = list(training._predict_validation(plain.model, one, scheme, plain.config))
+
+            def loss(factor, seen=seen, mean=mean):
+                return sum(
+                    ((x := mean + factor * (f - mean)).exp() - y * x)[mask.target].sum().item()
+                    for y, mask, f in ((y.double(), m, f.double()) for y, m, f in seen)
+                )
+
+            best = minimize_scalar(loss, bounds=(0.5, 1.1), method="bounded").x
+            factor = result.model.shrinkage[one.name][scheme]
+            assert factor == pytest.approx(best, abs=0.03)
+            counts, mask, log_rates = seen[0]
+            for model in (result.model, load(save(result, tmp_path / f"{one.name}{scheme}"))):
+                found = model.predict_log_rates(counts, scheme, mask, one.name)
+                torch.testing.assert_close(found, mean + factor * (log_rates - mean))
+            neurons = torch.arange(len(counts)) % counts.shape[2]
+            alone = model.predict_log_rates(counts, scheme, mask, one.name, neurons)
+            torch.testing.assert_close(alone, found[torch.arange(len(counts)), :, neurons])
 
 
 def test_the_model_kept_is_the_best_one(small):
