@@ -83,7 +83,7 @@ class MtMConfig:
     session_token: bool = True
     own_history: bool = True  # direct path from each neuron's own counts to its log-rates
     latents: int = 32  # R, of the direct path from the population to the log-rates; 0: no path
-    latent_dropout: float = 0.5  # of these latents
+    latent_dropout: float = 0.7  # of these latents
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "mlp_width", "stitch_width", "patch_size"):
@@ -104,7 +104,8 @@ class MtMConfig:
     def from_depth(cls, depth: int, **fields: Any) -> Self:
         """Sizes that go with a number of layers; those of ``from_depth(5)`` are the paper's.
 
-        Width, heads and dropout grow with depth. ``fields`` sets any field by hand.
+        Width, heads and dropout grow with depth. ``fields`` sets any field by hand. Without
+        dropout, small models overfit recordings of few trials and many neurons.
         """
         heads = max(1, round(1.6 * depth))
         width = 64 * heads
@@ -114,8 +115,7 @@ class MtMConfig:
             "width": width,
             "mlp_width": 2 * width,
             "stitch_width": round(width * 668 / 512),
-            "dropout": min(0.4, round(0.1 * (depth - 1), 2)),
-            "embed_dropout": min(0.2, round(0.05 * (depth - 1), 2)),
+            "dropout": min(0.4, round(0.1 * (depth + 1), 2)),
         }
         return cls(**{**sizes, **fields})
 

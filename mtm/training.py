@@ -37,7 +37,7 @@ from mtm.recipes import TrainConfig, recipe
 from mtm.session import Session, SessionError, require_alike
 
 VALIDATION_BATCH = 64  # validation trials that share a mask, whatever the batch size of training
-SHRINKAGES = [step / 20 for step in range(10, 23)]  # 0.5 to 1.1
+SHRINKAGES = [step / 20 for step in range(10, 31)]  # 0.5 to 1.5
 VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
 
 

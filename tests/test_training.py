@@ -251,7 +251,7 @@ def test_predictions_are_scaled_as_the_validation_trials_say(small, tmp_path):
                     for y, mask, f in ((y.double(), m, f.double()) for y, m, f in seen)
                 )
 
-            best = minimize_scalar(loss, bounds=(0.5, 1.1), method="bounded").x
+            best = minimize_scalar(loss, bounds=(0.5, 1.5), method="bounded").x
             factor = result.model.shrinkage[one.name][scheme]
             assert factor == pytest.approx(best, abs=0.03)
             counts, mask, log_rates = seen[0]
