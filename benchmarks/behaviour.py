@@ -1,0 +1,72 @@
+"""Behaviour from real recordings: MtM as it is and fine-tuned, beside the counts. One command.
+
+    python benchmarks/behaviour.py FOLDER [--recordings NAME ...]
+
+FOLDER is that of real_data.py. Each recording has a model of its own, trained with the recipe and
+kept in --work. Penalties, what is read, and when to stop are chosen on training and validation
+trials; scores are of the test trials. Results: results/behaviour.json and .md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import common
+import pandas as pd
+
+import mtm
+from mtm.decoding import decodable
+
+COLUMNS = ("MtM", "MtM, fine-tuned", "raw counts", "smoothed counts", "no activity")
+
+
+def scores_of(session: mtm.Session, model: mtm.MtM) -> list[dict[str, Any]]:
+    """A row for each behaviour of a session."""
+    rows = []
+    for name in decodable(session):
+        read = mtm.decode(model, session, name)[name]
+        tuned = mtm.fit_behaviour(session, model, name)[name].decoded
+        row: dict[str, Any] = {"recording": session.name, "behaviour": name}
+        nothing = read.others["majority" if read.kind == "classes" else "time_course"]
+        counts = read.others["raw_counts"], read.others["smoothed_counts"]
+        row |= dict(zip(COLUMNS, (read.score, tuned.score, *counts, nothing), strict=True))
+        rows.append(row | {"read": read.features, "test_trials": read.n_test})
+        print(row, flush=True)
+    return rows
+
+
+def main() -> None:
+    """Read the command line, run, write the tables."""
+    arguments = common.parser(__doc__, "behaviour")
+    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("--recordings", nargs="*", default=[])
+    options = arguments.parse_args()
+    rows = []
+    sessions = common.recordings(options.folder, options.recordings)
+    for session in sessions:
+        if not (kept := options.work / session.name).exists():
+            how = {"depth": options.depth, "epochs": options.epochs, "progress": False}
+            mtm.save(mtm.fit(session, seed=options.seeds[0], **how), kept)
+        rows += scores_of(session, mtm.load(kept))
+    table = pd.DataFrame(rows)
+    means = table.groupby("behaviour")[list(COLUMNS)].mean()
+    facts = common.described(sessions, options)
+    facts |= {"mean": means.to_dict("index"), "scores": table.to_dict("records")}
+    common.write_json(options.out / "behaviour.json", facts)
+    lines = ["# Behaviour of real recordings", "", *__doc__.strip().split("\n\n")[2].splitlines()]
+    lines += ["The choice: accuracy; traces: R2. One seed.", "", "## Mean over recordings", ""]
+    lines += [as_markdown(means.reset_index()), "", "## Each recording", "", as_markdown(table)]
+    (options.out / "behaviour.md").write_text("\n".join([*lines, ""]))
+    print("\n".join(lines))
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """A table of Markdown."""
+    cells = table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else str(value))
+    rows = [list(cells), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
