@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BUILT := _build/html
 MAIN := _build/main
+CACHE := JUPYTERCACHE=_build/.jupyter_cache $(BIN)/jcache
 
 # Programs that a notebook starts (`!python ...`) come from the environment too.
 INSIDE := PATH="$(CURDIR)/$(BIN):$$PATH"
@@ -29,7 +30,12 @@ book: .venv/installed ## simulate, train and score a small model, then run and b
 	$(BIN)/python -m mtm evaluate $(MAIN)/model "$$1" --json $(MAIN)/scores.json
 	@# the cache knows the notebooks' cells, not the package they import: run them all again
 	rm -rf $(BUILT) _build/.doctrees _build/.jupyter_cache _build/jupyter_execute
-	$(INSIDE) $(BIN)/jupyter-book build book -W --keep-going
+	@# side by side, a line each; the build takes their outputs from the cache
+	@echo "running the notebooks"
+	yes | $(CACHE) notebook add -r myst_nb_md book/[0-9]*.md > _build/notebooks.log
+	$(INSIDE) OMP_NUM_THREADS=1 $(CACHE) project execute -e local-parallel -t 1800 2>&1 | \
+	  tee -a _build/notebooks.log | grep -E "^\[REPORT|Error"
+	$(INSIDE) $(BIN)/jupyter-book build book -q -W --keep-going
 	@for page in $$(sed -n -E 's/^[ -]*(file|root): *//p' _toc.yml); do \
 	  test -f $(BUILT)/$$page.html || { echo "not built: $$page.html"; exit 1; }; \
 	done
