@@ -100,9 +100,9 @@ def _one_by_one(
     for session in sessions:
         if session.name in reports:
             raise ValueError(f"two sessions have the name {session.name!r}; rename one")
-        missing = [t for t in tasks or () if t not in TASKS and t not in decodable(session)]
+        missing = [t for t in tasks or () if t not in TASKS and t not in session.behaviour]
         if missing and not reports:  # a misspelt name is in no session: say so before any work
-            _require_known(missing, {name for each in sessions for name in decodable(each)})
+            _require_known(missing, {name for each in sessions for name in each.behaviour})
         able = None if tasks is None else [task for task in tasks if task not in missing]
         report = _evaluate(predictor, session, able, **how)
         report.left_out |= dict.fromkeys(missing, "not recorded")

@@ -194,6 +194,8 @@ def test_all_six_tasks_of_many_sessions(sessions):
         expected = {name: report.tasks[task].mean() for name, report in singles.items()}
         assert whole.tasks[task].by_session() == expected
     assert whole.tasks["choice"].score == "accuracy"
+    labels = evaluate(predictors, sessions, tasks=["block", "reaction-time"])
+    assert [labels.tasks[t].score for t in ("block", "reaction-time")] == ["R2", "R2"]
     assert whole.tasks["wheel-speed"].mean("time_course") < whole.tasks["wheel-speed"].mean()
     text = str(whole)
     assert (
