@@ -23,19 +23,19 @@ help: ## list the targets
 	@sed -n -E 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 book: .venv/installed ## simulate, train and score a small model, then run and build the book
-	rm -rf $(MAIN)
+	@rm -rf $(MAIN)
 	$(BIN)/python -m mtm simulate $(MAIN)/sessions --sessions 3 --trials 200 --seed 0
 	$(BIN)/python -m mtm train $(MAIN)/sessions/*.npz --out $(MAIN)/model --depth 1 --epochs 60
-	set -- $(MAIN)/sessions/*.npz && \
+	@set -- $(MAIN)/sessions/*.npz && set -x && \
 	$(BIN)/python -m mtm evaluate $(MAIN)/model "$$1" --json $(MAIN)/scores.json
-	@# the cache knows the notebooks' cells, not the package they import: run them all again
-	rm -rf $(BUILT) _build/.doctrees _build/.jupyter_cache _build/jupyter_execute
-	@# side by side, a line each; the build takes their outputs from the cache
-	@echo "running the notebooks"
-	yes | $(CACHE) notebook add -r myst_nb_md book/[0-9]*.md > _build/notebooks.log
-	$(INSIDE) OMP_NUM_THREADS=1 $(CACHE) project execute -e local-parallel -t 1800 2>&1 | \
-	  tee -a _build/notebooks.log | grep -E "^\[REPORT|Error"
-	$(INSIDE) $(BIN)/jupyter-book build book -q -W --keep-going
+	@# the cache knows the notebooks' cells, not the package they import: run them all again,
+	@# side by side; the build takes their outputs from the cache
+	@rm -rf $(BUILT) _build/.doctrees _build/.jupyter_cache _build/jupyter_execute
+	@echo "running the notebooks, a line each"
+	@echo y | $(CACHE) notebook add -r myst_nb_md book/[0-9]*.md > _build/notebooks.log
+	@$(INSIDE) OMP_NUM_THREADS=1 $(CACHE) project execute -e local-parallel -t 1800 2>&1 | \
+	  tee -a _build/notebooks.log | sed -n -E 's/^\[REPORT.*\] (Execution .*)/\1/p'
+	@$(INSIDE) $(BIN)/jupyter-book build book -q -W --keep-going
 	@for page in $$(sed -n -E 's/^[ -]*(file|root): *//p' _toc.yml); do \
 	  test -f $(BUILT)/$$page.html || { echo "not built: $$page.html"; exit 1; }; \
 	done
