@@ -16,6 +16,7 @@ from mtm.report import Mean
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
+import behaviour  # noqa: E402
 import binning  # noqa: E402
 import claims  # noqa: E402
 import common  # noqa: E402
@@ -97,6 +98,11 @@ def test_every_method_is_one_command(small, monkeypatch, tmp_path):
     prompts.main()
     scores = json.loads((tmp_path / "study_prompt.json").read_text())["mean"]
     assert list(scores["co-smoothing"]) == [f"prompt {name}" for name in prompts.MTM_SCHEMES]
+    options(monkeypatch, behaviour, *places, tmp_path / "e", "folder")
+    behaviour.main()
+    found = json.loads((tmp_path / "behaviour.json").read_text())
+    assert set(found["mean"]) == {row["behaviour"] for row in found["scores"]} >= {"choice"}
+    assert all(set(behaviour.COLUMNS) <= set(row) for row in found["scores"])
     changes = recipe.variants()
     settings = [recipe.trained(how).settings for how in changes.values()]
     assert len({json.dumps(one, sort_keys=True) for one in settings}) == len(changes)
