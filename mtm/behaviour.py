@@ -149,7 +149,9 @@ def fit_behaviour(
     names = decodable(session) if behaviours is None else behaviours
     names = [names] if isinstance(names, str) else names
     settings = epochs, patience, learning_rate, hidden_share, seed
-    return {name: _fit(decoder, copy.deepcopy(model), name, *settings) for name in names}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # the caller's generators keep their state
+        return {name: _fit(decoder, copy.deepcopy(model), name, *settings) for name in names}
 
 
 def _fit(

@@ -27,7 +27,9 @@ def known(sessions):
 def test_it_starts_at_the_linear_decoder_and_returns_the_best_epoch(trained, known):
     before = copy.deepcopy(trained.model.state_dict())
     name = "wheel-speed"
+    random = torch.get_rng_state()
     found = fit_behaviour(known, trained, name, epochs=4)[name]
+    assert torch.equal(torch.get_rng_state(), random)
     assert all((trained.model.state_dict()[key] == value).all() for key, value in before.items())
     split, y = known.split(), known.behaviour[name]
     z = trained.model.latents(known.counts.astype(np.float32), known.name, encoder=True)
