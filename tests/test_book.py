@@ -128,6 +128,13 @@ def test_what_is_said_of_real_recordings_was_measured():
     assert abs(mean["choice"]["MtM"] - mean["choice"]["smoothed counts"]) < 0.01
     wheel = mean["wheel-speed"]
     assert wheel["raw counts"] < wheel["MtM"] < wheel["smoothed counts"]
+    found = json.loads((ROOT / "benchmarks/results/behaviour.json").read_text("utf-8"))["mean"]
+    choice, wheel, whisker = (found[k] for k in ("choice", "wheel-speed", "whisker-motion-energy"))
+    tuned = "MtM, fine-tuned"
+    assert choice[tuned] < choice["MtM"] < choice["smoothed counts"]
+    assert wheel["MtM"] < wheel["smoothed counts"]
+    assert abs(wheel[tuned] - wheel["smoothed counts"]) < 0.005
+    assert whisker[tuned] > whisker["MtM"] > whisker["smoothed counts"]
 
 
 def test_what_is_said_of_the_recipe_was_measured():
