@@ -534,6 +534,8 @@ def _build(
         for one in data:
             require_same_bins(start, one.session)
         model = copy.deepcopy(start)
+        for one in data:  # to be calibrated anew
+            model.shrinkage.pop(one.name, None)
     elif isinstance(start, MtMConfig | None):
         if config.tune != "all":
             raise ValueError(f"tune={config.tune!r} needs a trained model to start from")
@@ -579,7 +581,8 @@ def _description(
     if isinstance(start, MtM):
         values = parameters_to_vector(start.parameters()).detach().cpu().numpy()
         weights = hashlib.sha256(values.tobytes()).hexdigest()[:16]
-    kind = {key: value for key, value in settings(model).items() if key not in ("sessions", "seen")}
+    left_out = ("sessions", "seen", "shrinkage")
+    kind = {key: value for key, value in settings(model).items() if key not in left_out}
     return {
         "train": asdict(config),
         "model": kind,
