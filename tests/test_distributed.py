@@ -25,7 +25,8 @@ import mtm
 from mtm.distributed import process_group
 
 with process_group(torch.device("cpu")) as device:
-    model = mtm.MtMConfig.from_depth(1, latent_dropout=0.0)  # which each process draws by itself
+    # Without dropout, which each process draws by itself.
+    model = mtm.MtMConfig.from_depth(1, dropout=0.0, embed_dropout=0.0, latent_dropout=0.0)
     mtm.fit(mtm.Sessions(sys.argv[1]), model, folder=sys.argv[2], save_every=1e9, **{settings})
 """
 
@@ -45,7 +46,7 @@ def test_several_processes_train_what_one_does_and_resume_what_it_began(folder, 
     def stop(history):
         raise KeyboardInterrupt
 
-    model = MtMConfig.from_depth(1, latent_dropout=0.0)
+    model = MtMConfig.from_depth(1, dropout=0.0, embed_dropout=0.0, latent_dropout=0.0)
     sessions, how = Sessions(folder), {"model": model, **SETTINGS}
     whole = fit(sessions, **how, folder=tmp_path / "one")
     with pytest.raises(KeyboardInterrupt):

@@ -41,6 +41,7 @@ from mtm.training import (
 CPU = torch.device("cpu")
 ON = {"epochs": 2, "validations": 2, "progress": False, "device": "cpu"}  # with a given model
 QUICK = {"depth": 1, **ON}
+NO_DROPOUT = {"dropout": 0.0, "embed_dropout": 0.0, "latent_dropout": 0.0}
 NDT2 = {"tokenizer": "ndt2", "patch_size": 5}
 
 
@@ -116,7 +117,7 @@ def batches_of(sessions, schemes=("neuron", "causal", "intra-region", "temporal"
 @pytest.mark.parametrize("loss", ["mean", "sum"])
 def test_the_batches_of_a_step_equal_single_batches_and_pieces(small, fields, loss):
     """Gradients of four sessions and schemes together, of micro-batches, and by definition."""
-    config = MtMConfig.from_depth(1, heads=2, width=32, latent_dropout=0.0, **fields)
+    config = MtMConfig.from_depth(1, heads=2, width=32, **NO_DROPOUT, **fields)
     model = MtM(config, 20, {s.name: s.n_neurons for s in small}).double()
     batches, found = batches_of(small), []
     for settings in ({}, {"micro_batch": 3}):
