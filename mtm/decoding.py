@@ -11,6 +11,7 @@ raw counts, and from counts smoothed by the Gaussian that cross-validates best.
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class Decoded:
         others = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.others.items())
         text = f"{self.behaviour} ({kind}) from {self.features}: {self.metric} {self.score:.3f}"
         left_out = f"; {self.n_left_out} trials left out" if self.n_left_out else ""
-        return f"{text} ({others}){left_out}"
+        return textwrap.fill(f"{text} ({others}){left_out}", 79, subsequent_indent="    ")
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as a row of a table."""
