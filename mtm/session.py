@@ -22,7 +22,10 @@ from mtm.files import MemoryMapped, read_arrays, write_arrays
 
 FORMAT = "mtm-session 3"
 LISTED = ("format", "shape", "firing_rates")  # for `Sessions`, which reads no counts
-UNLABELLED = ("", "root", "void", "nan", "none", "unknown")
+UNLABELLED = (
+    *("", "root", "void", "nan", "none", "unknown", "null", "unassigned", "not available"),
+    *("n/a", "na", "tbd", "?", "-"),
+)
 """Labels (any case) that mean "no region": such neurons are kept, but never form a region."""
 AXES = (("trial", "presentation"), ("time", "bin"), ("neuron", "unit", "cluster", "cell"))
 """Words in the names of counts' axes, for arrays that name them (xarray)."""

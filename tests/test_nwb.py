@@ -315,7 +315,8 @@ def test_regions(path, edited):
     def placeholders(file):
         put("units/brain_area", np.array(["N/A", "?", " tbd", "CA1", "-", "NA"], object))(file)
 
-    assert edited(placeholders, region="brain_area").regions.tolist() == [*[""] * 3, "CA1", "", ""]
+    labelled = edited(placeholders, region="brain_area")
+    assert labelled.region_names == ["CA1"] and (labelled.region_codes == 0).sum() == 1
     electrodes = "general/extracellular_ephys/electrodes/location"
     nowhere = edited(put(electrodes, np.array(["TBD"] * 6, object)))
     assert nowhere.provenance["regions"] == "brain_area"

@@ -6,7 +6,7 @@ only the datasets that are used are fetched. `describe` lists what a file has.
 - ``region``: a column of the units table; ``"electrodes/<column>"``, the label of a unit's peak
   electrode, where a column such as ``peak_channel_id`` or ``max_electrode`` names it, or else the
   label that most of its ``electrodes`` have; or ``"electrode_group/location"``. "auto" is the first
-  of `REGION_SOURCES` that labels any unit. Labels such as "N/A" (`PLACEHOLDERS`) become "".
+  of `REGION_SOURCES` that labels any unit.
 - ``behaviour``: columns of the trials table. Default: all with one number or boolean per trial,
   except those called ``*time`` or ``*times``; codes whose words the file has are read as words.
   Columns of text must be asked for.
@@ -34,7 +34,6 @@ REGION_SOURCES = (
     *("location", "brain_area", "brain_region", "region", "area"),
     "electrode_group/location",
 )
-PLACEHOLDERS = ("n/a", "na", "tbd", "?", "-", "null", "unassigned", "not available")  # any case
 PEAK = r"(peak|max|best|main|extremum).*(channel|electrode|ch\b)"  # columns that name an electrode
 WIDEST = 32  # electrodes that one neuron can be seen on
 ELECTRODES = "general/extracellular_ephys/electrodes"
@@ -277,9 +276,8 @@ def _labels(file: _NwbFile, table: _Table, source: str) -> np.ndarray | None:
 
 
 def _cleaned(labels: Any) -> np.ndarray:
-    """Labels without spaces around them, and "" for placeholders."""
-    labels = np.char.strip(np.asarray(labels).astype(np.str_))
-    return np.where(np.isin(np.char.lower(labels), PLACEHOLDERS), "", labels)
+    """Labels without spaces around them."""
+    return np.char.strip(np.asarray(labels).astype(np.str_))
 
 
 def _electrodes(
