@@ -322,7 +322,7 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
 def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> None:
     """Set ``model.shrinkage``: session -> scheme -> the factor that suits validation trials best.
 
-    Models are too sure of what they predict, the more so the fewer trials they have learned from.
+    Models that overfit are too sure of what they predict, those with much dropout not enough.
     The factor multiplies all deviations from the mean log-rates, and is the one for which the
     likelihood of the hidden entries of the validation trials is highest. Compare temperature
     scaling (Guo et al. 2017). Models of raw counts, as the authors', know no mean rates.

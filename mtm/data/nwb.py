@@ -83,11 +83,7 @@ def load_session(
         fields["traces"] = {name: _samples(file, name) for name in traces}
     fields |= {"name": file.name, "subject": file.provenance["subject"]}
     grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
-    session = Session.from_spike_times(**fields, **grid, provenance=file.provenance)
-    for name in traces:
-        if np.isnan(session.behaviour[name]).all():
-            file.warn(f"trace {name!r}", "all NaN: no samples in trials, or over 0.2 s apart")
-    return session
+    return Session.from_spike_times(**fields, **grid, provenance=file.provenance)
 
 
 def describe(source: str | Path) -> str:
