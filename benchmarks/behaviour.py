@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
 import pandas as pd
 
 import mtm
 from mtm.decoding import decodable
+from mtm.report import Mean
 
 COLUMNS = ("MtM", "MtM, fine-tuned", "raw counts", "smoothed counts", "no activity")
 
@@ -55,17 +57,19 @@ def main() -> None:
     facts |= {"mean": means.to_dict("index"), "scores": table.to_dict("records")}
     common.write_json(options.out / "behaviour.json", facts)
     lines = ["# Behaviour of real recordings", "", *__doc__.strip().split("\n\n")[2].splitlines()]
-    lines += ["The choice: accuracy; traces: R2. One seed.", "", "## Mean over recordings", ""]
-    lines += [as_markdown(means.reset_index()), "", "## Each recording", "", as_markdown(table)]
-    (options.out / "behaviour.md").write_text("\n".join([*lines, ""]))
+    lines += ["The choice: accuracy; traces: R2. One seed.", ""]
+    lines += [as_markdown("Mean over recordings", means)]
+    for name, part in table.groupby("recording", sort=False):
+        lines += [as_markdown(str(name), part.set_index("behaviour")[list(COLUMNS)])]
+    (options.out / "behaviour.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
 
-def as_markdown(table: pd.DataFrame) -> str:
-    """A table of Markdown."""
-    cells = table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else str(value))
-    rows = [list(cells), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def as_markdown(title: str, rows: pd.DataFrame) -> str:
+    """A table with a column for each behaviour."""
+    return common.markdown(
+        title, {k: {n: Mean(x, np.nan, 1) for n, x in row.items()} for k, row in rows.iterrows()}
+    )
 
 
 if __name__ == "__main__":
