@@ -20,7 +20,7 @@ SNAP = 1e-6
 
 
 def n_bins(window: tuple[float, float], bin_size: float) -> int:
-    """Return the number of bins T of ``bin_size`` seconds in ``window`` = (start, stop) seconds.
+    """Number of bins T of ``bin_size`` seconds in ``window`` = (start, stop) seconds.
 
     Raises:
         ValueError: when the window is not a whole number of bins.
@@ -54,24 +54,17 @@ def bin_spikes(
         spike_neurons: (S,) integers in [0, n_neurons), the neuron of each spike.
         align_times: (K,) seconds, the event that each trial is aligned to, in any order.
         n_neurons: number of neurons, N; one without a spike keeps its column of zeros.
-        window: (start, stop) around the event, seconds.
-        bin_size: seconds.
+        window, bin_size: (start, stop) around the event, and width of a bin, seconds.
 
     Returns:
         (K, T, N) counts: uint8 if the largest count fits, else uint16.
-
-    Raises:
-        ValueError: for NaN times, lengths that differ, or neurons out of range.
     """
     bins = n_bins(window, bin_size)
     times = seconds("spike_times", spike_times, bin_size)
     align = seconds("align_times", align_times, bin_size)
-    neurons = plain(spike_neurons)
-    if neurons.shape != times.shape:
-        raise ValueError(f"spike_neurons has shape {neurons.shape}, spike_times {times.shape}")
-    neurons = neurons.astype(np.int64)
-    if not ((neurons >= 0) & (neurons < n_neurons)).all():
-        raise ValueError(f"spike_neurons must lie in [0, n_neurons={n_neurons})")
+    neurons = np.asarray(spike_neurons).astype(np.int64)
+    if neurons.shape != times.shape or not ((neurons >= 0) & (neurons < n_neurons)).all():
+        raise ValueError(f"spike_neurons must be {times.shape} integers in [0, {n_neurons})")
     order = np.argsort(times, kind="stable")  # quick where they are sorted
     times, neurons = times[order], neurons[order]
     edges, snap = _edges(align, bins, window[0], bin_size)
@@ -82,10 +75,7 @@ def bin_spikes(
         cells = bin_of_spike * n_neurons + neurons[places[0] : places[-1]]
         found = np.bincount(cells, minlength=bins * n_neurons)
         if (largest := found.max(initial=0)) > np.iinfo(np.uint16).max:
-            raise ValueError(
-                f"{largest} spikes of a neuron in a bin do not fit uint16; make bin_size "
-                f"({bin_size} s) smaller, or check that spike_times are seconds"
-            )
+            raise ValueError(f"{largest} spikes of a neuron in a bin; are spike_times in seconds?")
         if largest > np.iinfo(counts.dtype).max:
             counts = counts.astype(np.uint16)
         counts[trial] = found.reshape(bins, n_neurons)
@@ -93,7 +83,7 @@ def bin_spikes(
 
 
 def cluster_places(spike_clusters: ArrayLike, clusters: ArrayLike) -> NDArray[np.int64]:
-    """Return the index in ``clusters`` (N,) of each spike's cluster id, (S,).
+    """Index in ``clusters`` (N,) of each spike's cluster id, (S,).
 
     Raises:
         ValueError: for an id that is listed twice, or a spike of a cluster that is not listed.
@@ -102,14 +92,13 @@ def cluster_places(spike_clusters: ArrayLike, clusters: ArrayLike) -> NDArray[np
     if not index.is_unique:
         twice = index[index.duplicated()][0]
         raise ValueError(f"clusters: id {twice} twice; add an offset to the ids of one probe")
-    places = index.get_indexer(pd.Index(fired))
-    if (places < 0).any():
-        unknown = np.unique(fired[places < 0])[:5].tolist()
+    places = index.get_indexer(pd.Index(fired)).astype(np.int64)
+    if len(unknown := np.unique(fired[places < 0])):
         raise ValueError(
-            f"spike_clusters: ids {unknown} are not among the {len(index)} clusters; list them in "
-            "`clusters` or leave their spikes out"
+            f"spike_clusters: ids {unknown[:5].tolist()} are not among the {len(index)} clusters; "
+            "list them in `clusters` or leave their spikes out"
         )
-    return places.astype(np.int64)
+    return places
 
 
 def bin_trace(
@@ -130,13 +119,10 @@ def bin_trace(
         times: (S,) seconds, strictly increasing.
         values: (S,) samples in any unit; NaN where missing.
         align_times, window, bin_size: as in `bin_spikes`.
-        max_gap: the longest gap between samples that is interpolated across, seconds.
+        max_gap: seconds.
 
     Returns:
         (K, T) float32, in the unit of ``values``.
-
-    Raises:
-        ValueError: for times that are NaN or not increasing, or values that are infinite.
     """
     bins = n_bins(window, bin_size)
     t = seconds("times", times, bin_size)
@@ -150,75 +136,62 @@ def bin_trace(
     if len(t) < 2:
         return np.full((len(align), bins), np.nan, np.float32)
     edges, snap = _edges(align, bins, window[0], bin_size)
-    mean = np.diff(_integral(t, v, edges)) / np.diff(edges)
+    # Integral from t[0] to each edge of the straight lines through the samples.
+    gaps = np.diff(t)
+    until = np.concatenate([[0.0], np.cumsum(gaps * (v[1:] + v[:-1]) / 2)])
+    at = np.clip(edges, t[0], t[-1])
+    i = np.searchsorted(t[1:-1], at, side="right")  # the line that the edge lies on
+    elapsed = at - t[i]
+    integral = until[i] + elapsed * (v[i] + (v[i + 1] - v[i]) * (elapsed / gaps[i]) / 2)
+    mean = np.diff(integral) / np.diff(edges)
     start, stop = edges[:, :-1], edges[:, 1:]
     unknown = (start < t[0] - snap) | (stop > t[-1] + snap)
     # A bin is unknown, too, if a long gap overlaps it: then the number of long gaps before the last
     # sample at its start and before the first at its end differ.
-    long_gaps = np.concatenate([[0], np.cumsum(np.diff(t) > max_gap + snap)])
+    long_gaps = np.concatenate([[0], np.cumsum(gaps > max_gap + snap)])
     after = np.searchsorted(t[:-1], stop - snap)
     before = np.maximum(np.searchsorted(t[:-1], start + snap, side="right") - 1, 0)
     unknown |= long_gaps[after] > long_gaps[before]
     return np.where(unknown, np.nan, mean).astype(np.float32)
 
 
-def _integral(t: Floats, v: Floats, at: Floats) -> Floats:
-    """Integral from t[0] to ``at`` (any shape) of the straight lines through the samples (t, v)."""
-    gaps = np.diff(t)
-    until = np.concatenate([[0.0], np.cumsum(gaps * (v[1:] + v[:-1]) / 2)])
-    at = np.clip(at, t[0], t[-1])
-    i = np.searchsorted(t[1:-1], at, side="right")  # the line that `at` lies on
-    elapsed = at - t[i]
-    return until[i] + elapsed * (v[i] + (v[i + 1] - v[i]) * (elapsed / gaps[i]) / 2)
-
-
 def _edges(align: Floats, bins: int, start: float, bin_size: float) -> tuple[Floats, float]:
     """Edges (K, T + 1) of each trial's bins, and by how much they move earlier; seconds."""
     edges: Floats = align[:, None] + (start + np.arange(bins + 1) * bin_size)
     rounding = 4 * float(np.spacing(np.abs(edges).max(initial=0.0)))
-    if rounding > 0.01 * bin_size:
-        raise ValueError(
-            f"align_times are too large for float64 to resolve bin_size {bin_size} s; subtract one "
-            "offset from align_times and from the times of the recording"
-        )
     return edges, max(SNAP * bin_size, rounding)
 
 
 def plain(values: Any) -> NDArray[Any]:
-    """Return values as an array, with NaN for masked numbers and "" for masked text.
+    """Values as an array of numbers or words; NaN or "" where they are masked, None or NaN.
 
-    ``np.asarray`` would forget the mask and show what is under it.
+    ``np.asarray`` would show what is under a mask.
     """
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
-        is_text = values.dtype.kind in "OSU"
-        values = values.filled("") if is_text else values.astype(np.float64).filled(np.nan)  # type: ignore
-    return np.asarray(values)
+        values = np.ma.filled(values.astype(object), np.nan)
+    array = np.asarray(values)
+    if array.dtype.kind not in "OST":
+        return array
+    items = [x.decode() if isinstance(x, bytes) else x for x in array.ravel().tolist()]
+    column = pd.Series(items, dtype=object).convert_dtypes()
+    if pd.api.types.is_numeric_dtype(column):
+        return column.to_numpy(np.float64, na_value=np.nan).reshape(array.shape)
+    return column.astype(object).fillna("").to_numpy().astype(np.str_).reshape(array.shape)
 
 
 def seconds(name: str, values: Any, bin_size: float) -> Floats:
-    """Return times as finite float64 (n,) seconds, from numbers or quantities with units.
+    """Times as finite float64 (n,) seconds, from numbers or quantities with units.
 
     Raises:
         ValueError: naming the times, also where their type is too coarse for ``bin_size``.
     """
-    if hasattr(values, "units"):  # neo and quantities: rescale; pint: to
-        convert = getattr(values, "rescale", None) or getattr(values, "to", None)
-        if convert is not None:
-            values = convert("s").magnitude
-        elif str(values.units) not in ("s", "second", "seconds"):  # a note of xarray
-            raise ValueError(f"{name} have units ({values.units}); pass plain numbers, in seconds")
+    if hasattr(values, "magnitude"):  # it has a unit, of neo and quantities or else of pint
+        values = (values.rescale if hasattr(values, "rescale") else values.to)("s").magnitude
     array = plain(values)
-    if array.dtype.kind in "mM":
-        raise ValueError(f"{name} are {array.dtype}; pass seconds as numbers")
     vector: Floats = array.astype(np.float64)
-    if vector.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {vector.shape}")
-    bad = ~np.isfinite(vector)
-    if bad.any():
-        raise ValueError(
-            f"{name} holds {bad.sum()} NaN or infinite values, the first at index {bad.argmax()}; "
-            "leave them out"
-        )
+    if (bad := ~np.isfinite(vector)).any() or vector.ndim != 1:
+        found = f"{bad.shape} with {bad.sum()} NaN or infinite, the first at index {bad.argmax()}"
+        raise ValueError(f"{name} must be (n,) finite numbers, not {found}")
     largest = np.abs(array).max(initial=0)
     if array.dtype.kind == "f" and (step := float(np.spacing(largest))) > bin_size / 10:
         raise ValueError(

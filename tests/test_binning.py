@@ -5,6 +5,7 @@ import tracemalloc
 from fractions import Fraction
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -99,14 +100,6 @@ def test_no_edge_is_lost_to_rounding(align, bin_size):
         np.testing.assert_array_equal(counts[0, :, 0], np.ones(bins))
 
 
-def test_bins_are_half_open_beyond_the_tolerance():
-    times = 1e4 + np.array([-0.04, -0.04 - 1e-6, -0.02 - 1e-6, 0.06, 0.06 - 1e-6])
-    counts = bin_spikes(times, [0, 1, 2, 3, 4], [1e4], n_neurons=5, **FIVE_BINS)
-    expected = np.zeros((1, 5, 5))
-    expected[0, 0, 0] = expected[0, 0, 2] = expected[0, 4, 4] = 1
-    np.testing.assert_array_equal(counts, expected)
-
-
 def test_order_of_spikes_and_trials_does_not_matter():
     rng = np.random.default_rng(0)
     times, neurons = np.sort(rng.uniform(0, 20, 3000)), rng.integers(0, 6, 3000).astype(np.uint16)
@@ -144,20 +137,6 @@ def test_nothing_to_count():
         assert counts.shape == (len(align), 5, 3) and not counts.any()
 
 
-@pytest.mark.parametrize(
-    ("spikes", "neurons", "expected"),
-    [
-        ([0.01, -1.0, -0.03, 0.05], [0, 0, 0, 1], [[1, 0, 1, 0, 0], [0, 0, 0, 0, 1], [0] * 5]),
-        ([-0.04, -0.02, 0.0, 0.02, 0.04, 0.06], [1] * 6, [[0] * 5, [1] * 5, [0] * 5]),
-        ([0.01], [2], [[0] * 5, [0] * 5, [0, 0, 1, 0, 0]]),
-    ],
-    ids=["negative and unsorted", "on the edges", "clusters without spikes"],
-)
-def test_what_other_packages_got_wrong(spikes, neurons, expected):
-    counts = bin_spikes(spikes, neurons, [0.0], n_neurons=3, **FIVE_BINS)
-    np.testing.assert_array_equal(counts[0].T, expected)
-
-
 class Quantity:
     """Times with a unit, as neo has them (``rescale``) or pint (``to``)."""
 
@@ -174,8 +153,10 @@ def test_units_are_converted(method):
 
 def test_what_is_masked_is_missing():
     hidden = [False, True, False]
-    np.testing.assert_array_equal(plain(np.ma.array([1, 2, 3], mask=hidden)), [1, np.nan, 3])
-    assert plain(np.ma.array(["a", "b", "c"], mask=hidden)).tolist() == ["a", "", "c"]
+    for numbers in (np.ma.array([1, 2, 3], mask=hidden), [1, None, 3], pd.array([1, None, 3])):
+        np.testing.assert_array_equal(plain(numbers), [1, np.nan, 3])
+    for words in (np.ma.array(["a", "b", "c"], mask=hidden), ["a", None, b"c"]):
+        assert plain(words).tolist() == ["a", "", "c"]
     assert plain(np.ma.array([1, 2, 3])).dtype == int
 
 
@@ -192,18 +173,15 @@ def test_the_type_of_times_must_resolve_a_bin():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"spike_times": np.ma.array([1.0, 2.0], mask=[0, 1])}, "spike_times holds 1 NaN"),
-        ({"spike_times": Quantity([1.0, 2.0], "ms", "none")}, "spike_times have units .ms.; pass"),
-        ({"spike_times": np.array([1, 2], "m8[ms]")}, "spike_times are timedelta.*; pass seconds"),
-        ({"spike_times": [1.0, np.nan]}, "spike_times holds 1 NaN .*index 1; leave them out"),
-        ({"spike_times": [[1.0, 2.0]]}, "spike_times must be one-dimensional"),
+        ({"spike_times": np.ma.array([1.0, 2.0], mask=[0, 1])}, "spike_times must .* 1 NaN"),
+        ({"spike_times": [1.0, np.nan]}, "spike_times must be .n,. finite .* first at index 1"),
+        ({"spike_times": [[1.0, 2.0]]}, r"spike_times must be .n,. finite numbers, not \(1, 2\)"),
         ({"spike_times": np.ones(70_000), "spike_neurons": np.zeros(70_000, int)}, "70000 spikes"),
-        ({"align_times": [1.0, np.nan]}, "align_times holds 1 NaN"),
+        ({"align_times": [1.0, np.nan]}, "align_times must be"),
         ({"align_times": [1e16]}, "align_times are too large for float64"),
-        ({"spike_neurons": [0]}, r"spike_neurons has shape \(1,\), spike_times \(2,\)"),
-        ({"spike_neurons": [0, 3]}, r"spike_neurons must lie in \[0, n_neurons=3\)"),
-        ({"spike_neurons": [-1, 2]}, "spike_neurons must lie in"),
-        ({"window": (0.0, 0.05)}, "holds 2.5 bins"),
+        ({"spike_neurons": [0]}, r"spike_neurons must be \(2,\) integers in \[0, 3\)"),
+        ({"spike_neurons": [0, 3]}, "spike_neurons must be"),
+        ({"spike_neurons": [-1, 2]}, "spike_neurons must be"),
     ],
 )
 def test_bad_spikes_are_refused_by_name(change, message):
@@ -218,23 +196,10 @@ def test_bad_spikes_are_refused_by_name(change, message):
 )
 def test_n_bins(window, bin_size, bins):
     assert n_bins(window, bin_size) == bins
-
-
-@pytest.mark.parametrize(
-    ("window", "bin_size", "message"),
-    [
-        ((0.0, 1.0), 0.3, r"3.33333 bins of bin_size 0.3 s.*window\[1\] = 0.9"),
-        ((0.0, 1.0), 1.0 + 2e-5, "whole number"),
-        ((1.0, 0.0), 0.1, "need start < stop"),
-        ((0.0, 1.0), 0.0, "bin_size > 0"),
-    ],
-)
-def test_n_bins_refuses(window, bin_size, message):
-    with pytest.raises(ValueError, match=message):
-        n_bins(window, bin_size)
-
-
-# ---- traces
+    with pytest.raises(ValueError, match=r"bins of bin_size .*whole number, e.g. window\[1\] = "):
+        n_bins(window, bin_size * (1 + 2e-5))
+    with pytest.raises(ValueError, match="need start < stop"):
+        n_bins(window[::-1], bin_size)
 
 
 @pytest.mark.parametrize("rate", [4, 60, 1000])  # samples a second: fewer and more than bins
@@ -288,16 +253,6 @@ def test_trace_by_definition_on_ticks(ticks, max_gap, width, seed):
                 assert np.isnan(binned[trial, b])
 
 
-def test_trace_closed_forms_and_no_offset():
-    times = np.arange(0, 4, 1 / 60)
-    constant = bin_trace(times, np.full(len(times), 1e6 / 3), [2.0], **FIVE_BINS)
-    np.testing.assert_array_equal(constant, np.full((1, 5), np.float32(1e6 / 3)))
-    ramp = bin_trace(times, 7 * times - 2, [2.0], **FIVE_BINS)  # the mean of a ramp: its middle
-    np.testing.assert_allclose(
-        ramp[0], 7 * (2.0 + np.array([-3, -1, 1, 3, 5]) / 100) - 2, rtol=1e-6
-    )
-
-
 def test_trace_of_a_long_recording_keeps_its_digits():
     times = np.arange(0, 10_000, 0.02) + 5_000.0
     values = 1e5 + np.sin(times)
@@ -306,15 +261,12 @@ def test_trace_of_a_long_recording_keeps_its_digits():
     start = align[:, None] + np.arange(10) * 0.1
     expected = 1e5 + (np.cos(start) - np.cos(start + 0.1)) / 0.1
     np.testing.assert_allclose(binned, expected, atol=0.0079)  # float32 at 1e5: steps of 0.0078
-    small = bin_trace(times, values - 1e5, align, window=(0, 1), bin_size=0.1)
-    np.testing.assert_allclose(small, expected - 1e5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"times": [0.0, 2.0, 1.0]}, "times must be strictly increasing"),
-        ({"times": [0.0, np.nan, 2.0]}, "^times holds 1 NaN or infinite"),
         ({"times": [0.0, 1.0]}, r"values \(3,\) must be one for each of times \(2,\)"),
         ({"values": [0.0, np.inf, 1.0]}, "none infinite"),
     ],

@@ -56,15 +56,14 @@ def test_attributes_and_description():
     assert make(regions=[b"CA1", "DG", "", None]).regions.tolist() == ["CA1", "DG", "", ""]
 
 
-@pytest.mark.parametrize("dims", [("unit_id", "trial", "time"), ("time_bins", "Neurons", "Trials")])
-def test_axes_with_names_are_put_in_order(dims, tmp_path):
-    counts = np.random.default_rng(0).poisson(1.0, (7, 5, 4))  # trials x bins x neurons
-    order = [["tri", "tim", "neu"].index(dim.lower().replace("unit", "neu")[:3]) for dim in dims]
-    named = counts.transpose(order).view(Named)
-    named.dims = dims
-    np.testing.assert_array_equal(Session(named).counts, counts)
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        np.testing.assert_array_equal(Session(file.create_dataset("x", data=counts)).counts, counts)
+def test_axes_with_names_must_be_in_order(tmp_path):
+    assert Session(Named("trial", "time_bin", "Units")).n_bins == 5
+    with pytest.raises(
+        SessionError, match="counts: the axes are .*; transpose to trials, time bin"
+    ):
+        Session(Named("unit", "trial", "time"))
+    with h5py.File(tmp_path / "x.h5", "w") as file:  # its datasets have `dims` of another kind
+        assert Session(file.create_dataset("x", data=np.ones((7, 5, 4)))).n_neurons == 4
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64, np.float32])
@@ -84,22 +83,20 @@ def test_counts_are_copied(dtype):
         ({"counts": np.full((20, 5, 4), 0.5)}, "counts: not whole numbers"),
         ({"counts": np.full((20, 5, 4), np.nan)}, "counts: must be 0 to 65535, got nan"),
         ({"counts": np.ones((4, 20, 5))}, "regions: need .* are trials x bins x"),  # transposed
-        ({"counts": Named("cell", "trial", "x")}, r"counts: axes \['cell', 'trial', 'x'\] do not"),
-        ({"counts": np.ones((4, 20, 5)), "regions": None}, r"window: .* axis 2 of counts .* has 5"),
+        (
+            {"counts": np.ones((20, 4, 5)), "regions": None, "behaviour": None, "neurons": None},
+            "window: .* but 4 bins last 0.08 s; counts are trials x bins x neurons",
+        ),
         ({"counts": np.ma.array(np.ones((20, 5, 4)), mask=1)}, "counts: .* got nan"),
         ({"regions": pd.Series(list("abcd"), index=[3, 5, 8, 9])}, "regions: a Series with index"),
         ({"neurons": {"x": pd.Series(range(4)).iloc[::-1]}}, r"neurons 'x': .* \[3, 2, 1\]"),
-        ({"bin_size": 0.0}, "bin_size: need seconds above 0"),
         ({"window": (0.0, 1.0)}, "window: .0.0, 1.0. s, but 5 bins last 0.1 s"),
         ({"behaviour": {"wheel": np.zeros((20, 4))}}, "behaviour 'wheel': .* or .20, 5.*20, 4"),
         ({"behaviour": {"x": np.full(20, np.inf)}}, "behaviour 'x': need finite numbers, or words"),
-        ({"behaviour": {"x": np.full((20, 5), "a")}}, "behaviour 'x': need numbers in bins; words"),
+        ({"behaviour": {"x": np.full((20, 5), "a")}}, "behaviour 'x': need finite numbers, or"),
         ({"neurons": {"depth": np.zeros(3)}}, "neurons 'depth': need shape .4,., got .3,."),
-        ({"rates": np.zeros((20, 5, 4))}, "rates: expected counts must be finite and above 0"),
         ({"rates": np.ones((20, 5, 3))}, "rates: need shape .20, 5, 4."),
         ({"given_split": ([0], [1], [1])}, "given_split: a trial is in two parts"),
-        ({"given_split": ([0], [1], [99])}, "given_split: trials outside"),
-        ({"trial_ids": np.zeros(20)}, "trial_ids: need 20 different numbers"),
     ],
 )
 def test_errors_name_the_session_and_the_field(changes, message):
@@ -117,9 +114,6 @@ def test_warnings_of_units():
         warnings.simplefilter("error")
         for fine in (counts.astype(float), np.zeros((10, 5, 4)), 50.0 * (counts[:3, :2] > 0)):
             Session(fine, name="s")
-
-
-# ------------------------------------------------------------------------------------- splits
 
 
 @given(st.integers(3, 400), st.integers(0, 5))
@@ -171,15 +165,13 @@ def test_a_selection_keeps_every_trial_in_its_part(data):
 def test_select_cuts_every_field():
     session = make(rates=np.random.default_rng(0).random((20, 5, 4)) + 0.1)
     part = session.select(trials=np.array([3, 1]), neurons=session.regions == "CA1")
-    np.testing.assert_array_equal(part.counts, session.counts[[3, 1]][:, :, [0, 3]])
-    np.testing.assert_array_equal(part.rates, session.rates[[3, 1]][:, :, [0, 3]])
+    for field in ("counts", "rates"):
+        whole, found = getattr(session, field), getattr(part, field)
+        np.testing.assert_array_equal(found, whole[[3, 1]][:, :, [0, 3]])
     np.testing.assert_array_equal(part.behaviour["wheel"], session.behaviour["wheel"][[3, 1]])
     assert part.neurons["uuid"].tolist() == ["a", "d"] and part.regions.tolist() == ["CA1", "CA1"]
-    assert (part.name, part.window, part.provenance) == (
-        "mouse 1",
-        (-0.04, 0.06),
-        make().provenance,
-    )
+    for field in ("name", "subject", "window", "provenance"):
+        assert getattr(part, field) == getattr(session, field)
 
 
 def test_fingerprints_tell_trials_apart():
@@ -191,9 +183,6 @@ def test_fingerprints_tell_trials_apart():
     assert Session(np.ones((1, 3, 3))).fingerprints(np.arange(1)) == [0]  # too few spikes
     # Trained models keep the fingerprints of their training trials.
     assert marks[0] == -6051953351631025376
-
-
-# --------------------------------------------------------------------------------------- files
 
 
 def test_a_file_returns_the_session(tmp_path):
@@ -264,9 +253,6 @@ def test_damaged_and_other_files_are_refused(tmp_path):
             Session.load(tmp_path / f"{name}.npz")
     with pytest.raises(FileNotFoundError):
         Session.load(tmp_path / "absent.npz")
-
-
-# ------------------------------------------------------------------------------- spike times
 
 
 def test_from_spike_times_counts_by_loop():
@@ -356,28 +342,15 @@ def test_warnings_of_events_that_are_too_close_or_outside():
     with pytest.warns(UserWarning, match="align_times: 39 of 88 trials lie before the first or"):
         Session.from_spike_times(*spikes, np.arange(-80.0, 96.0, 2.0) + 0.5)
     parts = Split(np.arange(200), np.arange(220, 260), np.arange(280, 352))
+    with pytest.warns(UserWarning, match="bin_size: bins of 20.0 s; it is in seconds, not milli"):
+        Session.from_spike_times(*spikes, close[:9], window=(-500, 1500), bin_size=20)
+    rng = np.random.default_rng(0)
+    rare = rng.uniform(0, 28_800, 3000)  # ten neurons of 0.01 Hz, in half an hour of trials
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Session.from_spike_times(*spikes, np.arange(2.0, 90.0, 2.0))
         Session.from_spike_times(*spikes, close, given_split=parts)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_warnings_of_milliseconds():
-    rng = np.random.default_rng(0)
-    spikes, events = np.sort(rng.uniform(0, 300, 30_000)), np.arange(5.0, 295.0, 3.0)
-    fields = {"spike_clusters": np.zeros(30_000, dtype=int), "name": "s"}
-    with pytest.warns(UserWarning, match=r"session 's', .*spikes span 1.5e.05 s and events 288 s"):
-        Session.from_spike_times(500 * spikes, align_times=events, **fields)
-    with pytest.warns(UserWarning, match="trials of 2000 s; window is in seconds"):
-        long = {"window": (-500, 1500), "bin_size": 20, "given_split": ([0, 1, 2], [3], [4, 5])}
-        Session.from_spike_times(spikes, align_times=events[:6], **long, **fields)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        Session.from_spike_times(spikes, align_times=events, **fields)
-        rare = rng.uniform(0, 28_800, 3000)  # ten neurons of 0.01 Hz, in half an hour of trials
-        ids, late = rng.integers(0, 10, 3000), np.arange(9000.0, 10_800.0, 3.0)
-        Session.from_spike_times(rare, ids, late, behaviour={"x": pd.Series(late)})
+        Session.from_spike_times(rare, rng.integers(0, 10, 3000), np.arange(9e3, 10.8e3, 3.0))
 
 
 @pytest.mark.parametrize("spikes", [1, 1e3, 3e4])
@@ -408,20 +381,15 @@ def test_a_trace_without_samples_is_told():
         ({"clusters": [0, 0]}, "spikes: clusters: id 0 twice"),
         ({"clusters": ["0", "1"]}, r"spikes: spike_clusters: ids \[0, 1\] are not among"),
         ({"clusters": [0]}, r"spikes: spike_clusters: ids \[1\] are not among the 1 clusters"),
-        ({"align_times": [np.nan]}, "spikes: align_times holds 1 NaN"),
-        ({"spike_times": [0.1, np.inf]}, "spikes: spike_times holds 1 NaN or infinite"),
+        ({"align_times": [np.nan]}, "spikes: align_times must be .n,. finite numbers, .* 1 NaN"),
         ({"window": (0, 0.03)}, "spikes: window .* holds 1.5 bins"),
         ({"align_times": [99.0]}, "spikes: none falls into any trial's window"),
         ({"align_times": [0.0, 0.1, 0.0]}, r"times: trials \[2\] are at the time of an earlier"),
-        ({"regions": ["a"]}, "clusters: spikes have ids 0 to 1, .* the 1 regions"),
-        ({"spike_clusters": [1, 2], "regions": ["a", "b", "c"]}, "clusters: .* ids 1 to 2, .* 3 "),
+        ({"spike_clusters": [1, 2], "regions": ["a", "b", "c"]}, "clusters: no spike has id 0"),
+        ({"spike_clusters": [1, 2], "regions": pd.Series(["a", "b"])}, "clusters: no spike has id"),
         ({"spike_clusters": np.ma.array([0, 1], mask=[0, 1])}, r"spikes: .* ids \[nan\] are not"),
-        (
-            {"clusters": [1, 0], "regions": pd.Series(["a", "b"])},
-            r"regions: a Series with index \[0, 1\]... for \[1, 0\]...; set these ids",
-        ),
+        ({"clusters": [1, 0], "regions": pd.Series(["a", "b"])}, "regions: a Series with index"),
         ({"neurons": {"x": pd.Series([1, 2], [5, 6])}}, "neurons 'x': a Series with index"),
-        ({"regions": {"0": "CA1"}}, "regions: no key is a cluster id"),
         ({"traces": {"wheel": ([1.0, 0.0], [0.0, 0.0])}}, "wheel: times must be strictly incr"),
     ],
 )
