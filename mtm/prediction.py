@@ -54,11 +54,10 @@ class Predictor(Protocol):
 
 
 PredictorLike = Predictor | Callable[..., Any] | np.ndarray
+Predictors = PredictorLike | Mapping[str, PredictorLike]
 
 
-def as_predictor(
-    predictor: PredictorLike | Mapping[str, PredictorLike], session: Session
-) -> PredictorLike:
+def as_predictor(predictor: Predictors, session: Session) -> PredictorLike:
     """Check a predictor, and return the one for a session: an array (K, T, N), or what to call.
 
     Raises:
