@@ -124,7 +124,7 @@ def test_errors(session):
     with pytest.raises(SessionError, match="behaviour 'wheel': there is none; there are: choice"):
         decode(oracle(session), session, "wheel")
     with pytest.raises(ValueError, match="unknown masking scheme 'nueron'"):
-        decode(oracle(session), session, "choice", prompt="nueron")
+        decode(lambda counts, *_: counts, session, "choice", prompt="nueron")
     split = session.split()
     rare, absent = np.array(["left cue", "right cue"])[np.arange(120) % 2], np.ones(120)
     rare[split.train[:2]], absent[split.train[:9]] = "none", -1
