@@ -4,9 +4,6 @@ A linear decoder reads the log-rates that a model predicts for every bin and neu
 latents, whichever cross-validates better. It is fitted on the training and validation trials, its
 penalty is chosen by cross-validation there, and it is scored on the test trials. Source of the
 choice and of traces: arXiv 2407.14668, section 4, and the authors' final code.
-
-Controls are the scores without activity, from the stimulus alone, from shuffled trials, from the
-raw counts, and from counts smoothed by the Gaussian that cross-validates best.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import joblib
@@ -22,20 +20,12 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import accuracy_score, confusion_matrix, r2_score, recall_score
+from sklearn.metrics import confusion_matrix, r2_score, recall_score
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
-from mtm.prediction import (
-    PredictorLike,
-    Queries,
-    as_predictor,
-    choose_split,
-    has_latents,
-    predict_latents,
-    predict_queries,
-    require_unseen,
-)
+from mtm import prediction
+from mtm.prediction import PredictorLike, Predictors, Queries
 from mtm.session import Session, SessionError
 
 FOLDS = 4
@@ -43,36 +33,29 @@ MOST_CLASSES = 10  # of whole numbers; with more different values they are decod
 CLASS_PENALTIES = np.logspace(-4, 4, 9)  # C of the logistic regression, as the paper
 RIDGE_PENALTIES = np.logspace(-3, 6, 10)  # alpha of the ridge regression
 FEATURES = ("rates", "latents", "encoder")
-KINDS = ("classes", "number", "trace")
 WIDTHS = (0, 1, 2, 4)  # bins, standard deviations of the Gaussians that smooth
 ENCODER_WIDTH = 1  # bins, of the Gaussian that smooths the encoder's output
+Source = tuple[str, Any]  # ("rates", prompt); or "latents", "encoder" or "counts", and a width
 _CONTROLS: dict[str, dict[str, float]] = {}  # cache: hash of the data -> scores of the controls
-
-
-Source = tuple[str, Any]  # what a decoder reads: see `Decoder.features`
 
 
 @dataclass(frozen=True, repr=False)
 class Decoded:
-    """How well one behaviour was decoded.
+    """How well one behaviour was decoded, and the controls.
 
-    ``others`` holds, for each behaviour, the controls ``shuffled`` (fitted to shuffled trials),
-    ``raw_counts`` and ``smoothed_counts``, and
-
-    - of classes: ``balanced_accuracy`` (mean over the classes of the test trials) and the control
-      ``majority`` (the most frequent class); of the choice, where the contrast is known, also the
-      control ``stimulus_only``, with ``stimulus_only_balanced``;
-    - of a number: the control ``mean``;
-    - of a trace: the control ``time_course``. The R2 is over all test trials and bins, so that the
-      mean time course counts as explained variance.
+    ``others`` holds ``shuffled`` (fitted to shuffled trials), ``raw_counts``, ``smoothed_counts``
+    (by the Gaussian that cross-validates best); of classes, ``balanced_accuracy`` (mean over those
+    of the test trials) and ``majority`` (the most frequent class); of the choice, where contrast is
+    known, ``stimulus_only`` and ``stimulus_only_balanced``; of a number, ``mean``; of a trace,
+    ``time_course``. R2 of a trace is over all bins: the mean time course counts as explained.
     """
 
     behaviour: str
     session: str
     kind: str  # "classes", "number" or "trace"
     metric: str  # "accuracy" of classes, else "R2"
-    score: float  # of the predicted activity, on the test trials
-    others: dict[str, float]  # further scores and the controls, by name
+    score: float  # on the test trials
+    others: dict[str, float]
     features: str  # what the decoder read: "rates", "latents", "encoder", or "fine-tuned" ones
     n_train: int  # trials the decoder was fitted on
     n_test: int  # trials it was scored on
@@ -94,7 +77,7 @@ class Decoded:
 
 
 def decode(
-    predictor: PredictorLike | Mapping[str, PredictorLike],
+    predictor: Predictors,
     session: Session,
     behaviours: str | Sequence[str] | None = None,
     *,
@@ -106,73 +89,48 @@ def decode(
     batch_size: int | None = None,
     allow_seen: bool = False,
 ) -> dict[str, Decoded]:
-    """Decode behaviours of a session: a class or a number of each trial, or a trace.
+    """Decode behaviours of a session: name -> scores and controls.
 
     Classes are decoded with logistic regression, numbers and traces with ridge regression, all bins
-    of a trace at once. Scores and controls: see :class:`Decoded`.
-
-    Trials without a value (NaN, or an empty word) are left out, and so is a choice of 0 beside -1
-    and +1, which means no response. The paper decodes only trials with a valid reaction time, as
-    sessions loaded by ``ibl.load_session(..., trial_filter="reaction-time")``.
+    of a trace at once. Trials without a value (NaN, or an empty word) are left out, and so is a
+    choice of 0 beside -1 and +1, which means no response.
 
     Args:
-        predictor: as in :func:`mtm.evaluate`.
-        session: the recording.
+        predictor, session, split_seed, batch_size, allow_seen: as in :func:`mtm.evaluate`.
         behaviours: a name or several. Default: ``choice`` where known, and all traces.
         region: show the predictor this region only, and decode from its neurons.
         prompt: masking scheme whose prompt a model gets. Default, as in the paper: "neuron" for
-            the choice (and all classes and numbers), "causal" for traces, "intra-region" with
-            ``region``.
+            classes and numbers, "causal" for traces, "intra-region" with ``region``.
         features: what the decoder reads: the predicted log-"rates" (the paper); the model's
             "latents" (:meth:`mtm.MtM.latents`, smoothed by a Gaussian of cross-validated width);
             these beside the output of its "encoder"; or "auto", whichever of the three
-            cross-validates best on training and validation trials. Default: "auto" for models with
-            latents of the population, else "rates".
-        kinds: behaviour -> "classes" or "number", where :func:`kind_of` is not what you want.
-        split_seed: of ``session.split``. Default: the one the model was trained with, else 0.
-        batch_size, allow_seen: as in :func:`mtm.evaluate`.
-
-    Returns:
-        behaviour -> :class:`Decoded`.
+            cross-validates best. Default: "auto" for models with latents, else "rates".
+        kinds: behaviour -> "classes" or "number". Default: words, booleans and whole numbers of at
+            most 10 different values are classes.
 
     Raises:
         SessionError: for an unknown behaviour or region, too few trials (of a class), or a
             behaviour that does not vary in the test trials.
-        ValueError: for an unknown prompt, predictions of a wrong shape or with NaN, or test trials
-            that the predictor was trained on.
+        ValueError: as from :func:`mtm.evaluate`, or for unknown features or prompt.
     """
     if features not in (None, "auto", *FEATURES):
         raise ValueError(f"features must be 'auto' or one of {FEATURES}, got {features!r}")
     options = region, prompt, features, kinds, split_seed, batch_size, allow_seen
-    decoder = Decoder(as_predictor(predictor, session), session, *options)
+    decoder = Decoder(prediction.as_predictor(predictor, session), session, *options)
     names = decodable(session) if behaviours is None else behaviours
     names = [names] if isinstance(names, str) else names
     return {name: decoder.decode(name) for name in names}
 
 
 def decode_by_region(
-    predictor: PredictorLike | Mapping[str, PredictorLike],
-    session: Session,
-    behaviour: str,
-    *,
-    least: int = 1,
-    **options: Any,
+    predictor: Predictors, session: Session, behaviour: str, **options: Any
 ) -> dict[str, Decoded]:
-    """Decode a behaviour from one region at a time: the predictor sees it alone (paper, Figure 5).
-
-    Args:
-        predictor, session, behaviour: as in :func:`decode`, whose other arguments are ``options``.
-        least: smallest number of neurons of a region.
-
-    Returns:
-        region -> :class:`Decoded`.
-    """
-    names, sizes = np.unique(session.regions[session.region_codes >= 0], return_counts=True)
-    if not (sizes >= least).any():
-        raise SessionError(f"session {session.name!r}: no region has {least} neurons")
+    """Decode a behaviour from each region alone, with the options of :func:`decode` (Figure 5)."""
+    if not session.region_names:
+        raise SessionError(f"session {session.name!r}: no neuron has a region label")
     return {
         region: decode(predictor, session, behaviour, region=region, **options)[behaviour]
-        for region in names[sizes >= least].tolist()
+        for region in session.region_names
     }
 
 
@@ -180,19 +138,6 @@ def decodable(session: Session) -> list[str]:
     """Behaviours that are decoded by default: ``choice`` where known, and traces."""
     traces = sorted(key for key, value in session.behaviour.items() if value.ndim == 2)
     return ["choice"] * ("choice" in session.behaviour) + traces
-
-
-def kind_of(values: np.ndarray) -> str:
-    """Kind of a behaviour: "trace" (K, T); else "classes" or "number" (K,).
-
-    Words, booleans, and whole numbers of at most 10 different values are classes.
-    """
-    if values.ndim == 2:
-        return "trace"
-    if values.dtype.kind in "bU":
-        return "classes"
-    known = np.unique(values[np.isfinite(values)])
-    return "classes" if len(known) <= MOST_CLASSES and (known % 1 == 0).all() else "number"
 
 
 class Target(NamedTuple):
@@ -207,137 +152,113 @@ class Target(NamedTuple):
 
 @dataclass
 class Decoder:
-    """Decodes behaviours of one session; activity is predicted once for each prompt.
+    """Decodes behaviours with the options of :func:`decode`; predicts once for each prompt."""
 
-    Arguments: see :func:`decode`, whose ``features`` is ``features_from`` here; the predictor is
-    what :func:`as_predictor` returns.
-    """
-
-    predictor: PredictorLike
+    predictor: PredictorLike  # as `as_predictor` returns it
     session: Session
     region: str | None = None
     prompt: str | None = None
-    features_from: str | None = None
+    read: str | None = None  # features
     kinds: Mapping[str, str] | None = None
     split_seed: int | None = None
     batch_size: int | None = None
     allow_seen: bool = False
 
     def __post_init__(self) -> None:
-        session = self.session
-        split = choose_split(self.predictor, session, self.split_seed, allow_seen=self.allow_seen)
+        session, region, seen = self.session, self.region, self.allow_seen
+        split = prediction.choose_split(self.predictor, session, self.split_seed, allow_seen=seen)
+        if not seen:
+            prediction.require_unseen(self.predictor, session, split.test)
         self.trials = np.concatenate(split)  # (K,) training, validation, then test trials
         self.n_train = len(split.train)
         self.is_test = np.isin(self.trials, split.test)
-        if not self.allow_seen:
-            require_unseen(self.predictor, session, split.test)
-        whole = self.region is None
-        self.inside = np.ones(session.n_neurons, bool) if whole else session.regions == self.region
+        self.inside = np.array([region in (None, label) for label in session.regions])  # (N,)
         if not self.inside.any():
             known = f"known: {', '.join(session.region_names) or 'none'}"
-            raise SessionError(f"session {session.name!r} has no region {self.region!r}; {known}")
-        self.features_from = self.features_from or (
-            "auto" if has_latents(self.predictor) else "rates"
-        )
+            raise SessionError(f"session {session.name!r} has no region {region!r}; {known}")
+        self.read = self.read or ("auto" if prediction.has_latents(self.predictor) else "rates")
         self._latents: dict[str, np.ndarray] = {}  # "latents", "encoder" -> (K, T, R)
-        self._features: dict[tuple[Source, bytes], tuple[np.ndarray, np.ndarray]] = {}
+        self._features: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
 
     def decode(self, behaviour: str) -> Decoded:
         """Decode one behaviour: see :func:`decode`."""
         target = self.target(behaviour)
-        kind, usable, _, y, truth = target
+        kind, _, _, y, truth = target
         default = "intra-region" if self.region else "causal" if kind == "trace" else "neuron"
-        prompt = self.prompt or default
-        sources: list[Source] = [
-            ("rates", prompt),
-            *(("latents", w) for w in WIDTHS),
-            ("encoder", ENCODER_WIDTH),
-        ]
-        sources = [s for s in sources if self.features_from in ("auto", s[0])]
-        fits = [search(self.features(source, usable)[0], y, kind) for source in sources]
-        best = int(np.argmax([fit.best_score_ for fit in fits]))
-        x, x_test = self.features(sources[best], usable)
-        shuffled = search(x, y[np.random.default_rng(0).permutation(len(y))], kind)
-        others = {"shuffled": score(truth, shuffled.predict(x_test), kind)}
-        return self.scored(behaviour, target, fits[best].predict(x_test), sources[best][0], others)
+        sources: list[Source] = [("rates", self.prompt or default), ("encoder", ENCODER_WIDTH)]
+        sources[1:1] = [("latents", width) for width in WIDTHS]
+        sources = [source for source in sources if self.read in ("auto", source[0])]
+        fits = [self.fit(source, target, y) for source in sources]
+        best = int(np.argmax([value for value, _ in fits]))
+        order = np.random.default_rng(0).permutation(len(y))
+        others = {"shuffled": score(truth, self.fit(sources[best], target, y[order])[1], kind)}
+        return self.scored(behaviour, target, fits[best][1], sources[best][0], others)
 
     def scored(
-        self,
-        behaviour: str,
-        target: Target,
-        guess: np.ndarray,
-        features: str,
-        others: dict[str, float],
+        self, behaviour: str, target: Target, guess: np.ndarray, read: str, others: dict[str, float]
     ) -> Decoded:
         """The scores of what was decoded in the test trials, with controls."""
         kind, usable, names, y, truth = target
-        confusion = None
+        metric, confusion = "R2", None
         if kind == "classes":
             others = {"balanced_accuracy": balanced_accuracy(truth, guess), **others}
             matrix = confusion_matrix(truth, guess, labels=range(len(names)))
-            confusion = pd.DataFrame(matrix, index=names, columns=names)
-        return Decoded(
-            behaviour,
-            self.session.name,
-            kind,
-            "accuracy" if kind == "classes" else "R2",
-            score(truth, guess, kind),
-            others | self._controls(target, with_stimulus=behaviour == "choice"),
-            features=features,
-            n_train=len(y),
-            n_test=len(truth),
-            n_left_out=int((~usable).sum()),
-            confusion=confusion,
-        )
+            metric, confusion = "accuracy", pd.DataFrame(matrix, index=names, columns=names)
+        others = others | self._controls(behaviour, target)
+        sizes = len(y), len(truth), int((~usable).sum())
+        found = metric, score(truth, guess, kind), others, read
+        return Decoded(behaviour, self.session.name, kind, *found, *sizes, confusion)
+
+    def fit(self, source: Source, target: Target, y: np.ndarray) -> tuple[float, np.ndarray]:
+        """Fit a decoder to values y: its cross-validated score, and its guess in test trials."""
+        x, x_test = self.features(source, target.usable)
+        found = search(x, y, target.kind)
+        return found.best_score_, found.predict(x_test)
 
     def features(self, source: Source, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features (K', F) and (K'', F) of the trials to fit to and to test on, computed once.
-
-        Args:
-            source: ("rates", prompt with which they are predicted), or "latents", "encoder" or
-                "counts" and the width of the Gaussian that smooths them, bins.
-            usable: (K,) bool, trials with a known behaviour.
-        """
+        """Features (K', F) and (K'', F) of usable trials to fit to and to test on, made once."""
         key = source, usable.tobytes()
         if key in self._features:
             return self._features[key]
         session, inside, trials = self.session, self.inside, self.trials[usable]
         kind, how = source
-        if kind == "counts":
+        if kind == "rates":
+            asked = self.predictor, session, how, trials, Queries(~inside[None], inside[None])
+            values = prediction.predict_queries(*asked, batch_size=self.batch_size)[:, :, inside]
+        elif kind == "counts":
             values = smoothed(session.counts[trials][:, :, inside].astype(np.float64), how)
-        elif kind in ("latents", "encoder"):
-            if kind not in self._latents:  # of all trials, whatever behaviour is decoded
-                given = self.trials, ~self.inside, kind == "encoder"
-                self._latents[kind] = predict_latents(self.predictor, session, *given)
-            values = smoothed(self._latents[kind][usable], how)
         else:
-            queries = Queries(~inside[None], inside[None])
-            options = {"batch_size": self.batch_size}
-            values = predict_queries(self.predictor, session, how, trials, queries, **options)
-            values = values[:, :, inside]
+            if kind not in self._latents:  # of all trials, whatever behaviour is decoded
+                given = self.predictor, session, self.trials, ~inside, kind == "encoder"
+                self._latents[kind] = prediction.predict_latents(*given)
+            values = smoothed(self._latents[kind][usable], how)
         flat, is_test = values.reshape(len(trials), -1), self.is_test[usable]
         self._features[key] = principal_axes(flat[~is_test], flat[is_test])
         return self._features[key]
 
-    def _controls(self, target: Target, *, with_stimulus: bool) -> dict[str, float]:
+    def _controls(self, behaviour: str, target: Target) -> dict[str, float]:
         """Controls without a predictor: computed once, however many predictors are compared."""
         kind, usable, _, y, truth = target
+        known, stimulus = self.session.behaviour, None
+        if behaviour == "choice" and "contrast" in known:  # contrast, its side, prior of the block
+            contrast = known["contrast"]
+            columns = [contrast, np.sign(contrast), known.get("block", 0 * contrast)]
+            stimulus = np.nan_to_num(np.stack(columns, axis=1).astype(np.float64))[self.trials]
         counts = self.session.counts[self.trials][:, :, self.inside]
-        stimulus = _stimulus(self.session)[self.trials] if with_stimulus else None
         key = joblib.hash((counts, self.is_test, target, stimulus))
         if key in _CONTROLS:
             return _CONTROLS[key]
-        name = {"classes": "majority", "number": "mean", "trace": "time_course"}[kind]
-        constant = y.mean(axis=0) if kind != "classes" else most_frequent(y)
-        found = {name: score(truth, np.broadcast_to(constant, truth.shape), kind)}
-        fits = [
-            (search(x, y, kind), x_test)
-            for x, x_test in (self.features(("counts", w), usable) for w in WIDTHS)
-        ]
-        scores = [score(truth, fit.predict(x_test), kind) for fit, x_test in fits]
-        best = int(np.argmax([fit.best_score_ for fit, _ in fits]))
-        found |= {"raw_counts": scores[0], "smoothed_counts": scores[best]}
-        if stimulus is not None and stimulus.size:
+        name, constant = "time_course" if kind == "trace" else "mean", y.mean(axis=0)
+        if kind == "classes":
+            n_each = np.bincount(y)
+            name, constant = "majority", np.flatnonzero(n_each == n_each.max())[-1]
+        fits = [self.fit(("counts", width), target, y) for width in WIDTHS]
+        found = {
+            name: score(truth, np.broadcast_to(constant, truth.shape), kind),
+            "raw_counts": score(truth, fits[0][1], kind),
+            "smoothed_counts": score(truth, max(fits, key=itemgetter(0))[1], kind),
+        }
+        if stimulus is not None:
             fit = search(stimulus[usable & ~self.is_test], y, kind)
             guess = fit.predict(stimulus[usable & self.is_test])
             found["stimulus_only"] = score(truth, guess, kind)
@@ -347,49 +268,42 @@ class Decoder:
 
     def target(self, behaviour: str) -> Target:
         """Values of a behaviour in the trials where it can be used."""
-        session = self.session
-        title = f"session {session.name!r}, behaviour {behaviour!r}"
-        if behaviour not in session.behaviour:
-            raise SessionError(f"{title}: there is none; there are: {', '.join(session.behaviour)}")
-        values = session.behaviour[behaviour][self.trials]
-        kind = (self.kinds or {}).get(behaviour) or kind_of(values)
-        if kind not in KINDS or (kind == "trace") != (values.ndim == 2):
+        known = self.session.behaviour
+        title = f"session {self.session.name!r}, behaviour {behaviour!r}"
+        if behaviour not in known:
+            raise SessionError(f"{title}: there is none; there are: {', '.join(known)}")
+        values = known[behaviour][self.trials]
+        empty = values == "" if values.dtype.kind == "U" else ~np.isfinite(values)
+        usable = ~empty.reshape(len(values), -1).any(axis=1)
+        found, possible = np.unique(values[usable]), ["number", "classes"]
+        if values.ndim == 2:
+            possible = ["trace"]
+        elif values.dtype.kind in "bU" or (len(found) <= MOST_CLASSES and (found % 1 == 0).all()):
+            possible = ["classes", "number"]
+        kind = (self.kinds or {}).get(behaviour, possible[0])
+        if kind not in possible:
             raise SessionError(f"{title} has shape {values.shape}, so its kind is not {kind!r}")
-        if values.dtype.kind == "U":
-            if kind == "number":
-                raise SessionError(f"{title} holds words, so its kind is not {kind!r}")
-            usable = values != ""
-        else:
-            usable = np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if behaviour == "choice" and kind == "classes" and np.isin((-1, 1), values).all():
             usable &= values != 0  # no response
-        names: list[Any] = []
+        values, is_test, names = values[usable], self.is_test[usable], []
         if kind == "classes":
-            names = np.unique(values[usable]).tolist()
-            values = np.searchsorted(names, values)
-        y, truth = values[usable & ~self.is_test], values[usable & self.is_test]
+            classes, values = np.unique(values, return_inverse=True)
+            names = classes.tolist()
+        y, truth = values[~is_test], values[is_test]
         if len(truth) == 0 or len(y) < 2 * FOLDS:
             n = f"{len(y)} usable training and {len(truth)} test trials"
             raise SessionError(f"{title}: {n}; at least {2 * FOLDS} and 1 are needed")
-        if kind == "classes":
-            _require_classes(title, names, y, truth)
-        elif np.ptp(truth) == 0:
-            raise SessionError(f"{title} does not vary in the test trials")
+        if np.ptp(truth) == 0:
+            only = names[truth[0]] if names else truth.flat[0]
+            raise SessionError(f"{title} does not vary in the test trials: all are {only}")
+        for i, name in enumerate(names):
+            if (n := (y == i).sum()) < FOLDS:
+                few = f"class {name!r} of {names} has {n} training trials, {FOLDS} are needed"
+                raise SessionError(f"{title}: {few}; merge it, or set its trials to NaN or ''")
+            if i not in truth:
+                missing = f"no test trial is {name!r}; scores are of the other classes"
+                warnings.warn(f"{title}: {missing}", stacklevel=4)
         return Target(kind, usable, names, y, truth)
-
-
-def _require_classes(title: str, names: list[Any], y: np.ndarray, truth: np.ndarray) -> None:
-    """Refuse classes that cannot be fitted or scored; warn of those that no test trial has."""
-    fitted, tested = (np.bincount(x, minlength=len(names)) for x in (y, truth))  # trials of each
-    if fitted.min() < FOLDS:
-        raise SessionError(
-            f"{title}: class {names[fitted.argmin()]!r} of {names} has {fitted.min()} training "
-            f"trials, {FOLDS} are needed; merge it with another, or set its trials to NaN or ''"
-        )
-    if (tested > 0).sum() == 1:
-        raise SessionError(f"{title}: all test trials are {names[tested.argmax()]!r}; no score")
-    if missing := [name for name, n in zip(names, tested, strict=True) if n == 0]:
-        warnings.warn(f"{title}: no test trial is {missing}; scores are of the rest", stacklevel=5)
 
 
 def smoothed(x: np.ndarray, width: float) -> np.ndarray:
@@ -418,21 +332,13 @@ def fitted(grid: GridSearchCV, x: np.ndarray, y: np.ndarray) -> GridSearchCV:
 
 def score(truth: np.ndarray, guess: np.ndarray, kind: str) -> float:
     """Accuracy of classes (K,), or R2 of numbers (K,) or traces (K, T) over all trials and bins."""
-    if kind == "classes":
-        return float(accuracy_score(truth, guess))
-    return float(r2_score(truth.ravel(), guess.ravel()))
-
-
-def most_frequent(y: np.ndarray) -> Any:
-    """The most frequent class; of several, the last in order."""
-    names, n_each = np.unique(y, return_counts=True)
-    return names[n_each == n_each.max()][-1]
+    right = np.mean(truth == guess) if kind == "classes" else r2_score(truth.ravel(), guess.ravel())
+    return float(right)
 
 
 def balanced_accuracy(truth: np.ndarray, guess: np.ndarray) -> float:
     """Mean over the classes of ``truth`` of the share of their trials that are decoded right."""
-    classes = np.unique(truth)
-    return float(recall_score(truth, guess, labels=classes, average="macro", zero_division=0.0))
+    return float(recall_score(truth, guess, labels=np.unique(truth), average="macro"))
 
 
 def principal_axes(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -446,12 +352,3 @@ def principal_axes(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.nd
     keep = singular > 1e-9 * singular.max()
     keep[0] = True  # features that never vary are one column of zeros
     return (x - mean) @ axes[keep].T, (x_test - mean) @ axes[keep].T
-
-
-def _stimulus(session: Session) -> np.ndarray:
-    """Contrast, its side, and the block's prior or 0, (K, 3); (K, 0) without contrasts."""
-    if "contrast" not in session.behaviour:
-        return np.zeros((session.n_trials, 0))
-    contrast = session.behaviour["contrast"]
-    columns = [contrast, np.sign(contrast), session.behaviour.get("block", 0 * contrast)]
-    return np.nan_to_num(np.stack(columns, axis=1).astype(np.float64))

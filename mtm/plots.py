@@ -24,7 +24,7 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
 from mtm.masks import Mask, MaskSampler
-from mtm.prediction import PredictorLike, predict_in_batches
+from mtm.prediction import PredictorLike, predict_masked
 from mtm.report import Mean, Report
 from mtm.session import Session, has_region
 
@@ -181,8 +181,7 @@ def filled_in(
     """
     drawn = _draw_mask(session, name, [trial], seed)
     counts = torch.from_numpy(session.counts[[trial]].astype(np.float32))
-    inputs = lambda _: (counts, drawn)  # noqa: E731
-    ((_, log_rates),) = predict_in_batches(predictor, session.name, name, 1, inputs)
+    log_rates = predict_masked(predictor, counts, drawn, name, session.name)
     images = {"predicted": torch.exp(log_rates[0]).cpu().numpy() / session.bin_size}  # (T, N), Hz
     if session.rates is not None:
         images["true rate"] = session.rates[trial] / session.bin_size

@@ -1,10 +1,8 @@
 """One interface for everything that predicts hidden activity.
 
-Evaluation and decoding zero the hidden entries here, so a predictor cannot see them.
-
 A predictor is a model, a function ``(counts, scheme, mask, session) -> log-rates``, or an array of
-log-rates. Models and functions get counts in which every hidden entry is zero; an array is used as
-it is.
+log-rates. Evaluation and decoding zero the hidden entries here, so that models and functions cannot
+see them; an array is used as it is.
 """
 
 from __future__ import annotations
@@ -34,7 +32,6 @@ TASKS = {
 """Each activity task, and the masking scheme that trains for it (whose prompt the model gets).
 To add a task, add an entry here and a branch in :func:`queries_of`."""
 
-BINS = ("n_bins", "bin_size")
 TOKENS_AT_ONCE = {"cpu": 2_400, "cuda": 2**17}  # of a batch; the fastest measured on each device
 TRIALS_AT_ONCE = 256  # of a batch, for predictors without tokens
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
@@ -54,37 +51,17 @@ class Predictor(Protocol):
 
 
 PredictorLike = Predictor | Callable[..., Any] | np.ndarray
+Predictors = PredictorLike | Mapping[str, PredictorLike]
 
 
-def as_predictor(
-    predictor: PredictorLike | Mapping[str, PredictorLike], session: Session
-) -> PredictorLike:
-    """Check a predictor, and return the one for a session: an array (K, T, N), or what to call.
-
-    Raises:
-        ValueError: when it is not for this session, or a function with other arguments.
-        SessionError: for a model that was trained on other bins.
-
-    Warns:
-        UserWarning: for a model that knows none of the session's trials, see `require_same_bins`.
-    """
+def as_predictor(predictor: Predictors, session: Session) -> PredictorLike:
+    """Return an array (K, T, N) or what to call for a session, see :func:`require_same_bins`."""
     if isinstance(predictor, Mapping):
-        if session.name not in predictor:
-            known = ", ".join(predictor)
-            raise ValueError(f"no predictor for session {session.name!r}; there are: {known}")
         predictor = predictor[session.name]
     if isinstance(predictor, Tensor):
         predictor = predictor.detach().cpu().double().numpy()
     if isinstance(predictor, np.ndarray):
-        try:
-            return np.broadcast_to(predictor, session.counts.shape)
-        except ValueError as error:
-            raise ValueError(f"session {session.name!r}: log-rates do not fit: {error}") from None
-    try:
-        inspect.signature(_method(predictor)).bind("counts", "scheme", "mask", "session")
-    except TypeError as error:
-        message = f"a predictor is a function of (counts, scheme, mask, session): {error}"
-        raise ValueError(message) from error
+        return np.broadcast_to(predictor, session.counts.shape)
     require_same_bins(predictor, session)
     return predictor
 
@@ -95,21 +72,21 @@ def require_same_bins(predictor: PredictorLike, session: Session) -> None:
     A session has other neurons, or the same in another order, if the predictor was trained on one
     of this name and knows none of its trials. (Or all its trials are new, which cannot be told.)
     """
-    window = _attribute(predictor, "window", None) or session.window  # None: not known
     found = session.n_bins, session.bin_size, session.window[0]
-    trained = [*(_attribute(predictor, key, getattr(session, key)) for key in BINS), window[0]]
-    if not np.allclose(found, trained):
+    window = _attribute(predictor, "window", None) or session.window  # None: not known
+    n_bins, bin_size = (
+        _attribute(predictor, k, getattr(session, k)) for k in ("n_bins", "bin_size")
+    )
+    if not np.allclose(found, trained := (n_bins, bin_size, window[0])):
         one, other = ("{} bins of {:g} s from {:g} s".format(*bins) for bins in (found, trained))
         problem = f"has {one}, the model was trained on {other}; bin it alike"
         raise SessionError(f"session {session.name!r} {problem}")
     seen = _attribute(predictor, "seen", {}).get(session.name, ())
     trials = session.fingerprints(np.arange(session.n_trials)) if len(seen) else np.zeros(1)
     if trials.any() and not np.isin(trials[trials != 0], seen).any():
-        warnings.warn(
-            f"session {session.name!r}: the predictor was trained on a session of this name, and "
-            "knows none of these trials: are these the same neurons, in the same order?",
-            stacklevel=4,
-        )
+        doubt = "knows none of these trials: are these the same neurons, in the same order?"
+        trained_on = "the predictor was trained on a session of this name, and"
+        warnings.warn(f"session {session.name!r}: {trained_on} {doubt}", stacklevel=4)
 
 
 def choose_split(
@@ -121,9 +98,7 @@ def choose_split(
 ) -> Split:
     """Split a session by the seed asked for, else the predictor's own, else 0.
 
-    Raises:
-        ValueError: when the predictor was trained with another seed (unless ``allow_seen``), or
-            with an unknown one and none is asked for.
+    Raises ValueError when it was trained with another, or none is asked for and its own unknown.
     """
     trained = _attribute(predictor, "split_seed", split_seed or 0)
     if split_seed is None and trained is None:
@@ -140,13 +115,11 @@ def require_unseen(predictor: PredictorLike, session: Session, trials: np.ndarra
     """Raise ValueError for trials that a predictor was trained on.
 
     They are found by their fingerprints (``predictor.seen``), whatever the session was called and
-    however it was split, as long as neurons and bins are those of training. Trials of fewer than
-    ten spikes cannot be checked.
+    however it was split, as long as neurons and bins are those of training.
     """
     scored = session.fingerprints(trials)
     for name, trained in _attribute(predictor, "seen", {}).items():
-        n_known = int((np.isin(scored, trained) & (scored != 0)).sum())
-        if n_known:
+        if n_known := int((np.isin(scored, trained) & (scored != 0)).sum()):
             raise ValueError(
                 f"session {session.name!r}: the predictor was trained on {n_known} of the "
                 f"{len(trials)} trials to be scored (in session {name!r}); score the test trials "
@@ -154,93 +127,39 @@ def require_unseen(predictor: PredictorLike, session: Session, trials: np.ndarra
             )
 
 
-def _method(predictor: PredictorLike) -> Any:
-    return getattr(predictor, "predict_log_rates", predictor)
+def has_latents(predictor: PredictorLike) -> bool:
+    """Whether a predictor is a model with a direct path from latents of the population."""
+    model = getattr(predictor, "model", predictor)  # of a Fit
+    return bool(getattr(getattr(model, "config", None), "latents", 0))
 
 
 def _attribute(predictor: Any, name: str, default: Any) -> Any:
     """An attribute of a predictor, or of the model inside it (``Fit.model``)."""
-    for owner in (predictor, getattr(predictor, "model", None)):
-        if hasattr(owner, name):
-            return getattr(owner, name)
-    return default
+    owner = predictor if hasattr(predictor, name) else getattr(predictor, "model", None)
+    return getattr(owner, name, default)
+
+
+def _method(predictor: PredictorLike) -> Any:
+    return getattr(predictor, "predict_log_rates", predictor)
 
 
 # ---------------------------------------------------------------- hiding and predicting
 
 
-def predict_in_batches(
-    predictor: PredictorLike,
-    session: str,
-    scheme: str,
-    n: int,
-    inputs: Callable[[slice], tuple[Tensor, Mask]],
-    neurons: Tensor | None = None,
-    *,
-    batch_size: int | None = None,
-    progress: bool = False,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Hide entries and predict, batch by batch; halve the batch when memory runs out.
-
-    Args:
-        predictor, session, scheme: a model or function, and the names that it gets.
-        n: number of forward passes.
-        inputs: slice of ``range(n)`` -> counts (B, T, N) and a mask that broadcasts to them.
-        neurons: (n,) the one neuron wanted of each pass, for predictors that take it.
-        batch_size, progress: as in :func:`mtm.evaluate`.
-
-    Yields:
-        the slice, and log-rates (B, T, N), or (B, T) of ``neurons``, on the predictor's device.
-
-    Raises:
-        ValueError: for log-rates of another shape, or a batch size below 1.
-        MemoryError: when memory runs out with a single trial.
-    """
-    if batch_size is None:
-        n_tokens = _attribute(predictor, "n_tokens", None)
-        device = torch.device(getattr(predictor, "device", "cpu")).type
-        tokens = TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cpu"])
-        batch_size = max(1, tokens // n_tokens(session)) if n_tokens else TRIALS_AT_ONCE
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    start = 0
-    with tqdm(total=n, desc=scheme, disable=None if progress else True, leave=False) as bar:
-        while start < n:
-            batch = slice(start, min(start + batch_size, n))
-            wanted = {} if neurons is None else {"neurons": neurons[batch]}
-            try:
-                log_rates = _predict(predictor, *inputs(batch), scheme, session, wanted)
-            except (RuntimeError, MemoryError) as error:
-                # torch has no exception of its own for this on a CPU, nor for cuBLAS.
-                no_memory = any(text in str(error) for text in OUT_OF_MEMORY)
-                if not (no_memory or isinstance(error, MemoryError)):
-                    raise
-                batch_size = (batch.stop - start) // 2
-                if batch_size == 0:
-                    message = f"session {session!r}: memory runs out with a single trial"
-                    raise MemoryError(message) from error
-                continue
-            yield batch, log_rates
-            bar.update(batch.stop - start)
-            start = batch.stop
-
-
-def _predict(
-    predictor: PredictorLike,
-    counts: Tensor,
-    mask: Mask,
-    scheme: str,
-    session: str,
-    wanted: dict[str, Tensor],
+def predict_masked(
+    predictor: PredictorLike, counts: Tensor, mask: Mask, scheme: str, session: str, **asked: Tensor
 ) -> Tensor:
-    """Zero the hidden entries, ask the predictor, and check the shape of what it returns."""
+    """Zero the hidden entries of counts (B, T, N), and predict log-rates (B, T, N).
+
+    ``asked`` may be ``neurons`` (B,), for predictors that take them; log-rates are (B, T) then.
+    """
     counts = counts.to(getattr(predictor, "device", "cpu"))
     hidden, target = (x.to(counts.device).expand_as(counts) for x in (mask.hidden, mask.target))
     visible, mask = counts.masked_fill(hidden, 0), Mask(hidden, target, mask.causal)
     with torch.no_grad():
-        log_rates = _method(predictor)(visible, scheme, mask, session, **wanted)
+        log_rates = _method(predictor)(visible, scheme, mask, session, **asked)
     log_rates = torch.as_tensor(log_rates, device=counts.device).detach().float()
-    expected = counts.shape[: 2 if wanted else 3]
+    expected = counts.shape[: 2 if asked else 3]
     if log_rates.shape != expected:
         shapes = f"the predictor returned shape {tuple(log_rates.shape)}, not {tuple(expected)}"
         raise ValueError(f"{shapes}; it must return a log-rate for every entry")
@@ -267,49 +186,74 @@ def predict_queries(
 
     Args:
         predictor: as :func:`as_predictor` returns it.
-        session: the recording.
+        session: the recording, and ``trials`` (K',) of it.
         name: masking scheme whose prompt a model gets; it decides whether attention is causal.
-        trials: (K',) indices.
         queries: what to hide and predict.
-        **options: ``batch_size`` and ``progress`` of :func:`predict_in_batches`.
+        **options: ``batch_size`` and ``progress`` of :func:`mtm.evaluate`.
 
     Returns:
         log-rates (K', T, N) float64, NaN where nothing is wanted.
-
-    Raises:
-        ValueError: for an unknown scheme, or predictions that are NaN or infinite.
     """
-    causal, (hidden, wanted, bins) = scheme(name).causal, queries
     found = np.full((len(trials), session.n_bins, session.n_neurons), np.nan)
-    entries = slice(None), bins, np.flatnonzero(wanted.any(axis=0))
+    entries = slice(None), queries.bins, np.flatnonzero(queries.wanted.any(axis=0))
     if isinstance(predictor, np.ndarray):
         found[entries] = predictor[trials][entries]
     else:
-        # All that batches are made of is copied to the device once.
-        on_device = partial(torch.as_tensor, device=getattr(predictor, "device", "cpu"))
-        hide, target = on_device(hidden), on_device(hidden & wanted)
-        counts = on_device(session.counts[trials].astype(np.float32))
-        inside = torch.zeros_like(counts[0, :, :1], dtype=torch.bool)
-        inside[bins] = True
-        query, trial = np.divmod(np.arange(len(hidden) * len(trials)), len(trials))  # of each pass
-
-        def inputs(batch: slice) -> tuple[Tensor, Mask]:
-            of = on_device(query[batch])
-            mask = Mask(hide[of, None] & inside, target[of, None] & inside, causal)
-            return counts[on_device(trial[batch])], mask
-
-        # A predictor that can is asked for one neuron a pass, where each query wants one.
-        one_each = "neurons" in inspect.signature(_method(predictor)).parameters
-        one_each = one_each and (wanted.sum(axis=1) == 1).all()
-        neurons = on_device(wanted.argmax(axis=1)[query]) if one_each else None
-        asked = predictor, session.name, name, len(query), inputs, neurons
-        for batch, log_rates in predict_in_batches(*asked, **options):
-            row, neuron = np.nonzero(wanted[query[batch]])
-            log_rates = log_rates if one_each else log_rates[row, :, neuron]
-            found[trial[batch][row], bins, neuron] = log_rates[:, bins].cpu().numpy()
+        for places, rates in _in_batches(predictor, session, name, trials, queries, **options):
+            found[places] = rates
     if not np.isfinite(found[entries]).all():
         raise ValueError(f"session {session.name!r}: NaN or infinite log-rates were predicted")
     return found
+
+
+def _in_batches(
+    predictor: PredictorLike,
+    session: Session,
+    name: str,
+    trials: np.ndarray,
+    queries: Queries,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """Predict batch by batch: entries and their log-rates. Batches that do not fit are halved."""
+    hidden, wanted, bins = queries
+    # All that batches are made of is copied to the device once.
+    on_device = partial(torch.as_tensor, device=getattr(predictor, "device", "cpu"))
+    hide, target = on_device(hidden), on_device(hidden & wanted)
+    counts = on_device(session.counts[trials].astype(np.float32))
+    inside = torch.zeros_like(counts[0, :, :1], dtype=torch.bool)
+    inside[bins] = True
+    query, trial = np.divmod(np.arange(len(hidden) * len(trials)), len(trials))  # of each pass
+    # A predictor that can is asked for one neuron a pass, where each query wants one.
+    one_each = "neurons" in inspect.signature(_method(predictor)).parameters
+    one_each = one_each and (wanted.sum(axis=1) == 1).all()
+    if batch_size is None:
+        n_tokens = _attribute(predictor, "n_tokens", None)
+        tokens = TOKENS_AT_ONCE.get(counts.device.type, TOKENS_AT_ONCE["cpu"])
+        batch_size = max(1, tokens // n_tokens(session.name)) if n_tokens else TRIALS_AT_ONCE
+    start, disable = 0, None if progress else True
+    with tqdm(total=len(query), desc=name, disable=disable, leave=False) as bar:
+        while start < len(query):
+            some = slice(start, start + batch_size)
+            of = on_device(query[some])
+            mask = Mask(hide[of, None] & inside, target[of, None] & inside, scheme(name).causal)
+            neurons = on_device(wanted.argmax(axis=1)[query[some]])
+            asked = {"neurons": neurons} if one_each else {}
+            shown = counts[on_device(trial[some])]
+            try:
+                rates = predict_masked(predictor, shown, mask, name, session.name, **asked)
+            except (RuntimeError, MemoryError) as error:
+                # torch has no exception of its own for this on a CPU, nor for cuBLAS.
+                known = any(text in str(error) for text in OUT_OF_MEMORY)
+                if len(of) == 1 or not (known or isinstance(error, MemoryError)):
+                    raise
+                batch_size = len(of) // 2
+                continue
+            row, neuron = np.nonzero(wanted[query[some]])
+            rates = rates if one_each else rates[row, :, neuron]
+            yield (trial[some][row], bins, neuron), rates[:, bins].cpu().numpy()
+            bar.update(len(of))
+            start += len(of)
 
 
 def predict_latents(
@@ -319,11 +263,7 @@ def predict_latents(
     hidden: np.ndarray,
     encoder: bool = False,
 ) -> np.ndarray:
-    """Latents (K', T, D) of a model, see :meth:`mtm.MtM.latents`, without the neurons ``hidden``.
-
-    Raises:
-        ValueError: for a predictor that has no latents.
-    """
+    """Latents (K', T, D) without the neurons ``hidden``, see :meth:`mtm.MtM.latents`."""
     latents = _attribute(predictor, "latents", None)
     if latents is None:
         raise ValueError("this predictor has no latents to decode from; pass features='rates'")
@@ -337,12 +277,6 @@ def predict_latents(
     return torch.cat(found).double().numpy()
 
 
-def has_latents(predictor: PredictorLike) -> bool:
-    """Whether a predictor is a model with a direct path from latents of the population."""
-    model = getattr(predictor, "model", predictor)  # of a Fit
-    return bool(getattr(getattr(model, "config", None), "latents", 0))
-
-
 # ---------------------------------------------------------------- the activity tasks
 
 
@@ -352,14 +286,7 @@ def forward_bins(n_bins: int) -> tuple[int, int]:
 
 
 def queries_of(task: str, session: Session, wanted: np.ndarray) -> Queries:
-    """The queries of one of :data:`TASKS` that score the neurons ``wanted`` (N,) bool.
-
-    Raises:
-        ValueError: for an unknown task.
-        SessionError: when there is no neuron to score; regional tasks need region labels.
-    """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    """The queries of one of :data:`TASKS` that score the neurons ``wanted`` (N,) bool."""
     codes = session.region_codes
     if scheme(TASKS[task]).needs_regions:
         wanted = wanted & (codes >= 0)
@@ -374,9 +301,7 @@ def queries_of(task: str, session: Session, wanted: np.ndarray) -> Queries:
     each = np.eye(session.n_neurons, dtype=bool)[wanted]  # one neuron a query
     if task == "co-smoothing":
         return Queries(each, each)
-    if task == "intra-region":
-        return Queries(each | (codes != codes[wanted][:, None]), each)
-    raise ValueError(f"task {task!r} has no branch in queries_of")
+    return Queries(each | (codes != codes[wanted][:, None]), each)  # intra-region
 
 
 def selected(which: ArrayLike | None, n: int) -> np.ndarray:
@@ -387,22 +312,19 @@ def selected(which: ArrayLike | None, n: int) -> np.ndarray:
 
 
 def predict_held_out(
-    predictor: PredictorLike | Mapping[str, PredictorLike],
+    predictor: Predictors,
     session: Session,
     task: str,
     trials: np.ndarray | None = None,
     wanted: ArrayLike | None = None,
-    *,
-    batch_size: int | None = None,
-    progress: bool = False,
+    **options: Any,
 ) -> np.ndarray:
     """Predict the scored entries of a task, each while it is hidden.
 
     Args:
-        predictor, batch_size, progress: as in :func:`mtm.evaluate`.
-        session: the recording.
+        predictor, session, **options: as in :func:`mtm.evaluate`.
         task: one of :data:`TASKS`.
-        trials: (K',) indices. Default: the test trials, as in :func:`mtm.evaluate`.
+        trials: (K',) indices. Default: the test trials.
         wanted: neurons to score, indices or (N,) bool. Default: all.
 
     Returns:
@@ -411,16 +333,11 @@ def predict_held_out(
     predictor = as_predictor(predictor, session)
     trials = choose_split(predictor, session).test if trials is None else np.asarray(trials)
     queries = queries_of(task, session, selected(wanted, session.n_neurons))
-    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    return predict_queries(predictor, session, TASKS[task], trials, queries, **how)
+    return predict_queries(predictor, session, TASKS[task], trials, queries, **options)
 
 
 def oracle(session: Session) -> np.ndarray:
-    """Log of the true rates, (K, T, N): the best possible predictor of a simulated session.
-
-    Raises:
-        SessionError: for a recording, whose true rates are unknown.
-    """
+    """Log of the true rates, (K, T, N): the best possible predictor of a simulated session."""
     if session.rates is None:
         raise SessionError(f"session {session.name!r}, rates: only simulated sessions have them")
     return np.log(session.rates)
