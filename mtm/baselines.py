@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,16 +36,16 @@ from mtm.prediction import TASKS, forward_bins
 from mtm.session import Session, require_alike
 from mtm.training import Fit, fit
 
-# Grids of hyperparameters. Windows are (smallest, largest) distances in bins; None: whole trial.
+# Grids of hyperparameters. Windows are (smallest, largest) distances in bins.
 SMOOTHING_WIDTHS = (0.0, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # s.d. of the PSTH kernel, bins
 PRIOR_SPIKES = (3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e9)  # weight of the mean rate in a PSTH
-AROUND = ((0, 0), (1, 1), (2, 3), (4, 7), (0, None))  # before and after the predicted bin
+AROUND = ((0, 0), (1, 1), (2, 3), (4, 7), (0, inf))  # before and after the predicted bin
 RIDGE_WINDOWS = {  # those of AROUND that a ridge regression uses
     "same bin and trial": [0, 4],
     "up to 1 bin and trial": [0, 1, 4],
     "up to 7 bins and trial": [0, 1, 2, 3, 4],
 }
-PAST = ((0, 0), (1, 2), (3, 6), (7, 14), (0, None))  # before the last visible bin
+PAST = ((0, 0), (1, 2), (3, 6), (7, 14), (0, inf))  # before the last visible bin
 COMPONENTS = (4, 16, 32)  # of the population, inputs of forward prediction
 RANKS = (8, 32, 64)  # of the low-rank GLM
 LARGEST_INPUT = 6.0
@@ -57,65 +58,36 @@ SETTINGS: dict[str, Any] = {"epochs": 100, "batch_size": 16, "batches_per_step":
 SETTINGS |= {"weight_decay": 0.01}
 
 
-# ------------------------------------------------------------------------- parts shared by all
-
-
-def psth(session: Session, split_seed: int = 0) -> np.ndarray:
-    """Log of each neuron's mean count per bin over the training trials, (1, T, N).
-
-    Smoothed over time with a Gaussian and shrunk towards the neuron's mean, both by as much as
-    predicts the validation trials best.
-    """
-    split = session.split(split_seed)
-    train, val = (torch.from_numpy(session.counts[part]).double() for part in split[:2])
-    null = torch.from_numpy(metrics.log_mean(session.counts[split.train]))
-    mean, spikes = null.exp(), train.sum((0, 1))
-    bins = torch.arange(session.n_bins).double()
-    best, found = -np.inf, null.expand(session.n_bins, -1)
-    for width in SMOOTHING_WIDTHS:
-        kernel = torch.exp(-0.5 * ((bins[:, None] - bins) / max(width, 1e-3)) ** 2)
-        smooth = kernel / kernel.sum(1, keepdim=True) @ train.mean(0)
-        for prior in PRIOR_SPIKES:
-            weight = spikes / (spikes + prior)  # neurons with few spikes are shrunk more
-            log_rates = (mean + weight * (smooth - mean)).log()
-            if (score := validation_score(log_rates.expand_as(val), val, null)) > best:
-                best, found = score, log_rates
-    return found[None].numpy()
-
-
 def validation_score(log_rates: Tensor, counts: Tensor, null: Tensor) -> float:
     """Bits per spike over the null model (N,), mean over neurons with enough expected spikes."""
-    flat, true = (x.reshape(1, -1, len(null)).numpy() for x in (log_rates, counts))
-    bits = metrics.bits_per_spike(flat, true, null.numpy())
+    bits = metrics.bits_per_spike(log_rates.numpy(), counts.numpy(), null.numpy())
     fired = ~np.isnan(bits)
     enough = fired & (null.exp() * (counts.numel() / len(null)) >= MIN_SPIKES).numpy()
     used = enough if enough.any() else fired
     return float(bits[used].mean()) if used.any() else 0.0
 
 
-def search_penalty(score: Callable[[float], float], start: float) -> tuple[float, float]:
-    """Best score and its penalty: hill climbing on the grid ``start * 3**k``."""
-    scores = {0: score(start)}
+def search_penalty(attempt: Callable[[float], tuple[Any, ...]], start: float) -> tuple[Any, ...]:
+    """The attempt of the best score, its first entry; climbs the grid ``start * 3**k``."""
+    tried = {0: attempt(start)}
     for step in (1, -1):
-        k = max(scores, key=scores.__getitem__)
-        while abs(k) < 15 and k + step not in scores:
-            scores[k + step] = score(start * 3.0 ** (k + step))
-            if scores[k + step] < scores[k] + 1e-5:
+        k = max(tried, key=lambda k: tried[k][0])
+        while abs(k) < 15 and k + step not in tried:
+            tried[k + step] = attempt(start * 3.0 ** (k + step))
+            if tried[k + step][0] < tried[k][0] + 1e-5:
                 break
             k += step
-    k = max(scores, key=scores.__getitem__)
-    return scores[k], start * 3.0**k
+    return max(tried.values(), key=itemgetter(0))
 
 
 def window_matrices(
-    n_bins: int, windows: Sequence[tuple[int, int | None]], past: bool = False
+    n_bins: int, windows: Sequence[tuple[int, float]], past: bool = False
 ) -> Tensor:
     """Matrices (L, T, T) that sum over windows of bins and divide by the root of their size."""
     lag = torch.arange(n_bins)[:, None] - torch.arange(n_bins)  # row minus column
     distance = lag if past else lag.abs()
     rows = []
     for low, high in windows:
-        high = n_bins if high is None else high
         size = (high - low + 1) * (1 if past else 2) - (not past and low == 0)
         rows.append(((distance >= low) & (distance <= high)) / min(size, n_bins) ** 0.5)
     return torch.stack(rows)
@@ -137,8 +109,7 @@ def shared_directions(x: Tensor, n: int) -> Tensor:
 class Link(NamedTuple):
     """Function from predicted changes to log-rates, limited by the largest count.
 
-    With a gain, changes are counts: ``log(max(rates + gain * delta, floor * rates))``. Without,
-    they are changes of the log-rate: ``log(rates) + delta``.
+    Changes are of the log-rate or, with a gain, of the count, which keeps a share of the rate.
     """
 
     rates: Tensor  # (T, N), or the shape of the changes
@@ -159,79 +130,71 @@ class Link(NamedTuple):
         return ((counts - self.rates) / self.scale).clamp(max=LARGEST_INPUT)
 
 
-Tuned = tuple[float, Link]  # validation score, and the link that reaches it
+def tune(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> tuple[float, Link]:
+    """Choose gain (less for low rates) and floor; returns the score of the predicted changes."""
 
+    def best(links: Iterable[Link]) -> tuple[float, Link]:
+        scored = [(validation_score(link(delta), counts, null), link) for link in links]
+        return max(scored, key=itemgetter(0))
 
-def tune(delta: Tensor, link: Link, counts: Tensor, null: Tensor, linear: bool) -> Tuned:
-    """Score predicted changes; choose gain (less for low rates) and floor of linear ones."""
-
-    def scored(candidate: Link) -> Tuned:
-        return validation_score(candidate(delta), counts, null), candidate
-
-    if not linear:
-        return scored(link)
     mean = null.exp()
-    candidates = [
-        link._replace(gain=strength * mean / (mean + prior * mean.mean()), floor=0.2)
+    gains = [
+        strength * mean / (mean + prior * mean.mean())
         for prior in (0.0, 0.03, 0.1, 0.3, 1.0)
         for strength in (0.6, 0.8, 1.0, 1.25, 1.6)
     ]
-    best = max(map(scored, candidates), key=itemgetter(0))
-    floors = [scored(best[1]._replace(floor=floor)) for floor in (0.05, 0.1, 0.3, 0.5)]
-    return max(best, *floors, key=itemgetter(0))
+    _, link = best(link._replace(gain=gain, floor=0.2) for gain in gains)
+    return best(link._replace(floor=floor) for floor in (0.2, 0.05, 0.1, 0.3, 0.5))
 
 
 class Data:
-    """A session, prepared for fitting.
-
-    Attributes:
-        rates: (T, N) PSTH, counts per bin; ``null`` (N,) log of the mean count per bin.
-        link: with the largest count of a bin in the training trials, the limit of predictions.
-        regions: members of each region; ``alone``, the neurons without a region.
-        counts: "train" or "val" -> (K', T, N); ``inputs``, their residuals.
-    """
+    """A session, prepared for fitting: PSTH ``rates`` (T, N), counts and inputs by part."""
 
     def __init__(self, session: Session, split_seed: int, dtype: torch.dtype) -> None:
         split = session.split(split_seed)
         self.name, self.n_bins, self.n_neurons = session.name, session.n_bins, session.n_neurons
-        self.rates = torch.from_numpy(np.exp(psth(session, split_seed)[0])).to(dtype)
-        self.null = torch.from_numpy(metrics.log_mean(session.counts[split.train])).to(dtype)
-        largest = torch.from_numpy(session.counts[split.train].max(axis=(0, 1)))
+        train, val = (torch.from_numpy(session.counts[part]) for part in split[:2])
+        null = torch.from_numpy(metrics.log_mean(session.counts[split.train]))
+        self.rates, self.null = _psth(train.double(), val.double(), null).to(dtype), null.to(dtype)
         mean = self.null.exp()
         scale = (mean + mean.mean()).sqrt()  # the population mean keeps rare spikes small
-        self.link = Link(self.rates, largest.to(dtype).clamp(min=1), scale)
-        codes = torch.from_numpy(session.region_codes)
-        self.regions = [(codes == c).nonzero()[:, 0] for c in codes[codes >= 0].unique()]
-        self.alone = (codes < 0).nonzero()[:, 0]
-        parts = {"train": split.train, "val": split.val}
-        self.counts = {p: torch.from_numpy(session.counts[i]).to(dtype) for p, i in parts.items()}
+        self.counts = {"train": train.to(dtype), "val": val.to(dtype)}
+        self.link = Link(self.rates, self.counts["train"].amax((0, 1)).clamp(min=1), scale)
         self.inputs = {part: self.link.residuals(c) for part, c in self.counts.items()}
+        codes, places = torch.from_numpy(session.region_codes), torch.arange(session.n_neurons)
+        codes = torch.where(codes < 0, len(codes) + places, codes)  # no region: one of its own
+        self.regions = [places[codes == code] for code in codes.unique()]
+        itself, same = places[:, None] == places, codes[:, None] == codes
+        # Whether the neuron of a column may see the neuron of a row, (N, N):
+        self.visible = {"neuron": ~itself}
+        if session.region_names:
+            self.visible |= {"inter-region": ~same, "intra-region": same & ~itself}
 
-    def visible(self, scheme: str) -> Tensor:
-        """(N, N) bool: whether the neuron of a column may see the neuron of a row."""
-        itself = torch.eye(self.n_neurons, dtype=torch.bool)
-        same = itself.clone()  # a neuron without a region is a region of its own
-        for members in self.regions:
-            same[members[:, None], members] = True
-        return {"neuron": ~itself, "inter-region": ~same, "intra-region": same & ~itself}[scheme]
+
+def _psth(train: Tensor, val: Tensor, null: Tensor) -> Tensor:
+    """Mean counts per bin (T, N), smoothed over time and shrunk to each neuron's mean."""
+    mean, spikes = null.exp(), train.sum((0, 1))
+    bins, tried = torch.arange(train.shape[1]).double(), []
+    for width in SMOOTHING_WIDTHS:
+        kernel = torch.exp(-0.5 * ((bins[:, None] - bins) / max(width, 1e-3)) ** 2)
+        smooth = kernel / kernel.sum(1, keepdim=True) @ train.mean(0)
+        for prior in PRIOR_SPIKES:
+            weight = spikes / (spikes + prior)  # neurons with few spikes are shrunk more
+            log_rates = (mean + weight * (smooth - mean)).log()
+            tried.append((validation_score(log_rates.expand_as(val), val, null), log_rates))
+    return max(tried, key=itemgetter(0))[1].exp()
 
 
 @dataclass
 class Regression:
-    """Fitted map from the visible entries of a trial to log-rates.
+    """Fitted map from the visible entries of a trial to log-rates."""
 
-    Attributes:
-        windows: (L, T, T).
-        weights: (H, N, L, N) from neuron and window to neuron, zero where it may not see the other;
-            one map (H = 1), or if ``causal`` one for each number of bins ahead.
-        bias: (H, N).
-        link: from changes to log-rates.
-    """
-
-    windows: Tensor
-    weights: Tensor
-    bias: Tensor
+    windows: Tensor  # (L, T, T)
+    weights: Tensor  # (H, N, L, N) from neuron and window to neuron; if causal, by bins ahead
+    bias: Tensor  # (H, N)
     link: Link
+    score: float  # bits per spike over the training mean, validation trials
+    chosen: str = ""  # hyperparameters
     causal: bool = False
 
     def __call__(self, counts: Tensor, first: Tensor, neurons: Tensor | None) -> Tensor:
@@ -258,33 +221,37 @@ class Regression:
         return self.link(delta)
 
 
-Found = tuple[str, str, Regression, str, float]  # session, scheme, map, what was chosen, score
+Found = Iterator[tuple[str, str, Regression]]  # session, scheme, map
+Coefficients = tuple[Tensor, Tensor, Tensor]  # own (L, N), population (C L, N), bias (N,)
+Ranked = tuple[float, float, int, list[Regression]]  # mean score, penalty, rank, maps
 
 
-# --------------------------------------------------------------- ridge: neurons from other neurons
+def fit_psth(data: Data) -> Found:
+    """The PSTH, whatever is visible."""
+    counts, n = data.counts["val"], data.n_neurons
+    score = validation_score(data.link(torch.zeros_like(counts)), counts, data.null)
+    windows = counts.new_zeros(0, data.n_bins, data.n_bins)
+    weights, bias = counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n)
+    found = Regression(windows, weights, bias, data.link, score)
+    yield from ((data.name, scheme, found) for scheme in MTM_SCHEMES)
 
 
 def ridge_weights(
     gram: Tensor, cross: Tensor, penalty: float, among: Tensor, groups: Iterable[Tensor]
 ) -> Tensor:
-    """Ridge weights (N L, N) of neurons from each other, without those of their own group; exact.
+    """Ridge weights (N L, N) of neurons ``among`` each other, from F'F and F'Y of features F.
 
-    With A = (F'F + penalty I)^-1 of the features F and w = A F'Y, the weights of a group with the
-    block b of features held at zero are w - A[:, b] A[b, b]^-1 w[b].
-
-    Args:
-        gram, cross: F'F (N L, N L) and F'Y (N L, N).
-        penalty: of the squared weights.
-        among: the neurons to use; the weights of the others are 0.
-        groups: positions in ``among`` of neurons that may not see each other.
+    Those of a group (positions in ``among``) do not see each other. With A = (F'F + penalty I)^-1
+    and w = A F'Y, the weights of a group with the block b of features held at zero are exactly
+    w - A[:, b] A[b, b]^-1 w[b].
     """
-    windows = range(len(gram) // cross.shape[1])
-    used = _columns(among, windows, len(windows))
+    features = torch.arange(len(gram)).view(cross.shape[1], -1)  # (N, L)
+    used = features[among].ravel()
     shifted = gram[used][:, used] + penalty * torch.eye(len(used), dtype=gram.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
     weights = inverse @ cross[used][:, among]
     for members in groups:
-        block = _columns(members, windows, len(windows))
+        block = features[members].ravel()
         shift = torch.linalg.solve(inverse[block][:, block], weights[block][:, members])
         weights[:, members] -= inverse[:, block] @ shift
         weights[block[:, None], members] = 0
@@ -293,50 +260,40 @@ def ridge_weights(
     return whole
 
 
-def _columns(neurons: Tensor, windows: Sequence[int], n_windows: int) -> Tensor:
-    """Columns of the features of some neurons and windows."""
-    return (neurons[:, None] * n_windows + torch.tensor(windows)).ravel()
-
-
-def fit_ridge(data: Data) -> Iterator[Found]:
+def fit_ridge(data: Data) -> Found:
     """One regression for each scheme that the session has regions for, and autoregressions."""
     windows = window_matrices(data.n_bins, AROUND).double()
     gram = cross = torch.zeros(())
     pairs = zip(*(part["train"].split(64) for part in (data.inputs, data.counts)), strict=True)
     for x, counts in pairs:  # the features of all trials could fill the memory
-        features = window_sums(x, windows).flatten(0, 1)
-        gram = gram + features.T @ features
-        cross = cross + features.T @ (counts - data.rates).flatten(0, 1)
+        sums = window_sums(x, windows).flatten(0, 1)
+        gram = gram + sums.T @ sums
+        cross = cross + sums.T @ (counts - data.rates).flatten(0, 1)
+    features = torch.arange(len(gram)).view(data.n_neurons, -1)  # (N, L)
     everyone = torch.arange(data.n_neurons)
-    parts = {"neuron": [(everyone, everyone.split(1))]}  # scheme -> (among, groups) of regressions
-    if data.regions:
-        parts["inter-region"] = [(everyone, (*data.regions, *data.alone.split(1)))]
-        parts["intra-region"] = [(m, torch.arange(len(m)).split(1)) for m in data.regions]
+    parts = {  # (among, groups) of regressions
+        "neuron": [(everyone, everyone.split(1))],
+        "inter-region": [(everyone, data.regions)],
+        "intra-region": [(members, everyone[: len(members)].split(1)) for members in data.regions],
+    }
 
-    def fitted(scheme: str, chosen: Sequence[int], penalty: float) -> tuple[Tuned, Tensor]:
-        columns = _columns(everyone, chosen, len(windows))
-        some = gram[columns][:, columns], cross[columns], penalty
-        weights = torch.stack([ridge_weights(*some, *part) for part in parts[scheme]]).sum(0)
+    def attempt(scheme: str, name: str, penalty: float) -> tuple[float, Regression]:
+        chosen = RIDGE_WINDOWS[name]
+        used = features[:, chosen].ravel()
+        known = gram[used][:, used], cross[used], penalty
+        weights = torch.stack([ridge_weights(*known, *part) for part in parts[scheme]]).sum(0)
         delta = window_sums(data.inputs["val"], windows[chosen]) @ weights
-        return tune(delta, data.link, data.counts["val"], data.null, True), weights
+        score, link = tune(delta, data.link, data.counts["val"], data.null)
+        weights = weights.view(1, data.n_neurons, -1, data.n_neurons)
+        text = f"{name}; penalty {penalty:.3g}; floor {link.floor:g}"
+        bias = torch.zeros_like(weights[:, 0, 0])
+        return score, Regression(windows[chosen], weights, bias, link, score, text)
 
     start = float(data.counts["train"][..., 0].numel())
-    for scheme in parts:
-        tried = {
-            name: search_penalty(partial(lambda *case: fitted(*case)[0][0], scheme, chosen), start)
-            for name, chosen in RIDGE_WINDOWS.items()
-        }
-        name = max(tried, key=tried.__getitem__)
-        (score, link), weights = fitted(scheme, RIDGE_WINDOWS[name], tried[name][1])
-        weights = weights.view(1, data.n_neurons, -1, data.n_neurons)
-        no_bias = torch.zeros_like(weights[:, 0, 0])
-        found = Regression(windows[RIDGE_WINDOWS[name]], weights, no_bias, link)
-        text = f"{name}; penalty {tried[name][1]:.3g}; floor {link.floor:g}"
-        yield data.name, scheme, found, text, score
-    yield fit_forward(data, linear=True)
-
-
-# -------------------------------------------------------- low-rank GLM: neurons from other neurons
+    for scheme in data.visible:
+        tried = [search_penalty(partial(attempt, scheme, name), start) for name in RIDGE_WINDOWS]
+        yield data.name, scheme, max(tried, key=itemgetter(0))[1]
+    yield data.name, "causal", fit_forward(data, ridge_regression)
 
 
 class LowRank:
@@ -355,19 +312,16 @@ class LowRank:
         self.gain = (mean.mean() / (mean + 0.1 * mean.mean())).sqrt()
         self.inputs, self.outputs = torch.zeros(n, rank), torch.zeros(rank, n)
         self.bias = torch.zeros(n)
-        for members in data.regions if scheme == "intra-region" else [torch.arange(n)]:
+        self.together = [members for members in data.regions if len(members) > 1]
+        self.alone = torch.cat([torch.arange(0), *(m for m in data.regions if len(m) == 1)])
+        for members in self.together if scheme == "intra-region" else [torch.arange(n)]:
             x = data.inputs["train"][..., members]  # two filters for each of the directions
-            directions = shared_directions(x, rank // 2).repeat_interleave(2, 1)
+            directions = shared_directions(x, (rank + 1) // 2).repeat_interleave(2, 1)[:, :rank]
             self.inputs[members, : directions.shape[1]] = 0.1 * directions
-        self.parameters = [self.inputs, self.outputs, self.bias]
-        for parameter in self.parameters:
-            parameter.requires_grad_()
+        self.parameters = [p.requires_grad_() for p in (self.inputs, self.outputs, self.bias)]
 
     def delta(self, x: Tensor) -> Tensor:
-        """Change of all log-rates (K, T, N), from residuals (K, T, N).
-
-        A neuron's contribution to itself, or its region's, is computed apart and subtracted.
-        """
+        """Change of all log-rates (K, T, N), from residuals (K, T, N)."""
         outputs = self.outputs * self.gain
         filters = torch.einsum("lts,lr->rts", self.windows, self.filters / self.filters.norm(dim=0))
 
@@ -382,20 +336,19 @@ class LowRank:
 
         everyone = torch.arange(x.shape[-1])
         if self.scheme != "neuron":
-            order = torch.cat([*self.data.regions, self.data.alone]).argsort()
-            parts = [*map(within, self.data.regions), itself(self.data.alone)]
+            order = torch.cat([*self.together, self.alone]).argsort()
+            parts = [*map(within, self.together), itself(self.alone)]
             region = torch.cat(parts, -1)[..., order]
+        # What a neuron adds to itself, or to its region, is computed apart and subtracted.
         seen = region if self.scheme == "intra-region" else within(everyone)
         unseen = region if self.scheme == "inter-region" else itself(everyone)
         return seen - unseen + self.bias * self.gain
 
     def loss(self, penalty: float) -> Tensor:
-        """Negative log-likelihood of the training trials and penalty.
-
-        Above the largest count, the rate continues as a linear function of its logarithm, so that
-        no step of a line search has an infinite loss.
-        """
+        """Negative log-likelihood of the training trials and penalty."""
         log_rates = self.data.rates.log() + self.delta(self.data.inputs["train"])
+        # Above the largest count, the rate continues as a linear function of its logarithm, so that
+        # no step of a line search has an infinite loss.
         bounded = torch.minimum(log_rates, self.data.link.largest.log())
         rates = torch.dot(bounded.exp().ravel(), (log_rates - bounded + 1).ravel())
         nll = rates - torch.dot(self.data.counts["train"].ravel(), log_rates.ravel())
@@ -403,16 +356,15 @@ class LowRank:
         return nll.double() + penalty / 2 * squares.double()
 
     @torch.no_grad()
-    def fitted(self) -> tuple[float, Regression]:
-        """Validation score, and the map as a matrix from neuron to neuron."""
-        data = self.data
+    def fitted(self, chosen: str) -> Regression:
+        """The map as a matrix from neuron to neuron."""
+        data, bias = self.data, (self.bias * self.gain)[None]
         log_rates = data.link(self.delta(data.inputs["val"]))
         score = validation_score(log_rates, data.counts["val"], data.null)
         filters, outputs = self.filters / self.filters.norm(dim=0), self.outputs * self.gain
         weights = torch.einsum("mr,lr,rn->mln", self.inputs, filters, outputs)
-        weights = weights * data.visible(self.scheme)[:, None]
-        bias = (self.bias * self.gain)[None]
-        return score, Regression(self.windows, weights[None], bias, data.link)
+        weights = weights * data.visible[self.scheme][:, None]
+        return Regression(self.windows, weights[None], bias, data.link, score, chosen)
 
 
 def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], **options: Any) -> None:
@@ -428,10 +380,7 @@ def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], **options: A
     optimizer.step(closure)
 
 
-RankFound = tuple[float, float, list[tuple[float, Regression]]]  # mean score, penalty, of each
-
-
-def _fit_rank(sessions: Sequence[Data], scheme: str, rank: int, penalty: float) -> RankFound:
+def _fit_rank(sessions: Sequence[Data], scheme: str, rank: int, penalty: float) -> Ranked:
     """Fit sessions together; halve the penalty, from one solution to the next, until it is worse.
 
     Where the first penalty was the best, start again with a stronger one.
@@ -441,7 +390,7 @@ def _fit_rank(sessions: Sequence[Data], scheme: str, rank: int, penalty: float) 
     filters[-1, 1::2] += 1  # half with the whole trial
     models = [LowRank(data, scheme, filters.requires_grad_()) for data in sessions]
     parameters = [filters, *(p for model in models for p in model.parameters)]
-    best: RankFound = (-np.inf, penalty, [])
+    best: Ranked = (-np.inf, penalty, rank, [])
     first = penalty
 
     def loss() -> Tensor:
@@ -449,43 +398,34 @@ def _fit_rank(sessions: Sequence[Data], scheme: str, rank: int, penalty: float) 
 
     while penalty > 0.1:
         _minimise(parameters, loss, max_iter=LBFGS_STEPS, history_size=10)
-        found = [model.fitted() for model in models]
-        mean = float(np.mean([score for score, _ in found]))
+        found = [model.fitted(f"rank {rank}; penalty {penalty:g}") for model in models]
+        mean = float(np.mean([each.score for each in found]))
         if mean < best[0] + 1e-4:
             break
-        best, penalty = (mean, penalty, found), penalty / 2
+        best, penalty = (mean, penalty, rank, found), penalty / 2
     if best[1] == first < 1e5:
         best = max(best, _fit_rank(sessions, scheme, rank, 4 * first), key=itemgetter(0))
     return best
 
 
-def fit_low_rank(
-    data: Data | Sequence[Data], ranks: Sequence[int] | None = None
-) -> Iterator[Found]:
+def fit_low_rank(*sessions: Data, ranks: Sequence[int] | None = None) -> Found:
     """Regressions of sessions that share filters, and an autoregression of each session.
 
     The rank is chosen for the scheme "neuron".
     """
-    sessions, ranks = [data] if isinstance(data, Data) else data, ranks or RANKS
-    if min(ranks) < 2:  # two filters for each direction
-        raise ValueError(f"ranks must be 2 or more, got {ranks}")
+    ranks = ranks or RANKS
     spikes = sum(float(data.counts["train"].sum()) for data in sessions)
     penalty = 2.0 ** round(np.log2(2 * max(spikes, 1) ** 0.5))
-    with_regions = [data for data in sessions if data.regions]
-    for scheme in ("neuron", "inter-region", "intra-region")[: 3 if with_regions else 1]:
-        some, tried = sessions if scheme == "neuron" else with_regions, []
+    for scheme in max((data.visible for data in sessions), key=len):
+        some, tried = [data for data in sessions if scheme in data.visible], []
         for rank in ranks:
-            tried.append((_fit_rank(some, scheme, rank, penalty), rank))
-            penalty = 2 * tried[-1][0][1]
-        (_, best, fitted), rank = max(tried, key=lambda one: one[0][0])
-        ranks = (rank,)
-        for data, (score, found) in zip(some, fitted, strict=True):
-            yield data.name, scheme, found, f"rank {rank}; penalty {best:g}", score
+            tried.append(_fit_rank(some, scheme, rank, penalty))
+            penalty = 2 * tried[-1][1]
+        _, _, best, maps = max(tried, key=itemgetter(0))
+        ranks = (best,)
+        yield from ((data.name, scheme, found) for data, found in zip(some, maps, strict=True))
     for data in sessions:
-        yield fit_forward(data, linear=False)
-
-
-# ------------------------------------------------- forward prediction: neurons from their own past
+        yield data.name, "causal", fit_forward(data, poisson_regression)
 
 
 class Past(NamedTuple):
@@ -514,9 +454,6 @@ class Past(NamedTuple):
         return delta
 
 
-Coefficients = tuple[Tensor, Tensor, Tensor]  # own (L, N), population (C L, N), bias (N,)
-
-
 def ridge_regression(past: Past, penalty: float) -> Coefficients:
     """Ridge regression of counts minus rates, by the normal equations of each neuron."""
     own, shared, residual = past.own, past.population, past.counts - past.rates
@@ -535,8 +472,7 @@ def ridge_regression(past: Past, penalty: float) -> Coefficients:
 def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficients:
     """Poisson regressions of all neurons at once, with log-rate = log(rates) + inputs.
 
-    Minimises the negative log-likelihood plus penalty / 2 times the squared weights, without the
-    bias; a convex problem.
+    Minimises the negative log-likelihood plus penalty / 2 times the squared weights.
     """
     ones = torch.ones_like(past.own[0, :1])
     power = [past.own.square().mean(1), past.population.square().mean(0)[:, None] * ones, ones]
@@ -560,27 +496,27 @@ def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficie
     return coefficients()
 
 
-def fit_forward(data: Data, linear: bool) -> Found:
-    """Ridge (``linear``) or Poisson regressions, one for each number of bins ahead.
+def fit_forward(data: Data, solve: Callable[[Past, float], Coefficients]) -> Regression:
+    """Ridge or Poisson regressions, one for each number of bins ahead.
 
     Components and penalty are chosen for the middle horizon and used for all.
     """
-    solve = ridge_regression if linear else poisson_regression
     start, stop = forward_bins(data.n_bins)
     horizons = range(1, 1 + max(1, min(stop - start, data.n_bins - 1)))
-    middle = (len(horizons) + 1) // 2
     directions = shared_directions(data.inputs["train"], max(COMPONENTS))
 
-    def tuned(train: Past, val: Past, penalty: float) -> Tuned:
+    def attempt(components: Tensor, train: Past, val: Past, penalty: float) -> tuple[Any, ...]:
         delta, link = val.predict(*solve(train, penalty)), data.link._replace(rates=val.rates)
-        return tune(delta, link, val.counts, data.null, linear)
+        if solve is ridge_regression:
+            return *tune(delta, link, val.counts, data.null), penalty, components
+        return validation_score(link(delta), val.counts, data.null), link, penalty, components
 
     tried = []
-    for n in COMPONENTS:
-        train, val = (Past.of(data, part, directions[:, :n], middle) for part in ("train", "val"))
-        best = search_penalty(partial(lambda *case: tuned(*case)[0], train, val), 300.0)
-        tried.append((*best, tuned(train, val, best[1])[1], directions[:, :n]))
-    score, penalty, link, components = max(tried, key=itemgetter(0))
+    for components in (directions[:, :n] for n in COMPONENTS):
+        middle = components, (len(horizons) + 1) // 2
+        train, val = (Past.of(data, part, *middle) for part in ("train", "val"))
+        tried.append(search_penalty(partial(attempt, components, train, val), 300.0))
+    score, link, penalty, components = max(tried, key=itemgetter(0))
     maps, biases = [], []
     for horizon in horizons:
         own, population, bias = solve(Past.of(data, "train", components, horizon), penalty)
@@ -591,56 +527,42 @@ def fit_forward(data: Data, linear: bool) -> Found:
         biases.append(bias)
     windows = window_matrices(data.n_bins, PAST, past=True).to(own)
     link = link._replace(rates=data.rates)
-    found = Regression(windows, torch.stack(maps), torch.stack(biases), link, causal=True)
     text = f"{components.shape[1]} components of the population; penalty {penalty:.3g}"
-    return data.name, "causal", found, text, score
-
-
-# ------------------------------------------------------------------------------- the predictors
-
-
-def fit_psth(data: Data) -> Iterator[Found]:
-    """The :func:`psth` of a session, whatever is visible."""
-    counts, n = data.counts["val"], data.n_neurons
-    score = validation_score(data.link(torch.zeros_like(counts)), counts, data.null)
-    windows = counts.new_zeros(0, data.n_bins, data.n_bins)
-    found = Regression(windows, counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n), data.link)
-    for scheme in MTM_SCHEMES:
-        yield data.name, scheme, found, "", score
+    return Regression(windows, torch.stack(maps), torch.stack(biases), link, score, text, True)
 
 
 class Baseline:
-    """A fitted PSTH or regression: one map for each session and masking scheme.
+    """A fitted PSTH or regression: one of ``maps`` for each session and masking scheme.
 
-    Arguments are those of :func:`fit_baseline`.
-
-    Attributes:
-        seen: session -> fingerprints of its training trials, which evaluation refuses to score.
-        maps: (session, scheme) -> fitted map.
-        chosen: (session, scheme) -> chosen hyperparameters and their validation score.
-        schemes: the masking schemes that it can predict, for at least one session.
+    ``seen`` has the fingerprints of its training trials, which evaluation refuses to score.
     """
 
     def __init__(
-        self, name: str, sessions: Session | Sequence[Session], split_seed: int = 0, **settings: Any
+        self,
+        name: str,
+        solve: Callable[..., Found],
+        dtype: torch.dtype,
+        sessions: Session | Sequence[Session],
+        split_seed: int = 0,
+        together: bool = False,
+        **settings: Any,
     ) -> None:
         sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
         require_alike(sessions)
         self.name, self.split_seed, self.bin_size = name, split_seed, sessions[0].bin_size
         self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
-        self.maps: dict[tuple[str, str], Regression] = {}
-        self.chosen: dict[tuple[str, str], tuple[str, float]] = {}
-        solve, together, dtype = REGRESSIONS[name]
         data = [Data(session, split_seed, dtype) for session in sessions]
-        for group in [data] if together else data:
-            for session, scheme, found, text, score in solve(group, **settings):
-                self.maps[session, scheme], self.chosen[session, scheme] = found, (text, score)
+        self.maps: dict[tuple[str, str], Regression] = {
+            (session, scheme): found
+            for group in ([data] if together else [[each] for each in data])
+            for session, scheme, found in solve(*group, **settings)
+        }
         self.schemes = tuple(dict.fromkeys(scheme for _, scheme in self.maps))
 
     def __repr__(self) -> str:
         lines = [f"{self.name}; bits per spike over the training mean, validation trials"]
-        for (session, scheme), (text, score) in self.chosen.items():
-            lines.append(f"  {session}  {scheme:<12}  {score:6.3f}  {text}")
+        for (session, scheme), found in self.maps.items():
+            lines.append(f"  {session}  {scheme:<12}  {found.score:6.3f}  {found.chosen}")
         return "\n".join(lines)
 
     @torch.no_grad()
@@ -649,18 +571,12 @@ class Baseline:
     ) -> Tensor:
         """Log-rates (B, T, N), in counts per bin; with ``neurons`` (B,), one a trial: (B, T).
 
-        Args:
-            counts: (B, T, N); hidden entries are set to 0.
-            scheme: "causal" predicts each bin from those before it and before the first that is
-                hidden in all neurons; the others predict each neuron from those they leave visible.
-            mask: which entries are hidden.
-            session: name of a session it was fitted on.
-            neurons: (B,) index of one neuron for each trial.
+        The scheme "causal" predicts each bin from those before it and before the first that is
+        hidden in all neurons; the others predict each neuron from those they leave visible.
         """
         if (session, scheme) not in self.maps:
-            known = ", ".join(f"{scheme} of {name}" for name, scheme in self.maps)
-            what = f"not fitted on session {session!r}, scheme {scheme!r}; it predicts: {known}"
-            raise ValueError(f"{self.name} was {what}")
+            what = f"not fitted on session {session!r}, scheme {scheme!r}"
+            raise ValueError(f"{self.name} was {what}; it predicts {list(self.maps)}")
         hidden = mask.hidden.all(-1)  # (B, T): bins that are hidden in all neurons
         first = torch.where(hidden.any(1), hidden.int().argmax(1), counts.shape[1])
         visible = counts.masked_fill(mask.hidden, 0)
@@ -676,53 +592,46 @@ def temporal_ndt1(
     *,
     tokenizer: str = "ndt1",
     scheme: str = "temporal",
+    folder: str | Path | None = None,
     **changes: Any,
 ) -> Fit:
     """Transformer trained with temporal masking only, the paper's first baseline.
 
-    Args:
-        sessions, split_seed: see :class:`Baseline`.
-        ratios: shares of the bins to hide, with a model for each; the model with the best mean over
-            the activity tasks in the validation trials is returned.
-        depth: see :meth:`mtm.MtMConfig.from_depth`.
-        tokenizer, scheme: "ndt2" and "random-token" are the paper's second baseline.
-        **changes: settings of :func:`mtm.fit`. In ``folder``, the returned model is saved, and the
-            run of each ratio has a folder of its own, such as ``temporal-0.3``.
+    With "ndt2" and "random-token", it is the second. Of the models of all ``ratios`` (shares that
+    are hidden), the one with the best mean over the activity tasks in the validation trials is
+    returned, and saved in ``folder`` beside the folders of all runs. ``changes`` are settings of
+    :func:`mtm.fit`.
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
-    folder = changes.pop("folder", None)
     config = MtMConfig.published(depth, tokenizer=tokenizer)
     settings = {**SETTINGS, "schemes": (scheme,), "prompt": False, "split_seed": split_seed}
     runs = []
     for ratio in ratios:
-        place = Path(folder) / f"{scheme}-{ratio:g}" if folder else None
-        changes["ratios"] = {scheme: ratio}
-        run, scores = fit(sessions, config, **settings | changes, folder=place), []
+        changes |= {"ratios": {scheme: ratio}}
+        changes |= {"folder": Path(folder) / f"{scheme}-{ratio:g}"} if folder else {}
+        run, scores = fit(sessions, config, **settings | changes), [0.0]
         for session in sessions if len(ratios) > 1 else ():
             tasks = [t for t in TASKS if session.region_names or not t.endswith("region")]
             report = evaluate(run, session, tasks=tasks, trials=session.split(split_seed).val)
             scores += [s.mean("bits_per_spike_train_null") for s in report.tasks.values()]
-        runs.append((float(np.mean(scores or [0.0])), run))
+        runs.append((sum(scores), run))  # as many scores for each ratio
     best = max(runs, key=itemgetter(0))[1]
     if folder:
         save(best, folder)
     return best
 
 
-REGRESSIONS: dict[str, tuple[Callable[..., Iterator[Found]], bool, torch.dtype]] = {
-    "PSTH": (fit_psth, False, torch.float64),
-    "ridge": (fit_ridge, False, torch.float64),
-    "low-rank GLM": (fit_low_rank, False, torch.float32),
-    "reduced-rank regression": (fit_low_rank, True, torch.float32),
-}
-"""Name -> function of a session, or of all of them together (True), and precision of the fit."""
-
+# Name -> function of (sessions, split_seed=0, ...) that returns a fitted predictor.
 BASELINES: dict[str, Callable[..., Any]] = {
-    **{name: partial(Baseline, name) for name in REGRESSIONS},
+    "PSTH": partial(Baseline, "PSTH", fit_psth, torch.float64),
+    "ridge": partial(Baseline, "ridge", fit_ridge, torch.float64),
+    "low-rank GLM": partial(Baseline, "low-rank GLM", fit_low_rank, torch.float32),
+    "reduced-rank regression": partial(
+        Baseline, "reduced-rank regression", fit_low_rank, torch.float32, together=True
+    ),
     "temporal NDT1": temporal_ndt1,
     "random-token NDT2": partial(temporal_ndt1, tokenizer="ndt2", scheme="random-token"),
 }
-"""Name -> function of (sessions, split_seed=0, ...) that returns a fitted predictor."""
 
 
 def fit_baseline(name: str, sessions: Session | Sequence[Session], **settings: Any) -> Any:
@@ -731,8 +640,8 @@ def fit_baseline(name: str, sessions: Session | Sequence[Session], **settings: A
     Args:
         name: one of :data:`BASELINES`.
         sessions: one, or several with distinct names and the same bins.
-        **settings: ``split_seed``; ``ranks`` (each 2 or more) of the low-rank GLMs; of the
-            transformers ``ratios``, ``depth`` and the settings of :func:`mtm.fit`.
+        **settings: ``split_seed``; ``ranks`` of the low-rank GLMs; of the transformers ``ratios``,
+            ``depth`` and the settings of :func:`mtm.fit`.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
