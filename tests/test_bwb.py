@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("h5py")
 import h5py  # noqa: E402
-from bwb_files import LAB, REGIONS, SUBJECT, held_out, write_session  # noqa: E402
+from bwb_files import REGIONS, SUBJECT, held_out, write_session  # noqa: E402
 
 from mtm import bwb  # noqa: E402
 from mtm.session import SessionError  # noqa: E402
@@ -86,10 +86,9 @@ def test_what_was_written_is_read(tmp_path, strings, regime):
         if regime == "eval":
             np.testing.assert_array_equal(session.neurons[flag], held_out(units["id"], part))
             assert session.neurons[flag].dtype == bool and session.neurons[flag].sum() == 1
-    origin = session.provenance
-    assert (origin["lab"], origin["derived_version"]) == (LAB, "0.1.0")
-    assert (origin["unit_filtering"], origin["subject"]) == ("selected_units", SUBJECT)
-    assert (origin["file"], origin["absent"]) == ("any name.h5", [])
+    expected = {"unit_filtering": "selected_units", "subject": SUBJECT, "derived_version": "0.1.0"}
+    expected |= {"file": "any name.h5", "absent": []}
+    assert expected.items() <= session.provenance.items()
 
 
 def test_behaviours_of_trials(written):
@@ -249,15 +248,15 @@ def test_windows_are_the_benchmarks_to_the_last_bit(written, part):
 
 def test_windows_as_trials(written):
     path, made = written
-    session = bwb.load_session(path, align="ts2", stride=0.5)
+    session = bwb.load_session(path, align="ts2")
     starts = session.behaviour["event-time"]
     assert session.window == (0.0, 1.0) and session.counts.shape[1] == 50
     for part, trials in session.given_split._asdict().items():
-        np.testing.assert_array_equal(starts[trials], windows(made, part, 0.5))
+        np.testing.assert_array_equal(starts[trials], windows(made, part, 1.0))
     assert sum(map(len, session.given_split)) == session.n_trials
     np.testing.assert_array_equal(session.counts, counted(made, starts, 1.0))
     picked = session.select(session.given_split.test[:7])
-    assert picked.behaviour["event-time"].tolist() == windows(made, "test", 0.5)[:7].tolist()
+    assert picked.behaviour["event-time"].tolist() == windows(made, "test", 1.0)[:7].tolist()
     longer = bwb.load_session(path, align="ts2", window=(0, 2.0), bin_size=0.04)
     assert longer.counts.shape[1] == 50 and 0 < longer.n_trials < session.n_trials
 
@@ -318,7 +317,7 @@ def test_truncated_and_foreign_files(small, tmp_path):
     path.unlink()
     with h5py.File(path, "w") as file:
         file["data"] = np.arange(3)
-    with pytest.raises(SessionError, match="cannot be read .*download it again"):
+    with pytest.raises(SessionError, match="not in the file; download it again"):
         bwb.ts2_windows(path, "test")
     with pytest.raises(SessionError, match="gone.h5: no such file; bwb.download fetches it"):
         bwb.load_session(tmp_path / "gone.h5")
@@ -339,7 +338,7 @@ EDITS = {
 }
 OPTIONS = [
     {},
-    {"align": "ts2", "stride": 0.1},
+    {"align": "ts2"},
     {"align": "movement_onset_time", "window": (-1, 0), "split": "ts1", "trial_filter": "valid"},
     {"align": [30.0, 31.0, np.nan], "atlas": None, "split": None, "bin_size": 0.1},
 ]
@@ -370,9 +369,8 @@ def test_damaged_files_give_a_session_or_a_session_error(small, name, edit, opti
     [
         ({"atlas": "Swanson"}, "atlas is one of"),
         ({"split": "ts3"}, "split of"),
-        ({"trial_filter": "good"}, "trial_filter: must be"),
+        ({"trial_filter": "good"}, "trial_filter is None"),
         ({"align": "ts2", "window": (-1.0, 1.0)}, "a window that starts at 0"),
-        ({"align": "ts2", "stride": 0.0}, "a stride above 0"),
         ({"window": (0.0, 0.999)}, "holds 49.95 bins"),
     ],
 )
