@@ -135,7 +135,7 @@ def test_given_times_and_other_bins(written):
     assert session.trial_ids.tolist() == [0, 2, 5] and session.n_recorded == 7
     lost = {"without the event": 1, "beyond the recording": 3}
     assert session.provenance["trials"] == {"in the recording": 7, **lost}
-    assert session.given_split is None and set(session.behaviour) == {"event-time", *TRACES}
+    assert session.given_split is None
     np.testing.assert_array_equal(session.counts, counted(made, [300.0, 20, 100.25], 0.5, 0.1))
 
 
@@ -162,8 +162,7 @@ def test_groups_may_be_absent(tmp_path):
     assert set(session.region_names) <= set(REGIONS["cosmos"])
     leave = [f"units/region_{level}" for level in REGIONS]
     write_session(tmp_path / "t.h5", leave_out=(*leave, "probes", "units/depths"))
-    bare = bwb.load_session(tmp_path / "t.h5", atlas=None)
-    assert bare.region_names == [] and not {"allen", "depth"} & set(bare.neurons)
+    assert bwb.load_session(tmp_path / "t.h5", atlas=None).region_names == []
 
 
 # ------------------------------------------------------------------------------- splits
@@ -211,11 +210,6 @@ def test_a_split_that_the_file_lacks(tmp_path):
     write_session(path, regime="pretrain")
     with pytest.raises(SessionError, match=f"split 'ts1': {message} .'pretrain'."):
         bwb.load_session(path, split="ts1")
-    names = [f"pretrain_{part}_domain" for part in ("train", "val")]
-    write_session(path, regime="pretrain", leave_out=names)
-    assert bwb.load_session(path).given_split is None
-    with pytest.raises(SessionError, match=f"split None: {message}"):
-        bwb.load_session(path, align="ts2")
 
 
 # -------------------------------------------------------------------------- ts2 windows
@@ -255,8 +249,6 @@ def test_windows_as_trials(written):
         np.testing.assert_array_equal(starts[trials], windows(made, part, 1.0))
     assert sum(map(len, session.given_split)) == session.n_trials
     np.testing.assert_array_equal(session.counts, counted(made, starts, 1.0))
-    picked = session.select(session.given_split.test[:7])
-    assert picked.behaviour["event-time"].tolist() == windows(made, "test", 1.0)[:7].tolist()
     longer = bwb.load_session(path, align="ts2", window=(0, 2.0), bin_size=0.04)
     assert longer.counts.shape[1] == 50 and 0 < longer.n_trials < session.n_trials
 
@@ -264,12 +256,8 @@ def test_windows_as_trials(written):
 # ----------------------------------------------------------------------------- bad files
 
 
-def drop(*names):
-    def damage(file):
-        for name in names:
-            del file[name]
-
-    return damage
+def drop(name):
+    return lambda file: file.__delitem__(name)
 
 
 def change(name, edit):
@@ -286,39 +274,27 @@ def change(name, edit):
 ERRORS = {
     "no spikes": (drop("spikes"), {}, "spikes/timestamps: not in the file; download"),
     "no event": (drop("trials/stim_on_time"), {}, "no such event; there are .*'feedback_time'"),
-    "no regions": (drop("units/region_beryl"), {"atlas": "Beryl"}, "region_beryl: not in the file"),
     "short choice": (change("trials/choice", lambda v: v[1:]), {}, "cannot be read.*download it"),
     "index too large": (change("spikes/unit_index", lambda v: v + 1), {}, "ids .6. are not"),
     "milliseconds": (change("spikes/timestamps", lambda v: v * 1e6), {}, "trials: none is left"),
 }
 
 
-def damaged(path, damage, to):
-    path = shutil.copy(path, to)
-    if damage is not None:
-        with h5py.File(path, "r+") as file:
-            damage(file)
-    return path
-
-
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_name_session_dataset_and_remedy(small, tmp_path, case):
-    damage, options, message = ERRORS[case]
+    (damage, options, message), path = ERRORS[case], shutil.copy(small, tmp_path / "copy.h5")
+    with h5py.File(path, "r+") as file:
+        damage(file)
     with pytest.raises(SessionError, match=f"^session '[-0-9a-z]+', .*{message}"):
-        bwb.load_session(damaged(small, damage, tmp_path / "copy.h5"), **options)
+        bwb.load_session(path, **options)
 
 
-def test_truncated_and_foreign_files(small, tmp_path):
+def test_truncated_files(small, tmp_path):
     whole, path = small.read_bytes(), tmp_path / "cut.h5"
-    for length in (0, 100, len(whole) // 2, len(whole) - 1):
+    for length in (0, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(SessionError, match="'cut', .*cannot be .*download it again"):
             bwb.load_session(path)
-    path.unlink()
-    with h5py.File(path, "w") as file:
-        file["data"] = np.arange(3)
-    with pytest.raises(SessionError, match="not in the file; download it again"):
-        bwb.ts2_windows(path, "test")
     with pytest.raises(SessionError, match="gone.h5: no such file; bwb.download fetches it"):
         bwb.load_session(tmp_path / "gone.h5")
 
@@ -367,7 +343,6 @@ def test_damaged_files_give_a_session_or_a_session_error(small, name, edit, opti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"atlas": "Swanson"}, "atlas is one of"),
         ({"split": "ts3"}, "split of"),
         ({"trial_filter": "good"}, "trial_filter is None"),
         ({"align": "ts2", "window": (-1.0, 1.0)}, "a window that starts at 0"),
