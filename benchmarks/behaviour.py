@@ -9,7 +9,6 @@ trials; scores are of the test trials. Results: results/behaviour.json and .md.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import common
@@ -40,10 +39,7 @@ def scores_of(session: mtm.Session, model: mtm.MtM) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Read the command line, run, write the tables."""
-    arguments = common.parser(__doc__, "behaviour")
-    arguments.add_argument("folder", type=Path)
-    arguments.add_argument("--recordings", nargs="*", default=[])
-    options = arguments.parse_args()
+    options = common.parser(__doc__, "behaviour").parse_args()
     rows = []
     sessions = common.recordings(options.folder, options.recordings)
     for session in sessions:

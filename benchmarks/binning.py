@@ -1,74 +1,64 @@
-"""Time and memory of `mtm.binning.bin_spikes` beside loops over trials.
+"""Time and memory of `mtm.binning.bin_spikes` beside a loop over trials and the memory's floor.
 
-    python benchmarks/binning.py
-    python benchmarks/binning.py --spikes 1_000_000 --trials 100 --neurons 200 --json small.json
+    python benchmarks/binning.py [--spikes 20_000_000] [--trials 600] [--neurons 600]
 
 A synthetic recording on a 30 kHz clock: one trial every 4 s, binned from -0.5 to 1.5 s around its
-event in 20 ms bins, so that half of the spikes lie outside every window. `bin_spikes` runs in a
-process of its own, whose peak memory is thus its own, and its time is the median of --repeats. A
-loop over trials, with a slice of the sorted spikes for each, runs afterwards on as many trials as
-fit --loop-seconds, and must give the same counts.
+event in 20 ms bins, so that half of the spikes lie outside every window. Times are medians of five.
+A loop over trials, with a slice of the sorted spikes for each, runs afterwards on as many trials as
+it manages in two minutes, and must give the same counts.
 """
 
 import argparse
 import json
-import platform
-import tempfile
 import time
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import RESULTS, in_process, machine, peak_bytes, timed, write_json
+from common import RESULTS, machine, timed, write_json
 
 from mtm.binning import bin_spikes, n_bins
 
 CLOCK = 30_000  # ticks a second
 TRIAL_SECONDS = 4.0
 WINDOW, BIN_SIZE = (-0.5, 1.5), 0.02
-FILES = ("spike_times", "spike_neurons", "align_times")
+REPEATS, LOOP_SECONDS = 5, 120.0
 
 
-def make_recording(args: argparse.Namespace, folder: Path) -> None:
-    """Write spike_times (S,), spike_neurons (S,) and align_times (K,) to the folder."""
+def make_recording(spikes: int, trials: int, neurons: int) -> tuple[np.ndarray, ...]:
+    """Spike times (S,), their neurons (S,) and event times (K,)."""
     rng = np.random.default_rng(0)
-    ticks = np.sort(rng.integers(0, int(args.trials * TRIAL_SECONDS * CLOCK), args.spikes))
-    rates = rng.lognormal(0, 1, args.neurons)
-    uniform = rng.random(args.spikes)
-    ids = np.searchsorted(np.cumsum(rates / rates.sum())[:-1], uniform, side="right")
-    jitter = rng.integers(0, CLOCK, args.trials)  # events 1 to 2 s into their trial
-    events = np.arange(args.trials) * int(TRIAL_SECONDS * CLOCK) + CLOCK + jitter
-    arrays = ticks / CLOCK, ids.astype(np.int32), events / CLOCK
-    for name, array in zip(FILES, arrays, strict=True):
-        np.save(folder / f"{name}.npy", array)
+    ticks = np.sort(rng.integers(0, int(trials * TRIAL_SECONDS * CLOCK), spikes))
+    rates = rng.lognormal(0, 1, neurons)
+    ids = np.searchsorted(np.cumsum(rates / rates.sum())[:-1], rng.random(spikes), side="right")
+    jitter = rng.integers(0, CLOCK, trials)  # events 1 to 2 s into their trial
+    events = np.arange(trials) * int(TRIAL_SECONDS * CLOCK) + CLOCK + jitter
+    return ticks / CLOCK, ids.astype(np.int32), events / CLOCK
 
 
-def measure(folder: Path, n_neurons: int, repeats: int) -> dict:
-    """Bin, save the counts, and return seconds and peak bytes."""
-    arrays = [np.load(folder / f"{name}.npy") for name in FILES]
-    loaded, seconds, counts = peak_bytes(), [], None
-    for _ in range(repeats):
-        counts = None  # free the last ones, or the peak would hold two
-        how = {"n_neurons": n_neurons, "window": WINDOW, "bin_size": BIN_SIZE}
-        counts, (wall, _) = timed(lambda how=how: bin_spikes(*arrays, **how), torch.device("cpu"))
-        seconds.append(wall)
-    peak = peak_bytes()
-    np.save(folder / "counts.npy", counts)
-    return {
-        "seconds_all": seconds,
-        "peak_bytes_including_inputs": peak,
-        "peak_bytes_above_inputs": peak - loaded,
+def measure(arrays: tuple[np.ndarray, ...], n_neurons: int) -> tuple[np.ndarray, dict]:
+    """The counts; seconds, and the peak of memory, in a run that is not timed."""
+    act = partial(bin_spikes, *arrays, n_neurons=n_neurons, window=WINDOW, bin_size=BIN_SIZE)
+    seconds = [timed(act, torch.device("cpu"))[1][0] for _ in range(REPEATS)]
+    tracemalloc.start()
+    counts = act()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return counts, {
+        "seconds": float(np.median(seconds)),
+        "peak_bytes_above_inputs": peak,
         "input_bytes": sum(array.nbytes for array in arrays),
         "output_bytes": counts.nbytes,
         "counted_spikes": int(counts.sum(dtype=np.int64)),
     }
 
 
-def measure_loop(folder: Path, n_neurons: int, limit: float) -> dict:
-    """A loop over the first trials, until the limit in seconds is met; checks its counts."""
-    times, neurons, align = (np.load(folder / f"{name}.npy") for name in FILES)
-    counts = np.load(folder / "counts.npy")
-    looped = np.zeros_like(counts)
+def measure_loop(arrays: tuple[np.ndarray, ...], counts: np.ndarray, limit: float) -> dict:
+    """A loop over the first trials, until the limit in seconds is met; checks their counts."""
+    times, neurons, align = arrays
+    looped, n_neurons = np.zeros_like(counts), counts.shape[2]
     bins, snap = n_bins(WINDOW, BIN_SIZE), 1e-6 * BIN_SIZE  # without snap it loses spikes on edges
     begin, done, seconds = time.perf_counter(), 0, 0.0
     while done < len(align) and seconds < limit:
@@ -89,50 +79,25 @@ def bandwidth(n_bytes: int = 400_000_000) -> float:
     return 2 * n_bytes / min(timed(lambda: np.copyto(target, source), cpu)[1][0] for _ in range(3))
 
 
-def benchmark(args: argparse.Namespace, folder: Path) -> dict:
-    """The whole result, as it is written to JSON."""
-    make_recording(args, folder)
-    told = ["--neurons", args.neurons, "--repeats", args.repeats, "--folder", folder]
-    result = in_process(__file__, *told)
-    seconds = float(np.median(result["seconds_all"]))
-    loop = measure_loop(folder, args.neurons, args.loop_seconds)
-    loop["ratio_to_bin_spikes"] = loop["seconds_all_trials"] / seconds
-    rate = bandwidth()
-    floor = (result["input_bytes"] + result["output_bytes"]) / rate  # read and written once
-    sizes = {key: getattr(args, key) for key in ("spikes", "trials", "neurons")}
-    sizes |= {"bins": n_bins(WINDOW, BIN_SIZE), "window_seconds": WINDOW, "bin_seconds": BIN_SIZE}
-    return {
-        "sizes": sizes | {"counted_spikes": result.pop("counted_spikes")},
-        "bin_spikes": {"seconds": seconds, **result},
-        "loop_with_slices": loop,
-        "floor": {
-            "bandwidth_bytes_per_second": rate,
-            "seconds": floor,
-            "ratio_bin_spikes_to_floor": seconds / floor,
-        },
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-    }
-
-
 def main() -> None:
-    """Run the benchmark, or its measurement in a process of its own."""
+    """Run the benchmark, print and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--spikes", type=int, default=20_000_000)
     parser.add_argument("--trials", type=int, default=600)
     parser.add_argument("--neurons", type=int, default=600)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--loop-seconds", type=float, default=120.0)
     parser.add_argument("--json", type=Path, default=RESULTS / "binning.json")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.folder:
-        print(json.dumps(measure(args.folder, args.neurons, args.repeats)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        result = benchmark(args, Path(folder))
+    options = vars(parser.parse_args())
+    path = options.pop("json")
+    arrays = make_recording(**options)
+    counts, found = measure(arrays, options["neurons"])
+    loop = measure_loop(arrays, counts, LOOP_SECONDS)
+    loop["ratio_to_bin_spikes"] = loop["seconds_all_trials"] / found["seconds"]
+    floor = (found["input_bytes"] + found["output_bytes"]) / bandwidth()  # read and written once
+    floor = {"seconds": floor, "ratio_bin_spikes_to_floor": found["seconds"] / floor}
+    result = {"sizes": options, "bin_spikes": found, "loop_with_slices": loop, "floor": floor}
+    result["machine"] = machine()
     print(json.dumps(result, indent=1))
-    write_json(args.json, result)
+    write_json(path, result)
 
 
 if __name__ == "__main__":

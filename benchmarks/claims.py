@@ -1,23 +1,22 @@
 """What the paper claims, tested on recordings: does MtM win, what for, and do other animals help?
 
-    python benchmarks/claims.py FOLDER [--part PART] [--alone NAME ...] [--left-out NAME ...]
+    python benchmarks/claims.py FOLDER [--part PART] [--recordings NAME ...]
 
 FOLDER is that of real_data.py, or the word "simulated". Two parts:
 
 - schemes: on every session alone, MtM, temporal masking (with settings that suit it and the share
   that validation trials choose, see `mtm.baselines`; and with MtM's settings), each of MtM's
   schemes by itself, and MtM without its prompt. Six tasks.
-- animals: one animal after the other is left out entirely. A model learns from 1, 3 and all
-  sessions of the other animals, is fine-tuned to a session of the one left out, and is compared
-  with a model of that session alone. The same with a quarter of that session's training trials,
-  each model with that of two learning rates which suits it. Four tasks.
+- animals: one animal after the other is left out. A model learns from 1, 3 and all sessions of the
+  others, is fine-tuned to a session of the one left out, and is compared with a model of that
+  session alone. The same with a quarter of its training trials, each model with that of two
+  learning rates which suits it. Four tasks.
 
-All with the recipe `mtm`, at depth 1 and with three seeds, on test trials, neurons of at least
-1 Hz. Differences are taken session by session: a claim holds if the 95 % interval of the mean
-difference over sessions (Student's t) lies above 0, and fails if it lies below; else it is open.
-Out come results/claims.json and .md, and the picture book/_assets/claims.png (of simulated animals,
-where the oracle is scored too, claims_simulated). On 2 cores: 8 minutes for each session and seed
-of the first part, 2 hours for the second. On a GPU, --depth 5 has the paper's size.
+Differences are taken session by session, on test trials and neurons of at least 1 Hz: a claim holds
+if the 95 % interval of the mean difference over sessions (Student's t) lies above 0, and fails if
+it lies below; else it is open. Out come results/claims.json and .md, and book/_assets/claims.png
+(claims_simulated of simulated animals, where the oracle is scored too). On 2 cores: 8 minutes for
+each session and seed of the first part, 2 hours for the second.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,12 +82,11 @@ def held_out(sessions: list[mtm.Session]) -> dict[str, list[mtm.Session]]:
     found = {}
     for animal in dict.fromkeys(session.subject for session in sessions):
         [first, *_] = [session for session in sessions if session.subject == animal]
-        others: dict[str, list[mtm.Session]] = {}
+        others = {s.subject: [] for s in sessions if s.subject != animal}
         for session in sessions:
             if session.subject != animal:
-                others.setdefault(session.subject, []).append(session)
-        longest = max(map(len, others.values()))
-        turns = [own[i] for i in range(longest) for own in others.values() if i < len(own)]
+                others[session.subject].append(session)
+        turns = [s for turn in zip_longest(*others.values()) for s in turn if s is not None]
         found[first.name] = turns
     return found
 
@@ -145,47 +143,37 @@ def pretrained(
 def claims() -> dict[str, list[Claim]]:
     """The paper's claims, each as comparisons that can come out either way."""
     own = {scheme: task for task, scheme in TASKS.items()}
-    alone = [f"{scheme} alone" for scheme in MTM_SCHEMES]
-    found = {
+    alone = {f"{scheme} alone": own[scheme] for scheme in MTM_SCHEMES}
+    temporal = ("temporal", "temporal, as MtM")
+    pairs: dict[str, list[tuple[str, str, str]]] = {
         "MtM predicts activity better than temporal masking": [
-            Claim("schemes", "MtM", than, task)
-            for than in ("temporal", "temporal, as MtM")
-            for task in common.FOUR
+            ("MtM", than, task) for than in temporal for task in common.FOUR
         ],
         "MtM decodes behaviour better than temporal masking": [
-            Claim("schemes", "MtM", "temporal", task) for task in DECODING
+            ("MtM", "temporal", task) for task in DECODING
         ],
         "a scheme alone is best at its own task": [
-            Claim("schemes", f"{scheme} alone", other, own[scheme])
-            for scheme in MTM_SCHEMES
-            for other in alone
-            if other != f"{scheme} alone"
+            (one, other, task) for one, task in alone.items() for other in alone if other != one
         ],
         "all schemes together are better than one, where it was not trained": [
-            Claim("schemes", "MtM", f"{scheme} alone", task)
-            for scheme in MTM_SCHEMES
-            for task in common.FOUR
-            if task != own[scheme]
+            ("MtM", one, task) for one, its in alone.items() for task in common.FOUR if task != its
         ],
         "all schemes together are better than one even at its own task": [
-            Claim("schemes", "MtM", f"{scheme} alone", own[scheme]) for scheme in MTM_SCHEMES
+            ("MtM", one, task) for one, task in alone.items()
         ],
-        "the prompt helps": [
-            Claim("schemes", "MtM", "MtM, no prompt", task) for task in (*common.FOUR, *DECODING)
-        ],
-        "other animals help": [
-            Claim("animals", after, ALONE, task) for after in AFTER for task in common.FOUR
-        ],
-        "other animals help where trials are few": [
-            Claim("animals", FEW_AFTER, FEW, task) for task in common.FOUR
-        ],
+        "the prompt helps": [("MtM", "MtM, no prompt", task) for task in (*common.FOUR, *DECODING)],
+        "other animals help": [(after, ALONE, task) for after in AFTER for task in common.FOUR],
+        "other animals help where trials are few": [(FEW_AFTER, FEW, task) for task in common.FOUR],
         "more of them help more": [
-            Claim("animals", more, fewer, task)
-            for fewer, more in pairwise(AFTER)
-            for task in common.FOUR
+            (more, fewer, task) for fewer, more in pairwise(AFTER) for task in common.FOUR
         ],
     }
-    return found
+    return {
+        text: [
+            Claim("animals" if a in (*AFTER, FEW_AFTER) else "schemes", a, b, c) for a, b, c in of
+        ]
+        for text, of in pairs.items()
+    }
 
 
 Scores = dict[str, dict[str, dict[str, list[float]]]]  # session -> method -> task -> seeds' means
@@ -268,18 +256,14 @@ def draw(judged: dict[str, list[tuple[Claim, Mean]]]) -> plt.Figure:
 def main() -> None:
     """Read the command line, run, judge, write."""
     made = common.parser(__doc__, "claims")
-    made.add_argument("folder", type=Path)
     made.add_argument("--part", choices=("schemes", "animals"), help="default: both")
-    made.add_argument("--alone", nargs="*", help="sessions of the part 'schemes'; default all")
-    made.add_argument("--left-out", nargs="*", help="of the part 'animals'; default one an animal")
     options = made.parse_args()
     simulated = options.folder == Path("simulated")
     if simulated:
         sessions = mtm.simulate(5, 120, 48, seed=1, bin_size=0.1)
     else:
         sessions = common.recordings(options.folder, "steinmetz")
-    common.require_known(options.alone, [session.name for session in sessions])
-    common.require_known(options.left_out, list(held_out(sessions)))
+    common.require_known(options.recordings, [session.name for session in sessions])
     scores = measured(sessions, options)
     judged = judge(scores)
     facts = common.described(sessions, options) | {"scores": scores}
@@ -305,13 +289,13 @@ def measured(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[s
     others, models = held_out(sessions), options.work / "pretrained"
     of_animals = {name: animals(others[name], **how, work=models) for name in others}
     parts = {
-        "schemes": (options.alone, dict.fromkeys(by_name, schemes(**how)), None),
-        "animals": (options.left_out, of_animals, common.FOUR),
+        "schemes": (dict.fromkeys(by_name, schemes(**how)), None),
+        "animals": (of_animals, common.FOUR),
     }
     scores: dict[str, Scores] = {}
-    for part, (names, methods, tasks) in parts.items():
+    for part, (methods, tasks) in parts.items():
         scores[part] = {}
-        for name in names or methods:
+        for name in [n for n in methods if n in (options.recordings or methods)]:
             session, rows = by_name[name], methods[name] | truth(sessions)
             if options.part in (None, part):
                 common.run([session], rows, options.seeds, options.work / part, tasks=tasks)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "book/_assets"
 FOUR = tuple(mtm.prediction.TASKS)  # the activity tasks
 ONE_OF_EACH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05", "09_Hench_2017-06-16")  # animal
-NEAR = 0.15  # bits per spike below 0 that a picture always shows
+NEAR = 0.15  # bits per spike below 0 that a picture may always show
 HISTORY = ".history.json"  # of a trained model, beside its report
 CONTROLS = {  # rows of the table that decoders bring along
     "smoothed counts": "smoothed_counts",
@@ -143,7 +144,12 @@ def ibl(path: Path) -> mtm.Session:
 
 
 def recordings(folder: Path, names: Sequence[str] | str = ()) -> list[mtm.Session]:
-    """The named recordings; "steinmetz": all of that folder; default: one an animal, and IBL's."""
+    """The named recordings; "steinmetz": all of that folder; default: one an animal, and IBL's.
+
+    The folder "simulated" stands for three simulated animals.
+    """
+    if folder == Path("simulated"):
+        return mtm.simulate(3, 200, 96, seed=0)
     found = {p.stem: (p, steinmetz) for p in sorted((folder / "steinmetz2019").glob("*.npz"))}
     names = list(found) if names == "steinmetz" else names
     found |= {p.stem: (p, ibl) for p in sorted(folder.glob("ibl_*.npz"))}
@@ -191,6 +197,8 @@ def trained(joint: bool = False, **settings: Any) -> Method:
 def parser(text: str, work: str) -> argparse.ArgumentParser:
     """Options that all studies have."""
     made = argparse.ArgumentParser(description=text.splitlines()[0])
+    made.add_argument("folder", type=Path, help="where the recordings are, or 'simulated'")
+    made.add_argument("--recordings", nargs="*", default=[], help="some of them, by name")
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--depth", type=int, default=1)
     made.add_argument("--epochs", type=int, default=RECIPES["mtm"].epochs)
@@ -229,84 +237,61 @@ def run(
     work: Path,
     part: str = "test",
     tasks: Sequence[str] | None = None,
-) -> dict[str, dict[str, float]]:
-    """Fit and score what is not done yet, on the ``part``'s trials; return the seconds of each.
+) -> None:
+    """Fit and score what is not done yet, on the ``part``'s trials.
 
-    Several processes may share ``work``, with different methods or seeds. After a change of the
-    package, begin with another ``work``.
+    The history of a training run is kept with the first session's report. Several processes may
+    share ``work``, with different methods or seeds. After a change of the package, begin with
+    another ``work``.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    log = work / "seconds.json"
-    known = json.loads(log.read_text()) if log.exists() else {}
-    for seed in seeds:
-        for name, method in chosen.items():
-            if seed != seeds[0] and not method.seeded:
+    for seed, (name, method) in product(seeds, chosen.items()):
+        if seed != seeds[0] and not method.seeded:
+            continue
+        for group in groups(method, sessions):
+            paths = kept(work, name, method, group, seed)
+            if all(path.exists() for path in paths):
                 continue
-            for group in groups(method, sessions):
-                paths = kept(work, name, method, group, seed)
-                if not all(path.exists() for path in paths):
-                    key = f"{name}, {'+'.join(s.name for s in group)}, seed {seed}"
-                    known[key] = score(key, method, group, seed, paths, part, tasks)
-                    log.write_text(json.dumps(known, indent=1))
-    return known
-
-
-def score(
-    key: str,
-    method: Method,
-    group: list[mtm.Session],
-    seed: int,
-    paths: list[Path],
-    part: str,
-    tasks: Sequence[str] | None,
-) -> dict[str, float]:
-    """Make a predictor and keep its report on each session; return seconds.
-
-    The history of a training run is kept with the first session's report.
-    """
-    start = time.perf_counter()
-    predictor = method.make(group, seed)
-    seconds = {"fit": round(time.perf_counter() - start, 1)}
-    if isinstance(predictor, mtm.Fit):
-        write_json(paths[0].with_suffix(HISTORY), predictor.to_dict())
-    for session, path in zip(group, paths, strict=True):
-        start = time.perf_counter()
-        trials = getattr(session.split(), part)
-        how = {"tasks": tasks, "trials": trials, "neurons": busy(session)}
-        report = mtm.evaluate(predictor, session, **how)
-        seconds[session.name] = round(time.perf_counter() - start, 1)
-        report.to_json(path)
-        print(f"{key}: {seconds}\n{mtm.score_table({session.name: report})}", flush=True)
-    return seconds
+            predictor = method.make(group, seed)
+            if isinstance(predictor, mtm.Fit):
+                write_json(paths[0].with_suffix(HISTORY), predictor.to_dict())
+            for session, path in zip(group, paths, strict=True):
+                trials, neurons = getattr(session.split(), part), busy(session)
+                how = {"tasks": tasks, "trials": trials, "neurons": neurons}
+                report = mtm.evaluate(predictor, session, **how)
+                report.to_json(path)
+                print(f"{name}, seed {seed}\n{mtm.score_table({session.name: report})}", flush=True)
 
 
 def table(
     sessions: list[mtm.Session], chosen: dict[str, Method], seeds: list[int], work: Path
 ) -> dict[str, Scores]:
-    """Session -> task -> method -> mean and error: over neurons, of behaviours over seeds."""
+    """Session -> task -> method -> mean and error: over neurons, of behaviours over seeds.
+
+    MtM brings along the controls of its decoders.
+    """
     whole: dict[str, Scores] = {session.name: {} for session in sessions}
     for name, method in chosen.items():
         for group in groups(method, sessions):
             runs = [kept(work, name, method, group, s) for s in (seeds if method.seeded else [0])]
             for i, session in enumerate(group):
                 reports = [Report.from_json(run[i]) for run in runs if run[i].exists()]
-                if reports:
-                    _enter(whole[session.name], name, Report.join(reports))
+                for task, scores in (Report.join(reports).tasks if reports else {}).items():
+                    kind = "neurons" if "spikes" in scores.table else "seeds"
+                    row = whole[session.name].setdefault(task, {})
+                    row[name] = scores.over(kind)
+                    if name == "MtM" and kind == "seeds":
+                        row |= _controls(scores)
     return whole
 
 
-def _enter(tasks: Scores, name: str, report: Report) -> None:
-    """Enter a method's scores of a session; with MtM's, the controls of the decoders."""
-    for task, scores in report.tasks.items():
-        kind = "neurons" if "spikes" in scores.table else "seeds"
-        row = tasks.setdefault(task, {})
-        row[name] = scores.over(kind)
-        if name == "MtM" and kind == "seeds":
-            for control, columns in CONTROLS.items():
-                for column in np.atleast_1d(columns):
-                    if column in scores.table:
-                        mean = scores.over("seeds", column)  # the same with every seed
-                        row[control] = mean._replace(error=np.nan, n=1)
+def _controls(scores: Any) -> dict[str, Mean]:
+    """The controls of a decoder, which are the same with every seed."""
+    found = [(name, c) for name, columns in CONTROLS.items() for c in np.atleast_1d(columns)]
+    return {
+        name: scores.over("seeds", column)._replace(error=np.nan, n=1)
+        for name, column in found
+        if column in scores.table
+    }
 
 
 def averages(whole: dict[str, Scores]) -> Scores:
@@ -323,14 +308,13 @@ def averages(whole: dict[str, Scores]) -> Scores:
 def described(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[str, Any]:
     """What was measured, and on what."""
     train = {"depth": options.depth, "epochs": options.epochs, "seeds": options.seeds}
+    names = ("trials", "bins", "neurons", "scored", "regions")
     about = {}
     for s in sessions:
         numbers = (*s.counts.shape, len(busy(s)), len(s.region_names))
-        names = ("trials", "bins", "neurons", "scored", "regions")
         about[s.name] = dict(zip(names, numbers, strict=True))
     device = mtm.distributed.pick_device()
-    facts = machine(device)
-    facts = {"machine": facts.pop("device"), "device": str(device), **facts}
+    facts = machine(device) | {"device": str(device), "machine": machine(device)["device"]}
     return {"train": train, **facts, "sessions": about}
 
 
@@ -378,14 +362,7 @@ def draw(means: Scores, title: str) -> plt.Figure:
             color=[BLUE if mean.value == best else "0.7" for mean in values],
             height=0.7,
         )
-        low = min(0.0, np.nanmin([mean.value for mean in values]))
-        end = max(best, NEAR)
-        if low < -end and best > 0:  # what is far below 0 is cut, and its number written
-            ax.set_xlim(left=-end)
-            for i, mean in enumerate(values):
-                if mean.value < -end:
-                    label = f"{mean.value:.2f}"
-                    ax.text(-0.95 * end, i, label, va="center", fontsize=7, color="w")
+        ax.set_xlim(left=max(ax.get_xlim()[0], -max(best, NEAR)))  # what is far below 0 is cut
         ax.axvline(0, color="black", lw=0.8)
         ax.set_title(task, fontsize=9)
         ax.tick_params(labelsize=8)

@@ -1,21 +1,18 @@
 """What the direct paths are worth: our recipe with and without them, on validation trials.
 
-    python benchmarks/direct_paths.py FOLDER [--recordings NAME ...] [--variants NAME ...]
+    python benchmarks/direct_paths.py FOLDER [--recordings NAME ...]
 
 FOLDER is that of real_data.py. Out come results/direct_paths.json and .md. Takes half an hour.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import common
 from recipe import trained
 
-NO_PATHS = {"own_history": False, "latents": 0}
 VARIANTS = {
     "ours": {},
-    "no direct paths": NO_PATHS,
+    "no direct paths": {"own_history": False, "latents": 0},
     "own history alone": {"latents": 0},
     "population alone": {"own_history": False},
     "no dropout of latents": {"latent_dropout": 0.0},
@@ -26,14 +23,10 @@ RECORDINGS = ("03_Cori_2016-12-18", "07_Forssmann_2017-11-05")
 def main() -> None:
     """Read the command line, run, write the JSON and the table."""
     arguments = common.parser(__doc__, "direct_paths")
-    arguments.set_defaults(seeds=[0])
-    arguments.add_argument("folder", type=Path)
-    arguments.add_argument("--recordings", nargs="*", default=RECORDINGS)
-    arguments.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    arguments.set_defaults(seeds=[0], recordings=RECORDINGS)
     options = arguments.parse_args()
-    common.require_known(options.variants, list(VARIANTS))
     sessions = common.recordings(options.folder, options.recordings)
-    methods = {name: trained(VARIANTS[name]) for name in options.variants}
+    methods = {name: trained(VARIANTS[name]) for name in VARIANTS}
     how = {"part": "val", "tasks": common.FOUR}
     common.run(sessions, methods, options.seeds, options.work, **how)
     whole = common.table(sessions, methods, options.seeds, options.work)

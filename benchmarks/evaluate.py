@@ -1,7 +1,6 @@
 """How long evaluation takes: each activity task at two sizes of model, and the whole report.
 
-    python benchmarks/evaluate.py [--device cuda] [--small] [--neurons-timed 24] [--repeats 3]
-    python benchmarks/evaluate.py --report-only    the whole report with a small model, nothing else
+    python benchmarks/evaluate.py [--device cuda] [--small] [--neurons-timed 24]
 
 One session of 700 neurons in 8 regions, 120 test trials of 100 bins of 20 ms: Poisson spikes at
 constant rates, log-normal over neurons with a mean of 4 Hz. On a CPU a random few neurons are
@@ -26,6 +25,7 @@ from mtm.prediction import TASKS, predict_held_out, queries_of
 from mtm.session import Session
 
 N_TRIALS, N_BINS, BIN_SIZE, N_NEURONS, N_REGIONS = 120, 100, 0.02, 700, 8
+REPEATS = 3
 MEAN_RATE, SPREAD = 4.0, 1.6  # Hz; standard deviation of the log rates
 DEPTHS = {"small": 2, "paper": 5}
 FEW = {"small": 16, "paper": 3}  # neurons scored on a CPU
@@ -35,23 +35,20 @@ def main() -> None:
     """Measure every model in a process of its own, print and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--neurons-timed", type=int, help="default: all on a GPU, few on a CPU")
     parser.add_argument("--small", action="store_true", help="a tiny session, to try the script")
-    parser.add_argument("--report-only", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--model", choices=DEPTHS, help="measure this one here, and print JSON")
     options = parser.parse_args()
     if options.model:
         print(json.dumps(measure(options)))
         return
-    report = machine(options.device) | {"small": options.small, "repeats": options.repeats}
+    report = machine(options.device) | {"small": options.small, "repeats": REPEATS}
     cuda = options.device.startswith("cuda")
     end = f"_{report['device'].replace(' ', '_').lower()}.json" if cuda else ".json"
-    if not options.report_only:
-        report["models"] = {
-            model: in_process(__file__, *sys.argv[1:], "--model", model) for model in DEPTHS
-        }
+    report["models"] = {
+        model: in_process(__file__, *sys.argv[1:], "--model", model) for model in DEPTHS
+    }
     report["whole report, small model"] = whole_report(options)
     print(json.dumps(report, indent=1))
     if options.json or not options.small:
@@ -92,11 +89,10 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     found: dict[str, object] = {}
     for task in TASKS:
         act = lambda task=task: predict_held_out(model, session, task, trials, wanted)  # noqa: E731
-        times = [timed(act, model.device)[1] for _ in range(options.repeats + 1)]
+        times = [timed(act, model.device)[1] for _ in range(REPEATS + 1)]
         wall, cpu = np.median(times[1:], axis=0).tolist()  # without the first, untimed start
-        n_queries, n_all = (
-            len(queries_of(task, session, some).hidden) for some in (wanted, np.ones_like(wanted))
-        )
+        asked = wanted, np.ones_like(wanted)
+        n_queries, n_all = (len(queries_of(task, session, some).hidden) for some in asked)
         found[task] = {
             "neurons_scored": int(wanted.sum()),
             "passes": n_queries * session.n_trials,

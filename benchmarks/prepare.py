@@ -1,7 +1,6 @@
 """Time and memory of preparing one realistic session, split by stage, and how they grow.
 
     python benchmarks/prepare.py
-    python benchmarks/prepare.py --spikes 1_000_000 --trials 100 --neurons 200 --json small.json
 
 An IBL-like recording in ALF files: two probes, random spikes on a 30 kHz clock, a trial every 5 s,
 a wheel at 100 samples a second, a camera at 60. `prepare` reads it through ONE's local mode, bins
@@ -14,7 +13,6 @@ that reading them is reading the page cache: a disk or a network adds its own.
 import argparse
 import cProfile
 import json
-import platform
 import pstats
 import tempfile
 from pathlib import Path
@@ -88,11 +86,8 @@ def measure(root: Path) -> dict:
     act = lambda: profiler.runcall(ibl.prepare, one, eids, root / "out", **how)  # noqa: E731
     done, (total, _) = timed(act, torch.device("cpu"))
     (path,) = done.paths
-    spent = {
-        name: cumulative
-        for (file, _, name), (_, _, _, cumulative, _) in pstats.Stats(profiler).stats.items()
-        if "mtm" in Path(file).parts
-    }
+    table = pstats.Stats(profiler).stats.items()
+    spent = {name: row[3] for (file, _, name), row in table if "mtm" in Path(file).parts}
     stages = {stage: spent.get(name, 0.0) for stage, name in STAGES.items()}
     return {
         "seconds": total,
@@ -103,14 +98,13 @@ def measure(root: Path) -> dict:
     }
 
 
-def run(spikes: int, trials: int, neurons: int, repeats: int) -> dict:
-    """Figures of one size: the run with the median time of several."""
+def run(spikes: int, trials: int, neurons: int) -> dict:
+    """Figures of one size: of three runs, that with the median time."""
     with tempfile.TemporaryDirectory() as folder:
         make_recording(Path(folder), spikes, trials, neurons)
-        runs = [in_process(__file__, "--measure", folder) for _ in range(repeats)]
+        runs = [in_process(__file__, "--measure", folder) for _ in range(3)]
     runs.sort(key=lambda run: run["seconds"])
-    sizes = {"spikes": spikes, "trials": trials, "neurons": neurons}
-    return {**sizes, **runs[len(runs) // 2], "seconds_all": [run["seconds"] for run in runs]}
+    return {"spikes": spikes, "trials": trials, "neurons": neurons, **runs[1]}
 
 
 def main() -> None:
@@ -119,7 +113,6 @@ def main() -> None:
     parser.add_argument("--spikes", type=int, default=20_000_000)
     parser.add_argument("--trials", type=int, default=600)
     parser.add_argument("--neurons", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, default=RESULTS / "prepare.json")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -128,9 +121,9 @@ def main() -> None:
         return
     whole = {key: getattr(options, key) for key in ("spikes", "trials", "neurons")}
     sizes = [whole | {key: whole[key] // part} for key in whole for part in (4, 2)]
-    result = {"realistic": run(**whole, repeats=options.repeats)}
-    result["growth"] = [run(**smaller, repeats=options.repeats) for smaller in sizes]
-    result["machine"] = machine() | {"python": platform.python_version()}
+    result = {"realistic": run(**whole)}
+    result["growth"] = [run(**smaller) for smaller in sizes]
+    result["machine"] = machine()
     print(json.dumps(result, indent=1))
     write_json(options.json, result)
 

@@ -1,15 +1,14 @@
 """Which prompt to show: the paper's Table 6, on your recordings.
 
-    python benchmarks/prompts.py WHERE ...
+    python benchmarks/prompts.py FOLDER [--recordings NAME ...]
 
 One model of each session and seed is scored in all tasks, and is shown each prompt in turn,
-whatever the task hides. WHERE is "simulated", session files (as `python -m mtm prepare` writes), or
-the folder of recordings that real_data.py reads. Out comes results/study_prompt.json.
+whatever the task hides. FOLDER is "simulated", or that of real_data.py. Out comes
+results/study_prompt.json.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import common
@@ -45,28 +44,21 @@ def methods(depth: int, epochs: int) -> dict[str, common.Method]:
     return {f"prompt {name}": prompted(name) for name in MTM_SCHEMES}
 
 
-def sessions_of(where: list[str]) -> list[mtm.Session]:
-    """Simulated sessions, session files, or recordings."""
-    if where == ["simulated"]:
-        return mtm.simulate(3, 200, 96, seed=0)
-    if all(Path(path).suffix == ".npz" for path in where):
-        return [mtm.Session.load(path) for path in where]
-    return common.recordings(Path(where[0]), where[1:])
-
-
 def main() -> None:
     """Read the command line, run, write the JSON."""
-    arguments = common.parser(__doc__, "prompts")
-    arguments.add_argument("where", nargs="+")
-    options = arguments.parse_args()
-    sessions = sessions_of(options.where)
+    options = common.parser(__doc__, "prompts").parse_args()
+    sessions = common.recordings(options.folder, options.recordings)
     chosen = methods(options.depth, options.epochs)
-    seconds = common.run(sessions, chosen, options.seeds, options.work)
+    common.run(sessions, chosen, options.seeds, options.work)
     whole = common.table(sessions, chosen, options.seeds, options.work)
     alone = len(sessions) == 1  # its errors are over neurons, and over seeds for behaviour
     means = whole[sessions[0].name] if alone else common.averages(whole)
-    facts = common.described(sessions, options) | {"study": "prompt", "seconds": seconds}
-    common.write_json(options.out / "study_prompt.json", facts | {"scores": whole, "mean": means})
+    facts = common.described(sessions, options) | {
+        "study": "prompt",
+        "scores": whole,
+        "mean": means,
+    }
+    common.write_json(options.out / "study_prompt.json", facts)
     who = sessions[0].name if alone else f"{len(sessions)} sessions"
     print(common.markdown(f"prompt: {who}, {len(options.seeds)} seeds", means))
 

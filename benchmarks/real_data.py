@@ -15,7 +15,6 @@ is written to results/real_data.json and .md, the picture to book/_assets/real_d
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import common
@@ -60,8 +59,11 @@ def winners(whole: dict[str, common.Scores]) -> list[str]:
     lines = []
     for session, tasks in whole.items():
         for task, scores in tasks.items():
-            values = {n: s.value for n, s in scores.items() if not n.startswith("no activity")}
-            values = {n: value for n, value in values.items() if not np.isnan(value)}
+            values = {
+                name: mean.value
+                for name, mean in scores.items()
+                if not (name.startswith("no activity") or np.isnan(mean.value))
+            }
             ours = {n: value for n, value in values.items() if n.startswith("MtM")}
             others = {n: value for n, value in values.items() if n not in ours}
             if not values:
@@ -81,8 +83,6 @@ def winners(whole: dict[str, common.Scores]) -> list[str]:
 def main() -> None:
     """Read the command line, run, write the table."""
     arguments = common.parser(__doc__, "real_data")
-    arguments.add_argument("folder", type=Path)
-    arguments.add_argument("--recordings", nargs="*", default=[])
     arguments.add_argument(
         "--methods", nargs="*", default=[], help="default all; of the others, what is in --work"
     )
@@ -90,31 +90,25 @@ def main() -> None:
     known = methods(options.depth, options.epochs)
     common.require_known(options.methods, list(known))
     sessions = common.recordings(options.folder, options.recordings)
-    for session in sessions:
-        n_busy = len(common.busy(session))
-        print(f"{session!r}\n  scored: {n_busy} neurons of at least 1 Hz", flush=True)
     chosen = {name: known[name] for name in options.methods or known}
-    seconds = common.run(sessions, chosen, options.seeds, options.work)
+    common.run(sessions, chosen, options.seeds, options.work)
     whole = common.table(sessions, known, options.seeds, options.work)
     means, alike = common.averages(whole), max(common.same_bins(sessions), key=len)
     together = common.averages({session.name: whole[session.name] for session in alike})
-    facts = common.described(sessions, options) | {"seconds": seconds, "scores": whole}
+    facts = common.described(sessions, options) | {"scores": whole}
     facts |= {"mean": means, "mean_with_the_same_bins": together}
     common.write_json(options.out / "real_data.json", facts)
     title = f"{len(alike)} recordings with the same bins"
     text = [
-        "# Real recordings: who wins where",
-        "",
+        "# Real recordings: who wins where\n",
         "Test trials. Activity: bits per spike over each neuron's test mean, mean over neurons "
         "of at least 1 Hz ± standard error over neurons. Behaviour: accuracy of the choice, R2 of "
         "traces, ± standard error over seeds. Bold: the best of those that see activity. Made by "
-        f"`python benchmarks/real_data.py`. Seeds: {options.seeds}.",
-        "",
+        f"`python benchmarks/real_data.py`. Seeds: {options.seeds}.\n",
         common.markdown("Mean over recordings (± standard error over recordings)", means),
         common.markdown(f"Mean over the {title}", together),
         *[common.markdown(name, tasks) for name, tasks in whole.items()],
-        "## Who wins",
-        "",
+        "## Who wins\n",
         *[f"- {line}" for line in winners(whole)],
         "",
     ]

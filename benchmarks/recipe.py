@@ -1,6 +1,6 @@
 """Which settings train best, and how much better than the paper's: searched here, tested there.
 
-    python benchmarks/recipe.py FOLDER [--search NAME ...] [--test NAME ...]
+    python benchmarks/recipe.py FOLDER [--recordings NAME ...] [--test NAME ...]
 
 FOLDER is that of real_data.py. Two parts, on different recordings:
 
@@ -125,18 +125,12 @@ def draw(found: dict[str, dict[str, Mean]], n_sessions: int) -> plt.Figure:
     """A bar for each variant: the mean of the four tasks, less ours; dots are the tasks."""
     names = [name for name in found if name != BASE]
     figure, ax = plt.subplots(figsize=(7.0, 1.2 + 0.26 * len(names)), layout="constrained")
-    means = [found[name]["mean"] for name in names]
-    low = -0.12
-    ax.barh(names, [max(m.value, low) for m in means], color="0.8", height=0.7)
+    ax.barh(names, [found[name]["mean"].value for name in names], color="0.8", height=0.7)
     for marker, task in zip("os^D", common.FOUR, strict=True):
-        values = np.array([found[name][task].value for name in names])
-        inside = values > low
-        ax.plot(values[inside], np.flatnonzero(inside), marker, ms=4, mfc="none", label=task)
-    for i, mean in enumerate(means):
-        if mean.value < low:
-            ax.text(low, i, f" {mean.value:.2f}", va="center", fontsize=7)
+        values = [found[name][task].value for name in names]
+        ax.plot(values, names, marker, ms=4, mfc="none", label=task)
     ax.axvline(0, color=BLUE, lw=1.5)
-    ax.set_xlim(left=low)
+    ax.set_xlim(left=max(-0.12, ax.get_xlim()[0]))
     ax.invert_yaxis()
     ax.tick_params(labelsize=8)
     ax.set_xlabel(f"bits per spike more than '{BASE}', validation trials", fontsize=9)
@@ -190,8 +184,7 @@ def history(report: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Read the command line, run, write the JSON, the table and the picture."""
     arguments = common.parser(__doc__, "recipe")
-    arguments.add_argument("folder", type=Path)
-    arguments.add_argument("--search", nargs="*", default=SEARCH, help="recordings to search on")
+    arguments.set_defaults(recordings=SEARCH)
     arguments.add_argument("--test", nargs="*", default=TEST, help="recordings to test on")
     arguments.add_argument("--variants", nargs="*", help="some, by name; default all")
     arguments.add_argument("--search-seeds", nargs="+", type=int, default=[0])
@@ -200,9 +193,9 @@ def main() -> None:
     common.require_known(options.variants, list(known))
     every = {name: trained(changes) for name, changes in known.items()}
     tried = {name: every[name] for name in options.variants or known}
-    searched = common.recordings(options.folder, options.search)
+    searched = common.recordings(options.folder, options.recordings)
     how = {"part": "val", "tasks": common.FOUR}
-    seconds = common.run(searched, tried, options.search_seeds, options.work / "search", **how)
+    common.run(searched, tried, options.search_seeds, options.work / "search", **how)
     scores = common.table(searched, every, options.search_seeds, options.work / "search")
     found = differences(scores, list(known))
 
@@ -210,14 +203,14 @@ def main() -> None:
     work, long = options.work / "test", list(rivals)[-1]
     for name, method in rivals.items():  # the paper's take long: one seed of them
         seeds = options.seeds if name == OURS else options.seeds[:1]
-        seconds |= common.run(tested, {name: method}, seeds, work, tasks=common.FOUR)
+        common.run(tested, {name: method}, seeds, work, tasks=common.FOUR)
     whole = common.table(tested, rivals, options.seeds, work)
     races = {}
     for session in tested:
         ours = [common.kept(work, OURS, rivals[OURS], [session], seed)[0] for seed in options.seeds]
         theirs = common.kept(work, long, rivals[long], [session], options.seeds[0])[0]
         races[session.name] = race(ours, theirs)
-    facts = common.described([*searched, *tested], options) | {"seconds": seconds}
+    facts = common.described([*searched, *tested], options)
     facts |= {"recipe": asdict(RECIPES["mtm"]), "search_seeds": options.search_seeds}
     facts |= {"searched": scores, "differences": found, "tested": whole, "races": races}
     common.write_json(options.out / "recipe.json", facts)
@@ -227,32 +220,20 @@ def main() -> None:
     print(text)
 
 
-def report(
-    found: dict[str, dict[str, Mean]],
-    whole: dict[str, common.Scores],
-    races: dict[str, Any],
-    searched: list[str],
-) -> str:
+def report(found: Any, whole: dict[str, common.Scores], races: Any, searched: list[str]) -> str:
     """Both parts as markdown."""
     parts = [
-        "# The recipe: what was tried, and what it is worth",
-        "",
-        "## Search",
-        "",
+        "# The recipe: what was tried, and what it is worth\n\n## Search\n",
         "Our recipe hiding the paper's shares, with one thing changed, less the same without the "
         f"change: bits per spike on validation trials of {', '.join(searched)}; mean over "
         "recordings (± standard error over recordings, of the mean of the four tasks). Above 0 the "
-        "change is better. Made by `python benchmarks/recipe.py`.",
-        "",
+        "change is better. Made by `python benchmarks/recipe.py`.\n",
         search_table(found),
-        "## Test: recordings that the search never saw",
-        "",
+        "## Test: recordings that the search never saw\n",
         "Bits per spike on test trials ± standard error over neurons, ours with three seeds, the "
-        "paper's with one.",
-        "",
+        "paper's with one.\n",
         *[common.markdown(name, tasks) for name, tasks in whole.items()],
-        "## Steps until ours validates as well as the paper's recipe at its best",
-        "",
+        "## Steps until ours validates as well as the paper's recipe at its best\n",
         "| recording | steps of the paper's | steps of ours, each seed | share |",
         "| --- | --- | --- | --- |",
     ]

@@ -1,6 +1,6 @@
-"""Training steps at the paper's size, beside their matrix products alone.
+"""Training steps of the paper's size, beside their matrix products alone.
 
-    python benchmarks/train_step.py [--device cuda] [--batches 16 64] [--compile]
+    python benchmarks/train_step.py [--device cuda] [--batches 16 64]
 
 Batches of trials of 100 bins, sessions of 548, 601 and 652 neurons and the four schemes in turn. A
 step is what `fit` does: gather the counts, draw a mask, forward, Poisson loss, backward, clip,
@@ -11,8 +11,7 @@ AdamW. Beside it stand
 - the ceiling: the rate of one large square matrix product, and the share of it that the step's
   floating-point operations reach.
 
-Every model and batch is measured in a process of its own. A batch whose steps would take longer
-than the budget, or that runs out of memory, is left out and listed.
+Every model and batch is measured in a process of its own; the largest batches take hours on a CPU.
 """
 
 from __future__ import annotations
@@ -20,20 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, machine, peak_bytes, timed, write_json
+from common import RESULTS, in_process, machine, peak_bytes, timed, write_json
 from torch import Tensor, nn
 
-from mtm.masks import MTM_SCHEMES, SCHEMES, MaskSampler
+from mtm.masks import MTM_SCHEMES, MaskSampler
 from mtm.model import PUBLISHED, Batch, MtM, MtMConfig
 from mtm.recipes import RECIPES
 from mtm.training import accumulate, make_optimizer
@@ -52,81 +48,48 @@ def main() -> None:
         model, batch = options.cell
         print(json.dumps(measure(Bench(options, model, int(batch)))))
         return
-    cuda = options.device.startswith("cuda")
     report = machine(options.device) | {
         "bins": N_BINS,
         "neurons": NEURONS,
         "repeats": options.repeats,
-        "budget_s": options.budget if math.isfinite(options.budget) else None,
         "small": options.small,
-        "compile": options.compile,
         "ceiling_tflops": round(ceiling(torch.device(options.device), options.small), 3),
-        "models": {},
-        "left_out": [],
+        "models": {name: {} for name in options.models},
     }
+    cuda = options.device.startswith("cuda")
     name = f"_{report['device'].replace(' ', '_').lower()}.json" if cuda else ".json"
     path = options.json or RESULTS / f"train_step{name}"
     for name in options.models:
-        report["models"][name] = {}
-        for numbers in cells(name, options, report["left_out"]):
+        for batch in options.batches:
+            numbers = in_process(__file__, *sys.argv[1:], "--cell", name, batch)
             share = numbers["step_tflop"] / numbers["step_s"] / report["ceiling_tflops"]
-            numbers["share_of_ceiling"] = round(share, 4)
-            report["models"][name][str(numbers["batch"])] = numbers
+            report["models"][name][str(batch)] = numbers | {"share_of_ceiling": round(share, 4)}
             print(json.dumps(numbers, indent=1), flush=True)
             if options.json or not options.small:  # each time: a run can take hours
                 write_json(path, report)
-    print("left out:", report["left_out"])
 
 
 def parse() -> argparse.Namespace:
-    """Options; those that differ between a CPU and a GPU are filled in."""
+    """Options; the batches differ between a CPU and a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--batches", nargs="+", type=int, help="trials; ascending")
+    parser.add_argument("--batches", nargs="+", type=int, help="trials")
     parser.add_argument("--repeats", type=int, default=8, help="of each session; 4 = each scheme")
-    parser.add_argument("--budget", type=float, help="seconds for the steps of a model and batch")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
-    parser.add_argument(
-        "--compile",
-        nargs="?",
-        const="default",
-        choices=("default", "reduce-overhead", "max-autotune"),
-        help="measure with the encoder compiled, too; reduce-overhead: CUDA graphs",
-    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)  # model, batch
     options = parser.parse_args()
     cuda = options.device.startswith("cuda")
-    options.batches = sorted(options.batches or ((16, 64, 256, 512) if cuda else (16, 64, 512)))
-    options.budget = options.budget or (math.inf if cuda else 300.0)
+    options.batches = options.batches or ((16, 64, 256, 512) if cuda else (16, 64, 512))
     return options
-
-
-def cells(name: str, options: argparse.Namespace, left_out: list[str]) -> Iterator[dict[str, Any]]:
-    """Numbers of one model, batch by batch. What does not fit is added to ``left_out``."""
-    last: dict[str, Any] = {}
-    for batch in options.batches:
-        if last and len(NEURONS) * last["step_s"] * batch / last["batch"] > options.budget:
-            left_out.append(f"{name}, {batch} trials: more than the budget of seconds")
-            continue
-        command = [sys.executable, __file__, *sys.argv[1:], "--cell", name, str(batch)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            last = json.loads(done.stdout.splitlines()[-1])
-            yield last
-            continue
-        why = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
-        if done.returncode > 0 and "OutOfMemory" not in why:
-            sys.exit(done.stderr)
-        left_out.append(f"{name}, {batch} trials: {why}")
 
 
 # ------------------------------------------------------------------------------------- the steps
 
 
 class Bench:
-    """A model, sessions of counts, and the steps that are compared."""
+    """A model, sessions of counts, and the step that is measured."""
 
     def __init__(self, options: argparse.Namespace, name: str, batch: int) -> None:
         torch.manual_seed(0)
@@ -153,122 +116,47 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def compiled_step(self) -> Callable[[int, str], None]:
-        """The step with the encoder compiled."""
-        compiled = torch.compile(self.model.encode, mode=self.options.compile)
-
-        def step(n: int, scheme: str) -> None:
-            torch.compiler.cudagraph_mark_step_begin()
-            self.model.encode = compiled
-            self.step(n, scheme)
-            del self.model.encode  # the class's own again
-
-        return step
-
-
-# --------------------------------------------------------------------------------- the measurements
-
-Act = Callable[[int, str], Any]  # of a session's number of neurons and a scheme: (wall, CPU) s
-
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Peak of memory, and seconds of steps in turn with their matrix products alone."""
-    options, device = bench.options, bench.device
-    for scheme in ("neuron", "causal"):
-        bench.step(NEURONS[-1], scheme)
-    peak = round(peak_bytes(device) / 1e9, 3)  # before anything else takes memory
-    made = {n: products(bench, n) for n in NEURONS}
+    """Peak of memory, and seconds of steps in turn with their matrix products alone.
 
-    def clock(act: Callable[[int, str], object]) -> Act:
-        return lambda n, scheme: timed(lambda: act(n, scheme), device)[1]
-
-    acts = {"step": clock(bench.step), "step_floor": lambda n, _: alone(made[n], device)}
-    if options.compile:
-        acts["compiled_step"] = clock(bench.compiled_step())
-    found = rounds(acts, options)
-    numbers: dict[str, Any] = {"model": bench.name, "batch": bench.batch, "rounds": found.shape[2]}
-    numbers |= compare(acts, found)
-    causal = found[0, :, MTM_SCHEMES.index("causal") :: len(MTM_SCHEMES), 0]
-    numbers["causal_step_s"] = float(np.median(causal, axis=1).mean()) if causal.size else None
-    if device.type == "cuda":
-        numbers["waits_for_no_device"] = never_waits(bench)
+    Medians over the repeats, means over the sessions. What slows a step and the products that
+    follow it leaves their ratio alone, which is taken pair by pair.
+    """
+    device, made = bench.device, {n: products(bench, n) for n in NEURONS}
+    for n in NEURONS:  # untimed, with full and with causal attention
+        for scheme in ("neuron", "causal"):
+            bench.step(n, scheme)
+    peak = peak_bytes(device)  # before the products take memory
+    pairs = []  # wall and CPU seconds
+    for repeat in range(bench.options.repeats):
+        scheme = MTM_SCHEMES[repeat % len(MTM_SCHEMES)]
+        for n in NEURONS:
+            step = timed(lambda n=n, scheme=scheme: bench.step(n, scheme), device)[1]
+            pairs.append((step, alone(made[n], device)))
+    found = np.array(pairs).reshape(-1, len(NEURONS), 2, 2)  # repeats, sessions, step or floor
+    (step_s, step_cpu), (floor_s, floor_cpu) = np.median(found, axis=0).mean(axis=0)
+    ratio, ratio_cpu = np.median(found[:, :, 0] / found[:, :, 1], axis=0).mean(axis=0)
+    causal = found[MTM_SCHEMES.index("causal") :: len(MTM_SCHEMES), :, 0, 0]
     tokens = bench.batch * np.mean([bench.model.n_tokens(str(n)) + 2 for n in NEURONS])
     operations = np.mean(
         [sum(2 * math.prod(s) * k for s, k in step.items()) for step in made.values()]
     )
-    numbers |= {
-        "steps_per_s": 1 / numbers["step_s"],
-        "tokens_per_s": tokens / numbers["step_s"],
+    numbers = {
+        "step_s": step_s,
+        "step_cpu_s": step_cpu,
+        "step_floor_s": floor_s,
+        "step_floor_cpu_s": floor_cpu,
+        "step_over_floor": ratio,
+        "step_over_floor_cpu": ratio_cpu,
+        "causal_step_s": np.median(causal, axis=0).mean(),
+        "steps_per_s": 1 / step_s,
+        "tokens_per_s": tokens / step_s,
         "step_tflop": operations / 1e12,
-        "peak_gb": peak,
+        "peak_gb": peak / 1e9,
     }
-    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in numbers.items()}
-
-
-def rounds(acts: dict[str, Act], options: argparse.Namespace) -> np.ndarray:
-    """Wall and CPU seconds, (acts, sessions, repeats, 2): acts and sessions in turn, then schemes.
-
-    Before, untimed acts with full and with causal attention, of each session where shapes are new
-    to the compiler or the device. Repeats end, after two or more, when the budget is spent.
-    """
-    everywhere = options.compile or options.device.startswith("cuda")
-    for n in NEURONS if everywhere else NEURONS[:1]:
-        for act in acts.values():
-            for scheme in ("neuron", "causal"):
-                act(n, scheme)
-    start, found = time.perf_counter(), []
-    for repeat in range(options.repeats):
-        scheme = MTM_SCHEMES[repeat % len(MTM_SCHEMES)]
-        by_session = [[act(n, scheme) for act in acts.values()] for n in NEURONS]
-        found.append(np.array(by_session).transpose(1, 0, 2))
-        spent = time.perf_counter() - start
-        if repeat > 0 and spent * (repeat + 2) / (repeat + 1) > options.budget:
-            break
-    return np.stack(found, axis=2)
-
-
-def compare(acts: dict[str, Act], found: np.ndarray) -> dict[str, float]:
-    """Seconds of each act, and its ratio to the first, taken pair by pair.
-
-    What slows two acts that follow each other leaves their ratio alone.
-    """
-    numbers, first = {}, next(iter(acts))
-    for name, taken in zip(acts, found, strict=True):
-        numbers[f"{name}_s"], numbers[f"{name}_cpu_s"] = typical(taken).tolist()
-        if name.endswith("floor"):
-            ratio, key = typical(found[0] / taken), f"{first}_over_floor"
-            numbers[key], numbers[f"{key}_cpu"] = ratio.tolist()
-        elif name != first:
-            ratio, key = typical(taken / found[0]), f"{name}_over_ours"
-            numbers[key], numbers[f"{key}_cpu"] = ratio.tolist()
-    return numbers
-
-
-def typical(found: np.ndarray) -> np.ndarray:
-    """Medians over the repeats, for schemes with full attention and with causal, weighed as drawn.
-
-    (sessions, repeats, ...) -> (...), means over the sessions.
-    """
-    is_causal = np.resize([SCHEMES[name].causal for name in MTM_SCHEMES], found.shape[1])
-    full = np.median(found[:, ~is_causal], axis=1).mean(axis=0)
-    if not is_causal.any():
-        return full
-    share = np.mean([SCHEMES[name].causal for name in MTM_SCHEMES])
-    return (1 - share) * full + share * np.median(found[:, is_causal], axis=1).mean(axis=0)
-
-
-def never_waits(bench: Bench) -> bool:
-    """Whether the host does not wait for the device in a step of any scheme."""
-    torch.cuda.set_sync_debug_mode("error")  # then, waiting is an error
-    try:
-        for scheme in MTM_SCHEMES:
-            bench.step(NEURONS[0], scheme)
-        return True
-    except RuntimeError as error:
-        print(f"{scheme}: {error}", file=sys.stderr)
-        return False
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    rounded = {key: float(f"{value:.5g}") for key, value in numbers.items()}
+    return {"model": bench.name, "batch": bench.batch} | rounded
 
 
 # -------------------------------------------------------------------------- matrix products alone

@@ -41,11 +41,11 @@ def options(monkeypatch, module, *words):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
 
 
-def test_spikes_are_binned_as_by_a_loop(tmp_path):
-    args = argparse.Namespace(spikes=2_000, trials=5, neurons=10)
-    binning.make_recording(args, tmp_path)
-    assert binning.measure(tmp_path, 10, 1)["counted_spikes"] > 0
-    assert binning.measure_loop(tmp_path, 10, 60.0)["trials_run"] == 5
+def test_spikes_are_binned_as_by_a_loop():
+    arrays = binning.make_recording(2_000, 5, 10)
+    counts, found = binning.measure(arrays, 10)
+    assert found["counted_spikes"] > 0
+    assert binning.measure_loop(arrays, counts, 60.0)["trials_run"] == 5
 
 
 def test_a_session_is_prepared_stage_by_stage(tmp_path):
@@ -61,16 +61,19 @@ def test_steps_and_evaluation_are_timed(monkeypatch):
     options(monkeypatch, train_step, "--small", "--device", "cpu", "--repeats", 4)
     found = train_step.measure(train_step.Bench(train_step.parse(), "ndt1", 2))
     assert found["step_s"] > 0 and found["step_tflop"] > 0
-    args = argparse.Namespace(small=True, model="small", device="cpu", neurons_timed=2, repeats=1)
+    args = argparse.Namespace(small=True, model="small", device="cpu", neurons_timed=2)
     assert evaluate.measure(args)["co-smoothing"]["passes"] == 24
 
 
 def test_a_study_resumes_where_it_was_stopped(small, tmp_path):
-    some = {name: claims.schemes(1, 1)[name] for name in ("MtM",)}
-    assert len(common.run(small[:1], {"MtM": some["MtM"]}, [0], tmp_path)) == 1
+    some = {"MtM": claims.schemes(1, 1)["MtM"]}
+    common.run(small[:1], some, [0], tmp_path)
     [kept] = common.kept(tmp_path, "MtM", some["MtM"], small[:1], 0)
-    before = kept.read_text()
-    assert len(common.run(small, some, [0, 1], tmp_path)) == 4 and kept.read_text() == before
+    before = kept.stat().st_mtime_ns
+    common.run(small, some, [0, 1], tmp_path)
+    assert (
+        kept.stat().st_mtime_ns == before and len(list(tmp_path.glob("*/MtM-?-????????.json"))) == 4
+    )
     other = small[0].select(trials=np.arange(39))  # other data of the same name
     assert common.kept(tmp_path, "MtM", some["MtM"], [other], 0) != [kept]
     longer = claims.schemes(1, 2)  # other settings
@@ -80,8 +83,6 @@ def test_a_study_resumes_where_it_was_stopped(small, tmp_path):
     of_each = [whole[session.name]["co-smoothing"]["MtM"].value for session in small]
     means = common.averages(whole)
     assert means["co-smoothing"]["MtM"].value == pytest.approx(np.mean(of_each))
-    plt.close(common.draw(means, "title"))
-    assert "| MtM |" in common.markdown("title", means)
 
 
 def test_every_method_is_one_command(small, monkeypatch, tmp_path):
@@ -92,20 +93,14 @@ def test_every_method_is_one_command(small, monkeypatch, tmp_path):
     real_data.main()
     scores = json.loads((tmp_path / "real_data.json").read_text())["mean"]
     assert list(scores["co-smoothing"]) == names
-    assert "behind by" in (tmp_path / "real_data.md").read_text()
     monkeypatch.setattr(common, "recordings", lambda *_: small[:1])
     options(monkeypatch, prompts, *places, tmp_path / "b", "folder")
     prompts.main()
-    scores = json.loads((tmp_path / "study_prompt.json").read_text())["mean"]
-    assert list(scores["co-smoothing"]) == [f"prompt {name}" for name in prompts.MTM_SCHEMES]
     options(monkeypatch, behaviour, *places, tmp_path / "e", "folder")
     behaviour.main()
-    found = json.loads((tmp_path / "behaviour.json").read_text())
-    assert set(found["mean"]) == {row["behaviour"] for row in found["scores"]} >= {"choice"}
-    assert all(set(behaviour.COLUMNS) <= set(row) for row in found["scores"])
+    rows = json.loads((tmp_path / "behaviour.json").read_text())["scores"]
+    assert rows and all(set(behaviour.COLUMNS) <= set(row) for row in rows)
     changes = recipe.variants()
-    settings = [recipe.trained(how).settings for how in changes.values()]
-    assert len({json.dumps(one, sort_keys=True) for one in settings}) == len(changes)
     chosen = [recipe.BASE, "twice the epochs"]
     few = {name: changes[name] | {"epochs": 1 + i} for i, name in enumerate(chosen)}
     monkeypatch.setattr(recipe, "variants", lambda: few)
@@ -136,20 +131,18 @@ def test_claims_come_out_either_way():
 def test_the_paper_is_put_to_the_test(small, tmp_path, monkeypatch):
     quick = lambda sessions, seed, **how: fit(sessions, depth=1, epochs=1, seed=seed)  # noqa: E731
     monkeypatch.setattr(claims, "temporal_ndt1", quick)
-    how = {"part": None, "alone": ["sim-0"], "left_out": ["sim-1"]}
-    how = argparse.Namespace(depth=1, epochs=1, seeds=[0], work=tmp_path, **how)
+    how = {"part": None, "recordings": ["sim-0"], "depth": 1, "epochs": 1, "seeds": [0]}
+    how = argparse.Namespace(work=tmp_path, **how)
     animals = [session.select() for session in small]
     for session in animals:
         session.behaviour.clear()
     scores = claims.measured(animals, how)
-    assert len(scores["schemes"]["sim-0"]) == 9 and len(scores["animals"]["sim-1"]) == 7
+    assert len(scores["schemes"]["sim-0"]) == 9 and len(scores["animals"]["sim-0"]) == 7
     judged = claims.judge(scores)
     assert len(judged) == len(claims.claims()) - 1  # but for the behaviours
     plt.close(claims.draw(judged))
-    few = claims.fewer(small[0], 4)
-    np.testing.assert_array_equal(
-        few.counts[few.split().test], small[0].counts[small[0].split().test]
-    )
+    one, few = (s.counts[s.split().test] for s in (small[0], claims.fewer(small[0], 4)))
+    np.testing.assert_array_equal(few, one)
 
 
 def test_an_animal_is_left_out_entirely():

@@ -1,24 +1,20 @@
 """BrainWideBench (arXiv 2609.22064): list, download and read its public session files.
 
-The benchmark holds 452 recordings of the International Brain Laboratory, one HDF5 file each: 423
-to pretrain on and 29 of other animals to evaluate on. No account is needed. Each file comes in two
-builds: ``all_units`` is everything that the spike sorter found, ``selected_units`` the well
-isolated units.
+452 recordings of the International Brain Laboratory, one HDF5 file each: 423 to pretrain on, and 29
+of other animals to evaluate on. Each comes in two builds: ``all_units`` is all that the spike
+sorter found, ``selected_units`` the well isolated units.
 
-Behaviours of a session, where NaN means missing:
+Behaviours of a session, NaN where missing:
 
 - ``choice`` (K,): -1 right, +1 left, 0 none; ``block``: probability of a stimulus on the left;
-  ``reward``: 1 or 0; ``contrast``: right minus left, -1..1; ``reaction-time``: first movement
-  minus stimulus onset, s. Only when the trials are those of the file.
-- ``event-time`` (K,) s: time of the event that each trial is aligned to, on the recording's clock.
+  ``reward``: 1 or 0; ``contrast``: right minus left; ``reaction-time``: first movement minus
+  stimulus onset, s; all unless trials are aligned to given times. ``event-time``: s, of each trial.
 - ``whisker-motion-energy``, ``wheel-speed``, ``left-paw-speed``, ``right-paw-speed``,
-  ``licking-rate`` (licks/s) (K, T), averaged in each bin from 50 samples a second. The benchmark
-  leaves out signals that failed its quality control; ``provenance["absent"]`` lists them. Paw
-  samples that the file marks as not confident count as missing.
+  ``licking-rate`` (licks/s) (K, T), averaged in each bin from confident samples, 50 a second.
+  ``provenance["absent"]`` lists those that failed the benchmark's quality control.
 
-Columns of ``neurons``: ``uuid``, ``probe`` (name), and where present ``cluster`` (id on its probe),
-``depth``, ``label``, ``firing_rate`` (Hz), ``channels``, ``x``, ``y``, ``z``, ``allen``, ``beryl``,
-``cosmos``, ``qc_neural`` and its parts, ``ts2_co_smoothing_is_held_out_test`` and ``..._val``.
+``neurons`` has the columns of the file, with ``uuid``, ``probe`` (name), ``cluster`` (id on its
+probe), ``depth``, ``allen``, ``beryl`` and ``cosmos``.
 """
 
 from __future__ import annotations
@@ -33,6 +29,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import torch
 
 from mtm.binning import n_bins
@@ -45,15 +42,8 @@ BUCKET = "https://brain-wide-bench.s3.amazonaws.com"
 DATASET = "ibl_brain_wide_bench_2026"
 BUILDS = ("all_units", "selected_units")
 SUITES = {"all_units": "ts1", "selected_units": "ts2"}  # build -> its tasks and their split
-SPLITS = {"pretrain": Split._fields[:2], "ts1": Split._fields, "ts2": Split._fields}
-
-_UNITS = {  # columns of `units` -> columns of Session.neurons
-    **{"id": "uuid", "probe_id": "probe", "cluster_id": "cluster", "depths": "depth"},
-    **{name: name for name in ("label", "firing_rate", "channels", "x", "y", "z", "qc_neural")},
-    **{f"qc_neural_{part}": f"qc_neural_{part}" for part in ("raw", "spikesorting", "alignment")},
-    **{f"region_{level.lower()}": level.lower() for level in LEVELS},
-    **{name: name for name in (f"ts2_co_smoothing_is_held_out_{part}" for part in ("test", "val"))},
-}
+SPLITS = ("pretrain", "ts1", "ts2")
+_COLUMNS = {"id": "uuid", "probe_id": "probe", "cluster_id": "cluster", "depths": "depth"}
 _TRACES = {  # behaviour -> group; the column has the behaviour's name with underscores
     **{"whisker-motion-energy": "whisker", "wheel-speed": "wheel", "licking-rate": "licks"},
     **{"left-paw-speed": "paws", "right-paw-speed": "paws"},
@@ -129,45 +119,43 @@ def load_session(
     atlas: str | None = "Allen",
     split: str | None = "auto",
     trial_filter: str | None = None,
-    stride: float = 1.0,
 ) -> Session:
     """Load a session file: its units, trials, behaviour and split.
 
-    A trial belongs to the part of the split in which its whole window lies; trials in no part stay
-    in the session. Trials that reach beyond the first or last spike are left out.
-    ``provenance["trials"]`` counts both.
+    A trial belongs to the part of the split in which its whole window lies, or to none. Trials that
+    reach beyond the first or last spike are left out. ``provenance["trials"]`` counts both.
 
     Args:
         path: a file from `download`.
-        align: the event of each trial: a column of the file's ``trials`` that holds times; or times
-            (K,) in seconds; or "ts2", the benchmark's own windows (`ts2_windows`) of all parts.
+        align: the event of each trial: a column of times in the file's ``trials``; or times (K,) in
+            seconds; or "ts2", the `ts2_windows` of all parts, one a second.
         window: (start, stop) around the event, seconds. Default: (-0.5, 1.5), or (0, 1) for "ts2",
             where start must be 0.
         bin_size: seconds.
         atlas: level of ``Session.regions``: "Allen", "Beryl" or "Cosmos"; ``None`` for no regions.
         split: "pretrain", "ts1" (one cut after the other), "ts2" (chunks of five minutes), or
-            ``None``. "auto": the one that the build's tasks use, ts1 for all units and ts2 for
-            selected units. Training time of one split is test time of the other.
-        trial_filter: "valid" keeps the benchmark's valid trials: a choice was made, reaction times
-            are 0 to 10 s, and no event is missing.
-        stride: seconds between the starts of "ts2" windows; 0.02 in the benchmark's tests.
+            ``None``. "auto": ts1 for all units and ts2 for selected units, as their tasks.
+            Training time of one split is test time of the other.
+        trial_filter: "valid" keeps trials with a choice, a reaction time of 0 to 10 s, and all
+            events.
     """
-    cut = isinstance(align, str) and align == "ts2"
+    cut, named = isinstance(align, str) and align == "ts2", isinstance(align, str)
     window = ((0.0, 1.0) if cut else (-0.5, 1.5)) if window is None else window
     n_bins(window, bin_size)  # raises for a window that is not a whole number of bins
     if atlas not in (None, *LEVELS) or split not in (None, "auto", *SPLITS):
-        raise ValueError(f"atlas is one of {LEVELS} and split of {(*SPLITS,)}, or None")
-    if cut and (window[0] != 0 or stride <= 0):
-        raise ValueError("align='ts2' needs a window that starts at 0, and a stride above 0")
+        raise ValueError(f"atlas is one of {LEVELS} and split of {SPLITS}, or None")
+    if cut and window[0] != 0:
+        raise ValueError("align='ts2' needs a window that starts at 0")
+    if trial_filter and (trial_filter != "valid" or cut or not named):
+        raise ValueError("trial_filter is None, or 'valid' with an event of the file as align")
     with open_file(path) as file:
-        file.provenance["align"] = align if isinstance(align, str) else "given times"
+        file.provenance["align"] = align if named else "given times"
         parts = _parts(file, split, cut)
         if cut:
-            pieces = [_windows(file, part, stride, window[1]) for part in parts.values()]
-            align = np.sort(np.concatenate(pieces))
+            how = {"length": window[1], "split": file.provenance["split"]}
+            align = np.sort(np.concatenate([ts2_windows(path, p, 1.0, **how) for p in parts]))
         fields = _units(file, atlas)
-        fields |= _trials(file, align, window, trial_filter, fields["spike_times"])
-        fields["given_split"] = _membership(file, fields["align_times"], window, parts)
+        fields |= _trials(file, align, window, bool(trial_filter), parts, fields["spike_times"])
         fields |= {"traces": _traces(file), "name": file.name, "provenance": file.provenance}
     subject = file.provenance["subject"]
     return Session.from_spike_times(window=window, bin_size=bin_size, subject=subject, **fields)
@@ -176,22 +164,25 @@ def load_session(
 def ts2_windows(
     path: str | Path, part: str, stride: float = 0.02, length: float = 1.0, split: str = "ts2"
 ) -> np.ndarray:
-    """Starts (W,) in seconds, ascending, of the windows of the benchmark's tasks on units (TS2).
+    """Starts (W,) in seconds, ascending, of the windows of the benchmark's tasks on units.
 
-    Windows lie in the time of valid trials (``task_aligned_intervals``) within the part: one every
-    ``stride`` seconds from the start of each such interval, and one that ends with the interval.
-    The scorer matches windows by exact equality of these float64 numbers. They are computed by
-    `torch.arange`; numpy's differ in the last bits.
-
-    Args:
-        path: a session file.
-        part: "train", "val" or "test".
-        stride: seconds; 0.02 in the benchmark's tests, 0.06 in its validation.
-        length: seconds.
-        split: "ts2", or another split of the file.
+    They lie in the time of valid trials within a part ("train", "val" or "test") of a split: one
+    every ``stride`` s from the start of each such interval, and one that ends with it. The stride
+    is 0.02 in the benchmark's tests, 0.06 in its validation. Its scorer matches starts by exact
+    equality; numpy's differ from `torch.arange`'s in the last bits.
     """
     with open_file(path) as file:
-        return _windows(file, file.intervals(f"{split}_{part}_domain"), stride, length)
+        trials = file.intervals("task_aligned_intervals/domain")[:, None]
+        bounds, starts = file.intervals(f"{split}_{part}_domain"), [np.zeros(0)]
+    first = np.maximum(trials[..., 0], bounds[:, 0]).ravel().tolist()
+    last = np.minimum(trials[..., 1], bounds[:, 1]).ravel().tolist()
+    for begin, end in zip(first, last, strict=True):
+        if end - begin >= length:
+            regular = torch.arange(begin, end, stride, dtype=torch.float64).numpy()
+            regular = regular[regular + length <= end]
+            short = not len(regular) or regular[-1] + length < end
+            starts += [regular, np.array([end - length])] if short else [regular]
+    return np.sort(np.concatenate(starts))
 
 
 # ---------------------------------------------------------------------------- the file
@@ -200,44 +191,35 @@ def ts2_windows(
 class SessionFile(recording.Recording):
     """An open session file; its errors name the session and the dataset."""
 
-    def open(self, file: Any) -> None:
-        """Read the session's id and where it is from."""
-        self.file, self.name = file, _decode(file["session"].attrs["id"])
-        self.provenance |= {
-            "lab": self.text("/", "lab"),
-            "subject": self.text("subject", "id"),
-            "recording_date": self.text("session", "recording_date"),
-            "derived_version": self.text("brainset", "derived_version"),
-            "unit_filtering": self.text("brainset", "unit_filtering"),
-        }
+    file: Any
 
     def text(self, group: str, key: str) -> str:
         """A string attribute; "" where there is none."""
-        return _decode(self.file[group].attrs.get(key, "")) if group in self.file else ""
+        value = self.file[group].attrs.get(key, "") if group in self.file else ""
+        return value.decode() if isinstance(value, bytes) else str(value)
 
     def column(self, path: str) -> np.ndarray:
         """A column (n,): numbers or strings."""
         if path not in self.file:
             self.fail(path, "not in the file; download it again")
-        values = self.file[path][()]
-        if values.dtype.kind in "OS":  # variable-length UTF-8, or fixed-length bytes
-            values = np.array([_decode(value) for value in values.tolist()], dtype=np.str_)
-        return values
+        data = self.file[path]
+        strings = data.dtype.kind in "OS"  # variable-length UTF-8, or fixed-length bytes
+        return data.asstr()[()].astype(np.str_) if strings else data[()]
 
     def intervals(self, path: str) -> np.ndarray:
         """Intervals (n, 2): start and end, seconds."""
         return np.stack([self.column(f"{path}/{end}") for end in ("start", "end")], axis=1)
 
-    def times(self, group: str, n: int) -> np.ndarray:
-        """Times (n,) of the samples of a group; a regular series stores its start and rate."""
+    def trace(self, group: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Times, values, and which values are known, of a sampled behaviour; (S,) each."""
+        values = self.column(f"{group}/{name}")
+        known = np.isfinite(values)
+        if group == "paws":
+            known &= self.column(f"paws/is_{name.removesuffix('_speed')}_confident") == 1
         if f"{group}/timestamps" in self.file:
-            return self.column(f"{group}/timestamps")
-        rate = float(self.file[group].attrs["sampling_rate"])
-        return self.intervals(f"{group}/domain")[0, 0] + np.arange(n) / rate
-
-
-def _decode(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+            return self.column(f"{group}/timestamps"), values, known
+        start, rate = self.column(f"{group}/domain/start"), self.file[group].attrs["sampling_rate"]
+        return start[0] + np.arange(len(values)) / float(rate), values, known
 
 
 @contextmanager
@@ -247,91 +229,89 @@ def open_file(path: str | Path) -> Iterator[SessionFile]:
     if not path.is_file():
         raise SessionError(f"session {path.stem!r}, {path}: no such file; bwb.download fetches it")
     opened = SessionFile(path.stem, origin="BrainWideBench", file=path.name)
-    with opened.reading(str(path)), h5py.File(path, "r") as file:
-        opened.open(file)
+    with opened.reading(str(path)), h5py.File(path, "r") as opened.file:
+        opened.name = opened.text("session", "id") or path.stem
+        opened.provenance["subject"] = opened.text("subject", "id")
+        for key in ("derived_version", "unit_filtering"):
+            opened.provenance[key] = opened.text("brainset", key)
         yield opened
 
 
-def _units(file: SessionFile, atlas: str | None) -> dict[str, Any]:
-    """Arguments of `Session.from_spike_times` for the spikes and units."""
-    present = [name for name in _UNITS if name == "id" or f"units/{name}" in file.file]
-    neurons = {_UNITS[name]: file.column(f"units/{name}") for name in present}
-    if "probe" in neurons and "probes" in file.file:  # ids of insertions -> "probe00", ...
-        ids, names = (file.column(f"probes/{key}").tolist() for key in ("id", "name"))
-        name_of = dict(zip(ids, names, strict=True))
-        neurons["probe"] = np.array([name_of[probe] for probe in neurons["probe"].tolist()])
-    return {
-        "spike_times": file.column("spikes/timestamps"),
-        "spike_clusters": file.column("spikes/unit_index"),
-        "clusters": np.arange(len(neurons["uuid"])),
-        "regions": None if atlas is None else file.column(f"units/region_{atlas.lower()}"),
-        "neurons": neurons,
-    }
-
-
-def _parts(file: SessionFile, split: str | None, cut: bool) -> dict[str, np.ndarray]:
-    """Intervals (n, 2) of each part of the split; empty without one."""
+def _parts(file: SessionFile, split: str | None, needed: bool) -> dict[str, np.ndarray]:
+    """Intervals (n, 2) of each part of the split; empty without one, if none is needed."""
     present = [name for name in SPLITS if f"{name}_train_domain" in file.file]
     if split == "auto":
         suite = SUITES.get(file.provenance["unit_filtering"], "ts2")
         split = next((name for name in ("pretrain", suite) if name in present), None)
     file.provenance["split"] = split
-    if split is None and not cut:
+    if split is None and not needed:
         return {}
     if split not in present:
         remedy = f"pass one of {present}, or None and an align other than 'ts2'"
         file.fail(f"split {split!r}", f"not in the file; {remedy}")
-    return {part: file.intervals(f"{split}_{part}_domain") for part in SPLITS[split]}
+    parts = Split._fields[: 2 if split == "pretrain" else 3]
+    return {part: file.intervals(f"{split}_{part}_domain") for part in parts}
 
 
-def _windows(file: SessionFile, part: np.ndarray, stride: float, length: float) -> np.ndarray:
-    """Starts (W,) of the windows in the valid trials' time within a part (n, 2)."""
-    trials = file.intervals("task_aligned_intervals/domain")
-    first = np.maximum(trials[:, None, 0], part[None, :, 0]).ravel()
-    last = np.minimum(trials[:, None, 1], part[None, :, 1]).ravel()
-    starts: list[np.ndarray] = [np.zeros(0)]
-    for begin, end in zip(first.tolist(), last.tolist(), strict=True):
-        if end - begin >= length:
-            regular = torch.arange(begin, end, stride, dtype=torch.float64).numpy()
-            regular = regular[regular + length <= end]
-            # Where the stride does not end with the interval, one more window does.
-            short = not len(regular) or regular[-1] + length < end
-            starts += [regular, np.array([end - length])] if short else [regular]
-    return np.sort(np.concatenate(starts))
+def inside(spans: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Which intervals (K, 2) lie in one of a part's (n, 2); (K,) bool."""
+    begun = spans[:, None, 0] >= part[:, 0] - _TOLERANCE
+    return np.any(begun & (spans[:, None, 1] <= part[:, 1] + _TOLERANCE), axis=1)
+
+
+# ------------------------------------------------ arguments of `Session.from_spike_times`
+
+
+def _units(file: SessionFile, atlas: str | None) -> dict[str, Any]:
+    neurons = {
+        _COLUMNS.get(key, key.removeprefix("region_")): file.column(f"units/{key}")
+        for key, column in file.file["units"].items()
+        if column.ndim == 1
+    }
+    if "probe" in neurons and "probes" in file.file:  # ids of insertions -> "probe00", ...
+        names = pd.Series(file.column("probes/name"), file.column("probes/id"))
+        neurons["probe"] = names[neurons["probe"]].to_numpy()
+    return {
+        "spike_times": file.column("spikes/timestamps"),
+        "spike_clusters": file.column("spikes/unit_index"),
+        "clusters": np.arange(len(file.column("units/id"))),
+        "regions": None if atlas is None else file.column(f"units/region_{atlas.lower()}"),
+        "neurons": neurons,
+    }
 
 
 def _trials(
     file: SessionFile,
     align: str | np.ndarray,
     window: tuple[float, float],
-    trial_filter: str | None,
+    valid: bool,
+    parts: dict[str, np.ndarray],
     spikes: np.ndarray,
 ) -> dict[str, Any]:
-    """Arguments of `Session.from_spike_times` for the trials that are kept."""
-    if isinstance(align, str):
-        behaviour = _behaviour(file, align)
-    else:
-        behaviour = {"event-time": np.asarray(align, dtype=np.float64)}
+    named = isinstance(align, str)
+    behaviour = _behaviour(file, align) if named else {"event-time": np.asarray(align, np.float64)}
     time = behaviour["event-time"]
-    tests = {"without the event": np.isfinite(time)}
-    if trial_filter is not None:
-        if trial_filter != "valid" or not isinstance(align, str):
-            file.fail("trial_filter", "must be None, or 'valid' with an event of the file as align")
-        tests["not valid"] = file.column("trials/is_valid") == 1
-    begins = time + window[0] >= spikes.min() - _TOLERANCE
-    tests["beyond the recording"] = begins & (time + window[1] <= spikes.max() + _TOLERANCE)
-    # A trial is counted under the first test that it fails.
-    passed = np.logical_and.accumulate(np.stack(list(tests.values())))  # (tests, K)
-    lost = -np.diff([len(time), *passed.sum(axis=1)])
-    counted = {"in the recording": len(time)} | dict(zip(tests, lost.tolist(), strict=True))
-    file.provenance["trials"], keep = counted, passed[-1]
+    spans = time[:, None] + np.array(window)
+    lost = {"without the event": ~np.isfinite(time)}
+    if valid:
+        lost["not valid"] = file.column("trials/is_valid") != 1
+    lost["beyond the recording"] = ~inside(spans, np.array([[spikes.min(), spikes.max()]]))
+    reason = np.select(list(lost.values()), list(lost), "")  # the first that applies
+    keep = reason == ""
+    counted = {"in the recording": len(time)} | {key: int((reason == key).sum()) for key in lost}
     if not keep.any():
         file.fail("trials", f"none is left ({counted}); align to other events, in seconds")
+    nowhere = np.zeros((0, 2))
+    members = [inside(spans[keep], parts.get(part, nowhere)) for part in Split._fields]
+    if parts:
+        counted["in no part of the split"] = int((~np.any(members, axis=0)).sum())
+    file.provenance["trials"] = counted
     return {
         "align_times": time[keep],
         "behaviour": {name: values[keep] for name, values in behaviour.items()},
         "trial_ids": np.flatnonzero(keep),
         "n_recorded": len(time),
+        "given_split": members if parts else None,
     }
 
 
@@ -353,38 +333,14 @@ def _behaviour(file: SessionFile, align: str) -> dict[str, np.ndarray]:
     }
 
 
-def inside(spans: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Which intervals (K, 2) lie in one of a part's (n, 2); (K,) bool."""
-    begun = spans[:, None, 0] >= part[:, 0] - _TOLERANCE
-    return np.any(begun & (spans[:, None, 1] <= part[:, 1] + _TOLERANCE), axis=1)
-
-
-def _membership(
-    file: SessionFile, events: np.ndarray, window: tuple[float, float], parts: dict[str, np.ndarray]
-) -> Split | None:
-    """The trials of each part: those whose window lies in one of its intervals."""
-    if not parts:
-        return None
-    spans, nowhere = events[:, None] + np.array(window), np.zeros((0, 2))
-    members = {p: np.flatnonzero(inside(spans, parts.get(p, nowhere))) for p in Split._fields}
-    outside = len(events) - sum(map(len, members.values()))
-    file.provenance["trials"]["in no part of the split"] = outside
-    return Split(**members)
-
-
 def _traces(file: SessionFile) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Times and values of each continuous behaviour in the file."""
     traces = {}
     for key, group in _TRACES.items():
-        path = f"{group}/{key.replace('-', '_')}"
-        if path not in file.file:
-            continue
-        values = file.column(path)
-        times, known = file.times(group, len(values)), np.isfinite(values)
-        if key == "licking-rate":  # a sample counts the 20 ms that begin with it: use their middle
-            times = times + 0.01
-        if group == "paws":
-            known &= file.column(f"paws/is_{path[5:].removesuffix('_speed')}_confident") == 1
-        traces[key] = times[known], values[known]
+        name = key.replace("-", "_")
+        if f"{group}/{name}" in file.file:
+            times, values, known = file.trace(group, name)
+            # A lick sample counts the 20 ms that begin with it: its time is their middle.
+            traces[key] = times[known] + 0.01 * (group == "licks"), values[known]
     file.provenance["absent"] = [key for key in _TRACES if key not in traces]
     return traces

@@ -5,15 +5,14 @@
     score("predictions", files)  # the scorer's numbers, from the session files themselves
     pack("predictions", "my-model", "my-model.zip", files)
 
-A window is 1 s = 50 bins of 20 ms. Tasks on single units (TS2) are scored in every window of the
-test part, one every 20 ms; tasks on behaviour (TS1) in one window of each test trial. TS3, the
-region of a unit, is not covered. What is predicted, and the main score:
+A window is 1 s = 50 bins of 20 ms. Tasks on single units (TS2) are scored in the windows of the
+test part, one every 20 ms; tasks on behaviour (TS1) in one window of each test trial. What is
+predicted, and the main score:
 
 - ``ts2-co_smoothing``: log-rates of the held-out units; ``ts2-forecasting``: of all units, in the
   last 5 bins (poisson_d2);
-- ``ts1-choice``, ``-reward``, ``-stimulus_contrast``: 2, 2 and 5 logits (bacc);
-- ``ts1-whisker_motion_energy``, ``-left_paw_speed``, ``-right_paw_speed`` (z-scored),
-  ``-wheel_speed``: 50 samples (r2); ``ts1-licking_rate``: log of the licks in each (poisson_d2).
+- classes: as many logits (bacc); ``ts1-licking_rate``: log of the licks in each bin (poisson_d2);
+  other behaviours: 50 samples, of whisker and paws z-scored (r2).
 
 The scorer (package ``ibl-bwb-eval``) matches windows by exact equality of their starts, does not
 check the order of units, and skips what it cannot match without an error; hence `check`.
@@ -21,11 +20,10 @@ check the order of units, and skips what it cannot match without an error; hence
 
 from __future__ import annotations
 
-import itertools
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,17 +35,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from mtm import decoding
-from mtm.bwb.files import SPLITS, SUITES, inside, load_session, open_file, ts2_windows
+from mtm.bwb.files import SUITES, inside, load_session, open_file, ts2_windows
 from mtm.data.recording import Recording
 from mtm.files import atomic_write
 from mtm.prediction import PredictorLike, Queries, predict_queries, require_unseen
-from mtm.session import Session, SessionError
+from mtm.session import Session, SessionError, Split
 
 BINS, BIN_SIZE, LENGTH = 50, 0.02, 1.0  # of a window; seconds
 AHEAD = 5  # bins that forecasting predicts
 LOWEST = float(np.log(1e-9))  # log-probability of a class that cannot be predicted
 FIRST_SEED, LEAST_SEEDS = 43, 3
 SCORER = "0.1.0"  # version of ibl-bwb-eval
+METADATA = ("label", "task", "seed", "recording_id", "unit_filtering", "dataset_version")
 PLAUSIBLE = (0.1, 10.0)  # mean predicted rate, as a multiple of the recorded one
 
 
@@ -84,11 +83,8 @@ TASKS = {
 """
 
 
-# ----------------------------------------------------------- windows, trials and targets
-
-
 class Trials(NamedTuple):
-    """The trials of a behaviour task that are scored or fitted to, in the order of the file."""
+    """The trials of a behaviour task in a part of the split, in the order of the file."""
 
     rows: np.ndarray  # (K,) int64, of the file's `trials`
     starts: np.ndarray  # (K,) of the windows, seconds
@@ -154,31 +150,27 @@ class BenchmarkSession(Recording):
                 trusted = np.ones((len(rows), BINS), dtype=bool)
             else:
                 keep &= inside(bounds, file.intervals(f"{spec.group}/domain"))
-                samples = file.column(series).astype(np.float64)
-                known = np.isfinite(samples)
-                if spec.group == "paws":
-                    known = file.column(f"paws/is_{name.removesuffix('_speed')}_confident") == 1
+                times, samples, known = file.trace(spec.group, name)
                 if spec.group in ("whisker", "paws"):
                     scale = file.file[f"ts1_normalize/{series}"].attrs
                     samples = (samples - scale["mean"]) / scale["std"]
                 elif spec.group == "licks":
                     samples = np.round(samples * BIN_SIZE)
                 # The 50 samples from the first one at or after the start (but for rounding).
-                first = np.searchsorted(file.times(spec.group, len(samples)), bounds[:, 0] - 2e-11)
+                first = np.searchsorted(times, bounds[:, 0] - 2e-11)
                 index = first[:, None] + np.arange(BINS)
                 keep &= index[:, -1] < len(samples)
                 index = index.clip(max=len(samples) - 1)
                 values = np.where(known, samples, 0.0)[index, None].astype(np.float32)
                 trusted = known[index]
                 keep &= trusted.any(axis=1)
-        rows = rows.astype(np.int64)
-        return Trials(rows[keep], bounds[keep, 0], values[keep], trusted[keep])
+        return Trials(rows[keep].astype(np.int64), bounds[keep, 0], values[keep], trusted[keep])
 
     def index(self, task: str) -> dict[str, np.ndarray] | None:
-        """What identifies the rows and columns of a prediction file.
+        """What identifies the rows and columns of a prediction file; None without the behaviour.
 
         TS2: ``window_timestamps`` (W,) float64 and ``unit_ids`` (n, width) uint8, the ASCII codes
-        of ``<session>/<unit>``. TS1: ``trial_id`` (K,) int64; ``None`` without the behaviour.
+        of ``<session>/<unit>``. TS1: ``trial_id`` (K,) int64.
         """
         if TASKS[task].events:
             rows = self.trials(task, "test").rows
@@ -188,11 +180,7 @@ class BenchmarkSession(Recording):
         return {"window_timestamps": self.windows(), "unit_ids": codes}
 
     def truth(self, task: str) -> dict[str, np.ndarray] | None:
-        """The scorer's ground truth: `index`, and what was to be predicted.
-
-        TS2: ``targets`` (W, 50 or 5, n) float32 counts. TS1: ``values`` (K, 1) int64 or
-        (K, 50, 1) float32, and for the paws ``mask`` (K, 50) bool.
-        """
+        """The scorer's ground truth: `index`; ``targets`` (W, 50 or 5, n), counts; or `Trials`."""
         index = self.index(task)
         if index is None:
             return None
@@ -208,13 +196,7 @@ class BenchmarkSession(Recording):
 
 
 def predict_task(
-    predictor: PredictorLike,
-    recording: BenchmarkSession,
-    task: str,
-    *,
-    dtype: str = "float16",
-    cache: dict[Any, Any] | None = None,
-    **options: Any,
+    predictor: PredictorLike, recording: BenchmarkSession, task: str, **options: Any
 ) -> dict[str, np.ndarray] | None:
     """Predict a task: the tensors of a prediction file.
 
@@ -225,67 +207,52 @@ def predict_task(
         predictor: as in :func:`mtm.evaluate`, except for an array.
         recording: of the task's build.
         task: one of `TASKS`.
-        dtype: of TS2 predictions, "float16" or "float32".
-        cache: {} to reuse a predictor's features in the next behaviour task of this recording.
         **options: ``batch_size`` and ``progress`` as in :func:`mtm.evaluate`.
 
     Returns:
-        `BenchmarkSession.index` and ``predictions``. TS2: (W, 50 or 5, n) log-rates of what was
-        hidden. TS1: (K, 1, C) or (K, 50, 1) float32. ``None`` where the file lacks the behaviour.
+        `BenchmarkSession.index` and ``predictions``. TS2: (W, 50 or 5, n) float16 log-rates of what
+        was hidden. TS1: (K, 1, C) or (K, 50, 1) float32. ``None`` where the file lacks the
+        behaviour.
     """
     spec, index = TASKS[task], recording.index(task)
     if index is None:
         return None
     if spec.events:
-        cache = {} if cache is None else cache
-        index["predictions"] = _predict_behaviour(predictor, recording, task, cache, **options)
-        return index
+        return index | {"predictions": _predict_behaviour(predictor, recording, task, **options)}
     bins, units = recording.scored(task)
     session = recording.session(index["window_timestamps"])
     queries, predicted = Queries(units[None], units[None], bins), []
     # A real test part has 70,000 windows, too many for their predictions to be kept as float64.
     for trials in np.array_split(np.arange(session.n_trials), session.n_trials // 1000 + 1):
         log_rates = predict_queries(predictor, session, spec.prompt, trials, queries, **options)
-        predicted.append(log_rates[:, bins][:, :, units].astype(dtype))
+        predicted.append(log_rates[:, bins][:, :, units].astype(np.float16))
     return index | {"predictions": np.concatenate(predicted)}
 
 
 def _predict_behaviour(
-    predictor: PredictorLike,
-    recording: BenchmarkSession,
-    task: str,
-    cache: dict[Any, Any],
-    **options: Any,
+    predictor: PredictorLike, recording: BenchmarkSession, task: str, **options: Any
 ) -> np.ndarray:
     """Decode a behaviour in the test trials, (K, 1, C) or (K, 50, 1) float32."""
-    spec = TASKS[task]
-    train, val, test = (recording.trials(task, part) for part in SPLITS["ts1"])
-    if (spec.prompt, spec.events) not in cache:
-        cache.clear()  # features of one kind of window are all that is kept in memory
-        with open_file(recording.path) as file:
-            starts = file.column(f"task_aligned_intervals/{spec.events}/start")
-        session, everything = recording.session(starts), np.ones((1, len(recording.units)), bool)
-        queries, trials = Queries(~everything, everything, slice(BINS)), np.arange(session.n_trials)
-        log_rates = predict_queries(predictor, session, spec.prompt, trials, queries, **options)
-        features = log_rates.reshape(session.n_trials, -1)
-        cache[spec.prompt, spec.events] = session.behaviour["event-time"], features
-    starts, features = cache[spec.prompt, spec.events]
+    train, val, test = (recording.trials(task, part) for part in Split._fields)
+    fit = Trials(*map(np.concatenate, zip(train, val, strict=True)))
+    session = recording.session(np.concatenate([fit.starts, test.starts]))
+    everything, n_fit = np.ones((1, session.n_neurons), dtype=bool), len(fit.starts)
+    asked = np.arange(session.n_trials), Queries(~everything, everything)
+    log_rates = predict_queries(predictor, session, TASKS[task].prompt, *asked, **options)
+    features = log_rates.reshape(session.n_trials, -1)
     try:
-        fit = Trials(*map(np.concatenate, zip(train, val, strict=True)))
-        x, x_test = (features[np.searchsorted(starts, part.starts)] for part in (fit, test))
-        decoded = decode_trials(*decoding.principal_axes(x, x_test), fit, spec)
+        x, x_test = decoding.principal_axes(features[:n_fit], features[n_fit:])
+        decoded = decode_trials(x, x_test, fit, TASKS[task])
     except ValueError as error:
         recording.fail(task, f"too few trials to fit a decoder ({error}); leave the task out")
-    return decoded.reshape(len(test.rows), *spec.shape).astype(np.float32)
+    return decoded.reshape(len(test.rows), *TASKS[task].shape).astype(np.float32)
 
 
 def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) -> np.ndarray:
     """Decode a behaviour from features (K', F), fitted to features (K, F) of the trials ``fit``.
 
-    Classes are decoded by logistic regression with equal weight for each class, samples by ridge
-    regression, where a sample that is not trusted is replaced by the mean of the trusted ones at
-    its place. Penalties are cross-validated. Returns log-probabilities (K', C), samples (K', 50),
-    or log-rates (K', 50) of licks.
+    Returns log-probabilities (K', C), samples (K', 50), or log-rates (K', 50) of licks. A sample
+    that is not trusted is replaced by the mean of the trusted ones at its place.
     """
     if task.group:
         samples = np.where(fit.trusted, fit.values[..., 0], 0.0)
@@ -336,14 +303,12 @@ def export(
     Raises:
         SessionError: for a file that no model fits, or a model that fits no file or was trained
             on windows of a test part; before anything is predicted.
-        ValueError: for unknown tasks, a bad label, or the wrong number of seeds.
+        ValueError: for unknown tasks, or the wrong number of seeds.
     """
     models = list(models) if isinstance(models, Sequence) else [models]
     tasks = list(TASKS if tasks is None else tasks)
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    if not re.fullmatch(r"\w[\w.-]*", label, re.ASCII):
-        raise ValueError(f"label {label!r}: use letters, digits, and - _ . after the first")
     builds = {TASKS[task].build for task in tasks}
     recordings = [each for each in map(BenchmarkSession, files) if each.build in builds]
     if not recordings:
@@ -357,9 +322,8 @@ def export(
     paths = []
     for recording, chosen in plan:
         for seed, model in chosen.items():
-            cache: dict[Any, Any] = {}
             for task in (task for task in tasks if TASKS[task].build == recording.build):
-                tensors = predict_task(model, recording, task, cache=cache, **options)
+                tensors = predict_task(model, recording, task, **options)
                 if tensors is not None:
                     paths.append(save(folder, label, task, seed, recording, tensors))
     return paths
@@ -369,46 +333,41 @@ def models_for(
     recording: BenchmarkSession, models: Sequence[PredictorLike], seeds: Sequence[int] | None
 ) -> dict[int, PredictorLike]:
     """Seed -> model, of the models that fit a session file; functions fit all."""
-    n_units = len(recording.units)
-
-    def fits(predictor: Any) -> bool:
-        model = getattr(predictor, "model", predictor)
-        if not hasattr(model, "session_layers"):
-            return True
-        known = recording.name in model.session_names and model.n_bins == BINS
-        return known and model.session_layers(recording.name).n_neurons == n_units
-
-    fitting = [predictor for predictor in models if fits(predictor)]
+    wanted, fitting = (BINS, len(recording.units)), []
+    for predictor in models:
+        model: Any = getattr(predictor, "model", predictor)
+        found = wanted  # of functions
+        if hasattr(model, "session_layers"):
+            known = recording.name in model.session_names
+            found = known and (model.n_bins, model.session_layers(recording.name).n_neurons)
+        fitting += [predictor] * (found == wanted)
     if not fitting:
-        recording.fail(
-            str(recording.path),
-            f"no model knows this session with {n_units} units ({recording.build}) and {BINS} bins;"
-            " train one: python -m mtm prepare bwb FILE --out DIR --align ts2, then train DIR",
-        )
-    found = list(range(FIRST_SEED, FIRST_SEED + len(fitting)) if seeds is None else seeds)
-    if len(set(found)) != len(fitting):
-        raise ValueError(f"{len(fitting)} models need as many different seeds, got {found}")
-    return dict(zip(found, fitting, strict=True))
+        problem = f"no model knows this session with {wanted[1]} units ({recording.build}) and "
+        problem += f"{BINS} bins; train one: python -m mtm prepare bwb FILE --out DIR --align ts2, "
+        recording.fail(str(recording.path), f"{problem}then train DIR")
+    given = list(range(FIRST_SEED, FIRST_SEED + len(fitting)) if seeds is None else seeds)
+    if len(set(given)) != len(fitting):
+        raise ValueError(f"{len(fitting)} models need as many different seeds, got {given}")
+    return dict(zip(given, fitting, strict=True))
 
 
 def require_untrained(models: dict[int, PredictorLike], recording: BenchmarkSession) -> None:
     """Raise a SessionError for models (seed -> model) that were trained on the test part.
 
-    A model's training trials are compared with the windows in the test part that training with any
-    split of the file cuts, and with those of the behaviour tasks. Windows one second apart suffice:
-    whatever the stride, the first and the last window of each trial are the same.
+    Their training trials are compared with the windows in the test part of all tasks and splits.
+    Those one second apart suffice: the first and last of a trial are the same with any stride.
     """
     suite = SUITES[recording.build]
     with open_file(recording.path) as file:
-        test, groups = file.intervals(f"{suite}_test_domain"), set(file.file)
-        aligned = file.file["task_aligned_intervals"]
+        test, aligned = file.intervals(f"{suite}_test_domain"), file.file["task_aligned_intervals"]
         starts = [aligned[name]["start"][()] for name in aligned if name != "domain"]
-    for split, part in itertools.product(SUITES.values(), SPLITS["ts1"]):
-        if f"{split}_{part}_domain" in groups:
-            starts.append(ts2_windows(recording.path, part, 1.0, LENGTH, split))
-    every = np.unique(np.concatenate(starts))[:, None]
-    overlap = (every + 1e-6 < test[:, 1]) & (every + LENGTH - 1e-6 > test[:, 0])
-    windows = recording.session(every[overlap.any(axis=1), 0])
+        splits = [split for split in SUITES.values() if f"{split}_test_domain" in file.file]
+    for split in splits:
+        starts += [ts2_windows(recording.path, p, 1.0, split=split) for p in Split._fields]
+    every = np.unique(np.concatenate(starts))
+    begin, end = every[:, None] + 1e-6, every[:, None] + LENGTH - 1e-6
+    overlap = np.any((begin < test[:, 1]) & (end > test[:, 0]), axis=1)
+    windows = recording.session(every[overlap])
     for seed, model in models.items():
         try:
             require_unseen(model, windows, np.arange(windows.n_trials))
@@ -428,29 +387,24 @@ def save(
     recording: BenchmarkSession,
     tensors: dict[str, np.ndarray],
 ) -> Path:
-    """Write the tensors of `predict_task`; returns the path.
-
-    It is ``<folder>/<label>/<task>/<session>/seed_<seed>.safetensors``.
-    """
+    """Write the tensors of `predict_task`; returns its path."""
     path = Path(folder) / label / task / recording.name / f"seed_{seed}.safetensors"
     metadata = _metadata(label, task, seed, recording)
     metadata |= {"ibl_bwb_eval_version": SCORER, "context_window": str(LENGTH)}
     metadata |= {"bin_size": str(BIN_SIZE)}
+    _write(path, tensors, metadata)
+    return path
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     with atomic_write(path) as partial:
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata)
-    return path
 
 
 def _metadata(label: str, task: str, seed: int, recording: BenchmarkSession) -> dict[str, str]:
     """The metadata that the benchmark requires of a prediction file."""
-    return {
-        "label": label,
-        "task": task,
-        "seed": str(seed),
-        "recording_id": recording.name,
-        "unit_filtering": recording.build,
-        "dataset_version": recording.version,
-    }
+    values = label, task, str(seed), recording.name, recording.build, recording.version
+    return dict(zip(METADATA, values, strict=True))
 
 
 # --------------------------------------------------------------------------- check and pack
@@ -474,82 +428,76 @@ def check(
         label: which to check. Default: the only one.
         deterministic: accept one seed, as is declared with the upload.
     """
-    folder, recordings = Path(folder), [BenchmarkSession(path) for path in files]
-    labels = sorted(path.name for path in folder.glob("*") if path.is_dir())
+    labels = sorted(path.name for path in Path(folder).glob("*") if path.is_dir())
     label = labels[0] if label is None and len(labels) == 1 else label
     if label not in labels:
         return [f"{folder}: has predictions of {labels or 'no label'}; name the one to upload"]
-    found, findings = list_predictions(folder / label)
-    by_build = {(recording.build, recording.name): recording for recording in recordings}
-    for (task, session, seed), path in found.items():
-        recording = by_build.get((TASKS[task].build, session))
-        problems = ["no session file"]
-        if recording is not None:
-            problems = _check_file(path, recording, task, label, seed)
+    root, findings = Path(folder) / label, []
+    recordings = {(each.build, each.name): each for each in map(BenchmarkSession, files)}
+    found: dict[tuple[str, str], list[int]] = {}  # task and session -> seeds
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        task, *rest = path.relative_to(root).parts
+        seed = re.fullmatch(r"seed_(0|[1-9]\d*)\.safetensors", path.name)
+        if task == "ts3-unit_cosmos" and seed and len(rest) == 1:
+            continue
+        if task not in TASKS or not seed or len(rest) != 2:
+            findings.append(f"{path}: not <task>/<session>/seed_<n>.safetensors; remove it")
+            continue
+        found.setdefault((task, rest[0]), []).append(int(seed[1]))
+        problems: Iterable[str] = ["no session file"]
+        if recording := recordings.get((TASKS[task].build, rest[0])):
+            problems = _problems(path, recording, task, _metadata(label, task, seed[1], recording))
         findings += [f"{path}: {problem}; export it again or remove it" for problem in problems]
-    seeds = sorted({seed for _, _, seed in found})
-    for recording in recordings:
-        for task in sorted({task for task, _, _ in found if TASKS[task].build == recording.build}):
-            here = [seed for seed in seeds if (task, recording.name, seed) in found]
+    seeds = sorted({seed for each in found.values() for seed in each})
+    for (build, name), recording in recordings.items():
+        for task in sorted({task for task, _ in found if TASKS[task].build == build}):
+            here = sorted(found.get((task, name), []))
             if here != seeds and (here or recording.index(task) is not None):
-                place = folder / label / task / recording.name
-                findings.append(f"{place}: has seeds {here}, others have {seeds}; export them all")
+                place = f"{root / task / name}: has seeds {here}"
+                findings.append(f"{place}, others have {seeds}; export them all")
     if len(seeds) < (1 if deterministic else LEAST_SEEDS) or seeds[-1] - seeds[0] >= len(seeds):
         need = f"{LEAST_SEEDS} are needed, numbered one after the other"
-        findings.append(f"{folder / label}: seeds {seeds}; {need}, or a deterministic model")
+        findings.append(f"{root}: seeds {seeds}; {need}, or a deterministic model")
     return findings
 
 
-def list_predictions(root: Path) -> tuple[dict[tuple[str, str, int], Path], list[str]]:
-    """The prediction files of a label by task, session and seed; a finding for other files."""
-    found, findings = {}, []
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        place = path.relative_to(root).as_posix()
-        match = re.fullmatch(r"([^/]+)/([^/]+)/seed_(0|[1-9]\d*)\.safetensors", place)
-        if match and match[1] in TASKS:
-            found[match[1], match[2], int(match[3])] = path
-        elif not re.fullmatch(r"ts3-unit_cosmos/seed_\d+\.safetensors", place):
-            findings.append(f"{path}: not <task>/<session>/seed_<n>.safetensors; remove it")
-    return found, findings
-
-
-def _check_file(
-    path: Path, recording: BenchmarkSession, task: str, label: str, seed: int
-) -> list[str]:
-    """Problems of a prediction file."""
+def _problems(
+    path: Path, recording: BenchmarkSession, task: str, metadata: dict[str, str]
+) -> Iterator[str]:
+    """Problems of a prediction file that should have this ``metadata``."""
     try:
         with safe_open(path, framework="np") as file:
             tensors, said = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
     except (SafetensorError, OSError) as error:
-        return [f"cannot be read ({error})"]
-    problems = [
-        f"says {key} {(said or {}).get(key)!r}, its place and the session file say {value!r}"
-        for key, value in _metadata(label, task, seed, recording).items()
-        if (said or {}).get(key) != value
-    ]
+        yield f"cannot be read ({error})"
+        return
+    for key, value in metadata.items():
+        if (given := (said or {}).get(key)) != value:
+            yield f"says {key} {given!r}, its place and the session file say {value!r}"
     index = recording.index(task)
     if index is None:
-        return [*problems, "the session has no such behaviour in its test part"]
-    if lacking := sorted({"predictions", *index} - tensors.keys()):
-        return [*problems, f"lacks {', '.join(lacking)}"]
-    # The order of rows (windows or trials) is free, that of units is not.
-    (key, wanted), *_ = index.items()
-    given = tensors[key]
-    missing, others = len(np.setdiff1d(wanted, given)), len(np.setdiff1d(given, wanted))
-    if missing or others or given.shape != wanted.shape or given.dtype != wanted.dtype:
-        exact = "" if TASKS[task].events else " and equal to the last bit (bwb.ts2_windows)"
-        problems.append(
-            f"{key} is {given.dtype} {given.shape}: {missing} of {len(wanted)} are missing, "
-            f"{others} are not of the task; need {wanted.dtype}, each once{exact}"
-        )
-    if "unit_ids" in index and not np.array_equal(tensors["unit_ids"], index["unit_ids"]):
-        problems.append("unit_ids are not the scored units in the order of the session file")
-    return problems + _check_numbers(tensors["predictions"], len(given), recording, task)
+        yield "the session has no such behaviour in its test part"
+    elif lacking := sorted({"predictions", *index} - tensors.keys()):
+        yield f"lacks {', '.join(lacking)}"
+    else:
+        # The order of rows (windows or trials) is free, that of units is not.
+        (key, wanted), *_ = index.items()
+        rows = tensors[key]
+        missing, others = len(np.setdiff1d(wanted, rows)), len(np.setdiff1d(rows, wanted))
+        if missing or others or rows.shape != wanted.shape or rows.dtype != wanted.dtype:
+            exact = "" if TASKS[task].events else " and equal to the last bit (bwb.ts2_windows)"
+            yield (
+                f"{key} is {rows.dtype} {rows.shape}: {missing} of {len(wanted)} are missing, "
+                f"{others} are not of the task; need {wanted.dtype}, each once{exact}"
+            )
+        if "unit_ids" in index and not np.array_equal(tensors["unit_ids"], index["unit_ids"]):
+            yield "unit_ids are not the scored units in the order of the session file"
+        yield from _problems_of_numbers(tensors["predictions"], len(rows), recording, task)
 
 
-def _check_numbers(
+def _problems_of_numbers(
     predictions: np.ndarray, n_rows: int, recording: BenchmarkSession, task: str
-) -> list[str]:
+) -> Iterator[str]:
     """Problems of the predictions: their shape, type and range."""
     spec, dtypes, shape = TASKS[task], ["float32"], (n_rows, *TASKS[task].shape)
     if not spec.events:
@@ -557,19 +505,19 @@ def _check_numbers(
         dtypes, shape = ["float16", "float32"], (n_rows, bins.stop - bins.start, int(units.sum()))
     if predictions.shape != shape or predictions.dtype.name not in dtypes:
         wanted = f"{' or '.join(dtypes)} {shape}"
-        return [f"predictions are {predictions.dtype} {predictions.shape}, not {wanted}"]
-    if not np.isfinite(predictions).all():
-        return ["predictions hold NaN or infinite values"]
-    if spec.events and spec.group != "licks":
-        return []
-    # Log-rates: bins are short, so most are below 0, and their rates are near the recorded ones.
-    problem = "none is below 0" if predictions.min() >= 0 else ""
-    if not (spec.events or problem):
-        mean, own = np.exp(predictions.astype(np.float32)).mean(), recording.rates[units].mean()
-        if not PLAUSIBLE[0] < mean / own < PLAUSIBLE[1]:
-            problem = f"their mean rate is {mean:.3g} in a bin, the session's {own:.3g}"
-    remedy = "write the natural log of the expected count in a bin"
-    return [f"predictions are no log-rates ({problem}): {remedy}"] if problem else []
+        yield f"predictions are {predictions.dtype} {predictions.shape}, not {wanted}"
+    elif not np.isfinite(predictions).all():
+        yield "predictions hold NaN or infinite values"
+    elif not spec.events or spec.group == "licks":
+        # Bins are short, so most log-rates are below 0, and rates are near the recorded ones.
+        problem = "none is below 0" if predictions.min() >= 0 else ""
+        if not (spec.events or problem):
+            mean, own = np.exp(predictions.astype(np.float32)).mean(), recording.rates[units].mean()
+            if not PLAUSIBLE[0] < mean / own < PLAUSIBLE[1]:
+                problem = f"their mean rate is {mean:.3g} in a bin, the session's {own:.3g}"
+        if problem:
+            remedy = "write the natural log of the expected count in a bin"
+            yield f"predictions are no log-rates ({problem}): {remedy}"
 
 
 def pack(
@@ -580,14 +528,10 @@ def pack(
     *,
     deterministic: bool = False,
 ) -> Path:
-    """Zip a label's predictions for the upload if `check` finds nothing; returns the zip's path.
+    """Zip a label's predictions for the upload if `check`, which says more, finds nothing.
 
-    Args:
-        folder, label, files, deterministic: as in `check`.
-        out: the zip; its root holds ``<label>/<task>/...``.
-
-    Raises:
-        ValueError: with all findings.
+    Returns the path ``out`` of the zip, whose root holds ``<label>/<task>/...``. Raises a
+    ValueError with all findings.
     """
     folder, out = Path(folder), Path(out)
     if findings := check(folder, files, label=label, deterministic=deterministic):
@@ -599,39 +543,14 @@ def pack(
     return out
 
 
-# ---------------------------------------------------------------------------------- scores
-
-
-def write_truth(
-    files: Iterable[str | Path], folder: str | Path, tasks: Iterable[str] = TASKS
-) -> list[Path]:
-    """Write ground truth, which the session files contain, for the scorer's ``--gt_dir``.
-
-    Returns the paths, ``<folder>/<task>/<session>/ground_truth.safetensors``.
-    """
-    paths = []
-    for recording in map(BenchmarkSession, files):
-        for task in (task for task in tasks if TASKS[task].build == recording.build):
-            if (truth := recording.truth(task)) is not None:
-                path = Path(folder) / task / recording.name / "ground_truth.safetensors"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({k: np.ascontiguousarray(v) for k, v in truth.items()}, path)
-                paths.append(path)
-    return paths
-
-
 def score(
     folder: str | Path, files: Iterable[str | Path], *, label: str = ""
 ) -> dict[tuple[str, str, int], dict[str, float]]:
-    """Score predictions with the benchmark's scorer, against the session files.
+    """Score predictions with the benchmark's scorer, against the session files (see `check`).
 
-    Args:
-        folder, files, label: as in `check`.
-
-    Returns:
-        (task, session, seed) -> the scorer's metrics: ``poisson_d2`` and ``bps`` (bits per spike,
-        pooled over units) for TS2; ``bacc``, ``r2`` or ``poisson_d2`` and others for TS1. What the
-        scorer cannot match is left out; `check` finds it.
+    Returns (task, session, seed) -> the scorer's metrics: ``poisson_d2`` and ``bps`` (bits per
+    spike, pooled over units) for TS2; ``bacc``, ``r2`` or ``poisson_d2`` and others for TS1. What
+    the scorer cannot match is left out; `check` finds it.
     """
     try:
         ts1, ts2 = (import_module(f"ibl_bwb_eval.scoring.{suite}") for suite in ("ts1", "ts2"))
@@ -641,6 +560,10 @@ def score(
     root = Path(folder) / label
     tasks = [task for task in TASKS if any(root.rglob(f"{task}/*/seed_*.safetensors"))]
     with tempfile.TemporaryDirectory() as truth:
-        write_truth(files, truth, tasks)
+        for recording in map(BenchmarkSession, files):
+            for task in (task for task in tasks if TASKS[task].build == recording.build):
+                if (tensors := recording.truth(task)) is not None:
+                    path = Path(truth) / task / recording.name / "ground_truth.safetensors"
+                    _write(path, tensors, {})
         found = ts1.score_dir(root, truth) | ts2.score_dir(root, truth)
     return {key[1:]: values for key, values in found.items()}
