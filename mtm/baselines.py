@@ -153,8 +153,9 @@ class Data:
     def __init__(self, session: Session, split_seed: int, dtype: torch.dtype) -> None:
         split = session.split(split_seed)
         self.name, self.n_bins, self.n_neurons = session.name, session.n_bins, session.n_neurons
-        train, val = (torch.from_numpy(session.counts[part]) for part in split[:2])
-        null = torch.from_numpy(metrics.log_mean(session.counts[split.train]))
+        filled = [session.filled(part, split.train) for part in split[:2]]
+        train, val = map(torch.from_numpy, filled)
+        null = torch.from_numpy(metrics.log_mean(filled[0]))
         self.rates, self.null = _psth(train.double(), val.double(), null).to(dtype), null.to(dtype)
         mean = self.null.exp()
         scale = (mean + mean.mean()).sqrt()  # the population mean keeps rare spikes small
@@ -200,7 +201,7 @@ class Regression:
     def __call__(self, counts: Tensor, first: Tensor, neurons: Tensor | None) -> Tensor:
         """Log-rates (B, T, N); with ``neurons`` (B,), only those of theirs are valid.
 
-        ``counts`` (B, T, N) are 0 where hidden, which is everywhere from bin ``first`` (B,) on.
+        ``counts`` (B, T, N) are hidden everywhere from bin ``first`` (B,) on.
         """
         x = self.link.residuals(counts.to(self.bias))
         trial, bins = torch.arange(len(x)), torch.arange(x.shape[1])
@@ -579,8 +580,10 @@ class Baseline:
             raise ValueError(f"{self.name} was {what}; it predicts {list(self.maps)}")
         hidden = mask.hidden.all(-1)  # (B, T): bins that are hidden in all neurons
         first = torch.where(hidden.any(1), hidden.int().argmax(1), counts.shape[1])
-        visible = counts.masked_fill(mask.hidden, 0)
-        log_rates = self.maps[session, scheme](visible, first, neurons).float()
+        fitted = self.maps[session, scheme]
+        # At the PSTH, the input of a hidden neuron is 0; 0 spikes would be an observation.
+        visible = torch.where(mask.hidden, fitted.link.rates.to(counts), counts)
+        log_rates = fitted(visible, first, neurons).float()
         return log_rates if neurons is None else log_rates[torch.arange(len(counts)), :, neurons]
 
 

@@ -226,7 +226,8 @@ class Decoder:
             asked = self.predictor, session, how, trials, Queries(~inside[None], inside[None])
             values = prediction.predict_queries(*asked, batch_size=self.batch_size)[:, :, inside]
         elif kind == "counts":
-            values = smoothed(session.counts[trials][:, :, inside].astype(np.float64), how)
+            counts = session.filled(trials, self.trials[: self.n_train])[:, :, inside]
+            values = smoothed(counts.astype(np.float64), how)
         else:
             if kind not in self._latents:  # of all trials, whatever behaviour is decoded
                 given = self.predictor, session, self.trials, ~inside, kind == "encoder"
@@ -244,7 +245,7 @@ class Decoder:
             contrast = known["contrast"]
             columns = [contrast, np.sign(contrast), known.get("block", 0 * contrast)]
             stimulus = np.nan_to_num(np.stack(columns, axis=1).astype(np.float64))[self.trials]
-        counts = self.session.counts[self.trials][:, :, self.inside]
+        counts = self.session.filled(self.trials)[:, :, self.inside]
         key = joblib.hash((counts, self.is_test, target, stimulus))
         if key in _CONTROLS:
             return _CONTROLS[key]

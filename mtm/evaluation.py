@@ -26,6 +26,7 @@ from mtm.prediction import (
     queries_of,
     require_unseen,
     selected,
+    unobserved,
 )
 from mtm.report import Report, TaskScores
 from mtm.session import Session, SessionError
@@ -154,7 +155,7 @@ def _evaluate(
         reasons = "; ".join(f"{task}: {why}" for task, why in left_out.items())
         raise SessionError(f"session {session.name!r}, {reasons}")
     scores = {}
-    train_null = metrics.log_mean(session.counts[split.train])
+    train_null = metrics.log_mean(session.filled(split.train))
     for task in [t for t in asked if t in TASKS and t not in left_out]:
         queries = queries_of(task, session, wanted)
         how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
@@ -197,15 +198,31 @@ def _unscorable(
 
 
 def _score(
+    log_rates: np.ndarray, session: Session, queries: Queries, trials: np.ndarray, null: np.ndarray
+) -> TaskScores:
+    """Score the predictions (K', T, N) of a task, neuron by neuron, where it was observed."""
+    neurons = np.flatnonzero(queries.wanted.any(axis=0))
+    seen = ~unobserved(session, trials)[:, 0]
+    # Together: neurons that were observed in the same trials.
+    patterns, group = np.unique(seen[:, neurons], axis=1, return_inverse=True)
+    tables = [
+        _score_alike(log_rates[seen], session, queries, trials[seen], null, neurons[group == i])
+        for i, seen in enumerate(patterns.T)
+        if seen.any()
+    ]
+    return TaskScores(pd.concat(tables).sort_values("neuron", ignore_index=True))
+
+
+def _score_alike(
     log_rates: np.ndarray,
     session: Session,
     queries: Queries,
     trials: np.ndarray,
     train_null: np.ndarray,
-) -> TaskScores:
-    """Score the predictions (K', T, N) of a task, neuron by neuron."""
+    neurons: np.ndarray,
+) -> pd.DataFrame:
+    """Score some neurons in trials in which all of them were observed."""
     hidden, scored, bins = queries
-    neurons = np.flatnonzero(scored.any(axis=0))
     predicted = log_rates[:, bins, neurons]
     counts = session.counts[trials][:, bins, neurons]
     null = train_null[neurons]
@@ -230,7 +247,7 @@ def _score(
     table["gain_train_null"] = metrics.gain(predicted, counts, null)
     table["spikes"] = counts.sum(axis=(0, 1), dtype=np.int64)
     table["visible"] = n_visible[scored.argmax(axis=0)[neurons]]
-    return TaskScores(pd.DataFrame(table))
+    return pd.DataFrame(table)
 
 
 def _shuffled(log_rates: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:

@@ -38,6 +38,10 @@ class Mask:
     target: Tensor  # (B, T, N) bool, True = scored; a subset of hidden
     causal: bool = False  # attention to the same and earlier bins only
 
+    def leave_out(self, unobserved: Tensor) -> Mask:
+        """Hide entries that were not observed, and do not score them."""
+        return Mask(self.hidden | unobserved, self.target & ~unobserved, self.causal)
+
 
 def neuron(
     counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: Generator | None = None

@@ -221,6 +221,7 @@ def _in_batches(
     on_device = partial(torch.as_tensor, device=getattr(predictor, "device", "cpu"))
     hide, target = on_device(hidden), on_device(hidden & wanted)
     counts = on_device(session.counts[trials].astype(np.float32))
+    absent = on_device(unobserved(session, trials))
     inside = torch.zeros_like(counts[0, :, :1], dtype=torch.bool)
     inside[bins] = True
     query, trial = np.divmod(np.arange(len(hidden) * len(trials)), len(trials))  # of each pass
@@ -237,6 +238,7 @@ def _in_batches(
             some = slice(start, start + batch_size)
             of = on_device(query[some])
             mask = Mask(hide[of, None] & inside, target[of, None] & inside, scheme(name).causal)
+            mask = mask.leave_out(absent[on_device(trial[some])])
             neurons = on_device(wanted.argmax(axis=1)[query[some]])
             asked = {"neurons": neurons} if one_each else {}
             shown = counts[on_device(trial[some])]
@@ -271,10 +273,17 @@ def predict_latents(
     found = []
     for some in np.array_split(trials, -(-len(trials) // TRIALS_AT_ONCE)):
         counts = on_device(session.counts[some].astype(np.float32))
-        mask = on_device(hidden).expand_as(counts)
+        mask = (on_device(hidden) | on_device(unobserved(session, some))).expand_as(counts)
         visible = counts.masked_fill(mask, 0)
         found.append(latents(visible, session.name, Mask(mask, mask), encoder).cpu())
     return torch.cat(found).double().numpy()
+
+
+def unobserved(session: Session, trials: np.ndarray) -> np.ndarray:
+    """What was not observed in some trials, (K', 1, N) bool."""
+    if session.observed is None:
+        return np.zeros((len(trials), 1, session.n_neurons), dtype=bool)
+    return ~session.observed[trials][:, None]
 
 
 # ---------------------------------------------------------------- the activity tasks
@@ -345,4 +354,4 @@ def oracle(session: Session) -> np.ndarray:
 
 def mean_rates(session: Session, split_seed: int = 0) -> np.ndarray:
     """Log of each neuron's mean count over the training trials, (1, 1, N): the null predictor."""
-    return metrics.log_mean(session.counts[session.split(split_seed).train])[None, None]
+    return metrics.log_mean(session.filled(session.split(split_seed).train))[None, None]

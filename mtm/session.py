@@ -60,6 +60,8 @@ class Session:
             (K, T). NaN, None, "" or masked = missing.
         neurons: table of neurons: column name -> (N,) numbers or words.
         rates: expected count in each bin, (K, T, N); known for simulated recordings only.
+        observed: (K, N) bool, False where a neuron was not recorded in a trial. Models do not see
+            these entries, nothing scores them, and their counts are set to 0. Default: all were.
         given_split: (train, val, test) trials, where the recording comes with a split of its own.
         trial_ids: (K,) place of each trial among the ``n_recorded`` trials of the whole recording,
             which splits are drawn among. Default: these are all trials, in order.
@@ -80,6 +82,7 @@ class Session:
         behaviour: Mapping[str, ArrayLike] | None = None,
         neurons: Mapping[str, ArrayLike] | None = None,
         rates: np.ndarray | None = None,
+        observed: ArrayLike | None = None,
         given_split: Sequence[ArrayLike] | None = None,
         trial_ids: ArrayLike | None = None,
         n_recorded: int | None = None,
@@ -102,6 +105,11 @@ class Session:
             if rates is not None:
                 array = _array("rates", rates, self.counts.shape)
                 self.rates = array.astype(np.float32, copy=False)
+            self.observed = None
+            if observed is not None:
+                self.observed = _array("observed", observed, (trials, units)).astype(bool)
+                if not isinstance(counts, MemoryMapped):  # else it was done before saving
+                    self.counts *= self.observed[:, None]
             self.given_split = None
             if given_split is not None:
                 masks = np.zeros((3, trials), dtype=bool)
@@ -130,8 +138,9 @@ class Session:
 
     @property
     def firing_rates(self) -> np.ndarray:
-        """Mean firing rate of each neuron over all trials and bins, (N,) Hz."""
-        return self.counts.mean(axis=(0, 1), dtype=np.float64) / self.bin_size
+        """Mean firing rate of each neuron over all trials and bins it was observed in, (N,) Hz."""
+        counts = self.filled(np.arange(self.n_trials))
+        return counts.mean(axis=(0, 1), dtype=np.float64) / self.bin_size
 
     @property
     def region_names(self) -> list[str]:
@@ -156,6 +165,9 @@ class Session:
         for n, unit in enumerate(["trial", "bin"], start=1):
             keys = [key for key, array in sorted(self.behaviour.items()) if array.ndim == n]
             lines += [f"behaviour per {unit}: {', '.join(keys)}"] * bool(keys)
+        if self.observed is not None:
+            n_partly = (~self.observed).any(axis=0).sum()
+            lines += [f"{n_partly} neurons not observed in all trials"]
         lines += ["true rates known (simulated)"] * (self.rates is not None)
         return "\n  ".join(textwrap.shorten(line, 200) for line in lines)
 
@@ -199,10 +211,25 @@ class Session:
             behaviour={key: values[kept] for key, values in self.behaviour.items()},
             neurons={key: values[units] for key, values in self.neurons.items()},
             rates=None if self.rates is None else self.rates[kept][:, :, units],
+            observed=None if self.observed is None else self.observed[np.ix_(kept, units)],
             given_split=parts,
             trial_ids=self.trial_ids[kept],
             **{field: getattr(self, field) for field in PLAIN},
         )
+
+    def filled(self, trials: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
+        """Counts (K', T, N) of some trials, with a mean where a neuron was not observed.
+
+        The mean is that of the same bin in the trials ``among`` (default: these trials) in which
+        the neuron was observed, so it changes no neuron's mean; 0 if there is none.
+        """
+        if self.observed is None:
+            return self.counts[trials]
+        among = trials if among is None else among
+        n_known = self.observed[among].sum(axis=0)
+        mean = self.counts[among].sum(axis=0) / np.maximum(n_known, 1)  # unobserved counts are 0
+        known = self.observed[trials][:, None]
+        return np.where(known, self.counts[trials], mean).astype(np.float32)
 
     def fingerprints(self, trials: np.ndarray) -> np.ndarray:
         """Hash the spikes of each of these trials, (K',) int64, whatever the session's name.
@@ -287,7 +314,8 @@ class Session:
         description = {"format": FORMAT, **{field: getattr(self, field) for field in PLAIN}}
         description |= {"shape": self.counts.shape, "firing_rates": self.firing_rates.tolist()}
         arrays = {"regions": self.regions, "trial_ids": self.trial_ids, "counts": self.counts}
-        arrays |= {} if self.rates is None else {"rates": self.rates}
+        some = {"rates": self.rates, "observed": self.observed}
+        arrays |= {key: array for key, array in some.items() if array is not None}
         split = self.given_split._asdict() if self.given_split else {}
         groups = {"behaviour": self.behaviour, "neurons": self.neurons, "split": split}
         for group, columns in groups.items():
