@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +19,10 @@ from mtm.session import Session
 
 
 class SessionData:
-    """A session prepared for training: counts on a device, split, null model.
-
-    The counts stay integers, mostly of one byte, on the training device or, if they are too many,
-    in main memory or on disk (see :func:`counts_device`); batches become floats.
-    """
+    """A session prepared for training: counts (integers) on a device, split, null model."""
 
     def __init__(
-        self,
-        session: Session,
-        config: TrainConfig,
-        device: torch.device,
-        counts_on: torch.device | None = None,
+        self, session: Session, config: TrainConfig, device: torch.device, counts_on: Any = None
     ) -> None:
         split = session.split(config.split_seed)
         self.session, self.name, self.device = session, session.name, device
@@ -52,8 +45,7 @@ class SessionData:
         return to_device(counts, self.device).float()
 
 
-Step = list[tuple[SessionData, np.ndarray]]
-"""The batches of an optimizer step: a session, and indices of some of its trials."""
+Step = list[tuple[SessionData, np.ndarray]]  # its batches: a session, and some of its trials
 
 
 def counts_device(sessions: Sequence[Session], device: torch.device) -> torch.device:
@@ -74,11 +66,7 @@ def steps_per_epoch(data: Sequence[SessionData], config: TrainConfig) -> int:
 def steps_of(
     data: Sequence[SessionData], config: TrainConfig, order: np.random.Generator
 ) -> Iterator[Step]:
-    """Yield the steps of an epoch, in which every training trial occurs once.
-
-    Batches are composed anew in each epoch and come in random order. The batches of a step are of
-    different sessions, as long as enough sessions have batches left.
-    """
+    """Yield the steps of an epoch, in which every training trial occurs once, in new batches."""
     # Cut each session's shuffled trials into batches, and shuffle the batches of all sessions.
     batches = []
     for session in data:
@@ -86,11 +74,11 @@ def steps_of(
         cuts = range(config.batch_size, len(trials), config.batch_size)
         batches += [(session, batch) for batch in np.split(trials, cuts)]
     waiting = deque(batches[i] for i in order.permutation(len(batches)))
-    # A step takes the next batches in this order, but one per session.
+    # A step takes the next batches in this order, but one per session while there are enough.
     while waiting:
         step: Step = []
         names: set[str] = set()  # sessions in the step
-        skipped: deque[tuple[SessionData, np.ndarray]] = deque()  # their batches, for later steps
+        skipped: deque[Any] = deque()  # their batches, for later steps
         while len(step) < config.batches_per_step and (waiting or skipped):
             if not waiting:  # too few sessions are left: use each of them once more
                 waiting, skipped, names = skipped, deque(), set()

@@ -20,22 +20,21 @@ from torch import Tensor, nn
 
 from mtm.decoding import ENCODER_WIDTH, Decoded, Decoder, decodable, search, smoothed
 from mtm.masks import Mask
-from mtm.model import MtM
+from mtm.model import MtM, nothing_hidden
 from mtm.session import Session
 from mtm.training import Fit
 
 BATCH = 16  # trials
+LEARNING_RATE = 1e-4  # of Adam
 CLIP = 1.0  # largest norm of the gradient of the model
+PATIENCE = 8  # epochs without a lower validation loss after which training stops
+HIDDEN_SHARE = 0.4  # the share of neurons hidden in a training trial is drawn between 0 and this
 
 
 class BehaviourReadout(nn.Module):
-    """A model with a linear readout of a behaviour, from all bins of a trial.
+    """A model, trained too, with a linear readout of a behaviour from all bins of a trial.
 
-    Args:
-        model: it is trained, too.
-        session: name of the recording.
-        classes: the classes; empty for numbers and traces.
-        n_outputs: number of classes; 1 for a number; T for a trace.
+    There is an output for each of the ``classes``, or 1 for a number, or T for a trace.
     """
 
     smoothing: Tensor
@@ -52,13 +51,13 @@ class BehaviourReadout(nn.Module):
 
     def features(self, counts: Tensor, mask: Mask | None = None) -> Tensor:
         """Counts (B, T, N) to smoothed latents and output of the encoder, (B, T x F)."""
+        mask = mask or nothing_hidden(counts)
         z = self.model.encode_latents(counts, self.session, mask, encoder=True)
         return (self.smoothing @ z).flatten(1)
 
     def forward(self, counts: Tensor, mask: Mask | None = None) -> Tensor:
         """Counts (B, T, N) to logits (B, C), or values (B, 1) or (B, T) in units of the scale."""
-        output: Tensor = self.linear(self.features(counts, mask))
-        return output
+        return self.linear(self.features(counts, mask))
 
     def loss(self, output: Tensor, values: Tensor) -> Tensor:
         """Cross-entropy of classes (B,), or mean squared error of values."""
@@ -68,10 +67,10 @@ class BehaviourReadout(nn.Module):
     def init_from_decoder(self, counts: Tensor, values: Tensor, kind: str) -> None:
         """Start at the linear decoder of counts (K, T, N) whose penalty cross-validates best."""
         self.eval()
-        x = torch.cat([self.features(part) for part in counts.split(4 * BATCH)])
-        axes = PCA().fit(x.double().cpu().numpy())  # search in the dimensions that the trials span
-        y = values.cpu().numpy()
-        found = search(axes.transform(x.double().cpu().numpy()), y, kind)
+        x = torch.cat([self.features(part) for part in counts.split(4 * BATCH)]).double().cpu()
+        axes, y = PCA().fit(x.numpy()), values.cpu().numpy()
+        # Search in the dimensions that the trials span.
+        found = search(axes.transform(x.numpy()), y, kind)
         decoder, [(name, penalty)] = found.best_estimator_, found.best_params_.items()
         weight, bias = decoder.coef_, decoder.intercept_
         if len(self.classes) == 2:  # scikit-learn has one output, the difference of two logits
@@ -84,31 +83,24 @@ class BehaviourReadout(nn.Module):
         self.penalty = penalty / y.size if name == "alpha" else penalty / len(y)
 
     @torch.no_grad()
-    def predict(self, counts: ArrayLike | Tensor) -> np.ndarray:
+    def predict(self, counts: ArrayLike) -> np.ndarray:
         """Predict from counts (K, T, N) classes or numbers (K,), or a trace (K, T)."""
         self.eval()
         given = torch.as_tensor(counts, dtype=torch.float32, device=self.model.device)
         output = torch.cat([self(part) for part in given.split(4 * BATCH)])
         if self.classes:
             return np.array(self.classes)[output.argmax(dim=1).cpu().numpy()]
-        values: np.ndarray = self.scale * output.double().cpu().numpy()
+        values = self.scale * output.double().cpu().numpy()
         return values[:, 0] if values.shape[1] == 1 else values
 
 
 @dataclass
 class BehaviourFit:
-    """What :func:`fit_behaviour` returns.
+    """What :func:`fit_behaviour` returns of a behaviour."""
 
-    Attributes:
-        readout: the fine-tuned model and its readout; ``readout.predict(counts)``.
-        decoded: scores on the test trials, with the controls of :func:`mtm.decode`.
-        val_loss: on the validation trials, before training and after each epoch. The weights are
-            those of its minimum.
-    """
-
-    readout: BehaviourReadout
-    decoded: Decoded
-    val_loss: list[float]
+    readout: BehaviourReadout  # the fine-tuned model and its readout; `readout.predict(counts)`
+    decoded: Decoded  # scores on the test trials, with the controls of `mtm.decode`
+    val_loss: list[float]  # before training and after each epoch; weights are of its minimum
 
 
 def fit_behaviour(
@@ -117,9 +109,6 @@ def fit_behaviour(
     behaviours: str | Sequence[str] | None = None,
     *,
     epochs: int = 40,
-    patience: int = 8,
-    learning_rate: float = 1e-4,
-    hidden_share: float = 0.4,
     kinds: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> dict[str, BehaviourFit]:
@@ -131,39 +120,23 @@ def fit_behaviour(
     Args:
         session: a recording that the model was trained on.
         model: the model, which stays as it is.
-        behaviours, kinds: as in :func:`mtm.decode`.
+        behaviours, kinds: as in :func:`mtm.decode`, which also says what is refused.
         epochs: passes over the training trials, at most.
-        patience: epochs without a lower validation loss after which training stops.
-        learning_rate: of Adam.
-        hidden_share: the share of hidden neurons is drawn between 0 and this.
         seed: of the order of the trials and of what is hidden.
 
     Returns:
         behaviour -> :class:`BehaviourFit`.
-
-    Raises:
-        SessionError: as from :func:`mtm.decode`.
     """
     model = model.model if isinstance(model, Fit) else model
     decoder = Decoder(model, session, kinds=kinds)
     names = decodable(session) if behaviours is None else behaviours
     names = [names] if isinstance(names, str) else names
-    settings = epochs, patience, learning_rate, hidden_share, seed
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):  # the caller's generators keep their state
-        return {name: _fit(decoder, copy.deepcopy(model), name, *settings) for name in names}
+        return {name: _fit(decoder, copy.deepcopy(model), name, epochs, seed) for name in names}
 
 
-def _fit(
-    decoder: Decoder,
-    model: MtM,
-    behaviour: str,
-    epochs: int,
-    patience: int,
-    learning_rate: float,
-    hidden_share: float,
-    seed: int,
-) -> BehaviourFit:
+def _fit(decoder: Decoder, model: MtM, behaviour: str, epochs: int, seed: int) -> BehaviourFit:
     """Fine-tune this model to decode one behaviour."""
     target = decoder.target(behaviour)
     kind, usable, classes, y, truth = target
@@ -176,49 +149,34 @@ def _fit(
         readout.scale = float(y.std())
         values = (values / readout.scale).float().reshape(len(y), -1)
     n_train = int(usable[: decoder.n_train].sum())  # before the validation trials
-    if not n_train < len(y):
-        raise ValueError(f"behaviour {behaviour!r}: it is known in no validation trial")
     train, val, test = counts[:n_train], counts[n_train : len(y)], counts[is_test]
     readout.init_from_decoder(train, values[:n_train], kind)
-
-    def validate() -> float:
+    torch.manual_seed(seed)
+    optimizer = torch.optim.Adam(readout.parameters(), lr=LEARNING_RATE)
+    val_loss: list[float] = []
+    for epoch in range(epochs + 1):
+        readout.train()
+        for some in torch.randperm(n_train).split(BATCH) if epoch > 0 else ():
+            # Hide some neurons of each trial.
+            share = HIDDEN_SHARE * torch.rand(len(some), 1, 1)
+            hidden = torch.rand(len(some), 1, train.shape[2]) < share
+            hidden = hidden.to(train.device).expand_as(train[some])
+            output = readout(train[some].masked_fill(hidden, 0), Mask(hidden, hidden))
+            penalty = readout.penalty * readout.linear.weight.square().sum()
+            optimizer.zero_grad()
+            (readout.loss(output, values[some]) + penalty).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
         readout.eval()
         with torch.no_grad():
-            return float(readout.loss(readout(val), values[n_train:]))
-
-    torch.manual_seed(seed)
-    optimizer = torch.optim.Adam(readout.parameters(), lr=learning_rate)
-    val_loss, best, best_epoch = [validate()], copy.deepcopy(readout.state_dict()), 0
-    for epoch in range(1, epochs + 1):
-        _train_epoch(readout, optimizer, train, values[:n_train], hidden_share)
-        val_loss.append(validate())
-        if val_loss[-1] < val_loss[best_epoch]:
-            best, best_epoch = copy.deepcopy(readout.state_dict()), epoch
-        if epoch - best_epoch >= patience:
+            val_loss.append(float(readout.loss(readout(val), values[n_train:])))
+        best_epoch = int(np.nanargmin(val_loss))
+        if best_epoch == epoch:
+            best = copy.deepcopy(readout.state_dict())
+        if epoch - best_epoch >= PATIENCE:
             break
     readout.load_state_dict(best)
     guess = readout.predict(test)
     guess = np.searchsorted(classes, guess) if classes else guess
     decoded = decoder.scored(behaviour, target, guess.reshape(truth.shape), "fine-tuned", {})
     return BehaviourFit(readout, decoded, val_loss)
-
-
-def _train_epoch(
-    readout: BehaviourReadout,
-    optimizer: torch.optim.Optimizer,
-    counts: Tensor,
-    values: Tensor,
-    hidden_share: float,
-) -> None:
-    """Pass over the training trials (K, T, N) once, hiding some neurons of each."""
-    readout.train()
-    for trials in torch.randperm(len(counts)).split(BATCH):
-        share = hidden_share * torch.rand(len(trials), 1, 1)
-        hidden = torch.rand(len(trials), 1, counts.shape[2]) < share
-        hidden = hidden.to(counts.device).expand_as(counts[trials])
-        output = readout(counts[trials].masked_fill(hidden, 0), Mask(hidden, hidden))
-        penalty = readout.penalty * readout.linear.weight.square().sum()
-        optimizer.zero_grad()
-        (readout.loss(output, values[trials]) + penalty).backward()
-        nn.utils.clip_grad_norm_(readout.model.parameters(), CLIP)
-        optimizer.step()

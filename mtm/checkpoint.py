@@ -1,9 +1,8 @@
 """Models and training runs on disk, and models on the Hugging Face Hub.
 
-A model is one file, ``model.safetensors``: the weights, and a JSON description in the header. The
-description is also written to ``config.json`` for people to read; :func:`load` does not use it. The
-state of a training run is one file too, ``run.safetensors``. Files are replaced atomically, so a
-process that is killed while it writes leaves the old file or the new one.
+A model is one file, ``model.safetensors``: the weights, and a JSON description in the header, which
+is also written to ``config.json`` for people to read. The state of a training run is one file too,
+``run.safetensors``. A process that is killed while it writes leaves the old file or the new one.
 """
 
 from __future__ import annotations
@@ -34,11 +33,7 @@ HEADER = "mtm"  # key of the JSON description in a file's header
 VERSION = 5
 CLASSES: dict[str, type[MtM]] = {"mtm": MtM, "official": OfficialMtM}
 
-SHIPPED = Path(__file__).parent / "weights"
-"""Folder of the models that come with the package, as in ``load(SHIPPED / "simulated")``.
-
-:meta hide-value:
-"""
+SHIPPED = Path(__file__).parent / "weights"  # models that come with the package
 
 History = list[dict[str, Any]]
 Content = tuple[dict[str, Tensor], dict[str, Any]]  # of a file: tensors, and a description
@@ -84,25 +79,22 @@ def _read(path: Path, with_tensors: bool = True) -> Content:
 
 
 def save(model: Any, folder: str | Path, info: dict[str, Any] | None = None) -> Path:
-    """Write a model to a folder; returns the folder.
+    """Write a model to a folder, in the place of one that it holds; returns the folder.
 
     Args:
         model: an :class:`~mtm.MtM`, or the result of ``fit``, whose settings and history are saved
             as ``info``.
-        folder: created if missing. A model in it is replaced.
+        folder: created if missing.
         info: anything JSON can hold.
     """
     if not isinstance(model, MtM):
-        info = info or model.to_dict()
-        model = model.model
-    folder = Path(folder)
-    described = settings(model)
+        model, info = model.model, info or model.to_dict()
+    folder, described = Path(folder), settings(model)
     description = {"version": VERSION, "model": described, "info": info or {}}
     _write(folder / MODEL, model.state_dict(), description)
-    # For people, without the long lists of fingerprints of the training trials.
-    readable = description | {"model": {k: v for k, v in described.items() if k != "seen"}}
+    del described["seen"]  # for people, without the long lists of fingerprints
     with atomic_write(folder / CONFIG) as partial:
-        partial.write_text(json.dumps(readable, indent=1) + "\n")
+        partial.write_text(json.dumps(description, indent=1) + "\n")
     return folder
 
 
@@ -113,12 +105,9 @@ def load(folder: str | Path) -> MtM:
         CheckpointError: when the folder has no model, or a damaged one.
     """
     tensors, description = _read_model(folder)
-    try:
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-            model = from_settings(description["model"])
-        model.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: description and weights do not match: {error}") from error
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+        model = from_settings(description["model"])
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
@@ -161,8 +150,7 @@ def from_settings(described: dict[str, Any]) -> MtM:
     model = CLASSES[kind](**given)
     model.split_seed, model.window = split_seed, window and tuple(window)
     model.shrinkage = shrinkage
-    for name, each in seen.items():
-        model.seen[name] = np.frombuffer(b64decode(each), dtype=np.int64)
+    model.seen = {name: np.frombuffer(b64decode(each), np.int64) for name, each in seen.items()}
     return model
 
 
@@ -177,8 +165,7 @@ def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
         repo_id: ``"user/name"``; created if missing.
         **options: of ``huggingface_hub.HfApi.create_repo``, as ``private=True`` or ``token=...``.
 
-    Returns:
-        the address of the upload.
+    Returns the address of the upload.
     """
     api = optional("huggingface_hub", "hub").HfApi(token=options.pop("token", None))
     api.create_repo(repo_id, exist_ok=True, **options)
@@ -244,30 +231,18 @@ class Run:
             with the same description resumes.
         save_every: seconds between two saves within an epoch.
         restart: delete the run and the model in the folder, and start anew.
-
-    Attributes:
-        step: optimizer steps taken.
-        seconds: duration so far.
-        history: one entry per validation, see :class:`mtm.Fit`.
-        losses: scheme -> sum and number of losses since the last validation.
-        best: weights of the best validation.
     """
 
     def __init__(
-        self,
-        folder: str | Path | None,
-        description: dict[str, Any],
-        save_every: float = 300.0,
-        restart: bool = False,
+        self, folder: Any, description: dict[str, Any], save_every: float, restart: bool
     ) -> None:
-        writes = folder is not None and distributed.rank() == 0
-        self.folder = Path(folder) if folder is not None and writes else None
+        self.folder = Path(folder) if folder is not None and distributed.rank() == 0 else None
         self.description = json.loads(json.dumps(description))
         self.save_every, self.saved_at = save_every, -math.inf  # the first save is before step 1
         self.step, self.seconds = 0, 0.0
         self.history: History = []
-        self.losses: dict[str, list[float]] = {}
-        self.best: dict[str, Tensor] = {}
+        self.losses: dict[str, list[float]] = {}  # scheme -> sum, number since the last validation
+        self.best: dict[str, Tensor] = {}  # weights of the best validation
         state = self._open(self.folder, restart) if self.folder is not None else None
         found: Content = distributed.broadcast_object(state) or ({}, {})
         self._tensors, facts = found
@@ -278,7 +253,6 @@ class Run:
 
     def _open(self, folder: Path, restart: bool) -> Content | None:
         """Return what the folder holds of this run, if anything."""
-        folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".*.part"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         # At once: a run that fails before its first validation must not leave the old model.
@@ -315,8 +289,8 @@ class Run:
         names = ("step", "seconds", "history", "losses", "description")
         facts = {name: getattr(self, name) for name in names}
         with atomic_write(self.folder / HISTORY) as partial:
-            entries = without_nan(self.history)
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+            lines = [json.dumps(entry) + "\n" for entry in without_nan(self.history)]
+            partial.write_text("".join(lines))
         _write(self.folder / RUN, tensors, facts | {"groups": adam["param_groups"]})
         self.saved_at = time.monotonic()
 
@@ -325,12 +299,11 @@ class Run:
         if self._groups is None:
             return
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}}
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Tensor]] = {}  # of the optimizer
         for name, tensor in self._tensors.items():
-            part, key = name.split("/", 1)
-            if part == "optimizer":
-                number, key = key.split("/")
-                moments.setdefault(int(number), {})[key] = tensor
+            part, key = name.rsplit("/", 1)
+            if part.startswith("optimizer/"):
+                moments.setdefault(int(part[10:]), {})[key] = tensor
             else:
                 parts[part][key] = tensor
         model.load_state_dict(parts["model"])

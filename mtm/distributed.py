@@ -35,14 +35,13 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
-def uses_bf16(device: torch.device, precision: str = "auto") -> bool:
+def uses_bf16(device: torch.device, precision: str) -> bool:
     """Return whether to compute in bfloat16; "auto" does on GPUs since Ampere, which support it."""
-    if precision != "auto":
-        return precision == "bf16"
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return precision == "bf16" or (precision == "auto" and able)
 
 
-def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
+def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context of forward passes, with matrix products in bfloat16 if it is used."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
@@ -53,12 +52,10 @@ def compiled(model: MtM, mode: str) -> Iterator[None]:
     if mode == "none":
         yield
         return
-    # torch stops compiling after 8 graphs, counted over all models of a process.
-    new_name = hasattr(torch._dynamo.config, "recompile_limit")  # since torch 2.7
-    limit = {"recompile_limit" if new_name else "cache_size_limit": 64}
     vars(model)["encode"] = torch.compile(model.encode, mode=mode)
     try:
-        with torch._dynamo.config.patch(limit):
+        # By default torch stops compiling after 8 graphs, counted over all models of a process.
+        with torch._dynamo.config.patch(cache_size_limit=64):
             yield
     finally:
         del model.encode
@@ -66,12 +63,11 @@ def compiled(model: MtM, mode: str) -> Iterator[None]:
 
 def setup_line(device: torch.device, counts_on: torch.device, config: TrainConfig) -> str:
     """Return a line that says on what a run computes."""
-    parts = [f"training on {device}", "bf16" if uses_bf16(device, config.precision) else "float32"]
-    if device.type == "cpu":
-        parts.insert(1, f"threads: {torch.get_num_threads()}")
-    elif device.type == "cuda":
-        parts[0] += f" ({torch.cuda.get_device_name(device)})"
-        parts.append(f"counts on {counts_on}")
+    if device.type == "cuda":
+        name = f"{device} ({torch.cuda.get_device_name(device)}), counts on {counts_on}"
+    else:
+        name = f"{device}, threads: {torch.get_num_threads()}"
+    parts = [f"training on {name}", "bf16" if uses_bf16(device, config.precision) else "float32"]
     parts += [f"torch.compile {config.compile}"] * (config.compile != "none")
     parts += [f"{processes()} processes"] * (processes() > 1)
     return ", ".join(parts)
@@ -105,8 +101,7 @@ def process_group(device: torch.device | None = None) -> Iterator[torch.device |
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield device
         return
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":  # each process uses the GPU of its own number
         if device.index is not None and os.environ["LOCAL_WORLD_SIZE"] != "1":
             raise ValueError(f"all processes would use {device}; pass cuda without a number")
@@ -124,10 +119,11 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], losses: Tensor) -> 
     """
     if processes() == 1:
         return
+    parts = [losses]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    parts = [losses, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
+        parts.append(parameter.grad)
     flat = all_reduce(torch.cat([part.reshape(-1) for part in parts]))  # one message for all
     for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
         part.copy_(summed.view_as(part))

@@ -31,6 +31,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from mtm.masks import MTM_SCHEMES, Mask
@@ -48,12 +49,8 @@ LARGEST_INPUT = 4.0  # of the direct paths: through an exponential, bursts would
 COMPONENTS_SCALE = 3.0  # their factor in its weights
 COMPONENT_BINS = 20_000  # most bins of training trials from which they are computed
 
-PUBLISHED: dict[str, Any] = {  # the authors' options
-    "positions": "learned",
-    "input_counts": "raw",
-    "own_history": False,
-    "latents": 0,
-}
+# The authors' options.
+PUBLISHED = dict(positions="learned", input_counts="raw", own_history=False, latents=0)
 CHOICES = {
     "tokenizer": ("ndt1", "ndt2"),
     "positions": ("rotary", "learned"),
@@ -86,11 +83,6 @@ class MtMConfig:
     latent_dropout: float = 0.7  # of these latents
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "mlp_width", "stitch_width", "patch_size"):
-            if (size := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if self.latents < 0 or not 0 <= self.latent_dropout < 1:
-            raise ValueError("latents must be 0 or more, latent_dropout at least 0 and below 1")
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
@@ -102,27 +94,19 @@ class MtMConfig:
 
     @classmethod
     def from_depth(cls, depth: int, **fields: Any) -> Self:
-        """Sizes that go with a number of layers; those of ``from_depth(5)`` are the paper's.
-
-        Width, heads and dropout grow with depth. ``fields`` sets any field by hand. Without
-        dropout, small models overfit recordings of few trials and many neurons.
-        """
+        """Sizes that go with a number of layers (5: the paper's); ``fields`` are set by hand."""
         heads = max(1, round(1.6 * depth))
         width = 64 * heads
-        sizes: dict[str, Any] = {
-            "depth": depth,
-            "heads": heads,
-            "width": width,
-            "mlp_width": 2 * width,
-            "stitch_width": round(width * 668 / 512),
-            "dropout": min(0.4, round(0.1 * (depth + 1), 2)),
-        }
-        return cls(**{**sizes, **fields})
+        sizes: dict[str, Any] = dict(depth=depth, heads=heads, width=width, mlp_width=2 * width)
+        sizes["stitch_width"] = round(width * 668 / 512)
+        # Without dropout, small models overfit recordings of few trials and many neurons.
+        sizes["dropout"] = min(0.4, round(0.1 * (depth + 1), 2))
+        return cls(**sizes | fields)
 
     @classmethod
     def published(cls, depth: int = 5, **fields: Any) -> Self:
         """The authors' model: the paper's sizes, learned positions, raw counts, no direct paths."""
-        return cls.from_depth(depth, **{**PUBLISHED, **fields})
+        return cls.from_depth(depth, **PUBLISHED | fields)
 
 
 class SessionLayers(nn.Module):
@@ -148,30 +132,26 @@ class SessionLayers(nn.Module):
         has_paths = config.own_history or config.latents
         self.direct = DirectPaths(n_neurons, config) if has_paths else None
 
-    @torch.no_grad()
-    def init_from(
-        self, log_means: Tensor, components: tuple[Tensor, Tensor] | None, init: str
-    ) -> None:
-        """Start at log mean counts (N,) and :func:`principal_components` of the training trials."""
-        if hasattr(self, "mean"):
-            self.mean.copy_(log_means.exp())
-        if init == "paper":
-            return
-        if self.direct is not None and components is not None:
-            self.direct.init_from(*components)
+    def init_from_means(self, log_means: Tensor) -> None:
+        """Predict log mean counts (N,) to begin with."""
         if hasattr(self, "bias"):  # ndt2
             self.bias.copy_(log_means)
-            return
-        self.readout.weight.mul_(READOUT_SCALE)
-        self.readout.bias.copy_(log_means)
-        if components is None:
-            return
-        # Each output of the stitcher starts at a component: outputs 0 to R-1 at the R components
-        # in turn, R to 2R-1 at their negatives, and so on.
-        directions = components[0]
-        turn, component = divmod(np.arange(len(self.stitcher.weight)), directions.shape[1])
-        sign = torch.from_numpy(1.0 - 2.0 * (turn % 2)).float()
-        self.stitcher.weight += COMPONENTS_SCALE * sign[:, None] * directions.T[component]
+        else:
+            self.readout.weight.mul_(READOUT_SCALE)
+            self.readout.bias.copy_(log_means)
+
+    def init_from_components(self, directions: Tensor, variances: Tensor) -> None:
+        """Start maps of the input at :func:`principal_components`, (N, R) and (R,)."""
+        if self.direct is not None and self.direct.readout is not None:
+            # Poisson noise of scaled counts has variance 1, averaged over 5 bins 1/5.
+            strength = (variances - 0.2).clamp(min=0.02).sqrt()
+            n = min(len(self.direct.loadings), len(strength))
+            self.direct.loadings[:n] = (strength[:, None] * directions.T)[:n]
+        if hasattr(self, "stitcher"):
+            # Outputs 0 to R-1 start at the R components in turn, R to 2R-1 at their negatives, ...
+            turn, component = divmod(np.arange(len(self.stitcher.weight)), directions.shape[1])
+            sign = torch.from_numpy(1.0 - 2.0 * (turn % 2)).float()
+            self.stitcher.weight += COMPONENTS_SCALE * sign[:, None] * directions.T[component]
 
 
 def principal_components(counts: np.ndarray, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,18 +173,16 @@ class DirectPaths(nn.Module):
     """Linear paths of one session, from its counts to its log-rates.
 
     The encoder sees all neurons through a bottleneck, which a neuron's own history hardly passes,
-    and needs more data than a linear map. Two terms are added to its log-rates:
+    and needs more data than a linear map. Two terms, 0 at the start, are added to its log-rates:
 
-    - own history: each neuron's visible counts in other bins of the trial, averaged by kernels
+    - own history: each neuron's visible counts in other bins, averaged by kernels
       ``exp(-|lag| / scale)``, with a weight for each kernel and neuron;
-    - the population: latents of a factor analysis, averaged by the same kernels, with a linear map
-      to all log-rates. With loadings L (R, N) and V = diag(share of bins in which a neuron is
-      visible), their posterior mean is ``(L V L' + noise I)^-1 L x``, where x is 0 at hidden
-      entries. It shrinks towards 0 as more neurons are hidden, so its scale is right for any mask.
+    - the population: latents of a factor analysis, of the bin and averaged by the same kernels,
+      with a linear map to all log-rates. With loadings L (R, N) and V = diag(share of bins in which
+      a neuron is visible), their posterior mean is ``(L V L' + noise I)^-1 L x``, where x is 0 at
+      hidden entries. It shrinks as more neurons are hidden: its scale is right for any mask.
 
-    Both maps start at 0. In causal mode kernels average strictly earlier bins (the latents of the
-    bin itself are used, too). The paths are ours, not the paper's; compare POCO (arXiv 2506.14957),
-    a forecaster of single neurons given the population.
+    In causal mode kernels average strictly earlier bins. Compare POCO (arXiv 2506.14957).
     """
 
     def __init__(self, n_neurons: int, config: MtMConfig) -> None:
@@ -218,25 +196,10 @@ class DirectPaths(nn.Module):
             self.readout = nn.Linear((1 + len(SCALES)) * n, n_neurons, bias=False)
             nn.init.zeros_(self.readout.weight)
 
-    def init_from(self, components: Tensor, variances: Tensor) -> None:
-        """Start the loadings at principal components (N, R) with variances (R,)."""
-        if self.readout is None:
-            return
-        n = min(len(self.loadings), len(variances))
-        # Poisson noise of scaled counts has variance 1, averaged over 5 bins 1/5.
-        strength = (variances[:n] - 0.2).clamp(min=0.02).sqrt()
-        self.loadings[:n] = strength[:, None] * components.T[:n]
-
     def forward(
         self, x: Tensor, hidden: Tensor, causal: Tensor, neurons: Tensor | None = None
     ) -> Tensor:
-        """Masked input (B, T, N) to what is added to the log-rates, (B, T, N) or (B, T).
-
-        Args:
-            x: scaled counts, 0 where ``hidden`` (B, T, N).
-            causal: (B,) bool.
-            neurons: (B,) the one neuron wanted of each trial.
-        """
+        """Masked input (B, T, N) to terms of log-rates (B, T, N), or (B, T) of ``neurons`` (B,)."""
         x = x.clamp(max=LARGEST_INPUT)
         kernels = history_kernels((~hidden).any(dim=2), causal, x.dtype)  # (B, scales, T, T)
         found = torch.zeros_like(x if neurons is None else x[..., 0])
@@ -260,10 +223,8 @@ class DirectPaths(nn.Module):
         precision = (visible[:, None] * self.loadings) @ self.loadings.T  # (B, R, R)
         noise = self.log_noise[: z.shape[1]].exp()[:, None]  # (1 + scales, 1)
         noise = torch.diag_embed(noise.expand(-1, len(self.loadings)))
-        # In float32 at least. solve_ex, unlike solve, does not wait for the device's errors.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        equations = (precision[:, None] + noise).to(exact)
-        return torch.linalg.solve_ex(equations, z.mT.to(exact))[0].mT.to(x.dtype)
+        # solve_ex, unlike solve, does not wait for the device's errors.
+        return torch.linalg.solve_ex(precision[:, None] + noise, z.mT)[0].mT
 
 
 def own_history(x: Tensor, kernels: Tensor, weights: Tensor, neurons: Tensor | None) -> Tensor:
@@ -280,19 +241,14 @@ def own_history(x: Tensor, kernels: Tensor, weights: Tensor, neurons: Tensor | N
 
 
 def history_kernels(visible: Tensor, causal: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weights of the visible bins in averages for each bin, (B, scales, T, T), itself left out.
-
-    Sums are divided by the total weight plus 1, which shrinks averages over few bins towards 0.
-
-    Args:
-        visible: (B, T) bool, the bins to average.
-        causal: (B,) bool, whether earlier bins only count.
-    """
+    """Weights of other ``visible`` (B, T) bins in averages for each bin, (B, scales, T, T)."""
     bins = torch.arange(visible.shape[1], device=visible.device, dtype=dtype)
     lag = bins[:, None] - bins
     kernels = torch.stack([torch.exp(-lag.abs() / scale) for scale in SCALES])
+    # Not the bin itself, nor, in trials that are ``causal`` (B,), later ones.
     allowed = torch.where(causal[:, None, None], lag > 0, lag != 0) & visible[:, None]  # (B, T, T)
     kernels = kernels * allowed[:, None]
+    # The total weight plus 1 shrinks averages over few bins towards 0.
     return kernels / (kernels.sum(dim=3, keepdim=True) + 1)
 
 
@@ -327,7 +283,7 @@ class PatchTokenizer(nn.Module):
 
     def __init__(self, config: MtMConfig, n_bins: int, init: str) -> None:
         super().__init__()
-        self.n_bins, self.patch_size = n_bins, config.patch_size
+        self.patch_size = config.patch_size
         self.embed_spikes = nn.Linear(config.patch_size, 2 * config.patch_size)
         self.project = nn.Linear(2 * config.patch_size, config.width)
         # A row for each place of a patch in a bin: see `grow`.
@@ -348,13 +304,13 @@ class PatchTokenizer(nn.Module):
         x = x.unflatten(2, (-1, self.patch_size))  # (B, T, patches, P)
         x = self.project(F.softsign(self.embed_spikes(x)))  # (B, T, patches, D)
         x = x + self.space_norm(self.space[: layers.n_patches])
-        if self.time is not None and self.time_norm is not None:
+        if self.time_norm is not None:
             x = x + self.time_norm(self.time)[:, None]
         return x.flatten(1, 2)  # bin by bin
 
     def read_out(self, x: Tensor, layers: SessionLayers) -> Tensor:
         """Tokens (B, T x patches, D) to log-rates (B, T, N)."""
-        x = self.readout(x.unflatten(1, (self.n_bins, -1)))  # (B, T, patches, P)
+        x = self.readout(x.unflatten(1, (-1, layers.n_patches)))  # (B, T, patches, P)
         return x.flatten(2)[..., : layers.n_neurons] + layers.bias
 
     def grow(self, n_patches: int) -> None:
@@ -368,16 +324,13 @@ def time_embedding(config: MtMConfig, n_bins: int, init: str) -> nn.Parameter | 
     """A learned vector for each bin, (T, D), at its start; None with rotary positions."""
     if config.positions == "rotary":
         return None
-    if init == "paper":
+    if init == "paper":  # random: the model first has to find out which bins are neighbours
         return nn.Parameter(torch.randn(n_bins, config.width))
     return nn.Parameter(POSITION_SCALE * waves(n_bins, config.width))
 
 
 def waves(n_bins: int, width: int) -> Tensor:
-    """Sines and cosines of the bin's number, (n_bins, width): near bins get similar embeddings.
-
-    From a random start a model first has to find out which bins are neighbours.
-    """
+    """Sines and cosines of the bin's number, (n_bins, width): near bins get similar embeddings."""
     half = torch.arange((width + 1) // 2) / ((width + 1) // 2)
     periods = 4.0 * (n_bins / 2.0) ** half  # geometric, from 4 bins to twice the trial
     angle = 2 * math.pi * torch.arange(n_bins)[:, None] / periods
@@ -385,20 +338,15 @@ def waves(n_bins: int, width: int) -> Tensor:
 
 
 def rotation(bins: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, (L, width / 2), of the angles by which bins turn their tokens (RoPE).
-
-    Source: Su et al. 2021. The prefix counts as the bin before the first.
-    """
+    """Cosines and sines of angles, (L, width / 2), for rotary positions (Su et al. 2021)."""
     speed = 10_000.0 ** (-torch.arange(0, width, 2, device=bins.device) / width)
     angle = bins[:, None] * speed
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + d / 2) of queries or keys (B, heads, L, d) by their tokens' angles.
-
-    The product of a query and a key then depends on how far apart their bins are, not on when.
-    """
+    """Turn the pairs (i, i + d / 2) of queries or keys (B, heads, L, d) by their tokens' angles."""
+    # The product of a query and a key then depends on how far apart their bins are, not on when.
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -469,25 +417,22 @@ class Batch(NamedTuple):
     mask: Mask
     session: str
 
-    def split(self, size: int) -> list[Batch]:
-        """Return batches of at most ``size`` trials."""
-        parts = (x.split(size) for x in (self.counts, self.mask.hidden, self.mask.target))
-        return [
-            self._replace(counts=counts, mask=Mask(hidden, target, self.mask.causal))
-            for counts, hidden, target in zip(*parts, strict=True)
-        ]
+
+def nothing_hidden(counts: Tensor) -> Mask:
+    """The mask that hides nothing of counts (B, T, N)."""
+    nothing = torch.zeros_like(counts, dtype=torch.bool)
+    return Mask(nothing, nothing)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout; afterwards each part is in the mode in which it was."""
-    training = [part for part in model.modules() if part.training]
+    """Switch off dropout; afterwards the model is in the mode in which it was."""
+    training = model.training
     model.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        model.train(training)
 
 
 class MtM(nn.Module):
@@ -523,8 +468,6 @@ class MtM(nn.Module):
         init: str = "mtm",
     ) -> None:
         super().__init__()
-        if init not in ("mtm", "paper"):
-            raise ValueError(f"init must be 'mtm' or 'paper', got {init!r}")
         self.config, self.n_bins, self.bin_size = config, n_bins, bin_size
         self.prompts, self.causal, self.init = tuple(prompts), causal, init
         self.split_seed: int | None = None
@@ -556,31 +499,25 @@ class MtM(nn.Module):
         session: str,
         neurons: Tensor | None = None,
     ) -> Tensor:
-        """Log of the expected count of every entry, hidden ones included.
+        """Log-rates (B, T, N): logs of the expected counts of all entries, hidden ones included.
 
         Args:
             counts: (B, T, N) spike counts of trials of one session.
-            scheme: masking scheme whose prompt token is shown. One without a prompt token, or
-                None, shows none.
+            scheme: the masking scheme whose prompt token is shown, if it has one.
             mask: what to hide, and whether attention is causal. None hides nothing.
             session: its name.
-            neurons: (B,) index of the one neuron of each trial that is wanted. Default: all.
-
-        Returns:
-            log-rates, (B, T, N); with ``neurons``, (B, T).
+            neurons: (B,) the one neuron of each trial that is wanted; log-rates are (B, T).
         """
+        mask = mask or nothing_hidden(counts)
         tokens = self.embed(counts, scheme, mask, session)
         log_rates = self.read_out(self.encode(tokens), session)
         if neurons is not None:
             log_rates = log_rates[torch.arange(len(neurons), device=neurons.device), :, neurons]
-        if mask is None:
-            nothing = torch.zeros_like(counts, dtype=torch.bool)
-            mask = Mask(nothing, nothing)
         return log_rates + self.direct_log_rates([Batch(counts, scheme, mask, session)], neurons)[0]
 
     def embed(self, counts: Tensor, scheme: str | None, mask: Mask | None, session: str) -> Tokens:
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
-        layers = self.session_layers(session)
+        layers, mask = self.session_layers(session), mask or nothing_hidden(counts)
         if tuple(counts.shape[1:]) != (self.n_bins, layers.n_neurons):
             raise ValueError(
                 f"session {session!r}: counts have shape {tuple(counts.shape)}, the model needs "
@@ -591,23 +528,21 @@ class MtM(nn.Module):
         prefix = self.prefix(scheme, layers)  # (0 to 2, D)
         x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, L, D)
         x = self.embed_dropout(x)
-        bins = torch.arange(self.n_bins, device=x.device)
-        bins = bins.repeat_interleave(layers.n_patches)
+        bins = torch.arange(self.n_bins, device=x.device).repeat_interleave(layers.n_patches)
         bins = F.pad(bins, (len(prefix), 0), value=-1)  # (L,)
-        causal = mask is not None and mask.causal
-        if causal and self.config.tokenizer == "ndt2":
+        if mask.causal and self.config.tokenizer == "ndt2":
             # Tokens of one bin attend to each other, which a lower triangle does not allow.
             return Tokens(x, bins, allowed=bins[:, None] >= bins)
         # Tokens are in order of time, so causal attention is lower-triangular. The prefix comes
         # first and attends to no bin: nothing passes through it from later to earlier bins.
-        return Tokens(x, bins, causal)
+        return Tokens(x, bins, mask.causal)
 
-    def masked_input(self, counts: Tensor, mask: Mask | None, layers: SessionLayers) -> Tensor:
+    def masked_input(self, counts: Tensor, mask: Mask, layers: SessionLayers) -> Tensor:
         """Counts as the tokenizer gets them, (B, T, N): scaled, and 0 where they are hidden."""
         x = counts.to(self.norm.weight.dtype)
         if self.config.input_counts == "scaled":  # as in `principal_components`
             x = (x - layers.mean) * (layers.mean + SOFTENING).rsqrt()
-        return x if mask is None else x.masked_fill(mask.hidden, 0)
+        return x.masked_fill(mask.hidden, 0)
 
     def prefix(self, scheme: str | None, layers: SessionLayers) -> Tensor:
         """Session token and prompt token, as far as there are any, (0 to 2, D)."""
@@ -635,83 +570,66 @@ class MtM(nn.Module):
     def direct_log_rates(
         self, batches: Sequence[Batch], neurons: Tensor | None = None
     ) -> list[Any]:
-        """What direct paths add to the log-rates of each batch, a tensor; 0.0 without paths.
-
-        Batches of one session are computed together, which takes fewer and larger operations.
-        """
+        """What direct paths add to the log-rates of each batch, a tensor; 0.0 without paths."""
         found: list[Any] = [0.0] * len(batches)
+        # Batches of one session together, which takes fewer and larger operations.
         for session in dict.fromkeys(batch.session for batch in batches):
             layers = self.session_layers(session)
             if layers.direct is None:
                 continue
-            places = [i for i, batch in enumerate(batches) if batch.session == session]
+            own = [(i, batch) for i, batch in enumerate(batches) if batch.session == session]
             inputs, hidden, causal = [], [], []
-            for counts, _, mask, _ in (batches[i] for i in places):
+            for _, (counts, _, mask, _) in own:
                 inputs.append(self.masked_input(counts, mask, layers))
-                hidden.append(mask.hidden.expand_as(counts))
+                hidden.append(mask.hidden)
                 causal.append(torch.full_like(counts[:, 0, 0], mask.causal, dtype=torch.bool))
             # Without autocast: bfloat16 has too few digits to solve linear equations.
             with torch.autocast(self.device.type, enabled=False):
                 added = layers.direct(*map(torch.cat, (inputs, hidden, causal)), neurons)
-            for i, part in zip(places, added.split([len(x) for x in inputs]), strict=True):
+            for (i, _), part in zip(own, added.split([len(x) for x in inputs]), strict=True):
                 found[i] = part
         return found
 
     def forward_many(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Log-rates of several batches, each of one session, as from :meth:`forward`.
-
-        Batches with equally many tokens and the same attention pass through the encoder together,
-        which keeps large accelerators busy.
-        """
+        """Log-rates of several batches, each of one session, as from :meth:`forward`."""
         embedded, direct = [self.embed(*batch) for batch in batches], self.direct_log_rates(batches)
+        # Equally many tokens with the same attention pass through the encoder together, which keeps
+        # large accelerators busy.
         groups: dict[tuple[int, int, bool], list[int]] = {}
-        for i, (tokens, (_, _, mask, session)) in enumerate(zip(embedded, batches, strict=True)):
-            causal = mask is not None and mask.causal
-            groups.setdefault((len(tokens.bins), self.n_tokens(session), causal), []).append(i)
+        for i, (tokens, batch) in enumerate(zip(embedded, batches, strict=True)):
+            kind = len(tokens.bins), self.n_tokens(batch.session), batch.mask.causal
+            groups.setdefault(kind, []).append(i)
         log_rates = [torch.empty(0)] * len(batches)
         for members in groups.values():
             joined = torch.cat([embedded[i].x for i in members])
             x = self.encode(embedded[members[0]]._replace(x=joined))
             parts = x.split([len(embedded[i].x) for i in members])
             for i, part in zip(members, parts, strict=True):
-                log_rates[i] = self.read_out(part, batches[i][3]) + direct[i]
+                log_rates[i] = self.read_out(part, batches[i].session) + direct[i]
         return log_rates
 
     @torch.no_grad()
     def latents(
-        self,
-        counts: Tensor | np.ndarray,
-        session: str,
-        mask: Mask | None = None,
-        encoder: bool = False,
+        self, counts: ArrayLike, session: str, mask: Mask | None = None, encoder: bool = False
     ) -> Tensor:
-        """Latents of the population in each bin, given its visible neurons.
-
-        Args:
-            counts: (K, T, N) of trials of one session.
-            session: its name.
-            mask: what to hide. Default: nothing.
-            encoder: append the output of the encoder.
+        """Latents of the population in each bin, given the visible counts (K, T, N).
 
         Returns:
-            (K, T, R) expected latents of the direct path, see :class:`DirectPaths`; of the encoder,
-            (K, T, D) the mean over the tokens of a bin, which is all of a model without that path.
+            (K, T, R) expected latents of the direct path, see :class:`DirectPaths`. With
+            ``encoder``, or without that path, also its output, (K, T, D) averaged over the tokens
+            of a bin.
         """
         with evaluating(self):
-            counts = torch.as_tensor(counts, device=self.device)
-            return self.encode_latents(counts, session, mask, encoder)
+            given = torch.as_tensor(counts, device=self.device)
+            return self.encode_latents(given, session, mask or nothing_hidden(given), encoder)
 
-    def encode_latents(
-        self, counts: Tensor, session: str, mask: Mask | None, encoder: bool
-    ) -> Tensor:
+    def encode_latents(self, counts: Tensor, session: str, mask: Mask, encoder: bool) -> Tensor:
         """Latents as from :meth:`latents`, with gradients, and dropout in training."""
         layers, found = self.session_layers(session), []
         if (direct := layers.direct) is not None and direct.readout is not None:
             x = self.masked_input(counts, mask, layers).clamp(max=LARGEST_INPUT)
-            hidden = torch.zeros_like(x, dtype=torch.bool)
-            hidden = hidden if mask is None else mask.hidden | hidden
             none = x.new_zeros(len(x), 0, self.n_bins, self.n_bins)  # no kernel: each bin alone
-            found.append(direct.population_latents(x, hidden, none)[:, 0])
+            found.append(direct.population_latents(x, mask.hidden, none)[:, 0])
         if encoder or not found:
             x = self.encode(self.embed(counts, None, mask, session))[:, -self.n_tokens(session) :]
             found.append(x.unflatten(1, (self.n_bins, -1)).mean(dim=2))
@@ -720,7 +638,7 @@ class MtM(nn.Module):
     @torch.no_grad()
     def predict_log_rates(
         self,
-        counts: Tensor | np.ndarray,
+        counts: ArrayLike,
         scheme: str | None,
         mask: Mask | None,
         session: str,
@@ -728,32 +646,27 @@ class MtM(nn.Module):
     ) -> Tensor:
         """Log-rates as from :meth:`forward`, without dropout and gradients, and calibrated.
 
-        Their deviations from the mean log-rates are multiplied by ``shrinkage[session][scheme]``,
-        which :func:`mtm.training.calibrate` chooses. A model that was not trained with causal
-        attention predicts without it.
+        Calibration multiplies their deviations from the mean by ``shrinkage[session][scheme]``, see
+        :func:`mtm.training.calibrate`. A model never trained causally predicts without causality.
         """
         if mask is not None and not self.causal:
             mask = replace(mask, causal=False)
         with evaluating(self):
-            counts = torch.as_tensor(counts, device=self.device)
-            log_rates: Tensor = self(counts, scheme, mask, session, neurons)
+            given = torch.as_tensor(counts, device=self.device)
+            log_rates: Tensor = self(given, scheme, mask, session, neurons)
         if (factor := self.shrinkage.get(session, {}).get(scheme or "", 1.0)) != 1:
             mean = self.session_layers(session).mean.log()  # (N,)
             mean = mean if neurons is None else mean[neurons, None]
             log_rates = mean + factor * (log_rates - mean)
         return log_rates
 
+    @torch.no_grad()
     def add_session(
-        self,
-        name: str,
-        n_neurons: int,
-        counts: np.ndarray | Tensor | None = None,
-        token: str = "new",
+        self, name: str, n_neurons: int, counts: ArrayLike | None = None, token: str = "new"
     ) -> None:
         """Make layers and a token for a recording that the model does not know.
 
-        Make the optimizer afterwards: it would not know the new parameters. With ndt2, a session
-        with more patches than all before replaces ``tokenizer.space``, too.
+        Make the optimizer afterwards: it would not know the new parameters.
 
         Args:
             name: a name that no other session has.
@@ -765,26 +678,29 @@ class MtM(nn.Module):
         """
         if name in self._keys:
             raise ValueError(f"session {name!r} is in the model already")
-        if token != "new" and (token != "mean" or not self.sessions):
-            raise ValueError(f"token must be 'new', or 'mean' if there are others; got {token!r}")
+        config, ours, components = self.config, self.init != "paper", None
         if counts is not None:
-            counts = np.asarray(counts.cpu() if isinstance(counts, Tensor) else counts)
             log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike
             # Components are of scaled counts, and no start for a stitcher of raw ones.
-            used = self.config.tokenizer == "ndt1" or self.config.latents > 0
-            use_components = used and self.config.input_counts == "scaled" and self.init != "paper"
-            components = principal_components(counts, log_means.exp()) if use_components else None
-        layers = SessionLayers(n_neurons, self.config)
-        if counts is not None:
-            layers.init_from(log_means, components, self.init)
+            used = config.input_counts == "scaled" and (
+                config.tokenizer == "ndt1" or config.latents
+            )
+            if ours and used:
+                components = principal_components(np.asarray(counts), log_means.exp())
+        layers = SessionLayers(n_neurons, config)
+        if counts is not None and config.input_counts == "scaled":
+            layers.mean.copy_(log_means.exp())
+        if counts is not None and ours:
+            layers.init_from_means(log_means)
+        if components is not None:
+            layers.init_from_components(*components)
         if layers.token is not None:
-            start = self.token_std * torch.randn(self.config.width)
+            start = self.token_std * torch.randn(config.width)
             if token == "mean":
-                others = [self.session_layers(other).token for other in self._keys]
-                start = torch.stack([each.detach() for each in others if each is not None])
-                start = start.mean(dim=0)
-            layers.token.data.copy_(start)
-        if self.config.tokenizer == "ndt2":
+                others: list[Any] = [self.session_layers(other).token for other in self._keys]
+                start = torch.stack(others).mean(dim=0)
+            layers.token.copy_(start)
+        if config.tokenizer == "ndt2":
             self.tokenizer.grow(layers.n_patches)
         # Names of modules may not hold a dot, nor be an attribute of ModuleDict, as "keys" is.
         self._keys[name] = "session:" + quote(name, safe=" ").replace(".", "%2E")
@@ -817,17 +733,12 @@ class MtM(nn.Module):
 
     def n_parameters(self) -> dict[str, Any]:
         """Parameters of each part, of the ``core`` (all parts), and of ``sessions``, by name."""
-        parts: dict[str, Any] = {
-            name: sum(p.numel() for p in getattr(self, name).parameters())
-            for name in ("tokenizer", "layers", "norm")
-        }
-        layers = {name: self.session_layers(name) for name in self._keys}
-        tokens = [self.prompt_tokens, *(each.token for each in layers.values())]
-        parts["tokens"] = sum(token.numel() for token in tokens if token is not None)
-        sessions = {
-            name: sum(p.numel() for p in each.parameters() if p is not each.token)
-            for name, each in layers.items()
-        }
+        modules = {name: getattr(self, name) for name in ("tokenizer", "layers", "norm")}
+        modules |= {name: self.session_layers(name) for name in self._keys}
+        parts = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items()}
+        token = self.config.width * self.config.session_token
+        sessions = {name: parts.pop(name) - token for name in self._keys}
+        parts["tokens"] = self.prompt_tokens.numel() + token * len(sessions)
         return {**parts, "core": sum(parts.values()), "sessions": sessions}
 
     def summary(self) -> str:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from mtm.masks import MTM_SCHEMES, Mask
@@ -33,21 +33,13 @@ from mtm.model import (
 )
 
 _SESSIONS = json.loads((Path(__file__).parent / "paper_sessions.json").read_text())
+# The sessions of the paper in the order of the authors' session embedding (`target_eids.txt`):
+# 35 to pretrain on and the 5 held out (`test_re_eids.txt`), where the paper speaks of 34 and 5.
 PAPER_EIDS: tuple[str, ...] = tuple(_SESSIONS["paper"])
-"""The sessions of the paper in the order of the authors' session embedding (``target_eids.txt``):
-35 to pretrain on and the 5 of `HELD_OUT_EIDS`, where the paper speaks of 34 and 5.
-
-:meta hide-value:
-"""
 HELD_OUT_EIDS: tuple[str, ...] = tuple(_SESSIONS["held_out"])
-"""The sessions that the paper holds out of pretraining (``test_re_eids.txt``)."""
+# The repeated-site sessions (`ibl_repro_ephys_eids.txt`), 83, where the paper speaks of 48.
 REPEATED_SITE_EIDS: tuple[str, ...] = tuple(_SESSIONS["repeated_site"])
-"""The repeated-site sessions (``ibl_repro_ephys_eids.txt``), 83, where the paper speaks of 48.
-
-:meta hide-value:
-"""
-ABLATION_EID: str = _SESSIONS["ablation"]
-"""The one session of the paper's ablations (its Tables 1 and 3)."""
+ABLATION_EID: str = _SESSIONS["ablation"]  # of the paper's Tables 1 and 3
 
 # ---------------------------------------------------------------- the model, as their code has it
 
@@ -65,23 +57,14 @@ class OfficialPatchTokenizer(PatchTokenizer):
 class OfficialMtM(MtM):
     """A model whose attention, padding (-1) and patches are those of the authors' code.
 
-    In causal mode it leaks: a prediction of a bin depends on later bins.
-
-    Args:
-        n_places: patches of a bin in their NDT2, the same for all sessions.
-        others: as of :class:`mtm.MtM`.
+    In causal mode it leaks: a prediction of a bin depends on later bins. ``n_places`` are the
+    patches of a bin in their NDT2, the same for all sessions; ``others`` as of :class:`mtm.MtM`.
     """
 
     tokenizers = {"ndt1": BinTokenizer, "ndt2": OfficialPatchTokenizer}
 
     def __init__(
-        self,
-        config: MtMConfig,
-        n_bins: int,
-        sessions: Mapping[str, int] | None = None,
-        *,
-        n_places: int = 6,
-        **others: Any,
+        self, config: MtMConfig, n_bins: int, sessions: Any = None, n_places: int = 6, **others: Any
     ) -> None:
         super().__init__(config, n_bins, **others)
         self.n_places = n_places
@@ -91,11 +74,7 @@ class OfficialMtM(MtM):
             self.add_session(name, n_neurons)
 
     def add_session(
-        self,
-        name: str,
-        n_neurons: int,
-        counts: np.ndarray | Tensor | None = None,
-        token: str = "new",
+        self, name: str, n_neurons: int, counts: ArrayLike | None = None, token: str = "new"
     ) -> None:
         """As :meth:`mtm.MtM.add_session`; their NDT2 limits how many neurons a session has."""
         ndt2, size = self.config.tokenizer == "ndt2", self.config.patch_size
@@ -116,9 +95,8 @@ class OfficialMtM(MtM):
         length, n_prefix = len(tokens.bins), len(tokens.bins) - self.n_tokens(session)
         allowed = torch.ones(length, length, dtype=torch.bool, device=counts.device)
         if mask is not None and mask.causal:
-            # The prefix attends to every bin and every bin to the prefix, which from the second
-            # layer on leads from the future to the past. And a token's number modulo T is taken
-            # for its bin, which in NDT2 is that of another token.
+            # The prefix attends to every bin and every bin to it: from the future to the past.
+            # And a token's number modulo T is taken for its bin, in NDT2 that of another token.
             number = torch.arange(length - n_prefix, device=counts.device) % self.n_bins
             allowed[n_prefix:, n_prefix:] = number[:, None] >= number
         # Nothing attends to padding, bins without counts and places without neurons, but itself.

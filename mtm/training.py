@@ -13,7 +13,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,7 @@ VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask
 
 
 def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor) -> Tensor:
-    """Return the Poisson negative log-likelihood, without log(count!), summed over the targets.
-
-    All tensors are (B, T, N).
-    """
+    """Return the Poisson NLL, without log(count!), summed over the targets; all are (B, T, N)."""
     return torch.where(target, poisson_nll(log_rates, counts), 0.0).sum()
 
 
@@ -57,8 +54,8 @@ def accumulate(
 ) -> Tensor:
     """Add the gradients of a step's loss to the parameters.
 
-    The loss is the mean over the batches of the step or, with ``loss="sum"``, the sum.
-    ``n_batches`` is the number in the whole step, if ``batches`` are this process's share.
+    The loss is the sum over all targets or, with ``loss="mean"``, the mean over the ``n_batches``
+    of the whole step, of which ``batches`` may be this process's share.
 
     Returns:
         the contribution of each of ``batches`` to the loss, (batches,), on the device.
@@ -70,9 +67,8 @@ def accumulate(
         weights = [1 / batch.mask.target.sum().clamp(min=1) / n for batch in batches]
     # Batches that pass through the model together: all of the step, or each piece alone.
     groups = [list(enumerate(batches))] if batches else []
-    if config.micro_batch:
-        pieces = [batch.split(config.micro_batch) for batch in batches]
-        groups = [[(i, piece)] for i, several in enumerate(pieces) for piece in several]
+    if size := config.micro_batch:
+        groups = [[(i, part)] for i, batch in enumerate(batches) for part in split(batch, size)]
     for group in groups:
         with autocast(model.device, config.precision):
             log_rates = model.forward_many([batch for _, batch in group])
@@ -86,17 +82,23 @@ def accumulate(
     return losses
 
 
+def split(batch: Batch, size: int) -> list[Batch]:
+    """Return batches of at most ``size`` trials."""
+    mask = batch.mask
+    parts = (x.split(size) for x in (batch.counts, mask.hidden, mask.target))
+    return [
+        batch._replace(counts=counts, mask=replace(mask, hidden=hidden, target=target))
+        for counts, hidden, target in zip(*parts, strict=True)
+    ]
+
+
 def make_optimizer(model: MtM, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW with weight decay on weight matrices, or on everything with ``decay_all``."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": config.weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
-    for parameter in model.parameters():
-        decayed = config.decay_all or id(parameter) in matrices
-        groups[0 if decayed else 1]["params"].append(parameter)
-    groups = [group for group in groups if group["params"]]
+    decayed = [p for p in model.parameters() if config.decay_all or id(p) in matrices]
+    rest = [p for p in model.parameters() if not (config.decay_all or id(p) in matrices)]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
+    groups += [{"params": rest, "weight_decay": 0.0}] * bool(rest)
     return torch.optim.AdamW(groups, lr=config.lr, fused=model.device.type in ("cpu", "cuda"))
 
 
@@ -124,9 +126,8 @@ class Trainer:
         self.per_epoch = steps_per_epoch(data, config)
         # What the caller has frozen stays frozen.
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        # At least one epoch, and at least one left for all parameters.
-        some = min(max(1, round(config.session_layers_share * config.epochs)), config.epochs - 1)
-        phases = {"all": 0, "session-layers": config.epochs, "session-layers-then-all": some}
+        fifth = max(1, round(config.epochs / 5))
+        phases = {"all": 0, "session-layers": config.epochs, "session-layers-then-all": fifth}
         self.first_phase = phases[config.tune]  # epochs that train session layers only
         # Losses still on the device: step, session and scheme of each batch, losses (batches,).
         self.pending: list[tuple[int, list[tuple[str, str]], Tensor]] = []
@@ -158,11 +159,8 @@ class Trainer:
             # Validations are spread evenly over the epochs; the last one follows the last epoch.
             before, now = (e * config.validations // config.epochs for e in (epoch - 1, epoch))
             if now > before:
-                entry: dict[str, Any] = {
-                    "epoch": epoch,
-                    "step": run.step,
-                    "lr": schedule.get_last_lr()[0],
-                }
+                entry: dict[str, Any] = {"epoch": epoch, "step": run.step}
+                entry["lr"] = schedule.get_last_lr()[0]
                 entry |= self.mean_losses()  # here the host waits for the device
                 entry |= self.speed(run.step - since[0], time.perf_counter() - since[1])
                 entry["validation"] = validate(model, self.data, config)
@@ -189,40 +187,34 @@ class Trainer:
         own = {id(parameter) for part in layers for parameter in part.parameters()}
         for parameter in self.trainable:
             parameter.requires_grad_(not first or id(parameter) in own)
-        n_epochs = self.first_phase if first else config.epochs - self.first_phase
-        n_steps = n_epochs * self.per_epoch
-        warmup = config.warmup
+        start, stop = (0, self.first_phase) if first else (self.first_phase, config.epochs)
+        n_steps, warmup = (stop - start) * self.per_epoch, config.warmup
         if abs(warmup * n_steps - 1) < 1e-6:  # torch's schedule would divide by zero
             warmup *= 1.01
-        return OneCycleLR(
-            self.optimizer,
-            max_lr=config.lr,
-            total_steps=n_steps,
-            pct_start=warmup,
-            div_factor=config.div_factor,
-            # Steps of the phase that a resumed run has taken already; -1 starts the schedule.
-            last_epoch=self.run.step - (0 if first else self.first_phase * self.per_epoch) - 1,
-        )
+        # Steps of the phase that a resumed run has taken already; -1 starts the schedule.
+        last = self.run.step - start * self.per_epoch - 1
+        how: dict[str, Any] = dict(pct_start=warmup, div_factor=10.0, last_epoch=last)
+        return OneCycleLR(self.optimizer, config.lr, n_steps, **how)
 
     def step(self, batches: Step) -> None:
         """Take one optimizer step. Of several processes, each computes a share of the batches."""
         model, config, step = self.model, self.config, self.run.step
-        torch.manual_seed(seed_of(config.seed, "dropout", step, distributed.rank()))
+        rank, processes = distributed.rank(), distributed.processes()
+        torch.manual_seed(seed_of(config.seed, "dropout", step, rank))
         if config.compile != "none":
             torch.compiler.cudagraph_mark_step_begin()  # memory of the last step's graphs is free
-        mine = slice(distributed.rank(), None, distributed.processes())
         places, drawn = [], []
         for i, (session, trials) in enumerate(batches):
             # Every process draws all schemes, so that all know which parameters have gradients.
             self.sampler.reseed(seed_of(config.seed, "masks", step, i))
             name = self.sampler.choose()
             places.append((session.name, name))
-            if i % distributed.processes() == distributed.rank():  # this process's share
+            if i % processes == rank:  # this process's share
                 counts = session.batch(trials)
                 mask = self.sampler.draw(name, counts, session.regions)
                 drawn.append(Batch(counts, name, mask, session.name))
         losses = torch.zeros(len(batches), device=model.device)
-        losses[mine] = accumulate(model, drawn, config, len(batches))
+        losses[rank::processes] = accumulate(model, drawn, config, len(batches))
         used = parameters_of(model, places)
         distributed.all_reduce_gradients(used, losses)
         if config.clip is not None:
@@ -235,14 +227,14 @@ class Trainer:
 
     def read_losses(self) -> None:
         """Add the pending losses to ``run.losses``; raise FloatingPointError if not finite."""
-        pending, self.pending = self.pending, []
-        for step, places, losses in pending:
+        for step, places, losses in self.pending:
             for (session, name), loss in zip(places, losses.tolist(), strict=True):
                 if not math.isfinite(loss):
                     where = f"step {step}, session {session!r}, scheme {name!r}"
                     raise diverged(f"the loss became {loss} in {where}", self.config)
                 total, number = self.run.losses.get(name, [0.0, 0])
                 self.run.losses[name] = [total + loss, number + 1]
+        self.pending = []
 
     def mean_losses(self) -> dict[str, Any]:
         """Return the mean loss since the last validation, of all batches and of each scheme."""
@@ -255,11 +247,9 @@ class Trainer:
         """Return the speed of some steps, and the peak memory."""
         trials = {one.name: len(one.train) * n_steps / self.per_epoch for one in self.data}
         tokens = sum(n * self.model.n_tokens(name) for name, n in trials.items())
-        return {
-            "trials_per_second": sum(trials.values()) / seconds,
-            "tokens_per_second": tokens / seconds,
-            "memory_gb": peak_memory(self.model.device),
-        }
+        per_second = {"trials_per_second": sum(trials.values()) / seconds}
+        per_second["tokens_per_second"] = tokens / seconds
+        return per_second | {"memory_gb": peak_memory(self.model.device)}
 
     def save(self) -> None:
         """Save the state of the run; raise FloatingPointError if it is not finite."""
@@ -287,8 +277,7 @@ def parameters_of(model: MtM, places: Sequence[tuple[str, str]]) -> list[torch.n
     layers = [model.session_layers(name) for name in sorted({session for session, _ in places})]
     parts = [model.tokenizer, model.layers, model.norm, *layers]
     found = [parameter for part in parts for parameter in part.parameters()]
-    if any(name in model.prompts for _, name in places):
-        found.append(model.prompt_tokens)
+    found += [model.prompt_tokens] * any(name in model.prompts for _, name in places)
     return [parameter for parameter in found if parameter.requires_grad]
 
 
@@ -296,16 +285,19 @@ def parameters_of(model: MtM, places: Sequence[tuple[str, str]]) -> list[torch.n
 def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> dict[str, float]:
     """Return bits per spike of each scheme on hidden entries of the validation trials.
 
-    The null model is each neuron's mean in the training trials. Masks have a seed for each session
-    and scheme, so every call scores the same entries: :data:`VALIDATION_MASKS` masks per batch of
-    trials or, for inter-region and intra-region, one per region. NaN where no hidden entry has a
-    spike. Several processes share the sessions.
+    The null model is each neuron's mean in the training trials. Every call scores the same entries;
+    NaN where none of them has a spike. Several processes share the sessions.
     """
     model.eval()
     found = torch.zeros(len(config.schemes), len(data), 2, device=model.device)  # gain, spikes
     for i in range(distributed.rank(), len(data), distributed.processes()):
         for s, name in enumerate(config.schemes):
-            found[s, i] = _validation_gain(model, data[i], name, config)
+            # Summed on the device, without waiting for it.
+            for counts, mask, log_rates in _predict_validation(model, data[i], name, config):
+                null = data[i].null.expand_as(counts)
+                found[s, i, 0] += masked_loss(null, counts, mask.target)
+                found[s, i, 0] -= masked_loss(log_rates, counts, mask.target)
+                found[s, i, 1] += (counts * mask.target).sum()
     found = distributed.all_reduce(found).cpu().double()
     if not bool(found.isfinite().all()):
         raise diverged("predictions of the validation trials are not finite", config)
@@ -323,11 +315,10 @@ def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> N
     """Set ``model.shrinkage``: session -> scheme -> the factor that suits validation trials best.
 
     Models that overfit are too sure of what they predict, those with much dropout not enough.
-    The factor multiplies all deviations from the mean log-rates, and is the one for which the
-    likelihood of the hidden entries of the validation trials is highest. Compare temperature
-    scaling (Guo et al. 2017). Models of raw counts, as the authors', know no mean rates.
+    The factor multiplies all deviations from the mean log-rates, and maximises the likelihood of
+    the hidden entries of the validation trials. Compare temperature scaling (Guo et al. 2017).
     """
-    if model.config.input_counts == "raw":
+    if model.config.input_counts == "raw":  # as the authors', it does not know mean rates
         return
     for one in data:
         mean = model.session_layers(one.name).mean.log()
@@ -339,16 +330,6 @@ def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> N
                     scaled = mean + factor * (log_rates - mean)
                     losses[i] += masked_loss(scaled, counts, mask.target)
             model.shrinkage[one.name][name] = SHRINKAGES[int(losses.argmin())]
-
-
-def _validation_gain(model: MtM, one: SessionData, name: str, config: TrainConfig) -> Tensor:
-    """Return the gain over the null model in nats, and the number of spikes scored; (2,)."""
-    found = torch.zeros(2, device=model.device)  # summed on the device, without waiting for it
-    for counts, mask, log_rates in _predict_validation(model, one, name, config):
-        found[0] += masked_loss(one.null.expand_as(counts), counts, mask.target)
-        found[0] -= masked_loss(log_rates, counts, mask.target)
-        found[1] += (counts * mask.target).sum()
-    return found
 
 
 def _predict_validation(
@@ -378,18 +359,14 @@ def _predict_validation(
 class Fit:
     """Result of training.
 
-    Attributes:
-        model: with the weights of the best validation, on the device it was trained on.
-        history: one entry per validation: ``epoch``, ``step``, ``lr``, ``loss`` (mean over the
-            batches since the last) and ``losses`` (the same per scheme), ``validation`` (scheme ->
-            bits per spike over the training mean rates, pooled over the hidden entries of all
-            sessions) and their ``mean``, ``seconds`` since the start, trials and tokens per second
-            of training, and peak memory in GB.
-        config: the settings.
+    An entry of the history has ``epoch``, ``step``, ``lr``, ``loss`` (mean over the batches since
+    the last entry), ``losses`` (the same per scheme), ``validation`` (scheme -> bits per spike over
+    the training mean rates, pooled over the hidden entries of all sessions), their ``mean``,
+    ``seconds`` since the start, trials and tokens per second, and peak memory in GB.
     """
 
-    model: MtM
-    history: History
+    model: MtM  # with the weights of the best validation, on the device it was trained on
+    history: History  # an entry for each validation
     config: TrainConfig
 
     def __repr__(self) -> str:
@@ -407,16 +384,10 @@ class Fit:
         """The history entry whose weights the model has."""
         return best_entry(self.history)
 
-    def predict_log_rates(
-        self,
-        counts: Tensor | np.ndarray,
-        scheme: str | None,
-        mask: Mask | None,
-        session: str,
-        neurons: Tensor | None = None,
-    ) -> Tensor:
-        """Return the model's log-rates, see :meth:`mtm.MtM.predict_log_rates`."""
-        return self.model.predict_log_rates(counts, scheme, mask, session, neurons)
+    @property
+    def predict_log_rates(self) -> Callable[..., Tensor]:
+        """The model's :meth:`mtm.MtM.predict_log_rates`."""
+        return self.model.predict_log_rates
 
     def to_dict(self) -> dict[str, Any]:
         """Return settings and history as JSON can hold them."""
@@ -442,7 +413,7 @@ def fit(
     Args:
         sessions: with different names, and the same bins and window.
         model: a model to fine-tune, which is copied; sessions it does not know are added. Or the
-            sizes of a new model. Default: :func:`model_config` of the settings.
+            sizes of a new model.
         config: settings, or the name of a recipe: "mtm" (default) or "paper".
         depth: number of layers of a new model. Default: 2, or 5 with ``config="paper"``.
         device: default: a GPU if there is one.
@@ -450,8 +421,7 @@ def fit(
             A run that was stopped resumes when ``fit`` is called again with the same arguments; on
             a CPU it ends with exactly the weights of a run that was not stopped.
         restart: delete the run in the folder and start anew.
-        save_every: seconds between saves within an epoch. A save holds the weights, the best
-            weights and the optimizer's state, four times the model's size.
+        save_every: seconds between saves within an epoch, of four times the model's size.
         progress: show progress.
         on_validation: called with the history after each validation, as ``mtm.plots.live()``.
         **changes: single settings of :class:`TrainConfig`.
@@ -486,11 +456,7 @@ def fit(
 
 
 def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -> MtMConfig:
-    """Return the configuration of a new model for these settings.
-
-    With ``init="paper"``, as in the recipe ``paper``, the authors' model (depth 5, learned
-    positions, raw counts as input), else ours (depth 2). ``fields`` are of :class:`MtMConfig`.
-    """
+    """Return the sizes of a new model: the authors' (depth 5) with ``init="paper"``, else ours."""
     if config.init == "paper":
         return MtMConfig.published(depth or 5, **fields)
     return MtMConfig.from_depth(depth or 2, **fields)
@@ -498,8 +464,6 @@ def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -
 
 def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
     """Check that the sessions can be trained on together."""
-    if others := [type(s).__name__ for s in sessions if not isinstance(s, Session)]:
-        raise TypeError(f"fit needs Sessions, got {others[0]}; see mtm.Session, Session.load")
     if not sessions:
         raise SessionError("no session to train on")
     if (n := distributed.processes()) > config.batches_per_step:
@@ -511,10 +475,11 @@ def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
     regional = [name for name in config.schemes if scheme(name).needs_regions]
     for session in sessions:
         if regional and not session.region_names:
+            others = tuple(name for name in config.schemes if name not in regional)
             raise SessionError(
                 f"session {session.name!r}, regions: no neuron has a label, but masking by "
-                f"{' and '.join(regional)} needs regions; pass regions, or train with schemes="
-                f"{tuple(name for name in config.schemes if name not in regional)}"
+                f"{' and '.join(regional)} needs regions; pass regions, or train with "
+                f"schemes={others}"
             )
 
 
@@ -523,29 +488,23 @@ def _build(
 ) -> MtM:
     """Make a new model or copy the one to fine-tune, and add the sessions it does not know."""
     first = data[0].session
-    prompts = tuple(name for name in config.schemes if scheme(name).prompt)
-    if not config.prompt or len(config.schemes) == 1:  # nothing to tell apart
-        prompts = ()
+    several = config.prompt and len(config.schemes) > 1  # else there is nothing to tell apart
+    prompts = tuple(name for name in config.schemes if scheme(name).prompt and several)
     causal = any(scheme(name).causal for name in config.schemes)
     if start is not None and depth is not None:
         raise ValueError("depth is for a new model; the given one has its depth already")
     if isinstance(start, MtM):
         _check_start(start, prompts, causal, config)
+        model = copy.deepcopy(start)
         for one in data:
             require_same_bins(start, one.session)
-        model = copy.deepcopy(start)
-        for one in data:  # to be calibrated anew
-            model.shrinkage.pop(one.name, None)
-    elif isinstance(start, MtMConfig | None):
+            model.shrinkage.pop(one.name, None)  # to be calibrated anew
+    else:
         if config.tune != "all":
             raise ValueError(f"tune={config.tune!r} needs a trained model to start from")
-        sizes = start or model_config(config, depth)
         kind: dict[str, Any] = {"prompts": prompts, "causal": causal, "init": config.init}
+        sizes = start or model_config(config, depth)
         model = MtM(sizes, first.n_bins, bin_size=first.bin_size, **kind)
-    else:
-        raise TypeError(
-            f"model must be an MtM or MtMConfig, got {start!r}; mtm.load reads a folder"
-        )
     # By the split and the fingerprints, evaluation knows which trials the model has seen.
     model.split_seed, model.window = config.split_seed, first.window
     for one in data:

@@ -200,15 +200,20 @@ def test_the_learning_rate_rises_and_falls_in_each_phase(small):
     assert rates[:3] == sorted(rates[:3]) and rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] < 1e-5
     del slow["depth"]
-    tune = {"tune": "session-layers-then-all", "session_layers_share": 0.5}
-    rates = [entry["lr"] for entry in fit(small[1], result, **slow, **tune).history]
-    assert rates[9] < 1e-5 and rates[19] < 1e-5
-    assert max(rates[:10]) > 9e-4 and max(rates[10:]) > 9e-4 and rates[10] < max(rates[10:])
+    tuned = fit(small[1], result, **slow, tune="session-layers-then-all")
+    rates = [entry["lr"] for entry in tuned.history]  # 4 epochs of session layers, 16 of all
+    assert rates[3] < 1e-5 and rates[19] < 1e-5
+    assert max(rates[:4]) > 9e-4 and max(rates[4:]) > 9e-4 and rates[4] < max(rates[4:])
 
 
-def test_a_schedule_of_any_length(small):
-    for warmup in (0.5, 0.25, 0.15):
-        fit(small[0], **{**QUICK, "epochs": 1, "validations": 1}, warmup=warmup, batch_size=7)
+def test_a_warm_up_of_one_step(small):
+    fit(
+        small[0],
+        **{**QUICK, "epochs": 1, "validations": 1},
+        warmup=0.5,
+        batch_size=14,
+        batches_per_step=1,
+    )
 
 
 def test_validation_scores_the_same_entries_each_time_and_every_region(small, monkeypatch):
@@ -259,9 +264,6 @@ def test_predictions_are_scaled_as_the_validation_trials_say(small, tmp_path):
             for model in (result.model, load(save(result, tmp_path / f"{one.name}{scheme}"))):
                 found = model.predict_log_rates(counts, scheme, mask, one.name)
                 torch.testing.assert_close(found, mean + factor * (log_rates - mean))
-            neurons = torch.arange(len(counts)) % counts.shape[2]
-            alone = model.predict_log_rates(counts, scheme, mask, one.name, neurons)
-            torch.testing.assert_close(alone, found[torch.arange(len(counts)), :, neurons])
 
 
 def test_the_model_kept_is_the_best_one(small):
@@ -292,10 +294,9 @@ def test_the_start_model_stays_as_it_is_and_new_sessions_are_added(small):
 
 @pytest.mark.parametrize("tune", ["all", "session-layers", "session-layers-then-all"])
 def test_what_is_trained_in_fine_tuning(small, tune):
-    """With 0.9 of 4 epochs, an epoch is left in which the shared layers are trained."""
     model = fit(small[0], **QUICK).model
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    how = {**ON, "epochs": 4, "validations": 1, "tune": tune, "session_layers_share": 0.9}
+    how = {**ON, "validations": 1, "tune": tune}
     result = fit(small[1], model, **how)
     after = result.model.state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
@@ -355,19 +356,17 @@ def test_what_a_given_model_cannot_do_is_refused(small, trained_with, settings, 
 def test_a_recipe_decides_the_model_and_holds_the_papers_numbers(small):
     paper = RECIPES["paper"]
     assert (paper.epochs, paper.batch_size, paper.lr, paper.weight_decay) == (1000, 16, 1e-4, 0.01)
-    assert (paper.warmup, paper.div_factor, paper.loss) == (0.15, 10, "sum")
-    assert paper.clip is None and paper.decay_all and paper.ratios == {}
+    assert paper.warmup == 0.15 and paper.loss == "sum" and paper.clip is None
+    assert paper.decay_all and paper.ratios == {}
     assert model_config(paper) == MtMConfig.published() and model_config(paper).depth == 5
     assert model_config(recipe("mtm")) == MtMConfig.from_depth(2)
     assert model_config(recipe("mtm"), tokenizer="ndt2").tokenizer == "ndt2"
     model = fit(small[0], config="paper", **QUICK).model
-    assert (model.init, model.config.positions, model.config.depth) == ("paper", "learned", 1)
-    assert model.config.width == MtMConfig.from_depth(1).width
+    assert (model.init, model.config) == ("paper", MtMConfig.published(1))
 
 
 def test_ratios_are_changed_one_by_one():
     assert recipe("mtm", ratios={"neuron": 0.3}).ratios == {"neuron": 0.3, "intra-region": 0.6}
-    assert recipe(TrainConfig(ratios={"causal": 0.5}), ratios={}).ratios == {"causal": 0.5}
     assert RECIPES["mtm"].ratios == {"neuron": 0.6, "intra-region": 0.6}
 
 
@@ -378,16 +377,16 @@ def test_ratios_are_changed_one_by_one():
         ({"config": "papr"}, "unknown recipe 'papr'; known: mtm, paper"),
         ({"recipe": "paper"}, "pass the recipe as config='paper'"),
         ({"epoch": 3}, "unknown setting 'epoch'; did you mean 'epochs'"),
-        ({"ratios": {"neuron": 30}}, "ratios must be above 0 and at most 1"),
+        ({"ratios": {"neuron": 30}, **ON}, "mask ratio must be above 0 and at most 1"),
+        ({"lr": -1.0}, "lr must be above 0, got -1.0"),
         ({"ratios": {"neurons": 0.3}}, "unknown masking scheme 'neurons'"),
         ({"tune": "maps"}, "tune must be one of all, session-layers, session-layers-then-all"),
         ({"tune": "session-layers"}, "tune='session-layers' needs a trained model"),
-        ({"model": "folder"}, "mtm.load reads a folder"),
     ],
     ids=str,
 )
 def test_wrong_settings_are_refused(small, settings, problem):
-    with pytest.raises((ValueError, TypeError), match=problem):
+    with pytest.raises(ValueError, match=problem):
         fit(small[0], **settings)
 
 
@@ -404,8 +403,6 @@ def test_sessions_that_do_not_go_together_are_refused(small):
     ):
         with pytest.raises(SessionError, match=problem):
             fit(sessions, **QUICK)
-    with pytest.raises(TypeError, match="fit needs Sessions, got ndarray"):
-        fit([small[0].counts])
     counts = np.random.default_rng(0).poisson(0.5, (30, 8, 5))
     result = fit(Session(counts, name="x"), schemes=("neuron", "causal"), **QUICK)
     assert set(result.best["validation"]) == {"neuron", "causal"}
@@ -450,9 +447,7 @@ def test_compiling_does_not_start_again_for_each_session(small, monkeypatch):
     compile_ = functools.partial(torch.compile, backend=backend)
     monkeypatch.setattr(torch, "compile", lambda encode, mode: compile_(encode))
     how = {**QUICK, "epochs": 4, "batch_size": 8, "batches_per_step": 1}
-    limit = "fail_on_recompile_limit_hit"  # before torch 2.7, the cache had one
-    limit = limit if hasattr(torch._dynamo.config, limit) else "fail_on_cache_limit_hit"
-    with torch._dynamo.config.patch({limit: True}):
+    with torch._dynamo.config.patch(fail_on_cache_limit_hit=True):
         result = fit(small, **how, compile="default")
     assert 0 < len(graphs) <= 8
     plain = fit(small, **how)
