@@ -1,8 +1,8 @@
 """Masking schemes as pure functions of a batch, and the sampler that alternates them.
 
-A scheme decides for each entry of a batch of counts (B, T, N) whether it is *hidden* (zeroed in the
-model's input) and whether it is a *target* (scored by the loss). Targets are always hidden, or the
-model could copy them. Source: arXiv 2407.14668, section 3.1 and appendix A.4.
+A scheme decides for each entry of a batch of counts (B, T, N) whether it is *hidden*, and whether
+it is a *target*. Targets are always hidden, or the model could copy them. Source: arXiv 2407.14668,
+section 3.1 and appendix A.4.
 
 ============  ==============================================  =================  =========
 scheme        hidden                                          target             attention
@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
+Random = Generator | None  # None: torch's global generator
 NO_REGION = -1
 """Region code of a neuron without a region, hidden and scored like any other."""
 PADDING = -2
@@ -43,9 +44,7 @@ class Mask:
         return Mask(self.hidden | unobserved, self.target & ~unobserved, self.causal)
 
 
-def neuron(
-    counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: Generator | None = None
-) -> Mask:
+def neuron(counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: Random = None) -> Mask:
     """Hide whole neurons, independently in each trial: co-smoothing.
 
     Args:
@@ -59,9 +58,7 @@ def neuron(
     return Mask(chosen.expand(counts.shape), chosen.expand(counts.shape))
 
 
-def temporal(
-    counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: Generator | None = None
-) -> Mask:
+def temporal(counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: Random = None) -> Mask:
     """Hide whole bins of all neurons, independently in each trial: the scheme of NDT1."""
     n_trials, n_bins, _ = counts.shape
     real = regions > PADDING
@@ -69,20 +66,15 @@ def temporal(
     return Mask(chosen, chosen)
 
 
-def causal(
-    counts: Tensor, regions: Tensor, ratio: float = 0.6, generator: Generator | None = None
-) -> Mask:
+def causal(counts: Tensor, regions: Tensor, ratio: float = 0.6, generator: Random = None) -> Mask:
     """Hide bins as :func:`temporal`, with attention to the same and earlier bins only."""
     return replace(temporal(counts, regions, ratio, generator), causal=True)
 
 
 def inter_region(
-    counts: Tensor, regions: Tensor, ratio: float = 1.0, generator: Generator | None = None
+    counts: Tensor, regions: Tensor, ratio: float = 1.0, generator: Random = None
 ) -> Mask:
-    """Hide all neurons of one region, the same in the whole batch; regions are equally likely.
-
-    ``ratio`` must be 1: the region is hidden whole.
-    """
+    """Hide all neurons of one region, the same in the whole batch; regions are equally likely."""
     if ratio != 1:
         raise ValueError(f"inter-region masking hides a region whole; ratio must be 1, got {ratio}")
     inside = _choose_region(regions, generator).expand(counts.shape)
@@ -90,12 +82,9 @@ def inter_region(
 
 
 def intra_region(
-    counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: Generator | None = None
+    counts: Tensor, regions: Tensor, ratio: float = 0.3, generator: Random = None
 ) -> Mask:
-    """Hide all neurons outside one region, and a share of those inside, drawn for each trial.
-
-    Only the hidden neurons inside are targets: predict a neuron from its own region.
-    """
+    """Hide all neurons outside one region, and a share of those inside, drawn for each trial."""
     n_trials, _, n_neurons = counts.shape
     inside = _choose_region(regions, generator)
     chosen = _choose((n_trials, 1, n_neurons), inside, ratio, generator)
@@ -107,13 +96,10 @@ def random_token(
     counts: Tensor,
     regions: Tensor,
     ratio: float = 0.3,
-    generator: Generator | None = None,
+    generator: Random = None,
     patch_size: int = 128,
 ) -> Mask:
-    """Hide patches of ``patch_size`` neurons in a row x 1 bin: the scheme of NDT2, a baseline.
-
-    The last patch of a bin holds what neurons are left. Other arguments: see :func:`neuron`.
-    """
+    """Hide patches of ``patch_size`` neurons (the last: what is left) x 1 bin: NDT2's scheme."""
     n_trials, n_bins, n_neurons = counts.shape
     patch = torch.arange(n_neurons, device=counts.device) // patch_size  # (N,) of each neuron
     real = torch.zeros(-(-n_neurons // patch_size), device=counts.device)  # (patches,)
@@ -123,9 +109,7 @@ def random_token(
     return Mask(chosen, chosen)
 
 
-def _choose(
-    shape: tuple[int, ...], allowed: Tensor, ratio: float, generator: Generator | None
-) -> Tensor:
+def _choose(shape: tuple[int, ...], allowed: Tensor, ratio: float, generator: Random) -> Tensor:
     """Bernoulli(ratio) draws of ``shape`` where ``allowed``; at least one entry is chosen."""
     if not 0 < ratio <= 1:
         raise ValueError(f"mask ratio must be above 0 and at most 1, got {ratio}")
@@ -136,7 +120,7 @@ def _choose(
     return ((draws < ratio) | (draws <= draws.amin())) & allowed
 
 
-def _choose_region(regions: Tensor, generator: Generator | None) -> Tensor:
+def _choose_region(regions: Tensor, generator: Random) -> Tensor:
     """Neurons of one labelled region, (N,) bool; each equally likely whatever its size."""
     codes = regions.sort().values
     first = torch.cat([codes[:1] >= 0, (codes[1:] != codes[:-1]) & (codes[1:] >= 0)])  # of a region
@@ -148,9 +132,6 @@ def _choose_region(regions: Tensor, generator: Generator | None) -> Tensor:
     draws = torch.rand(len(codes), generator=generator, device=regions.device)
     place = torch.where(first, draws[first.cumsum(0) - 1], -1.0).argmax()
     return (regions == codes.index_select(0, place[None])) & (regions >= 0)
-
-
-# ---------------------------------------------------------------- the table of schemes
 
 
 @dataclass(frozen=True)
@@ -180,13 +161,11 @@ MTM_SCHEMES = ("neuron", "causal", "inter-region", "intra-region")
 
 
 def register(name: str, draw: Callable[..., Mask], ratio: float = 0.3, **kind: bool) -> None:
-    """Make a scheme of your own known by ``name`` to training, validation and plots.
+    """Make a scheme of your own known by a new ``name`` to training, validation and plots.
 
-    Args:
-        name: a new name.
-        draw: function of (counts (B, T, N), regions (N,), ratio, generator) -> :class:`Mask`.
-        ratio: its default share hidden.
-        **kind: ``needs_regions``, ``causal``, ``prompt``, ``patches``, as in :class:`Scheme`.
+    ``draw`` is a function of (counts (B, T, N), regions (N,), ratio, generator) -> :class:`Mask`,
+    ``ratio`` its default share hidden, and ``kind`` any of ``needs_regions``, ``causal``,
+    ``prompt`` and ``patches``, as in :class:`Scheme`.
     """
     if name in SCHEMES:
         raise ValueError(f"masking scheme {name!r} exists already; choose another name")
@@ -203,12 +182,8 @@ def scheme(name: str) -> Scheme:
 class MaskSampler:
     """Draws a scheme, uniformly, and a mask of it for each batch: multi-task masking.
 
-    Args:
-        schemes: names to alternate.
-        ratios: name -> share hidden, where it should differ from the scheme's own.
-        seed: of both the choice of the scheme and the masks.
-        device: where the batches live.
-        patch_size: neurons of a patch, for schemes that hide patches.
+    ``ratios`` (name -> share hidden) are those that differ from the schemes' own, ``device`` is
+    that of the batches, and ``patch_size`` (neurons) is for schemes that hide patches.
     """
 
     def __init__(
@@ -219,18 +194,14 @@ class MaskSampler:
         device: torch.device | str = "cpu",
         patch_size: int = 128,
     ) -> None:
-        if isinstance(schemes, str) or not schemes:
-            raise ValueError(f"need a list of masking schemes, got {schemes!r}")
         ratios, self.patch_size = ratios or {}, patch_size
-        if strangers := set(ratios) - set(schemes):
-            raise ValueError(f"ratios for schemes that are not drawn: {', '.join(strangers)}")
         self.ratios = {name: ratios.get(name, scheme(name).ratio) for name in schemes}
         # The scheme is chosen on the host, so that no step waits for the device with the masks.
-        self.host_generator = Generator().manual_seed(seed)
-        self.generator = Generator(device).manual_seed(seed)
+        self.host_generator, self.generator = Generator(), Generator(device)
+        self.reseed(seed)
 
     def __call__(self, counts: Tensor, regions: Tensor) -> tuple[str, Mask]:
-        """The name of the scheme drawn, and its mask for ``counts`` (B, T, N), ``regions`` (N,)."""
+        """The name of a scheme, and a mask of it for ``counts`` (B, T, N), ``regions`` (N,)."""
         name = self.choose()
         return name, self.draw(name, counts, regions)
 
@@ -240,12 +211,12 @@ class MaskSampler:
         self.generator.manual_seed(seed)
 
     def choose(self) -> str:
-        """The name of a scheme, each equally likely."""
+        """Name of a scheme, each equally likely."""
         names = list(self.ratios)
         return names[int(torch.randint(len(names), (1,), generator=self.host_generator))]
 
     def draw(self, name: str, counts: Tensor, regions: Tensor) -> Mask:
-        """A mask of the scheme ``name`` for ``counts`` (B, T, N), ``regions`` (N,)."""
+        """A mask of this scheme for ``counts`` (B, T, N), ``regions`` (N,)."""
         kind = SCHEMES[name]
         patch = {"patch_size": self.patch_size} if kind.patches else {}
         mask = kind.draw(counts, regions, self.ratios[name], self.generator, **patch)

@@ -1,10 +1,8 @@
 """Scores of predicted spike counts: Poisson likelihood, bits per spike, deviance, R2.
 
 Predictions are log-rates: logs of the expected count of each bin. Scores take log-rates and counts
-of the same shape (..., N), e.g. trials x bins x neurons, as arrays or tensors on the CPU, and
-return one value per neuron, (N,) float64.
-
-A score is NaN where it is undefined: without spikes, or, for D2 and R2, where counts never vary.
+of the same shape (..., N), as arrays or tensors on the CPU, and return one value per neuron, (N,):
+NaN without spikes, or, for D2 and R2, where counts never vary.
 
 Sources: Pei et al. 2021 (bits per spike); arXiv 2407.14668, section 4 and Figure 7 (both R2).
 """
@@ -21,7 +19,6 @@ from scipy.special import xlogy
 from torch import Tensor
 
 LOG2 = np.log(2.0)
-MAX_LOG_RATE = 700.0  # exp overflows float64 shortly above
 
 Values = TypeVar("Values", np.ndarray, Tensor)
 
@@ -37,7 +34,7 @@ def log_mean(counts: ArrayLike) -> np.ndarray:
 
     A silent neuron is given half a spike, which keeps the logarithm finite.
     """
-    entries = _check_counts(counts)
+    entries = np.asarray(counts).reshape(-1, np.shape(counts)[-1])
     return np.log(np.maximum(entries.sum(axis=0, dtype=np.float64), 0.5) / len(entries))
 
 
@@ -58,25 +55,23 @@ def bits_per_spike(
 ) -> np.ndarray:
     """Gain in log-likelihood over a null model in bits per spike, (N,).
 
-    Args:
-        log_rates: (..., N).
-        counts: (..., N).
-        null_log_rates: the null model's, broadcastable to (..., N). Default: each neuron's mean
-            over these entries, the convention of the Neural Latents Benchmark and of the paper. It
-            uses the scored data, so the training mean scores below 0 against it. The honest
-            alternative is ``log_mean(training counts)``.
+    ``null_log_rates`` are the null model's, broadcastable to (..., N). Default: each neuron's mean
+    over these entries, the convention of the Neural Latents Benchmark and of the paper. It uses the
+    scored data, so the training mean scores below 0 against it. The honest alternative is
+    ``log_mean(training counts)``.
     """
-    spikes = _check_counts(counts).sum(axis=0, dtype=np.float64)
-    return _share(gain(log_rates, counts, null_log_rates), spikes, spikes > 0)
+    total = gain(log_rates, counts, null_log_rates)
+    spikes = np.asarray(counts, np.float64).reshape(-1, len(total)).sum(axis=0)
+    return _share(total, spikes, spikes > 0)
 
 
 def pooled_bits_per_spike(
     log_rates: ArrayLike, counts: ArrayLike, null_log_rates: ArrayLike | None = None
 ) -> float:
     """Bits per spike of the whole population: total gain over total spikes."""
-    spikes = float(_check_counts(counts).sum(dtype=np.float64))
-    total = float(gain(log_rates, counts, null_log_rates).sum())
-    return total / spikes if spikes else float("nan")
+    spikes = np.asarray(counts, np.float64).sum()
+    total = gain(log_rates, counts, null_log_rates).sum()
+    return float(total / spikes) if spikes else float("nan")
 
 
 def poisson_d2(log_rates: ArrayLike, counts: ArrayLike) -> np.ndarray:
@@ -96,11 +91,8 @@ def trial_r2(log_rates: ArrayLike, counts: ArrayLike) -> np.ndarray:
 def psth_r2(log_rates: ArrayLike, counts: ArrayLike, conditions: ArrayLike) -> np.ndarray:
     """Share of the variance of peri-stimulus time histograms that the rates explain, (N,).
 
-    Args:
-        log_rates: (K, T, N).
-        counts: (K, T, N).
-        conditions: (K,) or (K, C) numbers or words; a histogram is the mean over trials with equal
-            rows. Rows with NaN or '' are left out.
+    A histogram is the mean over trials with equal ``conditions``, (K,) or (K, C) numbers or words;
+    rows with NaN or '' are left out. Counts are (K, T, N).
     """
     f, y = (x.reshape(np.shape(counts)) for x in _check(log_rates, counts))
     labels = pd.DataFrame(conditions).replace("", np.nan)
@@ -109,10 +101,8 @@ def psth_r2(log_rates: ArrayLike, counts: ArrayLike, conditions: ArrayLike) -> n
     groups = labels.groupby(list(labels)).indices.values()  # without NaN
     if not groups:
         return np.full(np.shape(counts)[-1], np.nan)
-    rates = np.exp(f)
     # Histograms, (groups x T, N):
-    predicted, observed = (np.concatenate([x[g].mean(0) for g in groups]) for x in (rates, y))
-    return _r2(predicted, observed)
+    return _r2(*(np.concatenate([x[g].mean(axis=0) for g in groups]) for x in (np.exp(f), y)))
 
 
 def _r2(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
@@ -134,21 +124,11 @@ def _mean_nll(counts: np.ndarray) -> np.ndarray:
 
 def _check(log_rates: ArrayLike, counts: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Log-rates and counts as float64 arrays of M entries, (M, N)."""
-    f, y = np.asarray(log_rates, np.float64), _check_counts(counts).astype(np.float64)
-    if f.shape != np.shape(counts):
-        shapes = f"log-rates {f.shape} and counts {np.shape(counts)}"
-        raise ValueError(f"{shapes} must have the same shape")
-    if not (np.isfinite(f).all() and f.max() <= MAX_LOG_RATE):
-        extremes = f"{f.min():.3g} to {f.max():.3g}"
-        raise ValueError(f"log-rates must be finite and at most {MAX_LOG_RATE:g}, got {extremes}")
-    return f.reshape(y.shape), y
-
-
-def _check_counts(counts: ArrayLike) -> np.ndarray:
-    """Counts as an array of M entries, (M, N)."""
-    counts = np.asarray(counts)
-    if counts.ndim < 2 or 0 in counts.shape:
-        raise ValueError(f"counts must be (..., neurons) and not empty, got shape {counts.shape}")
-    if counts.dtype.kind not in "bu" and not (counts.min() >= 0 and np.isfinite(counts.max())):
-        raise ValueError(f"counts must be from 0 up, got {counts.min()} to {counts.max()}")
-    return counts.reshape(-1, counts.shape[-1])
+    f, y = np.asarray(log_rates, np.float64), np.asarray(counts, np.float64)
+    if f.shape != y.shape or y.ndim < 2 or not y.size:
+        raise ValueError(f"need the same (..., N), not log-rates {f.shape} and counts {y.shape}")
+    if not (np.isfinite(f).all() and f.max() <= 700):  # exp overflows float64 shortly above
+        raise ValueError(f"log-rates must be finite, at most 700; got {f.min():g} to {f.max():g}")
+    if not (y.min() >= 0 and y.max() < np.inf):
+        raise ValueError(f"counts must be from 0 up, got {y.min()} to {y.max()}")
+    return f.reshape(-1, f.shape[-1]), y.reshape(-1, y.shape[-1])

@@ -23,38 +23,25 @@ def example():
 
 def bits_by_loop(log_rates, counts, null):
     """Log-likelihoods of scipy's Poisson distribution, one entry at a time."""
-    scores = []
-    for n in range(counts.shape[2]):
-        gain = 0.0
-        for k in range(counts.shape[0]):
-            for t in range(counts.shape[1]):
-                c = counts[k, t, n]
-                gain += poisson.logpmf(c, math.exp(log_rates[k, t, n]))
-                gain -= poisson.logpmf(c, null[n])
-        spikes = counts[:, :, n].sum()
-        scores.append(gain / spikes / math.log(2) if spikes else math.nan)
-    return np.array(scores)
+    gains = np.zeros(counts.shape[2])
+    for (k, t, n), c in np.ndenumerate(counts):
+        gains[n] += poisson.logpmf(c, math.exp(log_rates[k, t, n])) - poisson.logpmf(c, null[n])
+    spikes = counts.sum(axis=(0, 1))
+    return np.where(spikes, gains / np.maximum(spikes, 1) / math.log(2), np.nan)
 
 
 def test_bits_per_spike_against_a_loop(example):
     log_rates, counts = example
-    means = np.maximum(counts.mean(axis=(0, 1)), 1e-9)
-    expected = bits_by_loop(log_rates, counts, means)
-    np.testing.assert_allclose(metrics.bits_per_spike(log_rates, counts), expected, rtol=1e-9)
-    null = np.linspace(0.1, 0.6, 6)
-    expected = bits_by_loop(log_rates, counts, null)
-    np.testing.assert_allclose(
-        metrics.bits_per_spike(log_rates, counts, np.log(null)), expected, rtol=1e-9
-    )
+    means, null = np.maximum(counts.mean(axis=(0, 1)), 1e-9), np.linspace(0.1, 0.6, 6)
+    for rates, given in ((means, None), (null, np.log(null))):
+        expected = bits_by_loop(log_rates, counts, rates)
+        ours = metrics.bits_per_spike(log_rates, counts, given)
+        np.testing.assert_allclose(ours, expected, rtol=1e-9)
     assert np.isnan(expected[2])
 
 
 def test_pooled_is_the_neural_latents_benchmark_s_definition(example):
-    """Its formula: (NLL of the null - NLL of the model) / spikes / ln 2, over all neurons at once.
-
-    NLL = sum(rate - count ln(rate) + ln(count!)); rates of 0 count as 1e-9; the null is each
-    neuron's mean over the same entries (Pei et al. 2021, section 3).
-    """
+    """Pei et al. 2021, section 3: (NLL of the null - NLL of the model) / spikes / ln 2."""
     log_rates, counts = example
 
     def nll(rates):
@@ -75,14 +62,11 @@ def test_metrics_equal_the_authors(parity):
     ours = metrics.bits_per_spike(log_rates, counts)
     np.testing.assert_allclose(ours[spiking], each[spiking], rtol=1e-5)
     assert np.isnan(ours[~spiking]).all() and (~spiking).sum() == 1
-    assert metrics.pooled_bits_per_spike(log_rates, counts) == pytest.approx(
-        theirs["bits_per_spike_pooled"], rel=1e-6
-    )
+    pooled = metrics.pooled_bits_per_spike(log_rates, counts)
+    assert pooled == pytest.approx(theirs["bits_per_spike_pooled"], rel=1e-6)
     r2 = theirs["r2_psth_trial"].numpy()
-    conditions = theirs["behaviour_choice_reward_block"].numpy()
-    ours = np.stack(
-        [metrics.psth_r2(log_rates, counts, conditions), metrics.trial_r2(log_rates, counts)], 1
-    )
+    psth = metrics.psth_r2(log_rates, counts, theirs["behaviour_choice_reward_block"].numpy())
+    ours = np.stack([psth, metrics.trial_r2(log_rates, counts)], 1)
     np.testing.assert_allclose(ours[spiking], r2[spiking], rtol=1e-4, atol=1e-6)
 
 
@@ -124,14 +108,13 @@ def test_psth_r2_against_a_loop(example):
     np.testing.assert_allclose(metrics.psth_r2(log_rates, counts, two_columns), ours)
 
 
-def test_counts_that_never_vary_have_no_share_to_explain():
-    for count in (1, 3, 5):
-        counts = np.full((70, 20, 2), count)
-        log_rates = np.random.default_rng(0).normal(0, 0.1, counts.shape)
-        conditions = np.arange(70) % 7
-        assert np.isnan(metrics.poisson_d2(log_rates, counts)).all()
-        assert np.isnan(metrics.trial_r2(log_rates, counts)).all()
-        assert np.isnan(metrics.psth_r2(log_rates, counts, conditions)).all()
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_counts_that_never_vary_have_no_share_to_explain(count):
+    counts = np.full((70, 20, 2), count)
+    log_rates = np.random.default_rng(0).normal(0, 0.1, counts.shape)
+    assert np.isnan(metrics.poisson_d2(log_rates, counts)).all()
+    assert np.isnan(metrics.trial_r2(log_rates, counts)).all()
+    assert np.isnan(metrics.psth_r2(log_rates, counts, np.arange(70) % 7)).all()
 
 
 SCORES = [
@@ -146,24 +129,21 @@ SCORES = [
 @pytest.mark.parametrize("score", SCORES)
 def test_bad_input_is_refused(score):
     log_rates, counts = np.zeros((2, 3, 1)), np.ones((2, 3, 1))
-    with pytest.raises(ValueError, match="must have the same shape"):
-        score(log_rates[:, :-1], counts)
+    for f, y in [(log_rates[:, :-1], counts), (log_rates[:0], counts[:0])]:
+        with pytest.raises(ValueError, match="need the same .* not log-rates .* and counts"):
+            score(f, y)
     for bad in (np.nan, -np.inf, 710.0):  # 710 averaged with other trials would look like NaN
-        with pytest.raises(ValueError, match="log-rates must be finite and at most 700"):
+        with pytest.raises(ValueError, match="log-rates must be finite, at most 700"):
             score(np.where([[[True]], [[False]]], bad, log_rates), counts)
     for bad in (np.nan, np.inf, -1):
         with pytest.raises(ValueError, match="counts must be from 0 up"):
             score(log_rates, np.where([[[True]], [[False]]], bad, counts))
-    with pytest.raises(ValueError, match="not empty"):
-        score(log_rates[:0], counts[:0])
 
 
 def test_null_models_and_conditions_must_fit(example):
     log_rates, counts = example
     with pytest.raises(ValueError, match="log-rates must be finite"):
         metrics.bits_per_spike(log_rates, counts, np.full(6, -np.inf))
-    with pytest.raises(ValueError, match="broadcast"):
-        metrics.bits_per_spike(log_rates, counts, np.zeros(5))
     with pytest.raises(ValueError, match="need one condition per trial, got 4 for 20 trials"):
         metrics.psth_r2(log_rates, counts, np.zeros(4))
 
