@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtm.distributed import to_device
+from mtm.masks import Mask, MaskSampler
 from mtm.metrics import log_mean
 from mtm.recipes import TrainConfig
 from mtm.session import Session
@@ -33,16 +34,29 @@ class SessionData:
         self.regions = torch.from_numpy(session.region_codes).to(device)  # (N,)
         self.train, self.val = split.train, torch.from_numpy(split.val)
         # The null model of validation: each neuron's log mean count in the training trials, (N,).
-        self.null = torch.from_numpy(log_mean(session.counts[split.train])).float().to(device)
+        self.null = torch.from_numpy(log_mean(session.filled(split.train))).float().to(device)
+        self.unobserved = None  # (K, 1, N)
+        if session.observed is not None:
+            self.unobserved = ~torch.from_numpy(session.observed).to(device)[:, None]
         fingerprints = session.fingerprints(split.train)
         self.fingerprints = fingerprints[fingerprints != 0]  # 0: too few spikes to tell
-        content = b"".join(x.tobytes() for x in (fingerprints, split.train, split.val))
+        observed = [] if session.observed is None else [session.observed]
+        content = b"".join(x.tobytes() for x in (fingerprints, split.train, split.val, *observed))
         self.digest = hashlib.sha256(content).hexdigest()[:16]
 
     def batch(self, trials: Tensor | np.ndarray) -> Tensor:
         """Return the counts of some trials, (B, T, N) float32, on the training device."""
         counts = self.counts[to_device(torch.as_tensor(trials), self.counts.device)]
         return to_device(counts, self.device).float()
+
+    def mask(
+        self, sampler: MaskSampler, scheme: str, counts: Tensor, trials: Any, regions: Any = None
+    ) -> Mask:
+        """Return a mask for these counts of trials, without targets that were not observed."""
+        mask = sampler.draw(scheme, counts, self.regions if regions is None else regions)
+        if self.unobserved is None:
+            return mask
+        return mask.leave_out(self.unobserved[torch.as_tensor(trials, device=self.device)])
 
 
 Step = list[tuple[SessionData, np.ndarray]]  # its batches: a session, and some of its trials

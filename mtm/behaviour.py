@@ -143,7 +143,8 @@ def _fit(decoder: Decoder, model: MtM, behaviour: str, epochs: int, seed: int) -
     n_outputs = len(classes) or (y.shape[1] if kind == "trace" else 1)
     readout = BehaviourReadout(model, decoder.session.name, classes, n_outputs)
     trials, is_test = decoder.trials[usable], decoder.is_test[usable]
-    counts = torch.from_numpy(decoder.session.counts[trials].astype(np.float32)).to(model.device)
+    known = decoder.session.filled(trials, decoder.trials[: decoder.n_train]).astype(np.float32)
+    counts = torch.from_numpy(known).to(model.device)
     values = torch.from_numpy(y).to(model.device)
     if not classes:
         readout.scale = float(y.std())

@@ -6,28 +6,17 @@ behaviour. Source: arXiv 2407.14668, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.special import logsumexp
 
-from mtm import metrics
+from mtm import metrics, prediction
 from mtm.decoding import Decoder, decodable
 from mtm.masks import scheme
-from mtm.prediction import (
-    TASKS,
-    PredictorLike,
-    Queries,
-    as_predictor,
-    choose_split,
-    predict_queries,
-    queries_of,
-    require_unseen,
-    selected,
-    unobserved,
-)
+from mtm.prediction import TASKS, PredictorLike, Predictors, Queries
 from mtm.report import Report, TaskScores
 from mtm.session import Session, SessionError
 
@@ -36,7 +25,7 @@ CONDITIONS = ("choice", "reward", "block")
 
 
 def evaluate(
-    predictor: PredictorLike | Mapping[str, PredictorLike],
+    predictor: Predictors,
     sessions: Session | Sequence[Session],
     *,
     tasks: Sequence[str] | None = None,
@@ -48,11 +37,6 @@ def evaluate(
     progress: bool = False,
 ) -> Report:
     """Score a predictor on the activity tasks, and decode behaviour from its predictions.
-
-    :func:`mtm.fit` trains on the training trials of the same split::
-
-        fit = mtm.fit(sessions, model)
-        report = mtm.evaluate(fit, sessions)
 
     Args:
         predictor: a model or :class:`mtm.Fit`; a function ``(counts, scheme, mask, session) ->
@@ -77,41 +61,37 @@ def evaluate(
             the predictor was trained on.
         SessionError: when a task that was asked for cannot be scored, or the bins are not those
             the model was trained on.
-        MemoryError: when memory runs out with a single trial.
     """
-    if isinstance(tasks, str):
-        raise ValueError(f"tasks must be a list of names, got {tasks!r}; pass [{tasks!r}]")
-    how: dict[str, Any] = {"split_seed": split_seed, "allow_seen": allow_seen}
-    how |= {"batch_size": batch_size, "progress": progress}
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    seen: dict[str, Any] = {"split_seed": split_seed, "allow_seen": allow_seen}
     if isinstance(sessions, Session):
-        return _evaluate(predictor, sessions, tasks, trials, neurons, **how)
+        return _evaluate(predictor, sessions, tasks, trials, neurons, seen, how)
     if trials is not None or neurons is not None:
         raise ValueError("trials and neurons are of one session; join reports with Report.join")
-    return Report.join(_one_by_one(predictor, sessions, tasks, how))
+    return Report.join(list(_one_by_one(predictor, sessions, tasks, seen, how)))
 
 
 def _one_by_one(
-    predictor: PredictorLike | Mapping[str, PredictorLike],
+    predictor: Predictors,
     sessions: Iterable[Session],
     tasks: Sequence[str] | None,
-    how: Mapping[str, Any],
-) -> list[Report]:
+    *how: dict[str, Any],
+) -> Iterator[Report]:
     """Evaluate several sessions, each read once; behaviours that one lacks are left out there."""
-    reports: dict[str, Report] = {}
+    names: set[str] = set()
     for session in sessions:
-        if session.name in reports:
+        if session.name in names:
             raise ValueError(f"two sessions have the name {session.name!r}; rename one")
         missing = [t for t in tasks or () if t not in TASKS and t not in session.behaviour]
-        if missing and not reports:  # a misspelt name is in no session: say so before any work
+        if missing and not names:  # a misspelt name is in no session: say so before any work
             _require_known(missing, {name for each in sessions for name in each.behaviour})
+        names.add(session.name)
         able = None if tasks is None else [task for task in tasks if task not in missing]
-        report = _evaluate(predictor, session, able, **how)
-        report.left_out |= dict.fromkeys(missing, "not recorded")
-        report.left_out = {task: f"{session.name}: {why}" for task, why in report.left_out.items()}
-        reports[session.name] = report
-    if not reports:
-        raise ValueError("no session to evaluate")
-    return list(reports.values())
+        report = _evaluate(predictor, session, able, None, None, *how)
+        left_out = report.left_out | dict.fromkeys(missing, "not recorded")
+        report.left_out = {task: f"{session.name}: {why}" for task, why in left_out.items()}
+        yield report
 
 
 def _require_known(tasks: Iterable[str], behaviours: Iterable[str]) -> None:
@@ -122,29 +102,26 @@ def _require_known(tasks: Iterable[str], behaviours: Iterable[str]) -> None:
 
 
 def _evaluate(
-    predictor: PredictorLike | Mapping[str, PredictorLike],
+    predictor: Predictors,
     session: Session,
     tasks: Sequence[str] | None,
-    trials: np.ndarray | None = None,
-    neurons: np.ndarray | None = None,
-    *,
-    split_seed: int | None,
-    batch_size: int | None,
-    allow_seen: bool,
-    progress: bool,
+    trials: np.ndarray | None,
+    neurons: np.ndarray | None,
+    seen: dict[str, Any],
+    how: dict[str, Any],
 ) -> Report:
     """Evaluate one session."""
-    predictor = as_predictor(predictor, session)
-    split = choose_split(predictor, session, split_seed, allow_seen=allow_seen)
+    predictor = prediction.as_predictor(predictor, session)
+    split = prediction.choose_split(predictor, session, **seen)
     trials = np.arange(session.n_trials)[split.test if trials is None else trials]
-    wanted = selected(neurons, session.n_neurons)
+    wanted = prediction.selected(neurons, session.n_neurons)
     if len(trials) == 0 or not wanted.any():
         what, regions = "neurons" if len(trials) else "trials", ", ".join(session.region_names)
         raise ValueError(
             f"session {session.name!r}: no {what} to score; its regions are: {regions or 'none'}"
         )
-    if not allow_seen:
-        require_unseen(predictor, session, trials)
+    if not seen["allow_seen"]:
+        prediction.require_unseen(predictor, session, trials)
     _require_known(tasks or (), session.behaviour)
     asked = [*TASKS, *decodable(session)] if tasks is None else tasks
     left_out = _unscorable(predictor, session, wanted, asked)
@@ -154,31 +131,24 @@ def _evaluate(
     if tasks is not None and left_out:
         reasons = "; ".join(f"{task}: {why}" for task, why in left_out.items())
         raise SessionError(f"session {session.name!r}, {reasons}")
-    scores = {}
+    scores: dict[str, TaskScores] = {}
     train_null = metrics.log_mean(session.filled(split.train))
-    for task in [t for t in asked if t in TASKS and t not in left_out]:
-        queries = queries_of(task, session, wanted)
-        how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-        log_rates = predict_queries(predictor, session, TASKS[task], trials, queries, **how)
-        scores[task] = _score(log_rates, session, queries, trials, train_null)
-    names = [t for t in asked if t not in TASKS and t not in left_out]
-    if names:
-        decoder = Decoder(
-            predictor,
-            session,
-            split_seed=split_seed,
-            batch_size=batch_size,
-            allow_seen=allow_seen,
-        )
-    for name in names:
+    decoder = None
+    for task in sorted([t for t in asked if t not in left_out], key=lambda t: t not in TASKS):
+        if task in TASKS:
+            queries = prediction.queries_of(task, session, wanted)
+            given = predictor, session, TASKS[task], trials, queries
+            log_rates = prediction.predict_queries(*given, **how)
+            scores[task] = _score(log_rates, session, queries, trials, train_null)
+            continue
         try:
-            decoded = decoder.decode(name)
+            decoder = decoder or Decoder(predictor, session, batch_size=how["batch_size"], **seen)
+            decoded = decoder.decode(task)
+            scores[task] = TaskScores(pd.DataFrame([decoded.to_dict()]), decoded.metric)
         except SessionError as error:
             if tasks is not None:
                 raise
-            left_out[name] = str(error)
-        else:
-            scores[name] = TaskScores(pd.DataFrame([decoded.to_dict()]), decoded.metric)
+            left_out[task] = str(error)
     sizes = {"trials": len(trials), "neurons": session.n_neurons}
     return Report(scores, {session.name: sizes}, left_out)
 
@@ -202,7 +172,7 @@ def _score(
 ) -> TaskScores:
     """Score the predictions (K', T, N) of a task, neuron by neuron, where it was observed."""
     neurons = np.flatnonzero(queries.wanted.any(axis=0))
-    seen = ~unobserved(session, trials)[:, 0]
+    seen = ~prediction.unobserved(session, trials)[:, 0]
     # Together: neurons that were observed in the same trials.
     patterns, group = np.unique(seen[:, neurons], axis=1, return_inverse=True)
     tables = [

@@ -211,7 +211,7 @@ class Trainer:
             places.append((session.name, name))
             if i % processes == rank:  # this process's share
                 counts = session.batch(trials)
-                mask = self.sampler.draw(name, counts, session.regions)
+                mask = session.mask(self.sampler, name, counts, trials)
                 drawn.append(Batch(counts, name, mask, session.name))
         losses = torch.zeros(len(batches), device=model.device)
         losses[rank::processes] = accumulate(model, drawn, config, len(batches))
@@ -346,7 +346,7 @@ def _predict_validation(
     for trials in one.val.split(VALIDATION_BATCH):
         counts = one.batch(trials)
         for regions in labels:
-            mask = sampler.draw(name, counts, regions)
+            mask = one.mask(sampler, name, counts, trials, regions)
             with autocast(model.device, config.precision):
                 log_rates = model(counts, name, mask, one.name).float()
             yield counts, mask, log_rates
@@ -509,7 +509,7 @@ def _build(
     model.split_seed, model.window = config.split_seed, first.window
     for one in data:
         if one.name not in model.session_names:
-            counts = one.session.counts[one.train]
+            counts = one.session.filled(one.train)
             model.add_session(one.name, one.session.n_neurons, counts, config.token)
         known = model.seen.get(one.name, one.fingerprints)
         model.seen[one.name] = np.union1d(known, one.fingerprints)

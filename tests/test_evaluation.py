@@ -1,23 +1,10 @@
 """evaluate(): scores of the activity tasks and behaviours, of one session and of many."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
-from mtm import (
-    Report,
-    Session,
-    SessionError,
-    Sessions,
-    evaluate,
-    fit,
-    mean_rates,
-    metrics,
-    oracle,
-    score_table,
-)
+from mtm import Session, SessionError, Sessions, evaluate, fit, mean_rates, metrics, oracle
 from mtm.prediction import TASKS
 
 
@@ -89,7 +76,6 @@ def test_silent_neurons_are_counted_and_not_averaged():
     reason = "no scored neuron has a region label"
     assert report.left_out == {"inter-region": reason, "intra-region": reason}
     assert f"inter-region: left out, {reason}" in str(report)
-    json.dumps(report.to_dict(), allow_nan=False)
 
 
 def test_neurons_predicted_from_nothing_are_counted(session):
@@ -122,8 +108,8 @@ def test_a_model_is_scored_on_the_split_it_was_trained_on(sessions):
     model = fit(session, depth=1, epochs=1, split_seed=5, progress=False).model
     null = evaluate(mean_rates(session, 5), session, split_seed=5, tasks=["forward-prediction"])
     ours = evaluate(model, session, tasks=["forward-prediction"])
-    spikes = [r.tasks["forward-prediction"].table["spikes"].tolist() for r in (null, ours)]
-    assert spikes[0] == spikes[1]
+    one, two = (r.tasks["forward-prediction"].table["spikes"].tolist() for r in (null, ours))
+    assert one == two
     with pytest.raises(ValueError, match="trained on the split of seed 5, not 0"):
         evaluate(model, session, split_seed=0)
     # As of an imported checkpoint, whose training trials nobody knows.
@@ -144,8 +130,6 @@ def test_training_trials_are_refused(sessions, trained):
     evaluate(trained, session, tasks=task, trials=split.val)  # selected by, not trained on
     other = evaluate(trained, session, tasks=[*task, "wheel-speed"], split_seed=1, allow_seen=True)
     assert set(other.tasks) == {*task, "wheel-speed"}
-    with pytest.raises(ValueError, match="trained on the split of seed 0, not 1"):
-        evaluate(trained, session, split_seed=1)
     # The same recording with another name, and so another split; and with a given split: trials
     # are known by their counts.
     same = {"bin_size": session.bin_size, "window": session.window}
@@ -194,22 +178,17 @@ def test_all_six_tasks_of_many_sessions(sessions):
         expected = {name: report.tasks[task].mean() for name, report in singles.items()}
         assert whole.tasks[task].by_session() == expected
     assert whole.tasks["choice"].score == "accuracy"
-    labels = evaluate(predictors, sessions, tasks=["block", "reaction-time"])
-    assert [labels.tasks[t].score for t in ("block", "reaction-time")] == ["R2", "R2"]
     assert whole.tasks["wheel-speed"].mean("time_course") < whole.tasks["wheel-speed"].mean()
-    text = str(whole)
-    assert (
-        "2 sessions" in text and "± over sessions" in text and "choice from rates: accuracy" in text
-    )
+    for text in ("2 sessions", "± over sessions", "choice from rates: accuracy"):
+        assert text in str(whole)
 
 
 def test_sessions_on_disk_are_read_once(sessions, tmp_path, monkeypatch):
     for session in sessions:
         session.select(neurons=np.arange(5)).save(tmp_path / f"{session.name}.npz")
     loaded, load = [], Session.load
-    monkeypatch.setattr(
-        Session, "load", lambda path, **how: loaded.append(str(path)) or load(path, **how)
-    )
+    kept = lambda path, **how: loaded.append(str(path)) or load(path, **how)  # noqa: E731
+    monkeypatch.setattr(Session, "load", kept)
     predictors = {s.name: mean_rates(s.select(neurons=np.arange(5))) for s in sessions}
     on_disk = Sessions(tmp_path)
     loaded.clear()
@@ -238,13 +217,8 @@ def test_what_only_some_sessions_have():
         assert set(asked.tasks) == {"co-smoothing", "choice"}
         with pytest.raises(ValueError, match="unknown task 'choise'"):
             evaluate(predictors, order, tasks=["choise"])
-    # A table of one report that has conditions, and one that has none.
-    alone = {s.name: evaluate(predictors, s, tasks=["co-smoothing"]) for s in both}
-    assert score_table(alone, "psth_r2").splitlines()[-1].split() == ["b", "-"]
     with pytest.raises(ValueError, match="two sessions have the name 'a'"):
         evaluate(predictors, [with_choice, with_choice])
-    with pytest.raises(ValueError, match="no session"):
-        evaluate(predictors, [])
     with pytest.raises(ValueError, match="trials and neurons are of one session"):
         evaluate(predictors, both, neurons=[2])
 
@@ -258,10 +232,9 @@ def test_shuffled_trials_keep_the_time_course_and_neurons_do_not(sessions):
     assert scores.mean("shuffled_neurons") < scores.mean("shuffled_trials") < scores.mean()
     # The same prediction for every trial loses nothing when trials change places.
     course = np.log(session.rates[session.split().train].mean(axis=0, keepdims=True))
-    for log_rates, column in (
-        (course, "shuffled_trials"),
-        (mean_rates(session), "shuffled_neurons"),
-    ):
+    for column, log_rates in {
+        "shuffled_trials": course, "shuffled_neurons": mean_rates(session)
+    }.items():  # fmt: skip
         table = evaluate(log_rates, session, tasks=["co-smoothing"]).tasks["co-smoothing"].table
         np.testing.assert_allclose(table[column], table["bits_per_spike"], atol=1e-12)
 
@@ -275,18 +248,14 @@ def test_shuffling_two_trials_swaps_them_and_one_neuron_has_no_other():
     swapped = metrics.bits_per_spike(log_rates[[8, 3]], session.counts[[3, 8]])
     np.testing.assert_allclose(table["shuffled_trials"], swapped)
     assert np.isnan(table["shuffled_neurons"]).all()
-    tiny = evaluate(np.full((1, 1, 1), -800.0), session, tasks=["co-smoothing"])
-    assert isinstance(tiny, Report)
 
 
 def test_errors(session):
     null = mean_rates(session)
     with pytest.raises(ValueError, match="no trials to score"):
         evaluate(null, session, trials=[])
-    with pytest.raises(ValueError, match=r"tasks must be a list.*pass \['co-smoothing'\]"):
-        evaluate(null, session, tasks="co-smoothing")
     with pytest.raises(ValueError, match="unknown task 'cosmoothing'; pass a list of some of: co-"):
-        evaluate(null, session, tasks=["cosmoothing"])
+        evaluate(null, session, tasks="cosmoothing")
     with pytest.raises(SessionError, match="inter-region: no scored neuron has a region label"):
         evaluate(plus_one, Session(session.counts), tasks=["inter-region"])
     with pytest.raises(ValueError, match="no neurons to score; its regions are: "):

@@ -103,9 +103,3 @@ def test_it_is_selected_saved_and_shown(two, tmp_path):
     trials = np.arange(4)
     filled = session.filled(trials)
     np.testing.assert_allclose(filled[0, :, 0], session.counts[[1, 3], :, 0].mean(0))
-    assert sessions_unchanged(session)
-
-
-def sessions_unchanged(session):
-    whole = session.select(neurons=np.arange(HALF, session.n_neurons))
-    return whole.filled(np.arange(3)).dtype == np.float32
