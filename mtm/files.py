@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import importlib
 import json
-import math
 import os
 import struct
-import textwrap
 import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,15 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-DESCRIPTION = "description"  # name of the JSON text among the arrays of a file
-
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Write a file as a whole or not at all.
+    """Write a file as a whole or not at all; if writing fails, what was at ``path`` stays.
 
-    Yields a temporary path beside ``path``, which replaces ``path`` at the end of the context.
-    Folders are created. If writing fails, what was at ``path`` stays.
+    Yields a path beside it, which replaces ``path`` at the end. Folders are created.
     """
     path = Path(path)
     partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
@@ -51,8 +46,8 @@ def write_arrays(
     path: str | Path, description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> Path:
     """Write arrays and a JSON description to an uncompressed ``.npz``, atomically."""
-    content: dict[str, Any] = {DESCRIPTION: np.array(json.dumps(description)), **arrays}
     with atomic_write(path) as partial, open(partial, "wb") as file:
+        content: dict[str, Any] = {"description": np.array(json.dumps(description)), **arrays}
         np.savez(file, **content)
     return Path(path)
 
@@ -62,27 +57,23 @@ def read_arrays(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read what :func:`write_arrays` wrote: the description, and the arrays by name.
 
-    Args:
-        path: the file.
-        only: names of the arrays to read. Default: all.
-        mmap: names of arrays that stay on disk and are read where they are indexed.
-
-    Raises:
-        ValueError: for a file that is damaged or of another kind.
+    ``only`` names the arrays to read (default: all), ``mmap`` those that stay on disk and are read
+    where they are indexed. A file that is damaged or of another kind is a ValueError.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            description = json.loads(str(file[DESCRIPTION]))
+            description = json.loads(str(file["description"]))
+            names = [name for name in file.files if name != "description"]
             arrays = {
                 name: _memory_map(Path(path), file.zip, name) if name in mmap else file[name]
-                for name in file.files
-                if name != DESCRIPTION and (only is None or name in only)
+                for name in (names if only is None else only)
             }
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # of numpy, zip, json: no list of them is complete
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
-        raise ValueError(f"{path} is damaged or of another kind ({reason})") from error
+        reason = f"{type(error).__name__}: {error}"[:160]
+        problem = f"{path} is damaged or of another kind ({reason})"
+        raise ValueError(f"{problem}; Session.save writes session files") from error
     return description, arrays
 
 
@@ -92,16 +83,15 @@ class MemoryMapped(np.ndarray):
 
 def _memory_map(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """Memory-map an array of an uncompressed ``.npz``."""
-    member = archive.getinfo(f"{name}.npy")
     with open(path, "rb") as file:
         # A zip member starts with a header of 30 bytes, the last four of which are the lengths of
         # its name and of an extra field; the .npy file follows.
-        file.seek(member.header_offset + 26)
+        file.seek(archive.getinfo(f"{name}.npy").header_offset + 26)
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         start = file.tell()
-    stop = start + math.prod(shape) * dtype.itemsize
+    stop = start + dtype.itemsize * int(np.prod(shape))
     # By torch, which keeps no file open; systems allow few hundred open files.
     content = torch.from_file(str(path), shared=False, size=stop, dtype=torch.uint8).numpy()
     return content[start:].view(dtype).reshape(shape).view(MemoryMapped)
@@ -112,6 +102,4 @@ def optional(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
-            raise  # the module is there, and lacks something itself
-        raise ImportError(f'{module} is missing: pip install "mtm-neural[{extra}]"') from error
+        raise ImportError(f'{error.name} is missing: pip install "mtm-neural[{extra}]"') from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from typing import Any, Self
+from contextlib import AbstractContextManager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,23 +15,18 @@ from mtm.checkpoint import History, Run
 LOG_INTERVAL = 30.0  # seconds between two lines in a log
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """A bar in a terminal, one live line in a notebook, lines in a log; nothing without show."""
 
     def __init__(self, epochs: int, show: bool, setup: str) -> None:
         self.epochs, self.show, self.line, self.last = epochs, show, None, time.monotonic()
-        ipython = sys.modules.get("IPython")
-        shell = ipython.get_ipython() if ipython else None
-        if show and shell is not None and type(shell).__name__ != "TerminalInteractiveShell":
-            from IPython.display import display
-
-            self.line = display({"text/plain": ""}, raw=True, display_id=True)
+        ipython: Any = sys.modules.get("IPython")
+        shell = ipython.get_ipython() if show and ipython else None
+        if shell is not None and type(shell).__name__ != "TerminalInteractiveShell":
+            self.line = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
         self.print(setup)
         no_bar = not show or self.line is not None or not sys.stderr.isatty()
         self.bar = tqdm(total=epochs, unit="epoch", disable=no_bar, leave=False)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
@@ -62,8 +58,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             # What a stopped run wrote after its last save is replaced.
-            folder = str(run.folder / "tensorboard")
-            self.writer = SummaryWriter(folder, purge_step=run.step + 1)
+            self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Write the numbers of a history entry."""
