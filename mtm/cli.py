@@ -167,9 +167,7 @@ def _command(commands: Any, name: str, run: Callable[..., None], what: str = "")
     return parser
 
 
-def _add(
-    parser: Any, argument: inspect.Parameter, text: str, positional: bool | None = None
-) -> None:
+def _add(parser: Any, argument: inspect.Parameter, text: str, positional: bool = False) -> None:
     """Add an argument by its annotation. Where it is not given, it is left out."""
     name, kind = argument.name, str(argument.annotation).removesuffix(" | None")
     flag: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -185,7 +183,8 @@ def _add(
     elif kind.startswith("dict"):
         flag |= {"nargs": "+", "type": _pair, "metavar": "NAME=VALUE"}
     elif many := re.match(r"(?:list|tuple|Collection)\[(\w+)", kind):
-        flag |= {"nargs": "+", "type": types.get(many[1], str)}
+        n = 2 if name == "window" else "+"
+        flag |= {"nargs": n, "type": types.get(many[1], str)}
     elif kind in ("int", "float") and kind != argument.annotation:
         flag["type"] = _optional(types[kind])
     else:
