@@ -1,14 +1,12 @@
 """The command line: python -m mtm simulate | prepare | train | evaluate | export.
 
 Each command is a function. Its parameters are the arguments of the command line: keyword-only ones
-are flags, and their annotations and defaults say what they take. An error in the input is printed
-in one line, with exit status 1; a wrong command line ends with 2.
+are flags, and their annotations and defaults say what they take.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import json
 import os
@@ -25,12 +23,11 @@ from mtm import bwb, checkpoint, distributed, official, recipes
 from mtm.baselines import BASELINES, fit_baseline
 from mtm.bwb import submission
 from mtm.data import huggingface, ibl, kilosort, nwb, steinmetz, synthetic
-from mtm.data.collection import Prepared, Sessions, prepare
+from mtm.data.collection import Sessions, prepare
 from mtm.decoding import decode_by_region
 from mtm.evaluation import evaluate
 from mtm.masks import SCHEMES
 from mtm.model import CHOICES as MODEL_CHOICES
-from mtm.model import MtM
 from mtm.prediction import mean_rates, oracle
 from mtm.recipes import RECIPES, TrainConfig
 from mtm.report import Report, score_table
@@ -57,7 +54,6 @@ EIDS = {
     "held-out": official.HELD_OUT_EIDS,
     "repeated-site": official.REPEATED_SITE_EIDS,
 }
-SEARCH = ("project", "lab", "subject", "region", "quality")  # terms of ibl.search
 HELP = {  # of the arguments of all commands
     "alf": "also write OUT/alf, a folder tree as the International Brain Laboratory publishes",
     "align": "the event in each trial at which the window has its 0",
@@ -70,7 +66,7 @@ HELP = {  # of the arguments of all commands
     "depth": "layers, which set width, heads and dropout (default 2; paper 5)",
     "deterministic": "one model will do, having no random part",
     "device": "cpu, cuda, cuda:1, mps (default a GPU if there is one)",
-    "eids": f"{', '.join(EIDS)}, or a file of session ids",
+    "eids": f"{', '.join(EIDS)}, or a file of session ids (default all that ONE finds)",
     "inputs": "folders that train wrote, one for each seed, and session files (.h5)",
     "json": "file for the scores",
     "label": "name of the model at the benchmark",
@@ -85,10 +81,9 @@ HELP = {  # of the arguments of all commands
     "restart": "begin anew, and replace what OUT holds",
     "save_every": "seconds between two saved states of the run",
     "seed": "same seed, same data; for export, of each model, else 43, 44, ...",
-    "sessions": "session files, or one folder; for simulate, how many",
+    "sessions": "session files or folders of them; for simulate, how many",
     "split": "ts1, ts2 or pretrain: of the file's splits; auto is the one that scores its units",
-    "split_seed": "of the split whose test trials are scored (default that of the training; "
-    "imported checkpoints do not know it)",
+    "split_seed": "of the split whose test trials are scored (default that of the training)",
     "start": "folder of a model to fine-tune; sessions it does not know get their own layers",
     "tasks": "some tasks and behaviours (default all)",
     "tokenizer": "a token per bin, stitched (ndt1), or per patch of neurons (default ndt1)",
@@ -99,14 +94,14 @@ HELP = {  # of the arguments of all commands
     "window": "start and stop, seconds",
     "username": "download from IBL's public server, with a saved log-in",
     "workers": "processes (default one per core, up to 4)",
-    **dict.fromkeys(SEARCH, "search ONE: only sessions of it (quality: so good or better)"),
 }
 CHOICES = {"recipe": RECIPES, "baselines": BASELINES, "tokenizer": MODEL_CHOICES["tokenizer"]}
+CHOICES |= {"units": ("good",), "schemes": SCHEMES} | recipes.CHOICES
 ERRORS = (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeError, AssertionError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status: 1 for an error in the input, printed in a line."""
     options = vars(parse(arguments))
     command, run = options.pop("command"), options.pop("run")
 
@@ -120,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ERRORS as error:  # torch asserts that a device is there
         # The text of a KeyError is its argument, quoted; show the argument itself.
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        who = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-        print(f"mtm {command}{who}: error: {text}", file=sys.stderr)
+        print(f"mtm {command}: error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         resume = "; the same command resumes it" * (command == "train")
@@ -140,89 +134,62 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for run in (run_simulate, run_train, run_evaluate, run_export):
-        command = _command(commands, run.__name__[4:], run)
-        if run is run_train:
-            _add_settings(command)
-    sub = commands.add_parser("prepare", help="turn recordings into session files")
-    origins = sub.add_subparsers(dest="origin", required=True, metavar="ORIGIN")
+        _command(commands, run.__name__[4:], run)
+    prepare = commands.add_parser("prepare", help="turn recordings into session files")
+    origins = prepare.add_subparsers(dest="origin", required=True, metavar="ORIGIN")
     for origin, (what, module, names) in READERS.items():
         command = _command(origins, origin, run_prepare, f"From {what}.")
-        defaults = inspect.signature(module.load_session).parameters
+        known = inspect.signature(module.load_session).parameters
         for name in names:
-            more: dict[str, Any] = {"nargs": 2} if name == "window" else {}
-            more |= {"choices": ("good",)} if name == "units" else {}
-            default = defaults[name].default
-            required = default is inspect.Parameter.empty
-            more |= {"required": True} if required else {}
-            kind = {"window": "list[float]", "bin_size": "float", "traces": "list[str]"}
-            text = HELP[name] if required else f"{HELP[name]} (default {_shown(default)})"
-            _add(command, name, kind.get(name, "str"), text, **more)
-        for name in ("username", "eids", *SEARCH) if origin == "ibl" else ():
-            _add(command, name, "str", HELP[name])
+            _add(command, known[name], HELP[name])
+        for name in ("username", "eids") if origin == "ibl" else ():
+            command.add_argument(f"--{name}", default=argparse.SUPPRESS, help=HELP[name])
     return parser.parse_args(arguments)
 
 
-def _command(
-    commands: Any, name: str, run: Callable[..., None], what: str = ""
-) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, run: Callable[..., None], what: str = "") -> Any:
     """A parser of one command, from the signature and the docstring of its function."""
     text = f"{what} {inspect.getdoc(run)}".strip().replace("%", "%%")
-    short = what or text.partition(".")[0]
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=short, description=text)
+    parser = commands.add_parser(name, help=what or text.partition(".")[0], description=text)
     parser.set_defaults(run=run)
     for argument in inspect.signature(run).parameters.values():
-        if argument.name == "origin" or argument.kind is argument.VAR_KEYWORD:
-            continue
-        default, text = argument.default, HELP[argument.name]
-        more: dict[str, Any] = {}
-        if argument.kind is argument.KEYWORD_ONLY and default is argument.empty:
-            more = {"required": True}
-        elif default is not None and default is not False and default is not argument.empty:
-            text += f" (default {default})"
-        if argument.name in CHOICES:
-            more["choices"] = CHOICES[argument.name]
-        positional = argument.kind is not argument.KEYWORD_ONLY
-        _add(parser, argument.name, argument.annotation, text, positional=positional, **more)
+        if argument.name in HELP:
+            _add(parser, argument, HELP[argument.name], argument.kind is not argument.KEYWORD_ONLY)
+    if run is run_train:
+        group = parser.add_argument_group("settings of training", "'none' stands for no value.")
+        docs = inspect.getdoc(TrainConfig) or ""
+        texts = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", docs, re.M))
+        for name, setting in inspect.signature(TrainConfig).parameters.items():
+            text = " ".join(texts[name].split()).replace("``", "").replace("%", "%%").rstrip(".")
+            ours, paper = (_shown(getattr(RECIPES[key], name)) for key in ("mtm", "paper"))
+            default = ours if ours == paper else f"{ours}, paper {paper}"
+            _add(group, setting.replace(default=None), f"{text} (default {default})")
     return parser
 
 
-def _add(
-    parser: Any, name: str, kind: str, text: str, positional: bool = False, **more: Any
-) -> None:
-    """Add an argument whose type is this annotation. Where it is not given, it is left out."""
-    flag: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
-    kind, optional = kind.removesuffix(" | None"), kind.endswith(" | None")
-    types = {"int": int, "float": float, "Path": Path}
+def _add(parser: Any, argument: inspect.Parameter, text: str, positional: bool = False) -> None:
+    """Add an argument by its annotation. Where it is not given, it is left out."""
+    name, kind = argument.name, str(argument.annotation).removesuffix(" | None")
+    flag: dict[str, Any] = {"default": argparse.SUPPRESS}
+    if argument.default is argument.empty:
+        flag |= {} if positional else {"required": True}
+    elif argument.default not in (None, False, ()):
+        text += f" (default {_shown(argument.default)})"
+    if name in CHOICES:
+        flag["choices"] = CHOICES[name]
+    types: dict[str, Any] = {"int": int, "float": float, "Path": Path}
     if kind == "bool":
         flag["action"] = argparse.BooleanOptionalAction
     elif kind.startswith("dict"):
         flag |= {"nargs": "+", "type": _pair, "metavar": "NAME=VALUE"}
-    elif many := re.match(r"(?:list|tuple)\[(\w+)", kind):
-        flag |= {"nargs": "+", "type": types.get(many[1], str)}
-    elif optional and kind in ("int", "float"):
-        number = types[kind]
-        flag["type"] = lambda text: None if text == "none" else number(text)
-        flag["type"].__name__ = kind  # in error messages
+    elif many := re.match(r"(?:list|tuple|Collection)\[(\w+)", kind):
+        n = 2 if name == "window" else "+"
+        flag |= {"nargs": n, "type": types.get(many[1], str)}
+    elif kind in ("int", "float") and kind != argument.annotation:
+        flag["type"] = _optional(types[kind])
     else:
         flag["type"] = types.get(kind, str)
-    parser.add_argument(name if positional else f"--{name.replace('_', '-')}", **flag | more)
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of TrainConfig, described by its docstring."""
-    group = parser.add_argument_group(
-        "settings of training", "Defaults are the recipe's. 'none' stands for no value."
-    )
-    docs = inspect.getdoc(TrainConfig) or ""
-    described = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", docs, re.M))
-    choices = recipes.CHOICES | {"schemes": tuple(SCHEMES)}
-    for setting in dataclasses.fields(TrainConfig):
-        name = setting.name
-        text = " ".join(described[name].split()).replace("``", "").replace("%", "%%").rstrip(".")
-        ours, paper = (_shown(getattr(RECIPES[key], name)) for key in ("mtm", "paper"))
-        text += f" (default {ours}{'' if ours == paper else f', paper {paper}'})"
-        more: dict[str, Any] = {"choices": choices[name]} if name in choices else {}
-        _add(group, name, str(setting.type), text, **more)
+    parser.add_argument(name if positional else f"--{name.replace('_', '-')}", help=text, **flag)
 
 
 def run_simulate(
@@ -267,7 +234,11 @@ def run_prepare(
     if origin == "ibl":
         if len(recordings) > 1:
             raise ValueError("name one folder, the one that ONE keeps its files in")
-        done = _prepare_ibl(Path(recordings[0]), out, options, **how)
+        one = ibl.connect(Path(recordings[0]), username=options.pop("username", None))
+        eids: Sequence[str] = EIDS.get(listed := options.pop("eids", ""), ())
+        if not eids:
+            eids = Path(listed).read_text().split() if listed else ibl.search(one)
+        done = ibl.prepare(one, eids, out, **how, **options)
     else:
         listed = [each if "://" in each else Path(each) for each in recordings]
         done = prepare(READERS[origin][1].load_session, listed, out, **how, **options)
@@ -275,21 +246,6 @@ def run_prepare(
     if not done.paths:
         raise SessionError(f"none of the {len(done.outcomes)} recordings could be read")
     print(f"session files in {out}")
-
-
-def _prepare_ibl(cache: Path, out: Path, options: dict[str, Any], **how: Any) -> Prepared:
-    """Sessions that ONE knows: all it finds, or those of a list."""
-    terms = {key: options.pop(key) for key in SEARCH if key in options}
-    listed = options.pop("eids", None)
-    if listed and terms:
-        raise ValueError("--eids names the sessions; it does not go with a search for others")
-    one = ibl.connect(cache, username=options.pop("username", None))
-    eids: Sequence[str]
-    if listed:
-        eids = EIDS[listed] if listed in EIDS else Path(listed).read_text().split()
-    elif not (eids := ibl.search(one, **terms)):
-        raise SessionError(f"ONE finds no such session with spikes in {cache}")
-    return ibl.prepare(one, eids, out, **how, **options)
 
 
 def run_train(
@@ -315,7 +271,7 @@ def run_train(
     if "ratios" in settings:
         settings["ratios"] = dict(settings["ratios"])
     config = recipes.recipe(recipe, **settings)
-    sizes: dict[str, Any] = {"depth": depth, "tokenizer": tokenizer, "patch_size": patch_size}
+    sizes = {"depth": depth, "tokenizer": tokenizer, "patch_size": patch_size}
     sizes = {key: value for key, value in sizes.items() if value is not None}
     if start and sizes:
         flag = min(sizes).replace("_", "-")
@@ -327,14 +283,9 @@ def run_train(
     with distributed.process_group(torch.device(device) if device else None) as place:
         if distributed.rank() > 0:  # process 0 prints for all
             sys.stdout = open(os.devnull, "w")
-        data = _sessions(sessions)
+        data = Sessions(sessions)
+        print(data, flush=True)
         model = checkpoint.load(start) if start else model_config(config, **sizes)
-        shape = model.config if isinstance(model, MtM) else model
-        print(
-            f"{len(data)} sessions, {data.to_frame()['neurons'].sum()} neurons; recipe {recipe}, "
-            f"{shape.tokenizer}, depth {shape.depth} (width {shape.width}), {config.epochs} epochs",
-            flush=True,
-        )
         how: dict[str, Any] = {"folder": out, "restart": restart, "save_every": save_every}
         result = fit(data, model, config=config, device=place or distributed.pick_device(), **how)
         print(f"best validation, epoch {result.best['epoch']}, bits per spike on hidden entries:")
@@ -363,51 +314,34 @@ def run_evaluate(
     model and, for simulated sessions, the true rates. The JSON has the mean over sessions of each
     task and behaviour (bits per spike, accuracy, R2), and everything else under 'details'.
     """
-    trained, data = checkpoint.load(model).to(_device(device)), _sessions(sessions)
+    trained, data = checkpoint.load(model).to(_device(device)), Sessions(sessions)
     for path in filter(None, (json, report)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()  # what cannot be written should fail now
-    if unknown := [name for name in data.names if name not in trained.session_names]:
-        raise SessionError(
-            f"the model was not trained on session {unknown[0]!r}; it knows: "
-            f"{', '.join(trained.session_names)}; python -m mtm train --start MODEL adds a session"
-        )
-    seed = trained.split_seed if split_seed is None else split_seed
-    if seed is None:
-        raise ValueError(
-            "it is not known which trials this model was trained on; --split-seed 0 scores it on "
-            "the test trials of that split, some of which may be its training trials"
-        )
-    how: dict[str, Any] = {"split_seed": seed, "batch_size": batch_size}
-    regions = _by_region(trained, data, by_region, **how) if by_region else {}
-    reports = {
-        name: evaluate(predictor, data, tasks=tasks, progress=True, **how)
-        for name, predictor in _predictors(trained, data, seed, baselines or []).items()
-    }
+    how: dict[str, Any] = {"split_seed": split_seed, "batch_size": batch_size}
+    reports = {"MtM": evaluate(trained, data, tasks=tasks, progress=True, **how)}
+    how["split_seed"] = seed = trained.split_seed if split_seed is None else split_seed
+    others: dict[str, Any] = {"mean rate": {each.name: mean_rates(each, seed) for each in data}}
+    if all(session.rates is not None for session in data):
+        others["oracle"] = {session.name: oracle(session) for session in data}
+    for name in baselines or ():
+        print(f"fitting {name} to the training trials", flush=True)
+        others[name] = fit_baseline(name, list(data), split_seed=seed)
+    for name, predictor in others.items():
+        reports[name] = evaluate(predictor, data, tasks=tasks, progress=True, **how)
     _print(reports)
+    regions: dict[str, Any] = {}
+    for session in data if by_region else ():
+        print(f"\n{by_region} in {session.name!r} from one region at a time:")
+        decoded = decode_by_region(trained, session, str(by_region), **how)
+        print("\n".join(f"  {region:<12} {result}" for region, result in decoded.items()))
+        regions[session.name] = {region: result.to_dict() for region, result in decoded.items()}
     if report:
         reports["MtM"].to_json(report)
         print(f"\nneuron by neuron in {report}")
     if json:
-        details = {"model": str(model), "by_region": regions}
-        json.write_text(_scores(reports, details) + "\n")
+        _write_scores(json, reports, {"model": str(model), "by_region": regions})
         print(f"\nscores in {json}")
-
-
-def _predictors(
-    model: MtM, sessions: Sessions, seed: int, baselines: Sequence[str]
-) -> dict[str, Any]:
-    """The model, the null, the oracle where true rates are known, and fitted baselines."""
-    predictors: dict[str, Any] = {
-        "MtM": model,
-        "mean rate": {session.name: mean_rates(session, seed) for session in sessions},
-    }
-    if all(session.rates is not None for session in sessions):
-        predictors["oracle"] = {session.name: oracle(session) for session in sessions}
-    for name in baselines:
-        print(f"fitting {name} to the training trials", flush=True)
-        predictors[name] = fit_baseline(name, list(sessions), split_seed=seed)
-    return predictors
 
 
 def _print(reports: dict[str, Report]) -> None:
@@ -423,27 +357,13 @@ def _print(reports: dict[str, Report]) -> None:
             print("\nof the oracle's: " + ", ".join(f"{t} {share:.0%}" for t, share in shares))
 
 
-def _by_region(
-    model: MtM, sessions: Sessions, behaviour: str, **how: Any
-) -> dict[str, dict[str, Any]]:
-    """Decode a behaviour from one region at a time; printed and returned."""
-    found = {}
-    for session in sessions:
-        print(f"\n{behaviour} in {session.name!r} from one region at a time:")
-        decoded = decode_by_region(model, session, behaviour, **how)
-        for region, result in decoded.items():
-            print(f"  {region:<12} {result}")
-        found[session.name] = {region: result.to_dict() for region, result in decoded.items()}
-    return found
-
-
-def _scores(reports: dict[str, Report], details: dict[str, Any]) -> str:
+def _write_scores(path: Path, reports: dict[str, Report], details: dict[str, Any]) -> None:
     """JSON of a number per task and behaviour, and of all else under "details"; NaN = null."""
     ours, found = reports["MtM"], {name: report.to_dict() for name, report in reports.items()}
     scores: dict[str, Any] = {t: found["MtM"][t][s.score] for t, s in ours.tasks.items()}
     details |= {"sessions": ours.sessions, "test_trials": ours.n_trials}
-    details |= {"reports": found, "left_out": ours.left_out}
-    return json.dumps(scores | {"details": details}, indent=1, allow_nan=False)
+    scores["details"] = details | {"reports": found, "left_out": ours.left_out}
+    path.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
 
 
 def run_export(
@@ -476,11 +396,6 @@ def run_export(
     print(f"{path} can be uploaded")
 
 
-def _sessions(paths: list[Path]) -> Sessions:
-    """The session files of a command line."""
-    return Sessions(paths if len(paths) > 1 else paths[0])
-
-
 def _device(name: str | None) -> torch.device:
     return torch.device(name) if name else distributed.pick_device()
 
@@ -498,3 +413,13 @@ def _pair(text: str) -> tuple[str, float]:
     """``name=0.3``."""
     name, _, number = text.partition("=")
     return name, float(number)
+
+
+def _optional(number: Any) -> Callable[[str], Any]:
+    """A type of argument: a number, or "none"."""
+
+    def read(text: str) -> Any:
+        return None if text == "none" else number(text)
+
+    read.__name__ = number.__name__  # in error messages
+    return read

@@ -17,8 +17,6 @@ from mtm import Session, SessionError, Sessions, evaluate, fit, prepare
 
 ALONE = {"workers": 1, "progress": False}
 
-# ------------------------------------------------------------------------------ preparing sessions
-
 
 def load(number, scale=1):
     """A recording: a module-level function, so that it can be sent to another process."""
@@ -70,8 +68,6 @@ def test_a_run_is_resumed_and_other_options_make_other_files(tmp_path):
         assert done.outcomes[0].status == status, options
     assert b"s3cret" not in done.paths[0].read_bytes()
     assert prepare(load, [1], tmp_path, **ALONE).outcomes[0].status == "written"  # another function
-    again = prepare(load, [1], tmp_path, **ALONE, overwrite=True)
-    assert again.outcomes[0].status == "written"
 
 
 def from_folder(path):
@@ -106,8 +102,6 @@ def test_what_concerns_every_recording_stops_the_run(tmp_path):
 
     with pytest.raises(ImportError, match="pip install"):
         prepare(needs, [0, 1], tmp_path, **ALONE)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'bin_sise'"):
-        prepare(load, [0], tmp_path, bin_sise=0.1)
     with pytest.raises(ValueError, match="two recordings are named 'x'"):
         prepare(load, ["x", "x"], tmp_path)
     with pytest.raises(RuntimeError, match="was killed, .* with fewer workers"):
@@ -145,9 +139,6 @@ def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
     assert not list(tmp_path.glob(".*"))  # what the killed writers left behind
 
 
-# -------------------------------------------------------------------------------- listing sessions
-
-
 def make(name, seed=0, n_trials=30, n_neurons=12, **fields):
     rng = np.random.default_rng(seed)
     regions = np.resize(["CA1", "DG", "root"], n_neurons)
@@ -179,15 +170,13 @@ def folder(tmp_path):
 def test_listing_and_loading(folder):
     (folder / "._s0.npz").write_bytes(b"\0\5\x16\7")  # as macOS leaves them on other disks
     sessions = Sessions(folder)
-    assert sessions.names == ["s0", "s1", "s2"] and len(sessions) == 3 and "s1" in sessions
-    assert isinstance(sessions[1], Session) and sessions[-1].name == "s2"
+    assert sessions.names == ["s0", "s1", "s2"] and len(sessions) == 3
     assert sessions["s1"].n_trials == 31 and sessions[:2].names == ["s0", "s1"]
     assert [s.name for s in sessions] == sessions.names
     whole = Session.load(folder / "s1.npz")
-    assert sessions.entries[1].firing_rates == pytest.approx(whole.firing_rates)
     row = sessions.to_frame().loc[1]
     assert row.tolist() == ["s1", "mouse 1", 31, 10, 12, 2, whole.firing_rates.mean().round(1)]
-    total = "3 sessions of 2 subjects: 93 trials, 36 neurons, 0.00 GB of counts"
+    total = "3 sessions of 2 subjects: 93 trials, 36 neurons"
     assert repr(sessions).splitlines()[-1] == total
     with pytest.raises(KeyError, match="no session 's9'; there are: s0, s1, s2"):
         sessions["s9"]
@@ -197,7 +186,6 @@ def test_counts_stay_on_disk(folder):
     mapped, whole = Sessions(folder)[0], Session.load(folder / "s0.npz")
     assert on_disk(mapped) and not on_disk(whole)
     np.testing.assert_array_equal(mapped.counts, whole.counts)
-    assert mapped.counts.flags.c_contiguous and repr(mapped) == repr(whole)
     before = (folder / "s0.npz").read_bytes()
     mapped.counts[:] = 7  # a copy of one's own
     assert (folder / "s0.npz").read_bytes() == before
@@ -221,7 +209,7 @@ def test_choosing_neurons_against_doing_it_by_hand(folder):
     for session in Sessions(folder):
         keep = (session.regions == "CA1") & (session.firing_rates >= 10)
         if not keep.any():
-            assert session.name not in chosen
+            assert session.name not in chosen.names
             continue
         np.testing.assert_array_equal(chosen[session.name].counts, session.counts[:, :, keep])
         assert chosen[session.name].neurons["depth"].tolist() == np.flatnonzero(keep).tolist()
@@ -252,41 +240,32 @@ def test_training_from_disk_is_training_from_memory(folder):
     assert str(reports[0]) == str(reports[1]) and "co-smoothing" in str(reports[0])
 
 
-def test_many_sessions_need_no_file_descriptors(tmp_path):
-    path = make("s", n_neurons=700).save(tmp_path / "s.npz")
-    descriptors = Path("/proc/self/fd")
-    if not descriptors.exists():
-        pytest.skip("open files are counted in /proc, which this system lacks")
-    before = len([*descriptors.iterdir()])
-    held = [Sessions(path)[0] for _ in range(50)]
-    assert len([*descriptors.iterdir()]) < before + 5 and len(held) == 50
+MEMORY = r"""
+import os, re, sys, torch
+from mtm import Sessions, TrainConfig
+from mtm.batches import SessionData
+
+def own():
+    status = open("/proc/self/status").read()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1e3
+
+sessions, cpu = Sessions(sys.argv[1]), torch.device("cpu")
+before, files = own(), len(os.listdir("/proc/self/fd"))
+data = [SessionData(session, TrainConfig(), cpu) for session in sessions]
+total = sum(float(s.batch(torch.from_numpy(s.train[:16])).sum()) for s in data)
+print(own() - before, len(os.listdir("/proc/self/fd")) - files, total > 0)
+"""
 
 
 def test_training_keeps_counts_where_they_are(tmp_path):
-    """Memory that a process holds of its own for 40 sessions of 7 MB each, in use for training.
-
-    Pages of the files themselves are not counted: the system takes them back when it needs memory.
-    """
+    """Memory (without pages of the files) and open files for 40 sessions of 7 MB each, in use."""
     counts = np.random.default_rng(0).poisson(0.05, (100, 100, 700)).astype(np.uint8)
     for i in range(40):
         Session(counts, ["CA1"] * 700, f"s{i}", subject="m").save(tmp_path / f"s{i}.npz")
-    code = (
-        "import re, sys, torch\n"
-        "from mtm import Sessions, TrainConfig\n"
-        "from mtm.batches import SessionData\n"
-        "def own():\n"
-        "    status = open('/proc/self/status').read()\n"
-        "    return int(re.search(r'RssAnon:\\s+(\\d+)', status)[1]) / 1e3\n"
-        "sessions, cpu = Sessions(sys.argv[1]), torch.device('cpu')\n"
-        "before = own()\n"
-        "data = [SessionData(session, TrainConfig(), cpu) for session in sessions]\n"
-        "total = sum(float(s.batch(torch.from_numpy(s.train[:16])).sum()) for s in data)\n"
-        "print(own() - before, total > 0)\n"
-    )
     if not Path("/proc/self/status").exists():
         pytest.skip("memory is read from /proc, which this system lacks")
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    grown, some = done.stdout.split()
-    assert some == "True" and float(grown) < 0.25 * 280, done.stdout
+    grown, files, some = done.stdout.split()
+    assert some == "True" and float(grown) < 0.25 * 280 and int(files) < 5, done.stdout

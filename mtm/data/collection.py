@@ -1,13 +1,8 @@
-"""Many recordings on disk: prepared from raw data, listed, chosen from, trained on without loading.
-
-`prepare` makes a session file of each recording, in several processes; `Sessions` lists such files
-without reading their counts.
-"""
+"""Many recordings on disk: `prepare` makes a session file of each, `Sessions` lists and chooses."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import os
 import re
@@ -15,9 +10,9 @@ import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
@@ -31,35 +26,23 @@ from mtm.session import Session, SessionError, has_region, read_session_file
 SECRETS = ("password", "token")  # options that no file keeps
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A recording, as far as it is known without reading its counts.
-
-    ``shape`` (K, T, N) is that of the file; ``neurons`` (N',) are the chosen ones' places in it,
-    ``regions`` and ``firing_rates`` (Hz, over all trials and bins) theirs.
-    """
+class Entry(NamedTuple):
+    """A recording, as far as it is known without reading its counts."""
 
     path: Path
     name: str
     subject: str
-    shape: tuple[int, int, int]
-    regions: np.ndarray
-    firing_rates: np.ndarray
-    neurons: np.ndarray
+    shape: tuple[int, int, int]  # (K, T, N) of the file
     provenance: dict[str, Any]
+    neurons: pd.DataFrame  # region and rate (Hz, over all trials and bins) of the neurons chosen
 
     @classmethod
     def read(cls, path: Path) -> Entry:
         """The entry of a file that ``Session.save`` wrote."""
         meta, arrays = read_session_file(path, only=("regions",))
-        return cls(
-            path=path,
-            **{key: meta[key] for key in ("name", "subject", "provenance")},
-            regions=arrays["regions"],
-            shape=tuple(meta["shape"]),
-            firing_rates=np.array(meta["firing_rates"]),
-            neurons=np.arange(meta["shape"][2]),
-        )
+        neurons = pd.DataFrame({"region": arrays["regions"], "rate": meta["firing_rates"]})
+        who = meta["name"], meta["subject"], tuple(meta["shape"]), meta["provenance"]
+        return cls(path, *who, neurons)
 
     def load(self) -> Session:
         """The recording with the neurons chosen; those are copied if they are not all."""
@@ -70,38 +53,30 @@ class Entry:
             )
         if len(self.neurons) == session.n_neurons:
             return session
-        chosen = session.select(neurons=self.neurons)
-        # It is no longer what `prepare` wrote.
-        chosen.provenance = {k: v for k, v in chosen.provenance.items() if k != "prepared"}
-        chosen.provenance["neurons chosen"] = f"{len(self.neurons)} of {session.n_neurons}"
+        chosen = session.select(neurons=self.neurons.index.to_numpy())
+        origin = {"prepared": {}, "neurons chosen": f"{len(self.neurons)} of {session.n_neurons}"}
+        chosen.provenance = chosen.provenance | origin  # it is no longer what `prepare` wrote
         return chosen
 
 
 class Sessions(Sequence[Session]):
     """Many recordings on disk, as a sequence of sessions that are read when they are asked for.
 
-    Listing them reads names, regions and firing rates; a session taken out of it has its counts on
-    disk (``Session.load(path, mmap=True)``). ``fit`` and ``evaluate`` take a collection like any
-    other sequence of sessions. An index may also be a session's name; a slice is a collection.
+    A session taken out of it has its counts on disk (``Session.load(path, mmap=True)``). An index
+    may also be a session's name; a slice is a collection.
 
     Args:
-        where: a folder (every ``.npz`` in it, by name), a file, or several files.
+        where: a folder (every ``.npz`` in it, by name), a file, or several of them.
 
     Raises:
         FileNotFoundError: no such file, or no ``.npz`` in the folder.
         SessionError: a file that is no session, or two sessions of the same name.
-
-    Example:
-        >>> sessions = Sessions("all").filter(regions=["CA1", "DG"], min_rate=1.0).save("chosen")
-        >>> model = fit(sessions).model
     """
 
     def __init__(self, where: str | Path | Iterable[str | Path]) -> None:
-        if isinstance(where, (str, Path)):
-            folder = Path(where)
-            paths = sorted(folder.glob("[!.]*.npz")) if folder.is_dir() else [folder]
-        else:
-            paths = [Path(path) for path in where]
+        paths: list[Path] = []
+        for path in map(Path, [where] if isinstance(where, (str, Path)) else where):
+            paths += sorted(path.glob("[!.]*.npz")) if path.is_dir() else [path]
         if not paths:
             raise FileNotFoundError(
                 f"no session (*.npz) in {where}; Session.save and `python -m mtm prepare` make them"
@@ -111,20 +86,16 @@ class Sessions(Sequence[Session]):
             both = " and ".join(str(e.path) for e in self.entries if e.name == twice[0])
             raise SessionError(f"{both} both hold a session named {twice[0]!r}; leave one out")
 
-    def _of(self, entries: list[Entry]) -> Sessions:
-        """A collection of these entries."""
-        chosen = Sessions.__new__(Sessions)
+    @classmethod
+    def _of(cls, entries: list[Entry]) -> Sessions:
+        chosen = cls.__new__(cls)
         chosen.entries = entries
         return chosen
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    @overload
-    def __getitem__(self, index: int | str) -> Session: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sessions: ...
-    def __getitem__(self, index: int | str | slice) -> Session | Sessions:
+    def __getitem__(self, index: int | str | slice) -> Any:
         if isinstance(index, slice):
             return self._of(self.entries[index])
         if isinstance(index, str):
@@ -133,55 +104,33 @@ class Sessions(Sequence[Session]):
             index = self.names.index(index)
         return self.entries[index].load()
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
     @property
     def names(self) -> list[str]:
         """Name of each session."""
         return [entry.name for entry in self.entries]
 
     def filter(
-        self,
-        *,
-        regions: str | Iterable[str] | None = None,
-        min_rate: float = 0.0,
-        min_neurons: int = 1,
+        self, *, regions: str | Iterable[str] = (), min_rate: float = 0.0, min_neurons: int = 1
     ) -> Sessions:
-        """The neurons that pass, of the sessions that have enough of them.
+        """The neurons of some regions and of ``min_rate`` Hz or more, where they are enough.
 
         A session that keeps only some of its neurons is copied into memory when it is taken out;
         :meth:`save` writes such a choice to disk for good.
-
-        Args:
-            regions: labels of the neurons to keep.
-            min_rate: Hz, over all trials and bins.
-            min_neurons: sessions that are left with fewer are left out.
-
-        Raises:
-            SessionError: for regions that no session has.
         """
-        wanted = [regions] if isinstance(regions, str) else [*(regions or ())]
-        known = {label for entry in self.entries for label in entry.regions.tolist()}
+        wanted = [regions] if isinstance(regions, str) else [*regions]
+        known = {label for entry in self.entries for label in entry.neurons["region"]}
         if wanted and known.isdisjoint(wanted):
             raise SessionError(f"no neuron is in {sorted(wanted)}; there are {sorted(known)}")
         chosen = []
         for entry in self.entries:
-            passed = entry.firing_rates >= min_rate
-            if wanted:
-                passed &= np.isin(entry.regions, wanted)
-            if passed.sum() >= min_neurons:
-                columns = ("regions", "firing_rates", "neurons")
-                kept: dict[str, Any] = {key: getattr(entry, key)[passed] for key in columns}
-                chosen.append(replace(entry, **kept))
+            passed = entry.neurons[entry.neurons["rate"] >= min_rate]
+            passed = passed[passed["region"].isin(wanted)] if wanted else passed
+            if len(passed) >= min_neurons:
+                chosen.append(entry._replace(neurons=passed))
         return self._of(chosen)
 
     def save(self, folder: str | Path) -> Sessions:
-        """Write every session, with the neurons chosen, into a folder; returns that collection.
-
-        Raises:
-            ValueError: where a file would be written over.
-        """
+        """Write every session, with the neurons chosen, into a folder; returns that collection."""
         paths = [Path(folder) / entry.path.name for entry in self.entries]
         if any(path.exists() for path in paths) or len(set(paths)) < len(paths):
             raise ValueError(f"{folder} has files of these names; save into another folder")
@@ -189,31 +138,28 @@ class Sessions(Sequence[Session]):
 
     def to_frame(self) -> pd.DataFrame:
         """A table with one row per session."""
-        rows = []
-        for e in self.entries:
-            n_regions = len(set(filter(has_region, e.regions.tolist())))
-            rate = e.firing_rates.mean().round(1)
-            rows.append((e.name, e.subject, *e.shape[:2], len(e.neurons), n_regions, rate))
         columns = ["session", "subject", "trials", "bins", "neurons", "regions", "Hz"]
+        rows = []
+        for _, name, subject, (n_trials, n_bins, _), _, neurons in self.entries:
+            n_regions = sum(map(has_region, neurons["region"].unique()))
+            rate = neurons["rate"].mean().round(1)
+            rows.append((name, subject, n_trials, n_bins, len(neurons), n_regions, rate))
         return pd.DataFrame(rows, columns=columns)
 
     def __repr__(self) -> str:
         table = self.to_frame()
-        size = (table["trials"] * table["bins"] * table["neurons"]).sum() / 1e9
-        return (
-            f"{table.to_string(index=False, max_rows=10)}\n{len(table)} sessions of "
-            f"{table['subject'].nunique()} subjects: {table['trials'].sum():,} trials, "
-            f"{table['neurons'].sum():,} neurons, {size:.2f} GB of counts"
-        )
+        who = f"{len(table)} sessions of {table['subject'].nunique()} subjects"
+        size = f"{table['trials'].sum():,} trials, {table['neurons'].sum():,} neurons"
+        return f"{table.to_string(index=False, max_rows=10)}\n{who}: {size}"
 
 
 class Outcome(NamedTuple):
-    """What became of one recording: "written", "there already" or "skipped", and why."""
+    """What became of one recording."""
 
     name: str
-    status: str
-    note: str = ""
-    path: Path | None = None
+    status: str  # "written", "there already" or "skipped"
+    note: str = ""  # why, or warnings
+    path: Path | None = None  # of the file, if it is there
 
 
 @dataclass(frozen=True)
@@ -253,9 +199,8 @@ def prepare(
     """Make a session file of each recording; called again, it resumes.
 
     A file made of the same recording (its name, size and time of change) by the same function with
-    the same options is left as it is. A recording that cannot be read is skipped and listed in the
-    result. What is no session file is never written over. A session that is named by its folder, or
-    not at all, gets its file's name.
+    the same options is left as it is, and so is a file that is no session. A recording that cannot
+    be read is skipped and listed. A session without a name of its own gets its file's.
 
     Args:
         load: ``load(recording, **options)`` returns a Session.
@@ -263,8 +208,7 @@ def prepare(
             last part without its ending, and by the folders above it where two are alike; URLs; or
             ids, named by themselves.
         out: folder of the files.
-        workers: processes; each holds one recording at a time in memory. Default: one for each
-            core, but at most 4. With 1, all is done in this process.
+        workers: processes; default one for each core, but at most 4. With 1, all is done in this.
         overwrite: make again what is there.
         progress: show a bar, in a terminal.
         **options: of ``load``. The file keeps them, without ``password`` and ``token``.
@@ -278,25 +222,18 @@ def prepare(
         >>> print(prepare(nwb.load_session, files, "sessions", align="start_time"))
     """
     named = _names(recordings)
-    if named:
-        inspect.signature(load).bind(next(iter(named.values())), **options)
     Path(out).mkdir(parents=True, exist_ok=True)
     workers = min(4, os.cpu_count() or 1, len(named) or 1) if workers is None else workers
-    job = functools.partial(_prepare_one, load, out=Path(out), overwrite=overwrite, options=options)
-    calls = (joblib.delayed(job)(recording, name=name) for name, recording in named.items())
-    parallel = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1)
-    outcomes = {}
-    bar = tqdm(total=len(named), unit="session", disable=None if progress else True)
+    job = functools.partial(_prepare_one, load, options, Path(out), overwrite)
+    done = joblib.Parallel(workers, return_as="generator", batch_size=1)(
+        joblib.delayed(job)(*each) for each in named.items()
+    )
+    bar = {"total": len(named), "unit": "session", "disable": None if progress else True}
     try:
-        with bar:
-            for outcome in parallel(calls):
-                outcomes[outcome.name] = outcome
-                bar.update(1)
-                bar.set_postfix_str(f"{outcome.status} {outcome.name}")
+        return Prepared(list(tqdm(done, **bar)))
     except BrokenProcessPool as error:
         problem = "a process was killed, most likely because memory ran out"
         raise RuntimeError(f"{problem}; start again with fewer workers, it resumes") from error
-    return Prepared([outcomes[name] for name in named])
 
 
 def _names(recordings: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
@@ -304,13 +241,10 @@ def _names(recordings: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
     if isinstance(recordings, Mapping):
         return dict(recordings)
     listed = [recordings] if isinstance(recordings, (str, Path)) else list(recordings)
-    names = [_name(recording, 1) for recording in listed]
-    for depth in (2, 3, 4, 5):  # as many folders above as it takes: a sorter calls each "output"
-        counted = Counter(names)
-        names = [
-            name if counted[name] == 1 else _name(recording, depth)
-            for name, recording in zip(names, listed, strict=True)
-        ]
+    names = [""] * len(listed)
+    for depth in range(1, 6):  # as many folders above as it takes: a sorter calls each "output"
+        n, pairs = Counter(names), zip(names, listed, strict=True)
+        names = [name if name and n[name] == 1 else _name(each, depth) for name, each in pairs]
     if twice := [name for name, n in Counter(names).items() if n > 1]:
         raise ValueError(f"two recordings are named {twice[0]!r}; pass a mapping from names")
     return dict(zip(names, listed, strict=True))
@@ -327,12 +261,11 @@ def _name(recording: Any, depth: int) -> str:
 
 def _prepare_one(
     load: Callable[..., Session],
-    recording: Any,
-    *,
-    name: str,
+    options: dict[str, Any],
     out: Path,
     overwrite: bool,
-    options: dict[str, Any],
+    name: str,
+    recording: Any,
 ) -> Outcome:
     """Make one file. An error while reading is the outcome; an error while writing is raised."""
     path, origin = out / f"{name}.npz", _origin(load, recording, options)
@@ -351,8 +284,8 @@ def _prepare_one(
         except Exception as error:  # whatever it is, the other recordings are to go on
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             return Outcome(name, "skipped", f"{kind}{error}")
-    kept = (str(w.message) for w in caught if issubclass(w.category, UserWarning))
-    notes = list(dict.fromkeys(kept))
+    notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    notes = list(dict.fromkeys(notes))
     folder = isinstance(recording, (str, Path)) and os.path.isdir(recording)
     if session.name in ("session", Path(recording).name if folder else ""):  # a reader's default
         session.name = name
@@ -366,20 +299,20 @@ def _origin(
     load: Callable[..., Session], recording: Any, options: dict[str, Any]
 ) -> dict[str, Any]:
     """What a file was made of and how, as JSON: if it is the same, it need not be made again."""
-    function = load.func if isinstance(load, functools.partial) else load
 
     def shown(value: Any) -> Any:
         if isinstance(value, (str, Path)) and os.path.exists(value):  # wherever it lies by now
             path = Path(value)
-            files = [f for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file()]
-            facts = [file.stat() for file in files]
-            latest = max((fact.st_mtime_ns for fact in facts), default=0)
-            return [path.name, sum(fact.st_size for fact in facts), latest]
+            files = path.rglob("*") if path.is_dir() else [path]
+            facts = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+            size, latest = np.array([(0, 0), *facts]).T
+            return [path.name, int(size.sum()), int(latest.max())]
         # of an address what is public: no password, no signature
         return public(value) if isinstance(value, str) and "://" in value else value
 
     kept = {key: shown(value) for key, value in options.items() if key not in SECRETS}
-    name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+    function = load.func if isinstance(load, functools.partial) else load
+    name = f"{function.__module__}.{function.__qualname__}"
     made = {"load": name, "recording": shown(recording), "options": kept}
     # What JSON cannot hold: arrays and numpy's numbers have tolist.
     text = json.dumps(made, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
