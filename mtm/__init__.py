@@ -46,6 +46,7 @@ from types import ModuleType
 
 from mtm.baselines import fit_baseline
 from mtm.behaviour import fit_behaviour
+from mtm.binning import continuous_windows
 from mtm.checkpoint import from_pretrained, load, push_to_hub, save
 from mtm.data.collection import Prepared, Sessions, prepare
 from mtm.data.regions import at_level
@@ -77,6 +78,7 @@ __all__ = [
     "Split",
     "TrainConfig",
     "at_level",
+    "continuous_windows",
     "decode",
     "decode_by_region",
     "evaluate",

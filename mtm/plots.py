@@ -59,12 +59,18 @@ def region_colours(session: Session) -> dict[str, str]:
 
 
 def raster(session: Session, trial: int, ax: Axes | None = None) -> Axes:
-    """Spike counts of one trial: time across, neurons down, sorted by region."""
+    """Spike counts of one trial: time across, neurons down, sorted by region.
+
+    Neurons that were not observed in the trial are light blue.
+    """
     ax = ax or plt.gca()
     order = np.argsort(session.regions, kind="stable")
-    counts = session.counts[trial][:, order].T  # (N, T)
-    highest = max(3, np.quantile(counts, 0.99))
-    ax.imshow(counts, cmap="Greys", extent=_extent(session), vmin=0, vmax=highest, **IMAGE)
+    counts = session.counts[trial][:, order].T.astype(float)  # (N, T)
+    if session.observed is not None:
+        counts[~session.observed[trial, order]] = np.nan
+    highest = max(3, np.nanquantile(counts, 0.99))
+    greys = plt.colormaps["Greys"].with_extremes(bad="lightblue")
+    ax.imshow(counts, cmap=greys, extent=_extent(session), vmin=0, vmax=highest, **IMAGE)
     ax.axvline(0, color=RED, lw=1)
     _mark_regions(session, ax)
     ax.set(xlabel=TIME, title=f"trial {trial}")
@@ -74,7 +80,8 @@ def raster(session: Session, trial: int, ax: Axes | None = None) -> Axes:
 def psth(session: Session, neuron: int, by: str = "choice", ax: Axes | None = None) -> Axes:
     """Mean firing rate of a neuron around the event, for each value of a behaviour."""
     ax = ax or plt.gca()
-    _draw_psth(session, session.counts[..., neuron], by, np.arange(session.n_trials), ax)
+    trials = np.arange(session.n_trials)
+    _draw_psth(session, session.filled(trials)[..., neuron], by, trials, ax)
     ax.axvline(0, color="0.7", lw=1, zorder=0)
     ax.set(xlabel=TIME, ylabel="firing rate (Hz)", title=_name(session, neuron))
     ax.legend(frameon=False)

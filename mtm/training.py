@@ -12,6 +12,7 @@ import copy
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -433,6 +434,8 @@ def fit(
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     config = recipe(config or "mtm", **changes)
+    if "schemes" not in changes:
+        config = _without_regions(sessions, config)
     _check_sessions(sessions, config)
     start = model.model if isinstance(model, Fit) else model
     device = torch.device(device) if device else pick_device()
@@ -460,6 +463,16 @@ def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -
     if config.init == "paper":
         return MtMConfig.published(depth or 5, **fields)
     return MtMConfig.from_depth(depth or 2, **fields)
+
+
+def _without_regions(sessions: Sequence[Session], config: TrainConfig) -> TrainConfig:
+    """Return the settings without schemes that need regions, if no session has a region."""
+    left_out = [name for name in config.schemes if scheme(name).needs_regions]
+    if not left_out or any(session.region_names for session in sessions):
+        return config
+    others = tuple(name for name in config.schemes if name not in left_out)
+    warnings.warn(f"no neuron has a region: training without {', '.join(left_out)}", stacklevel=3)
+    return replace(config, schemes=others)
 
 
 def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:

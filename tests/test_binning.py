@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import mtm
 from mtm.binning import bin_spikes, bin_trace, n_bins, plain, seconds
 
 FIVE_BINS = {"window": (-0.04, 0.06), "bin_size": 0.02}
@@ -275,3 +276,20 @@ def test_bad_traces_are_refused_by_name(change, message):
     good = {"times": [0.0, 1.0, 2.0], "values": [0.0, 1.0, 2.0], "align_times": [1.0]}
     with pytest.raises(ValueError, match=message):
         bin_trace(**(good | FIVE_BINS | change))
+
+
+def test_windows_of_a_continuous_recording_are_split_by_blocks_of_time():
+    starts, split = mtm.continuous_windows(100.0, 1000.0, 0.5, block=30.0, gap=2.0)
+    assert len(starts) == 30 * 56 and starts.min() == 100.0 and starts.max() + 0.5 <= 998.0
+    np.testing.assert_allclose([len(part) / len(starts) for part in split], [0.7, 0.1, 0.2])
+    assert sorted(np.concatenate(split)) == list(range(len(starts)))
+    train, val, test = (starts[part] for part in split)
+    for one, other in ((train, test), (train, val), (val, test)):
+        assert np.abs(one[:, None] - other).min() - 0.5 >= 2.0 - 1e-9
+    rng = np.random.default_rng(0)
+    spikes = np.sort(rng.uniform(100, 1000, 20_000)), rng.integers(0, 5, 20_000)
+    how = {"window": (0, 0.5), "given_split": split}
+    session = mtm.Session.from_spike_times(*spikes, starts, **how)
+    np.testing.assert_array_equal(session.split().test, split[2])
+    with pytest.raises(ValueError, match="2 blocks"):
+        mtm.continuous_windows(0, 60, 0.5)

@@ -398,13 +398,14 @@ def test_sessions_that_do_not_go_together_are_refused(small):
         ([], "no session to train on"),
         ([small[0], small[0]], f"two sessions are named '{small[0].name}'"),
         ([small[0], short], "the same n_bins, got 20 in .* and 5 in 'short'"),
-        ([regionless], r"session 'x', regions: .* schemes=\('neuron', 'causal'\)"),
+        ([small[0], regionless], r"session 'x', regions: .* schemes=\('neuron', 'causal'\)"),
         ([silent], "no hidden entry of the validation trials has a spike"),
     ):
         with pytest.raises(SessionError, match=problem):
             fit(sessions, **QUICK)
     counts = np.random.default_rng(0).poisson(0.5, (30, 8, 5))
-    result = fit(Session(counts, name="x"), schemes=("neuron", "causal"), **QUICK)
+    with pytest.warns(UserWarning, match="no region: training without inter-region, intra-region"):
+        result = fit(Session(counts, name="x"), **QUICK)
     assert set(result.best["validation"]) == {"neuron", "causal"}
 
 
