@@ -391,7 +391,8 @@ def test_wrong_settings_are_refused(small, settings, problem):
 
 
 def test_sessions_that_do_not_go_together_are_refused(small):
-    regionless = Session(small[0].counts, name="x", bin_size=0.1)
+    grid = {"bin_size": 0.1, "window": small[0].window}
+    regionless = Session(small[0].counts, name="x", **grid)
     short = Session(np.ones((9, 5, 3)), ["CA1"] * 3, "short", bin_size=0.1)
     silent = Session(np.zeros((40, 10, 6), int), ["CA1"] * 3 + ["DG"] * 3, "silent")
     for sessions, problem in (
