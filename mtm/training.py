@@ -468,7 +468,7 @@ def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -
 def _without_regions(sessions: Sequence[Session], config: TrainConfig) -> TrainConfig:
     """Return the settings without schemes that need regions, if no session has a region."""
     left_out = [name for name in config.schemes if scheme(name).needs_regions]
-    if not left_out or any(session.region_names for session in sessions):
+    if not (left_out and sessions) or any(session.region_names for session in sessions):
         return config
     others = tuple(name for name in config.schemes if name not in left_out)
     warnings.warn(f"no neuron has a region: training without {', '.join(left_out)}", stacklevel=3)
