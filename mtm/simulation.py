@@ -7,9 +7,9 @@ fluctuate on their own:
     z_r(t) = k_r z_r(t-1) + (1 - k_r) (sum_s A_rs z_s(t - delay_rs) + B_r u(t)) + noise
     counts ~ Poisson(bin_size * base * exp(w . z_r(t) + w' arousal(t))),  at most 200 Hz
 
-with k_r = exp(-bin_size / decay_r), decay_r in seconds. The task is the International Brain
-Laboratory's: a grating of some contrast left or right, a block prior for its side, a wheel turned
-to report it. A choice of -1 is to the right, a contrast above 0 is on the right.
+with k_r = exp(-bin_size / decay_r). The task is the International Brain Laboratory's: a grating of
+some contrast left or right, a block prior for its side, a wheel turned to report it. A choice of -1
+is to the right, a contrast above 0 is on the right.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ BURN_IN = 1.0  # seconds simulated before the window, so that the latents have f
 BEFORE, BETWEEN = 2.0, 1.0  # before the first trial, and at least between two trials
 RESPONSE = 0.2  # from the first movement to the response
 EDGE = 0.02  # distance of spikes from the edges of their bin, as a share of the bin
-
-Weights = dict[str, dict[str, np.ndarray]]  # region -> upstream region or task signal -> weights
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,8 @@ def simulate(
     The first sessions stay the same when more are simulated.
 
     Args:
-        n_sessions: number of animals.
-        n_trials: K, trials of each.
-        n_neurons: N, neurons of each, spread evenly over the regions.
+        n_sessions, n_trials, n_neurons: animals; trials and neurons of each, the latter spread
+            evenly over the six regions.
         seed: of everything random.
         bin_size: seconds, below 0.8.
         window: (start, stop) around stimulus onset, seconds.
@@ -88,58 +85,43 @@ def simulate(
     Returns:
         sessions with true ``rates`` (K, T, N); behaviour ``choice``, ``contrast``, ``block``,
         ``reward``, ``reaction-time`` (K,), ``wheel-speed``, ``whisker-motion-energy`` (K, T).
-
     """
-    if min(n_sessions, n_trials) < 1 or n_neurons < len(CIRCUIT):
-        least = f"1 session, 1 trial and a neuron for each of the {len(CIRCUIT)} regions"
-        raise ValueError(f"need at least {least}; got {n_sessions}, {n_trials}, {n_neurons}")
-    if bin_size >= DECISION_TIME:
-        raise ValueError(f"animals decide within {DECISION_TIME} s; got bin_size {bin_size} s")
     before = int(np.ceil(BURN_IN / bin_size - 1e-9))  # bins
     grid = window[0] + bin_size * np.arange(-before, n_bins(window, bin_size))  # bin starts
-    weights = _circuit_weights(np.random.default_rng([seed, 0]))
     names = [region.name for region in CIRCUIT]
     parts = np.array_split(np.arange(n_neurons), len(names))
     regions = np.repeat(names, list(map(len, parts)))
-    table = {"probe": np.where(np.isin(regions, names[:3]), "probe00", "probe01")}
-    binning: dict[str, Any] = {"bin_size": bin_size, "window": window}
+    fields: dict[str, Any] = {"bin_size": bin_size, "window": window}
+    fields["neurons"] = {"probe": np.where(np.isin(regions, names[:3]), "probe00", "probe01")}
     sessions = []
     for i in range(n_sessions):
-        rng = np.random.default_rng([seed, 1, i])
+        # The circuit is the same for all animals.
+        circuit, rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1, i])
         behaviour, inputs = _task(n_trials, grid, bin_size, rng)
-        latents, arousal = _latents(weights, inputs, bin_size, rng)
-        log_rates = _log_rates(regions, latents, arousal, mean_rate, rng)[:, before:]
-        rates = (np.exp(log_rates) * bin_size).astype(np.float32)
+        log_rates, arousal = _log_rates(regions, inputs, bin_size, mean_rate, circuit, rng)
+        rates = (np.exp(log_rates[:, before:]) * bin_size).astype(np.float32)
         whisking = 0.6 * behaviour["wheel-speed"] + 0.5 * np.exp(0.5 * arousal)
         whisking = whisking * np.exp(0.15 * rng.standard_normal(whisking.shape))
         behaviour["whisker-motion-energy"] = whisking[:, before:]
         behaviour["wheel-speed"] = behaviour["wheel-speed"][:, before:]
         name = f"sim-{i}" if seed == 0 else f"sim-{seed}-{i}"
-        who: dict[str, Any] = {"name": name, "subject": f"SIM_{i:03d}"}
-        who["provenance"] = {"origin": "mtm.simulate", "seed": seed, "session": i}
-        known: dict[str, Any] = {"rates": rates, "behaviour": behaviour, "neurons": table}
-        sessions.append(Session(rng.poisson(rates), regions, **who, **known, **binning))
+        fields |= {"rates": rates, "behaviour": behaviour, "subject": f"SIM_{i:03d}"}
+        fields["provenance"] = {"origin": "mtm.simulate", "seed": seed, "session": i}
+        sessions.append(Session(rng.poisson(rates), regions, name, **fields))
     return sessions
-
-
-def _circuit_weights(rng: np.random.Generator) -> Weights:
-    """For each region, rotations of its upstream regions' latents and directions of its inputs."""
-    weights: Weights = {}
-    for region in CIRCUIT:
-        own = weights[region.name] = {}
-        for name, (_, strength) in region.upstream.items():
-            own[name] = strength * np.linalg.qr(rng.standard_normal((N_LATENTS, N_LATENTS)))[0]
-        for name, strength in region.inputs.items():
-            direction = rng.standard_normal(N_LATENTS)
-            own[name] = strength * direction / np.linalg.norm(direction)
-    return weights
 
 
 def _task(
     n_trials: int, grid: np.ndarray, bin_size: float, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Behaviour of one animal, and the task signals (K, L, inputs) that reach its brain."""
-    block = _blocks(n_trials, rng)
+    # Probability of a stimulus on the left: a 0.5 block, then 0.2 and 0.8 in turn.
+    lengths = [min(90, max(1, n_trials // 4))]
+    while sum(lengths) < n_trials:
+        lengths.append(int(rng.integers(20, 60)))
+    first = rng.integers(2)
+    levels = [0.5] + [(0.2, 0.8)[(first + i) % 2] for i in range(len(lengths) - 1)]
+    block = np.repeat(levels, lengths)[:n_trials]
     side = np.where(rng.random(n_trials) < block, -1.0, 1.0)  # -1 left, +1 right
     strength = rng.choice(CONTRASTS, n_trials)
 
@@ -181,37 +163,34 @@ def _task(
     return behaviour, np.stack(signals, axis=-1)
 
 
-def _blocks(n_trials: int, rng: np.random.Generator) -> np.ndarray:
-    """Probability of a stimulus on the left, (K,): a 0.5 block, then 0.2 and 0.8 in turn."""
-    lengths = [min(90, max(1, n_trials // 4))]
-    while sum(lengths) < n_trials:
-        lengths.append(int(rng.integers(20, 60)))
-    first = rng.integers(2)
-    levels = [0.5] + [(0.2, 0.8)[(first + i) % 2] for i in range(len(lengths) - 1)]
-    return np.repeat(levels, lengths)[:n_trials]
-
-
 def _bump(since: np.ndarray, width: float) -> np.ndarray:
     """A raised cosine of ``width`` seconds that begins at 0."""
     phase = since / width
     return np.where((phase > 0) & (phase < 1), 0.5 - 0.5 * np.cos(2 * np.pi * phase), 0.0)
 
 
-def _latents(
-    weights: Weights, inputs: np.ndarray, bin_size: float, rng: np.random.Generator
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Latents of each region, (K, L, N_LATENTS), and the arousal that all share, (K, L)."""
+def _log_rates(
+    regions: np.ndarray,
+    inputs: np.ndarray,
+    bin_size: float,
+    mean_rate: float,
+    circuit: np.random.Generator,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log rates in Hz of an animal's neurons, (K, L, N), and its arousal, (K, L)."""
     n_trials, n_steps, _ = inputs.shape
-    latents: dict[str, np.ndarray] = {}
+    latents: dict[str, np.ndarray] = {}  # region -> (K, L, N_LATENTS)
     for region in CIRCUIT:
         keep = np.exp(-bin_size / region.decay)
-        own = weights[region.name]
         drive = np.zeros((n_trials, n_steps, N_LATENTS))
-        for name, (delay, _) in region.upstream.items():
+        for name, (delay, strength) in region.upstream.items():
+            rotation = np.linalg.qr(circuit.standard_normal((N_LATENTS, N_LATENTS)))[0]
             shift = round(delay / bin_size)
-            drive[:, shift:] += latents[name][:, : n_steps - shift] @ own[name].T
-        for name in region.inputs:
-            drive += inputs[..., INPUTS.index(name), None] * own[name]
+            drive[:, shift:] += latents[name][:, : n_steps - shift] @ (strength * rotation).T
+        for name, strength in region.inputs.items():
+            direction = circuit.standard_normal(N_LATENTS)
+            direction = strength * direction / np.linalg.norm(direction)
+            drive += inputs[..., INPUTS.index(name), None] * direction
         drive *= 1 - keep  # so that a constant drive of 1 settles at 1
         drive += region.own * np.sqrt(1 - keep**2) * rng.standard_normal(drive.shape)
         # z(t) = keep z(t-1) + drive(t), from 0
@@ -219,26 +198,17 @@ def _latents(
     keep = np.exp(-bin_size / 0.8)
     noise = np.sqrt(1 - keep**2) * rng.standard_normal((n_trials, n_steps))
     arousal = lfilter([1.0], [1.0, -keep], noise, axis=1)
-    return latents, arousal + rng.standard_normal((n_trials, 1)) * 0.5
+    arousal = arousal + rng.standard_normal((n_trials, 1)) * 0.5
 
-
-def _log_rates(
-    regions: np.ndarray,
-    latents: dict[str, np.ndarray],
-    arousal: np.ndarray,
-    mean_rate: float,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Log firing rate in Hz of this animal's neurons, (K, L, N)."""
-    log_rates = np.empty((*arousal.shape, len(regions)))
+    log_rates = np.empty((n_trials, n_steps, len(regions)))
     for name, z in latents.items():
         mine = np.flatnonzero(regions == name)
-        loadings = rng.standard_normal((z.shape[-1], len(mine)))
+        loadings = rng.standard_normal((N_LATENTS, len(mine)))
         loadings *= 1.0 / np.linalg.norm(loadings, axis=0) * rng.uniform(0.5, 1.2, len(mine))
         base = np.log(mean_rate) + 0.7 * rng.standard_normal(len(mine))
         shared = 0.3 * rng.standard_normal(len(mine))
         log_rates[:, :, mine] = base + z @ loadings + arousal[..., None] * shared
-    return np.minimum(log_rates, np.log(200.0))  # no neuron fires faster than 200 Hz
+    return np.minimum(log_rates, np.log(200.0)), arousal  # no neuron fires faster than 200 Hz
 
 
 # ----------------------------------------------------------- laid end to end, as one recording

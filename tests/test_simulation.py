@@ -52,10 +52,3 @@ def test_the_oracle_is_above_the_mean_rates():
     best, null = (evaluate(p, session, tasks=list(TASKS)) for p in predictors)
     for task in best.tasks:
         assert best.tasks[task].mean() > 0.1 > 0 > null.tasks[task].mean()
-
-
-def test_impossible_sizes_are_refused():
-    with pytest.raises(ValueError, match="a neuron for each of the 6 regions"):
-        simulate(1, 10, 5)
-    with pytest.raises(ValueError, match="decide within 0.8 s; got bin_size 0.8 s"):
-        simulate(1, 10, 12, bin_size=0.8, window=(0.0, 1.6))
