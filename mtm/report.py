@@ -54,10 +54,10 @@ class TaskScores:
             ``bits_per_spike`` (null: the neuron's mean over the scored test entries, as in the
             paper), ``bits_per_spike_train_null`` (null: its mean over the training trials),
             ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known); the controls
-            ``shuffled_trials`` (bits per spike when each trial gets another one's prediction,
-            which keeps the mean time course) and ``shuffled_neurons`` (when each neuron gets
-            another one's, scaled to its own mean); ``gain`` and ``gain_train_null``, in bits;
-            ``spikes`` scored; ``visible``, neurons that could be seen (0: it is a guess).
+            ``shuffled_trials`` (each trial gets another one's prediction, which keeps the mean time
+            course) and ``shuffled_neurons`` (each neuron gets another one's, scaled to its own
+            mean); ``gain`` and ``gain_train_null``, in bits; ``spikes`` scored; ``visible``,
+            neurons that could be seen (0: it is a guess).
 
             Of a behaviour, a row for each session (and seed): its score, its controls,
             ``train_trials`` and ``test_trials``. NaN = no score, as of a silent neuron.
@@ -73,15 +73,9 @@ class TaskScores:
         return "neuron" in self.table
 
     @property
-    def sessions(self) -> list[str]:
-        """Names of the sessions, in the order of the table."""
-        return self.table["session"].unique().tolist()
-
-    @property
     def each_neuron(self) -> pd.DataFrame:
-        """A row of each neuron, whatever the seeds; no row of a behaviour."""
-        rows = self.table if self.per_neuron else self.table[:0].reindex(columns=[*LABELS, *COUNTS])
-        return rows.drop_duplicates(["session", "neuron"])
+        """A row of each neuron of an activity task, whatever the seeds."""
+        return self.table.drop_duplicates(["session", "neuron"])
 
     @property
     def neurons(self) -> np.ndarray:
@@ -108,18 +102,23 @@ class TaskScores:
         """The mean, and its standard error over ``"neurons"``, ``"sessions"`` or ``"seeds"``.
 
         Over neurons: their scores are averaged over seeds; the errors of several sessions add up as
-        those of independent means do. A behaviour has no neurons, and so no error. Over seeds: of
-        the means over sessions, for the seeds that every session has. A single session or seed has
-        no error.
+        those of independent means do; a behaviour has no error. Over seeds: of the means over
+        sessions, for the seeds that every session has.
         """
-        runs = self._runs(column, pooled)
+        column = column or self.score
+        runs = self.table.groupby(["session", "seed"], sort=False)
+        if pooled:
+            spikes = runs["spikes"].sum()
+            means = runs[POOLED[column]].sum() / spikes.where(spikes > 0)
+        else:
+            means = runs[column].mean()
+        means = means.dropna()
         if what == "sessions":
-            return mean_of(runs.groupby("session").mean())
+            return mean_of(means.groupby("session").mean())
         if what == "seeds":
-            return mean_of(runs.unstack("session").dropna().mean(axis=1))
+            return mean_of(means.unstack("session").dropna().mean(axis=1))
         if what != "neurons" or pooled:
-            known = "'sessions', 'seeds' or (unless pooled) 'neurons'"
-            raise ValueError(f"over must be {known}, got {what!r}")
+            raise ValueError(f"over 'sessions', 'seeds' or, unless pooled, 'neurons'; got {what!r}")
         if not self.per_neuron:
             return Mean(self.mean(column), np.nan, 0)
         each = self._by_neuron(column).groupby("session").agg(["mean", "sem", "count"])
@@ -129,34 +128,22 @@ class TaskScores:
 
     def by_session(self, column: str | None = None, pooled: bool = False) -> dict[str, float]:
         """Session -> mean over neurons, then over seeds; NaN where nothing has a score."""
-        means = self._runs(column, pooled).groupby("session").mean()
-        return means.reindex(self.sessions).to_dict()
+        tables = self.table.groupby("session", sort=False)
+        return {name: TaskScores(table, self.score).mean(column, pooled) for name, table in tables}
 
     def by_region(self, column: str | None = None) -> dict[str, Mean]:
         """Region -> mean over its neurons, of all sessions; a neuron's seeds are averaged first."""
-        if not self.per_neuron:
-            return {}
-        each = self._by_neuron(column)
-        regions = self.each_neuron.set_index(["session", "neuron"])["region"]
-        return {name: mean_of(values) for name, values in each.groupby(regions)}
+        each = self._by_neuron(column, "region").groupby("region")
+        return {name: mean_of(values) for name, values in each}
 
     def by_neuron(self, session: str, column: str | None = None) -> np.ndarray:
         """(n,) the score of each scored neuron of a session, averaged over seeds."""
         return self._by_neuron(column)[session].to_numpy()
 
-    def _by_neuron(self, column: str | None) -> pd.Series:
-        """(session, neuron) -> score, averaged over seeds."""
-        each = self.table.groupby(["session", "neuron"], sort=False)
+    def _by_neuron(self, column: str | None, *keys: str) -> pd.Series:
+        """(session, neuron, and further keys) -> score, averaged over seeds."""
+        each = self.table.groupby(["session", "neuron", *keys], sort=False)
         return each[column or self.score].mean()
-
-    def _runs(self, column: str | None, pooled: bool = False) -> pd.Series:
-        """(session, seed) -> mean over neurons, or pooled, of the runs that have a score."""
-        column = column or self.score
-        runs = self.table.groupby(["session", "seed"], sort=False)
-        if not pooled:
-            return runs[column].mean().dropna()
-        gain, spikes = runs[POOLED[column]].sum(), runs["spikes"].sum()
-        return (gain / spikes.where(spikes > 0)).dropna()
 
 
 @dataclass(repr=False, eq=False)
@@ -198,16 +185,16 @@ class Report:
     def share(self, ceiling: Report, column: str = "bits_per_spike_train_null") -> dict[str, float]:
         """Task -> score as a share of another report's on the same sessions, such as the oracle's.
 
-        With the honest null, the default, the mean rates have a share of 0 by construction. Tasks
-        without this column in both reports are left out.
+        With the honest null, the default, the mean rates have a share of 0 by construction.
         """
         if set(self.sessions) != set(ceiling.sessions):
             raise ValueError(f"not the same sessions: {[*self.sessions]} and {[*ceiling.sessions]}")
-        means, best = (
-            {task: s.mean(column) for task, s in report.tasks.items() if column in s.table}
-            for report in (self, ceiling)
-        )
-        return {t: means[t] / best[t] if best[t] else np.nan for t in means if t in best}
+        best = {task: s.mean(column) for task, s in ceiling.tasks.items() if column in s.table}
+        return {
+            task: scores.mean(column) / best[task] if best[task] else np.nan
+            for task, scores in self.tasks.items()
+            if task in best and column in scores.table
+        }
 
     def to_frame(self) -> pd.DataFrame:
         """One table of all tasks, with a column ``task``; NaN where a task lacks a column."""
@@ -217,8 +204,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Task -> means, errors and counts for JSON (NaN = None).
 
-        Of a task: a mean for each column; ``pooled_...``; ``errors``, over what -> column -> the
-        standard error; counts of neurons; ``regions``, region -> [mean, error, neurons].
+        Of a task: means; ``pooled_...``; ``errors``, over what -> column -> the standard error;
+        counts of neurons; ``regions``, region -> [mean, error, neurons].
         """
         summary = {}
         for task, scores in self.tasks.items():
@@ -231,14 +218,13 @@ class Report:
             if scores.per_neuron:
                 numbers |= {f"pooled_{null}": scores.mean(null, pooled=True) for null in POOLED}
                 numbers |= self._counted(scores)
-                by_region = scores.by_region().items()
-                numbers["regions"] = {region: list(mean) for region, mean in by_region}
+                numbers["regions"] = {name: list(m) for name, m in scores.by_region().items()}
             summary[task] = numbers
         return _plain(summary)
 
     def _counted(self, scores: TaskScores) -> dict[str, int]:
         """Numbers of neurons: scored, of them silent, not scored, predicted with none visible."""
-        recorded = sum(self.sessions[name]["neurons"] for name in scores.sessions)
+        recorded = sum(self.sessions[name]["neurons"] for name in scores.table["session"].unique())
         return {
             "neurons": len(scores.neurons),
             "silent_neurons": scores.n_silent,
@@ -264,7 +250,7 @@ class Report:
     @classmethod
     def from_json(cls, source: str | Path) -> Report:
         """Read what :meth:`to_json` wrote: a file, or its text."""
-        text = str(source) if str(source).lstrip().startswith("{") else Path(source).read_text()
+        text = str(source) if str(source).startswith("{") else Path(source).read_text()
         content, tasks = json.loads(text), {}
         for task, columns in content["tables"].items():
             nan = {k: [np.nan if v is None else v for v in values] for k, values in columns.items()}
@@ -290,15 +276,12 @@ class Report:
             if s.per_neuron
         }
         lines += [_text(pd.DataFrame(rows, dtype=object))] if rows else []
-        for task, scores in self.tasks.items():
-            if scores.per_neuron:
-                continue
+        for task, scores in ((t, s) for t, s in self.tasks.items() if not s.per_neuron):
             others = [c for c in scores.table if c not in (*LABELS, *COUNTS, scores.score)]
             beside = ", ".join(f"{c.replace('_', ' ')} {scores.mean(c):.3f}" for c in others)
             value = scores.over("sessions" if several == "neurons" else several)
-            read = " or ".join(dict.fromkeys(scores.table.get("features", [])))
-            source = f" from {read}" if read else ""
-            text = f"{task}{source}: {scores.score} {value} ({beside})"
+            read = " or ".join(scores.table["features"].unique())
+            text = f"{task} from {read}: {scores.score} {value} ({beside})"
             lines.append(textwrap.fill(text, 79, subsequent_indent="    "))
         lines += [f"{task}: left out, {reason}" for task, reason in self.left_out.items()]
         return "\n".join(lines)
@@ -307,19 +290,13 @@ class Report:
 
 
 def score_table(reports: Mapping[str, Report], column: str | None = None) -> str:
-    """A text table: a row for each predictor, a column for each task.
+    """A text table: a row for each predictor, a column for each task; "-" where there is no score.
 
-    Args:
-        reports: name -> report.
-        column: of the tables. Default: each task's own score. "-" where a report lacks it.
+    Its scores are those of a ``column`` of the tables, by default each task's own.
     """
     means = {
-        name: {
-            task: scores.mean(column)
-            for task, scores in report.tasks.items()
-            if column is None or column in scores.table
-        }
-        for name, report in reports.items()
+        name: {t: s.mean(column) for t, s in r.tasks.items() if (column or s.score) in s.table}
+        for name, r in reports.items()
     }
     if not any(means.values()):
         raise ValueError(f"no report has a column {column!r}")
@@ -334,8 +311,7 @@ def _next_seeds(before: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     rows = [c for c in ("neuron", "spikes") if c in table]  # the same in every run of a session
     for name, theirs in same.groupby("session"):
         ours = table[table["session"] == name]
-        first = (run[run["seed"] == run["seed"].iloc[0]][rows] for run in (ours, theirs))
-        if not np.array_equal(*first):
+        if not np.array_equal(*(x[x["seed"] == x["seed"].iloc[0]][rows] for x in (ours, theirs))):
             message = "these reports scored other neurons or other trials, not only other seeds"
             raise ValueError(f"session {name!r}: {message}")
     return table.assign(seed=table["seed"] + same["seed"].max() + 1)

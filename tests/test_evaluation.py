@@ -208,7 +208,7 @@ def test_what_only_some_sessions_have():
     report = evaluate(predictors, both)
     psth = report.tasks["co-smoothing"].table["psth_r2"]
     assert np.isnan(psth[3:]).all() and not np.isnan(psth[:3]).any()
-    assert report.tasks["choice"].sessions == ["a"]
+    assert list(report.tasks["choice"].by_session()) == ["a"]
     reason = "no scored neuron has a region label"
     assert report.left_out["inter-region"] == f"a: {reason}; b: {reason}"
     for order in (both, both[::-1]):

@@ -27,7 +27,13 @@ def report(session, scores, regions, spikes=None, **columns):
 
 
 def of_choice(session, accuracy):
-    row = {"session": session, "seed": 0, "accuracy": accuracy, "majority": 0.5, "test_trials": 4}
+    row = {
+        "session": session,
+        "seed": 0,
+        "features": "rates",
+        "accuracy": accuracy,
+        "majority": 0.5,
+    }
     scores = TaskScores(pd.DataFrame([row]), "accuracy")
     return Report({"choice": scores}, {session: {"trials": 4, "neurons": 3}})
 
@@ -85,7 +91,7 @@ def test_what_has_no_score_is_nan():
     with_silent = Report.join([report("a", [np.nan], ["DG"]), report("b", [1.0, 2.0], ["", ""])])
     scores = with_silent.tasks["co-smoothing"]
     assert [scores.over(what).value for what in ("neurons", "sessions", "seeds")] == [1.5] * 3
-    with pytest.raises(ValueError, match="over must be 'sessions', 'seeds' or"):
+    with pytest.raises(ValueError, match="over 'sessions', 'seeds' or"):
         scores.over("trials")
 
 
@@ -93,8 +99,7 @@ def test_a_behaviour_has_no_neurons():
     both = Report.join([of_choice("a", 0.5), of_choice("b", 0.7)])
     scores = both.tasks["choice"]
     assert scores.over("sessions") == Mean(pytest.approx(0.6), pytest.approx(sem([0.5, 0.7])), 2)
-    assert "choice: accuracy 0.600 ± 0.100 (majority 0.500)" in str(both)
-    assert len(scores.neurons) == scores.n_silent == 0 and scores.by_region() == {}
+    assert "choice from rates: accuracy 0.600 ± 0.100 (majority 0.500)" in str(both)
     value, error, n = scores.over("neurons")
     assert value == pytest.approx(0.6) and np.isnan(error) and n == 0
 
