@@ -203,8 +203,14 @@ class DirectPaths(nn.Module):
         x = x.clamp(max=LARGEST_INPUT)
         kernels = history_kernels((~hidden).any(dim=2), causal, x.dtype)  # (B, scales, T, T)
         found = torch.zeros_like(x if neurons is None else x[..., 0])
-        if self.own is not None:
-            found = found + own_history(x, kernels, self.own, neurons)
+        if self.own is not None and neurons is None:
+            averages = (kernels.flatten(1, 2) @ x).unflatten(1, kernels.shape[1:3])
+            for i in range(len(SCALES)):  # quicker on a CPU than one product and a sum
+                found = torch.addcmul(found, averages[:, i], self.own[i])
+        elif self.own is not None:
+            alone = x[torch.arange(len(x), device=x.device), :, neurons]  # (B, T)
+            averages = (kernels @ alone[:, None, :, None])[..., 0]  # (B, scales, T)
+            found = torch.einsum("bst,sb->bt", averages, self.own[:, neurons])
         if self.readout is None:
             return found
         z = self.dropout(self.population_latents(x, hidden, kernels).transpose(1, 2).flatten(2))
@@ -225,19 +231,6 @@ class DirectPaths(nn.Module):
         noise = torch.diag_embed(noise.expand(-1, len(self.loadings)))
         # solve_ex, unlike solve, does not wait for the device's errors.
         return torch.linalg.solve_ex(precision[:, None] + noise, z.mT)[0].mT
-
-
-def own_history(x: Tensor, kernels: Tensor, weights: Tensor, neurons: Tensor | None) -> Tensor:
-    """Sum of each neuron's averages by ``kernels``, with its ``weights`` (scales, N)."""
-    if neurons is not None:
-        x = x[torch.arange(len(x), device=x.device), :, neurons]  # (B, T)
-        averages = (kernels @ x[:, None, :, None])[..., 0]  # (B, scales, T)
-        return torch.einsum("bst,sb->bt", averages, weights[:, neurons])
-    averages = (kernels.flatten(1, 2) @ x).unflatten(1, kernels.shape[1:3])  # (B, scales, T, N)
-    found = torch.zeros_like(x)
-    for i in range(len(weights)):  # quicker on a CPU than one product and a sum
-        found = torch.addcmul(found, averages[:, i], weights[i])
-    return found
 
 
 def history_kernels(visible: Tensor, causal: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -468,6 +461,8 @@ class MtM(nn.Module):
         init: str = "mtm",
     ) -> None:
         super().__init__()
+        if init not in ("mtm", "paper"):
+            raise ValueError(f"init must be 'mtm' or 'paper', got {init!r}")
         self.config, self.n_bins, self.bin_size = config, n_bins, bin_size
         self.prompts, self.causal, self.init = tuple(prompts), causal, init
         self.split_seed: int | None = None
@@ -567,9 +562,7 @@ class MtM(nn.Module):
         x = x[:, -self.n_tokens(session) :]
         return self.tokenizer.read_out(x, self.session_layers(session))
 
-    def direct_log_rates(
-        self, batches: Sequence[Batch], neurons: Tensor | None = None
-    ) -> list[Any]:
+    def direct_log_rates(self, batches: list[Batch], neurons: Tensor | None = None) -> list[Any]:
         """What direct paths add to the log-rates of each batch, a tensor; 0.0 without paths."""
         found: list[Any] = [0.0] * len(batches)
         # Batches of one session together, which takes fewer and larger operations.
@@ -577,20 +570,20 @@ class MtM(nn.Module):
             layers = self.session_layers(session)
             if layers.direct is None:
                 continue
-            own = [(i, batch) for i, batch in enumerate(batches) if batch.session == session]
+            places = [i for i, batch in enumerate(batches) if batch.session == session]
             inputs, hidden, causal = [], [], []
-            for _, (counts, _, mask, _) in own:
+            for counts, _, mask, _ in (batches[i] for i in places):
                 inputs.append(self.masked_input(counts, mask, layers))
                 hidden.append(mask.hidden)
                 causal.append(torch.full_like(counts[:, 0, 0], mask.causal, dtype=torch.bool))
             # Without autocast: bfloat16 has too few digits to solve linear equations.
             with torch.autocast(self.device.type, enabled=False):
                 added = layers.direct(*map(torch.cat, (inputs, hidden, causal)), neurons)
-            for (i, _), part in zip(own, added.split([len(x) for x in inputs]), strict=True):
+            for i, part in zip(places, added.split([len(x) for x in inputs]), strict=True):
                 found[i] = part
         return found
 
-    def forward_many(self, batches: Sequence[Batch]) -> list[Tensor]:
+    def forward_many(self, batches: list[Batch]) -> list[Tensor]:
         """Log-rates of several batches, each of one session, as from :meth:`forward`."""
         embedded, direct = [self.embed(*batch) for batch in batches], self.direct_log_rates(batches)
         # Equally many tokens with the same attention pass through the encoder together, which keeps
@@ -599,14 +592,13 @@ class MtM(nn.Module):
         for i, (tokens, batch) in enumerate(zip(embedded, batches, strict=True)):
             kind = len(tokens.bins), self.n_tokens(batch.session), batch.mask.causal
             groups.setdefault(kind, []).append(i)
-        log_rates = [torch.empty(0)] * len(batches)
         for members in groups.values():
             joined = torch.cat([embedded[i].x for i in members])
             x = self.encode(embedded[members[0]]._replace(x=joined))
             parts = x.split([len(embedded[i].x) for i in members])
             for i, part in zip(members, parts, strict=True):
-                log_rates[i] = self.read_out(part, batches[i].session) + direct[i]
-        return log_rates
+                direct[i] = self.read_out(part, batches[i].session) + direct[i]
+        return direct
 
     @torch.no_grad()
     def latents(
@@ -614,10 +606,8 @@ class MtM(nn.Module):
     ) -> Tensor:
         """Latents of the population in each bin, given the visible counts (K, T, N).
 
-        Returns:
-            (K, T, R) expected latents of the direct path, see :class:`DirectPaths`. With
-            ``encoder``, or without that path, also its output, (K, T, D) averaged over the tokens
-            of a bin.
+        Returns (K, T, R) expected latents of :class:`DirectPaths`; with ``encoder``, or without
+        them, also the encoder's output, (K, T, D) averaged over the tokens of a bin.
         """
         with evaluating(self):
             given = torch.as_tensor(counts, device=self.device)
@@ -666,8 +656,6 @@ class MtM(nn.Module):
     ) -> None:
         """Make layers and a token for a recording that the model does not know.
 
-        Make the optimizer afterwards: it would not know the new parameters.
-
         Args:
             name: a name that no other session has.
             n_neurons: N.
@@ -678,6 +666,8 @@ class MtM(nn.Module):
         """
         if name in self._keys:
             raise ValueError(f"session {name!r} is in the model already")
+        if token not in ("new", "mean"):
+            raise ValueError(f"token must be 'new' or 'mean', got {token!r}")
         config, ours, components = self.config, self.init != "paper", None
         if counts is not None:
             log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike

@@ -107,7 +107,7 @@ class OfficialMtM(MtM):
         own = torch.eye(length, dtype=torch.bool, device=counts.device)
         return tokens._replace(causal=False, allowed=((allowed & ~absent) | own)[:, None])
 
-    def forward_many(self, batches: Sequence[Batch]) -> list[Tensor]:
+    def forward_many(self, batches: list[Batch]) -> list[Tensor]:
         """Log-rates of several batches, one after the other: trials differ in padding."""
         return [self(*batch) for batch in batches]
 

@@ -51,7 +51,7 @@ def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor) -> Tensor:
 
 
 def accumulate(
-    model: MtM, batches: Sequence[Batch], config: TrainConfig, n_batches: int | None = None
+    model: MtM, batches: list[Batch], config: TrainConfig, n_batches: int | None = None
 ) -> Tensor:
     """Add the gradients of a step's loss to the parameters.
 
