@@ -30,9 +30,9 @@ BWB_ORIGIN = "mtm.simulate"
 def write_alf(session: Session, root: str | Path, number: int = 1) -> Path:
     """Write a session as ALF: ``root/simlab/Subjects/<subject>/2026-01-02/<number>``.
 
-    It is read back with its neurons grouped by probe. The window's 0 becomes the stimulus onset.
-    The wheel turns with ``wheel-speed``, in opposite directions for the two choices. Depths and ids
-    that are not there are made up.
+    Neurons are grouped by probe, and the window's 0 becomes the stimulus onset. The wheel turns
+    with ``wheel-speed``, in opposite directions for the two choices. Depths and ids that are not
+    there are made up.
 
     Args:
         session: needs behaviour ``choice``, ``block``, ``reward`` and ``contrast``, as
@@ -208,11 +208,11 @@ def _alf_probe(
     }
 
 
-# --------------------------------------------------------------------------------- BrainWideBench
-
 SAMPLE_RATE = 50.0  # Hz, of behaviour
 FEEDBACK = 0.1  # s from movement to feedback
-SCALED = ("whisker/whisker_motion_energy", "paws/left_paw_speed", "paws/right_paw_speed")
+SIDES = ("left", "right")
+HELD_OUT = {"test": 3, "val": 7}
+SCALED = [("whisker", "whisker_motion_energy"), *(("paws", f"{x}_paw_speed") for x in SIDES)]
 WINDOWS = {  # of one second each: event, start relative to it (s)
     "choice": ("movement_onset_time", -1.0),
     "reward": ("feedback_time", 0.0),
@@ -239,12 +239,10 @@ def write_bwb_session(session: Session, path: str | Path, build: str = "selected
     trials = _bwb_trials(session, stimulus)
     ids = np.array([_uuid(BWB_ORIGIN, session.name, str(unit)) for unit in units])
     table = {"id": ids, "firing_rate": session.firing_rates[units]}
-    for level in LEVELS:
-        table[f"region_{level.lower()}"] = at_level(session, level).regions[units]
+    table |= {f"region_{x.lower()}": at_level(session, x).regions[units] for x in LEVELS}
     if build == "selected_units":  # a tenth for each, spread over the regions
-        for part, remainder in (("test", 3), ("val", 7)):
-            held = np.arange(len(units)) % 10 == remainder
-            table[f"ts2_co_smoothing_is_held_out_{part}"] = held
+        tenth = np.arange(len(units)) % 10
+        table |= {f"ts2_co_smoothing_is_held_out_{x}": tenth == i for x, i in HELD_OUT.items()}
     series = _bwb_traces(session, stimulus, stop, trials, rng)
     groups: dict[str, dict[str, np.ndarray]] = {
         "spikes": {"timestamps": times, "unit_index": unit},
@@ -260,10 +258,10 @@ def write_bwb_session(session: Session, path: str | Path, build: str = "selected
         "brainset": {"derived_version": "0.1.0", "unit_filtering": build},
         **{group: {"sampling_rate": SAMPLE_RATE} for group in series},
     }
-    for place in SCALED:  # the scorer divides these by their spread
-        group, _, column = place.partition("/")
+    for group, column in SCALED:  # the scorer divides these by their spread
         values = series[group][column]
-        attributes[f"ts1_normalize/{place}"] = {"mean": values.mean(), "std": values.std()}
+        pair = {"mean": values.mean(), "std": values.std()}
+        attributes[f"ts1_normalize/{group}/{column}"] = pair
     h5py, path = optional("h5py", "bwb"), Path(path)
     with atomic_write(path) as partial, h5py.File(partial, "w") as file:
         for group, columns in groups.items():
@@ -331,7 +329,7 @@ def _bwb_traces(
     since_reward = times[:, None] - trials["feedback_time"][trials["reward"] == 1]
     licking = ((since_reward > 0.1) & (since_reward < 0.9)).any(axis=1)
     paws: dict[str, np.ndarray] = {}
-    for side in ("left", "right"):
+    for side in SIDES:
         paws[f"{side}_paw_speed"] = 20.0 * wheel + rng.gamma(2.0, 5.0, len(times))
         # Confidence is lost for half a second at a time.
         confident = np.repeat(rng.random(len(times) // 25 + 1) < 0.9, 25)[: len(times)]
