@@ -107,16 +107,13 @@ def shared_directions(x: Tensor, n: int) -> Tensor:
 
 
 class Link(NamedTuple):
-    """Function from predicted changes to log-rates, limited by the largest count.
-
-    Changes are of the log-rate or, with a gain, of the count, which keeps a share of the rate.
-    """
+    """From predicted changes of log-rates or, with a gain, of counts to log-rates."""
 
     rates: Tensor  # (T, N), or the shape of the changes
-    largest: Tensor  # (N,)
+    largest: Tensor  # (N,) count, which limits predictions
     scale: Tensor  # (N,) divisor of the residuals
     gain: Tensor | None = None  # (N,)
-    floor: float = 0.0
+    floor: float = 0.0  # share of the rate that is always left
 
     def __call__(self, delta: Tensor) -> Tensor:
         """Log-rates (..., N) of changes (..., N)."""
@@ -382,10 +379,7 @@ def _minimise(parameters: list[Tensor], loss: Callable[[], Tensor], **options: A
 
 
 def _fit_rank(sessions: Sequence[Data], scheme: str, rank: int, penalty: float) -> Ranked:
-    """Fit sessions together; halve the penalty, from one solution to the next, until it is worse.
-
-    Where the first penalty was the best, start again with a stronger one.
-    """
+    """Fit sessions together; halve the penalty, from solution to solution, until it is worse."""
     filters = torch.full((len(AROUND), rank), 0.1)
     filters[:-1, ::2] += 1  # half of the filters start with the short windows,
     filters[-1, 1::2] += 1  # half with the whole trial
@@ -404,16 +398,13 @@ def _fit_rank(sessions: Sequence[Data], scheme: str, rank: int, penalty: float) 
         if mean < best[0] + 1e-4:
             break
         best, penalty = (mean, penalty, rank, found), penalty / 2
-    if best[1] == first < 1e5:
+    if best[1] == first < 1e5:  # start again with a stronger one
         best = max(best, _fit_rank(sessions, scheme, rank, 4 * first), key=itemgetter(0))
     return best
 
 
 def fit_low_rank(*sessions: Data, ranks: Sequence[int] | None = None) -> Found:
-    """Regressions of sessions that share filters, and an autoregression of each session.
-
-    The rank is chosen for the scheme "neuron".
-    """
+    """Regressions of sessions that share filters, and an autoregression of each session."""
     ranks = ranks or RANKS
     spikes = sum(float(data.counts["train"].sum()) for data in sessions)
     penalty = 2.0 ** round(np.log2(2 * max(spikes, 1) ** 0.5))
@@ -423,7 +414,7 @@ def fit_low_rank(*sessions: Data, ranks: Sequence[int] | None = None) -> Found:
             tried.append(_fit_rank(some, scheme, rank, penalty))
             penalty = 2 * tried[-1][1]
         _, _, best, maps = max(tried, key=itemgetter(0))
-        ranks = (best,)
+        ranks = (best,)  # for the other schemes too
         yield from ((data.name, scheme, found) for data, found in zip(some, maps, strict=True))
     for data in sessions:
         yield data.name, "causal", fit_forward(data, poisson_regression)
@@ -458,23 +449,19 @@ class Past(NamedTuple):
 def ridge_regression(past: Past, penalty: float) -> Coefficients:
     """Ridge regression of counts minus rates, by the normal equations of each neuron."""
     own, shared, residual = past.own, past.population, past.counts - past.rates
-    n_own, n_shared = len(own), shared.shape[1]
-    gram = own.new_zeros(own.shape[2], n_own + n_shared, n_own + n_shared)
-    gram[:, :n_own, :n_own] = torch.einsum("isn,jsn->nij", own, own)
-    gram[:, :n_own, n_own:] = torch.einsum("isn,sc->nic", own, shared)
-    gram[:, n_own:, :n_own] = gram[:, :n_own, n_own:].mT
-    gram[:, n_own:, n_own:] = shared.T @ shared
-    gram += penalty * torch.eye(n_own + n_shared, dtype=gram.dtype)
+    both = torch.einsum("isn,sc->nic", own, shared)
+    own_gram = torch.einsum("isn,jsn->nij", own, own)
+    shared_gram = (shared.T @ shared).expand(len(both), -1, -1)
+    rows = torch.cat([own_gram, both], 2), torch.cat([both.mT, shared_gram], 2)
+    gram = torch.cat(rows, 1)  # (N, L + C L, L + C L)
+    gram += penalty * torch.eye(gram.shape[1], dtype=gram.dtype)
     cross = torch.cat([(own * residual).sum(1), shared.T @ residual])  # (L + C L, N)
     weights = torch.linalg.solve(gram, cross.T).T
-    return weights[:n_own], weights[n_own:], torch.zeros_like(weights[0])
+    return weights[: len(own)], weights[len(own) :], torch.zeros_like(weights[0])
 
 
 def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficients:
-    """Poisson regressions of all neurons at once, with log-rate = log(rates) + inputs.
-
-    Minimises the negative log-likelihood plus penalty / 2 times the squared weights.
-    """
+    """Poisson regressions of all neurons at once, penalty / 2 times the squared weights."""
     ones = torch.ones_like(past.own[0, :1])
     power = [past.own.square().mean(1), past.population.square().mean(0)[:, None] * ones, ones]
     # Weights are scaled by the root of about their curvature, which speeds up L-BFGS.
@@ -498,10 +485,7 @@ def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficie
 
 
 def fit_forward(data: Data, solve: Callable[[Past, float], Coefficients]) -> Regression:
-    """Ridge or Poisson regressions, one for each number of bins ahead.
-
-    Components and penalty are chosen for the middle horizon and used for all.
-    """
+    """Regressions for each number of bins ahead, with components and penalty of the middle one."""
     start, stop = forward_bins(data.n_bins)
     horizons = range(1, 1 + max(1, min(stop - start, data.n_bins - 1)))
     directions = shared_directions(data.inputs["train"], max(COMPONENTS))
@@ -518,25 +502,20 @@ def fit_forward(data: Data, solve: Callable[[Past, float], Coefficients]) -> Reg
         train, val = (Past.of(data, part, *middle) for part in ("train", "val"))
         tried.append(search_penalty(partial(attempt, components, train, val), 300.0))
     score, link, penalty, components = max(tried, key=itemgetter(0))
-    maps, biases = [], []
+    n, maps, biases = components.shape[1], [], []
     for horizon in horizons:
         own, population, bias = solve(Past.of(data, "train", components, horizon), penalty)
-        population = population.view(components.shape[1], len(PAST), -1)
-        weights = torch.einsum("mc,cln->mln", components, population)
-        weights.diagonal(dim1=0, dim2=2).add_(own)  # each neuron from itself
-        maps.append(weights)
+        maps.append(torch.einsum("mc,cln->mln", components, population.view(n, len(PAST), -1)))
+        maps[-1].diagonal(dim1=0, dim2=2).add_(own)  # each neuron from itself
         biases.append(bias)
     windows = window_matrices(data.n_bins, PAST, past=True).to(own)
     link = link._replace(rates=data.rates)
-    text = f"{components.shape[1]} components of the population; penalty {penalty:.3g}"
+    text = f"{n} components of the population; penalty {penalty:.3g}"
     return Regression(windows, torch.stack(maps), torch.stack(biases), link, score, text, True)
 
 
 class Baseline:
-    """A fitted PSTH or regression: one of ``maps`` for each session and masking scheme.
-
-    ``seen`` has the fingerprints of its training trials, which evaluation refuses to score.
-    """
+    """A fitted PSTH or regression: one of ``maps`` for each session and masking scheme."""
 
     def __init__(
         self,
@@ -551,6 +530,7 @@ class Baseline:
         sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
         require_alike(sessions)
         self.name, self.split_seed, self.bin_size = name, split_seed, sessions[0].bin_size
+        # Fingerprints of training trials, which evaluation refuses to score:
         self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
         data = [Data(session, split_seed, dtype) for session in sessions]
         self.maps: dict[tuple[str, str], Regression] = {

@@ -95,8 +95,8 @@ HELP = {  # of the arguments of all commands
     "username": "download from IBL's public server, with a saved log-in",
     "workers": "processes (default one per core, up to 4)",
 }
-CHOICES = {"recipe": RECIPES, "baselines": BASELINES, "tokenizer": MODEL_CHOICES["tokenizer"]}
-CHOICES |= {"units": ("good",), "schemes": SCHEMES} | recipes.CHOICES
+CHOICES: dict[str, Any] = {"recipe": RECIPES, "baselines": BASELINES, "schemes": SCHEMES}
+CHOICES |= {"units": ("good",), "tokenizer": MODEL_CHOICES["tokenizer"], **recipes.CHOICES}
 ERRORS = (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeError, AssertionError)
 
 
@@ -271,7 +271,7 @@ def run_train(
     if "ratios" in settings:
         settings["ratios"] = dict(settings["ratios"])
     config = recipes.recipe(recipe, **settings)
-    sizes = {"depth": depth, "tokenizer": tokenizer, "patch_size": patch_size}
+    sizes: dict[str, Any] = {"depth": depth, "tokenizer": tokenizer, "patch_size": patch_size}
     sizes = {key: value for key, value in sizes.items() if value is not None}
     if start and sizes:
         flag = min(sizes).replace("_", "-")
@@ -320,7 +320,7 @@ def run_evaluate(
         path.open("a").close()  # what cannot be written should fail now
     how: dict[str, Any] = {"split_seed": split_seed, "batch_size": batch_size}
     reports = {"MtM": evaluate(trained, data, tasks=tasks, progress=True, **how)}
-    how["split_seed"] = seed = trained.split_seed if split_seed is None else split_seed
+    how["split_seed"] = seed = split_seed if split_seed is not None else trained.split_seed or 0
     others: dict[str, Any] = {"mean rate": {each.name: mean_rates(each, seed) for each in data}}
     if all(session.rates is not None for session in data):
         others["oracle"] = {session.name: oracle(session) for session in data}

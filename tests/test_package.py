@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import traceback
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -51,6 +52,11 @@ FLOORS = (
 CORE = {"session", "binning", "masks", "model", "metrics", "training", "evaluation", "decoding"}
 
 
+each_module = pytest.mark.parametrize(
+    "path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
+
+
 def imported(path: Path) -> set[str]:
     """Modules and subpackages of mtm that a file imports, at its top or within a function."""
     found = set()
@@ -64,7 +70,7 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[1] for name in found}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@each_module
 def test_imports_lead_downwards(path):
     name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     own = FLOORS.index(name)
@@ -74,7 +80,7 @@ def test_imports_lead_downwards(path):
         assert not imported(path) & {"baselines", "official", "bwb", "data"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@each_module
 def test_functions_fit_a_screen(path):
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     functions = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, kinds)]
@@ -98,7 +104,7 @@ UNSAFE = {
 UNPICKLERS = {"official.py", "data/steinmetz.py"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@each_module
 def test_no_file_can_run_code(path):
     found = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -139,9 +145,6 @@ def test_import_and_training_need_no_network_and_leave_the_environment_alone():
     assert done.returncode == 0 and "co-smoothing" in done.stdout, done.stderr
 
 
-# ---------------------------------------------------------------------------------------- secrets
-
-
 class Refusing(BaseHTTPRequestHandler):
     """A server that refuses everything and records the requests."""
 
@@ -170,39 +173,36 @@ def server(serve, tmp_path, monkeypatch):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
-def printed(error: pytest.ExceptionInfo) -> str:
-    return "".join(traceback.format_exception(error.value))
+@contextmanager
+def hidden(server, *kinds):
+    """An error is raised, and the secret was sent but is not in the traceback."""
+    server.requests.clear()
+    with pytest.raises(kinds) as error:
+        yield
+    assert SECRET in str(server.requests)
+    assert SECRET not in "".join(traceback.format_exception(error.value))
 
 
 def test_password_of_one_is_not_shown(server, tmp_path):
-    with pytest.raises(OSError) as error:
+    with hidden(server, OSError):
         ibl.connect(tmp_path / "cache", base_url=server.url, username="me", password=SECRET)
-    assert SECRET in str(server.requests) and SECRET not in printed(error)
 
 
 def test_token_of_the_hub_is_not_shown(server, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     model = MtM(MtMConfig.from_depth(1), 6, {"a": 3})
-    for call in (
-        lambda: push_to_hub(model, "lab/model", token=SECRET),
-        lambda: from_pretrained("lab/model", token=SECRET, endpoint=server.url),
-    ):
-        server.requests.clear()
-        with pytest.raises((OSError, ValueError)) as error:
-            call()
-        assert SECRET in str(server.requests) and SECRET not in printed(error)
+    with hidden(server, OSError, ValueError):
+        push_to_hub(model, "lab/model", token=SECRET)
+    with hidden(server, OSError, ValueError):
+        from_pretrained("lab/model", token=SECRET, endpoint=server.url)
 
 
 def test_passwords_in_addresses_are_not_shown(server, tmp_path, capfd):
     address = f"{server.url.replace('://', f'://me:{SECRET}@')}/x.nwb?signature={SECRET}"
     assert cli.main(["prepare", "nwb", address, "--out", str(tmp_path / "out")])
-    assert SECRET not in "".join(capfd.readouterr()) and SECRET in str(server.requests)
-    with pytest.raises(mtm.SessionError) as error:
+    assert SECRET not in "".join(capfd.readouterr())
+    with hidden(server, mtm.SessionError):
         nwb.load_session(address)
-    assert SECRET not in printed(error)
-
-
-# --------------------------------------------------------------------------------------- spelling
 
 
 def british() -> dict[str, str]:

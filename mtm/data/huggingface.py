@@ -10,8 +10,7 @@ same in every row, facts about session and neurons, as the authors' ``create_dat
 Behaviour, NaN = missing: ``choice`` (K,), -1 right, +1 left, 0 none; ``block``, probability of a
 stimulus on the left; ``reward``, 1 or 0; ``wheel-speed`` (rad/s) and ``whisker-motion-energy``
 (arbitrary units), (K, T), one interpolated value at each bin's right edge, not the mean over it.
-
-Their counts are bytes: one of 256 or more was cut down by 256 when they stored it.
+Counts are bytes: one of 256 or more was cut down by 256 when they stored it.
 """
 
 from __future__ import annotations
@@ -40,20 +39,14 @@ NEURONS = {  # column -> column of Session.neurons
     "cluster_uuids": "uuid",
     "good_clusters": "good",
 }
-FACTS = ("eid", "lab", "probe_name")  # kept in the provenance
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def load_session(folder: str | Path) -> Session:
     """Load a data set from a folder, without the package ``datasets``.
 
-    Args:
-        folder: what ``DatasetDict.save_to_disk`` or ``Dataset.save_to_disk`` wrote (Arrow streams),
-            or a snapshot of a repository on the Hub (``data/train-00000-of-00001.parquet``).
-
-    Raises:
-        SessionError: naming the folder or the file, and the remedy.
-        ImportError: without the ``[data]`` extra.
+    The folder is what ``DatasetDict.save_to_disk`` or ``Dataset.save_to_disk`` wrote (Arrow
+    streams), or a snapshot of a repository on the Hub (``data/train-00000-of-00001.parquet``).
     """
     folder = Path(folder)
     with Recording(folder.name).reading(str(folder)):
@@ -75,8 +68,7 @@ def from_rows(
         the session, named by the column ``eid``, trials in the order of the rows, train first. Its
         window starts at -0.5 s, or at 0 for rows without ``choice``. Its ``neurons`` have, where
         present, ``allen`` (acronym, also ``regions``), ``channel``, ``depth``, ``uuid``, ``good``,
-        ``label`` and ``qc-<name>`` for what else ``cluster_qc`` lists. ``probe_name`` is kept in
-        the provenance; of several probes, the authors stored the last one's.
+        ``label`` and ``qc-<name>`` for what else ``cluster_qc`` lists.
 
     Raises:
         SessionError: naming the session, the column and the remedy.
@@ -94,7 +86,7 @@ def _session(tables: Mapping[str, pd.DataFrame]) -> Session:
     table = pd.concat([tables[split] for split in order], ignore_index=True)
     if "eid" not in table or table["eid"].nunique() > 1:
         raise SessionError("session of rows: no column eid, or several sessions; pass those of one")
-    facts = {key: table[key][0] for key in (*FACTS, "subject") if key in table}
+    facts = {key: table[key][0] for key in ("eid", "lab", "probe_name") if key in table}
     recording = Recording(facts["eid"])
     with recording.reading("spikes_sparse"):
         counts = np.stack([_matrix(row) for row in table.to_dict("records")])
@@ -115,7 +107,7 @@ def _session(tables: Mapping[str, pd.DataFrame]) -> Session:
         counts=counts,
         regions=neurons.get("allen"),
         name=recording.name,
-        subject=str(facts.pop("subject", "")),
+        subject=str(table.get("subject", [""])[0]),
         bin_size=bin_size,
         window=(start, start + counts.shape[1] * bin_size),
         behaviour=behaviour,
@@ -136,40 +128,31 @@ def _matrix(row: Mapping[str, Any]) -> np.ndarray:
 def _neurons(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The table of neurons, column -> (N,); it is the same in every row."""
     columns = {label: row[key] for key, label in NEURONS.items() if key in row}
-    quality = row.get("cluster_qc")
-    for key, values in quality.items() if isinstance(quality, dict) else ():
+    for key, values in (row.get("cluster_qc") or {}).items():
         columns[key if key == "label" else f"qc-{key}"] = values
-    neurons = {}
-    for label, values in columns.items():
-        array = pd.Series(list(values))
-        text = label in ("allen", "uuid") or array.dtype == object
-        neurons[label] = array.fillna("").to_numpy(np.str_) if text else array.to_numpy()
-    return neurons
+    series = {label: pd.Series(list(values)) for label, values in columns.items()}
+    text = {label for label, x in series.items() if x.dtype == object} | {"allen", "uuid"}
+    return {x: s.fillna("").to_numpy(str) if x in text else s.to_numpy() for x, s in series.items()}
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
-    """Split -> its files, in order."""
+    """Split -> its files, in order; one split is called train."""
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-        return {split: _streams(folder / split) for split in splits}
+        return {split: _files(folder / split)["train"] for split in splits}
     if (folder / "state.json").is_file():
-        return {"train": _streams(folder)}
+        state = json.loads((folder / "state.json").read_text("utf-8"))
+        return {"train": [folder / file["filename"] for file in state["_data_files"]]}
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("data/[!.]*.parquet")) or sorted(folder.glob("[!.]*.parquet")):
         found.setdefault(re.split(r"\W", path.name)[0], []).append(path)
     for split, paths in found.items():
-        parts = re.search(r"-of-(\d+)", paths[0].name)
-        n = int(parts[1]) if parts else 1
+        n = int(re.findall(r"-of-(\d+)|$", paths[0].name)[0] or 1)
         if len(paths) != n:
             raise SessionError(f"{folder}, split {split!r}: {len(paths)} of its {n} files")
     if not found:
         raise SessionError(f"{folder}: no dataset_dict.json, state.json or .parquet file in it")
     return found
-
-
-def _streams(folder: Path) -> list[Path]:
-    state = json.loads((folder / "state.json").read_text("utf-8"))
-    return [folder / file["filename"] for file in state["_data_files"]]
 
 
 def _table(path: Path) -> pd.DataFrame:

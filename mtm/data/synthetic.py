@@ -1,8 +1,4 @@
-"""Simulated sessions written in the file formats of real recordings.
-
-`write_alf` writes the International Brain Laboratory's format, `index_alf` the two tables that ONE
-needs to find it; `mtm.data.ibl.load_session` then reads it without a network.
-`write_bwb_session` writes a file of BrainWideBench, for `mtm.bwb.load_session`.
+"""Simulated sessions written in the file formats of real recordings: ALF and BrainWideBench.
 
 Trials lie end to end on one clock (`mtm.simulation.layout`). A count becomes that many spikes at
 random times inside its bin; between trials, neurons fire at their mean rates. Everything random is
@@ -25,7 +21,6 @@ from mtm.files import atomic_write, optional
 from mtm.session import Session, SessionError
 from mtm.simulation import CONTRASTS, RESPONSE, bin_edges, generator_of, layout, spike_times
 
-TASK = ("choice", "block", "reward", "contrast")  # behaviour that a trials table needs
 CAMERA_RATE = 60.0  # Hz, as IBL's left camera
 N_CHANNELS = 384  # of a Neuropixels probe
 ORIGIN = "mtm.alf"  # marks the tables that index_alf makes, and seeds ids, so it must not change
@@ -35,29 +30,18 @@ BWB_ORIGIN = "mtm.simulate"
 def write_alf(session: Session, root: str | Path, number: int = 1) -> Path:
     """Write a session as ALF: ``root/simlab/Subjects/<subject>/2026-01-02/<number>``.
 
-    It is read back with its neurons grouped by probe. The wheel turns with ``wheel-speed``, in
-    opposite directions for the two choices. Depths and ids that are not there are made up.
+    Neurons are grouped by probe, and the window's 0 becomes the stimulus onset. The wheel turns
+    with ``wheel-speed``, in opposite directions for the two choices. Depths and ids that are not
+    there are made up.
 
     Args:
         session: needs behaviour ``choice``, ``block``, ``reward`` and ``contrast``, as
-            `mtm.data.ibl` describes it. Optional: ``reaction-time``, ``wheel-speed``,
-            ``whisker-motion-energy``; neurons ``probe`` (default: all on ``probe00``), ``depth``,
-            ``label``, ``uuid``. The window's 0 becomes the stimulus onset. The folder has the name
-            of the subject, or else of the session.
+            `mtm.data.ibl` describes it, and Allen acronyms. Optional: ``reaction-time``,
+            ``wheel-speed``, ``whisker-motion-energy``; neurons ``probe`` (default: all on
+            ``probe00``), ``depth``, ``label``, ``uuid``.
         root: folder of the tree.
         number: of the session; another one for each session of a subject.
-
-    Raises:
-        SessionError: behaviour that is missing or NaN, a region that is no Allen acronym, a subject
-            that ALF does not allow as a name, or files of another recording in the folder.
     """
-    where, subject = f"session {session.name!r}", session.subject or session.name
-    if not re.fullmatch(r"[\w.-]+", subject):
-        raise SessionError(f"{where}, subject: {subject!r} is no name for an ALF folder")
-    needed = {key: session.behaviour.get(key, np.nan) for key in TASK}
-    needed["wheel-speed"] = session.behaviour.get("wheel-speed", 0.0)
-    if bad := [key for key, values in needed.items() if not np.isfinite(values).all()]:
-        raise SessionError(f"{where}, behaviour {bad[0]!r}: missing, or NaN in some trials")
     stimulus, stop = layout(session)
     files: dict[str, Any] = {"_ibl_trials.table.pqt": _alf_trials(session, stimulus)}
     files |= _alf_traces(session, stimulus, stop)
@@ -66,6 +50,7 @@ def write_alf(session: Session, root: str | Path, number: int = 1) -> Path:
         sorting = _alf_probe(session, np.flatnonzero(probes == probe), probe, stimulus, stop)
         files |= {f"{probe}/pykilosort/{name}": content for name, content in sorting.items()}
 
+    subject = session.subject or session.name
     path = Path(root) / "simlab" / "Subjects" / subject / "2026-01-02" / f"{number:03d}"
     alf = path / "alf"
     present = {file.relative_to(alf).as_posix() for file in alf.rglob("[!.]*.*")}
@@ -86,15 +71,9 @@ def write_alf(session: Session, root: str | Path, number: int = 1) -> Path:
 def index_alf(root: str | Path) -> dict[str, Path]:
     """Make the tables by which ONE's local mode finds the sessions under ``root``.
 
-    A session's id depends on lab, subject, date and number alone (ONE's own indexer gives random
-    ones). Of a dataset with several revisions the last is the default.
-
-    Returns:
-        eid -> the session's folder, ordered by lab, subject, date and number.
-
-    Raises:
-        SessionError: no session under ``root``, or tables there that another tool made.
-        ImportError: without the ``[data]`` extra.
+    Returns eid -> the session's folder. An eid depends on lab, subject, date and number alone
+    (ONE's own indexer gives random ones). Of several revisions of a dataset the last is the
+    default. Raises SessionError for tables that another tool made.
     """
     root = Path(root).resolve()
     cache, parquet = optional("one.alf.cache", "data"), optional("iblutil.io.parquet", "data")
@@ -147,30 +126,26 @@ def _task(session: Session, stimulus: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-# ------------------------------------------------------------------------------------- ALF files
-
-
 def _alf_trials(session: Session, stimulus: np.ndarray) -> pd.DataFrame:
     """IBL's trials table: one row per trial, times in seconds."""
     task = _task(session, stimulus)
     moved = task["movement"]
     response = np.where(np.isfinite(moved), moved, stimulus + 0.5) + RESPONSE
-    return pd.DataFrame(
-        {
-            "intervals_0": stimulus + min(session.window[0], 0) - 0.1,
-            "intervals_1": np.maximum(stimulus + session.window[1], response) + 0.1,
-            "stimOn_times": stimulus,
-            "goCue_times": stimulus + 0.001,
-            "firstMovement_times": moved,
-            "response_times": response,
-            "feedback_times": response,
-            "choice": np.asarray(session.behaviour["choice"], float),
-            "feedbackType": np.where(session.behaviour["reward"] > 0, 1.0, -1.0),
-            "contrastLeft": task["left"],
-            "contrastRight": task["right"],
-            "probabilityLeft": task["block"],
-        }
-    )
+    columns = {
+        "intervals_0": stimulus + min(session.window[0], 0) - 0.1,
+        "intervals_1": np.maximum(stimulus + session.window[1], response) + 0.1,
+        "stimOn_times": stimulus,
+        "goCue_times": stimulus + 0.001,
+        "firstMovement_times": moved,
+        "response_times": response,
+        "feedback_times": response,
+        "choice": np.asarray(session.behaviour["choice"], float),
+        "feedbackType": np.where(session.behaviour["reward"] > 0, 1.0, -1.0),
+        "contrastLeft": task["left"],
+        "contrastRight": task["right"],
+        "probabilityLeft": task["block"],
+    }
+    return pd.DataFrame(columns)
 
 
 def _alf_traces(session: Session, stimulus: np.ndarray, stop: float) -> dict[str, np.ndarray]:
@@ -215,12 +190,8 @@ def _alf_probe(
     below = along[np.searchsorted(channels[along], np.arange(n_channels), side="right") - 1]
 
     # "id 12345" names a structure that the atlas does not have; 0 is ``void``.
-    known = allen_ids() | {"": 0}
-    ids = {x: known.get(x, x.removeprefix("id ")) for x in session.regions[mine].tolist()}
-    if bad := [x for x, i in ids.items() if not re.fullmatch(r"-?\d+", str(i))]:
-        problem = f"{bad[0]!r} is not an acronym of the Allen atlas"
-        raise SessionError(f"session {session.name!r}, regions: {problem}")
-    locations = np.array([int(ids[x]) for x in session.regions[mine].tolist()])
+    known, labels = allen_ids() | {"": 0}, session.regions[mine].tolist()
+    locations = np.array([known[x] if x in known else int(x.removeprefix("id ")) for x in labels])
 
     columns = {key: values[mine] for key, values in session.neurons.items()}
     depth = np.asarray(columns.get("depth", 20.0 * (channels // 2)), dtype=float)  # um
@@ -237,11 +208,11 @@ def _alf_probe(
     }
 
 
-# --------------------------------------------------------------------------------- BrainWideBench
-
 SAMPLE_RATE = 50.0  # Hz, of behaviour
 FEEDBACK = 0.1  # s from movement to feedback
-SCALED = ("whisker/whisker_motion_energy", "paws/left_paw_speed", "paws/right_paw_speed")
+SIDES = ("left", "right")
+HELD_OUT = {"test": 3, "val": 7}
+SCALED = [("whisker", "whisker_motion_energy"), *(("paws", f"{x}_paw_speed") for x in SIDES)]
 WINDOWS = {  # of one second each: event, start relative to it (s)
     "choice": ("movement_onset_time", -1.0),
     "reward": ("feedback_time", 0.0),
@@ -256,8 +227,8 @@ def write_bwb_session(session: Session, path: str | Path, build: str = "selected
 
     Paws (a noisy copy of the wheel) and licks (after rewards) are made up. Splits are the
     benchmark's, by whole trials, without its gaps of 20 s. ``session`` needs a window from -1 to
-    2.5 s or more, so that the windows of the tasks are part of the simulation. ``build`` is
-    "selected_units" (those above 1 Hz) or "all_units".
+    2.5 s, which holds those of the tasks. ``build`` is "selected_units" (above 1 Hz) or
+    "all_units".
     """
     stimulus, stop = layout(session)
     units = np.arange(session.n_neurons)
@@ -268,12 +239,10 @@ def write_bwb_session(session: Session, path: str | Path, build: str = "selected
     trials = _bwb_trials(session, stimulus)
     ids = np.array([_uuid(BWB_ORIGIN, session.name, str(unit)) for unit in units])
     table = {"id": ids, "firing_rate": session.firing_rates[units]}
-    for level in LEVELS:
-        table[f"region_{level.lower()}"] = at_level(session, level).regions[units]
+    table |= {f"region_{x.lower()}": at_level(session, x).regions[units] for x in LEVELS}
     if build == "selected_units":  # a tenth for each, spread over the regions
-        for part, remainder in (("test", 3), ("val", 7)):
-            held = np.arange(len(units)) % 10 == remainder
-            table[f"ts2_co_smoothing_is_held_out_{part}"] = held
+        tenth = np.arange(len(units)) % 10
+        table |= {f"ts2_co_smoothing_is_held_out_{x}": tenth == i for x, i in HELD_OUT.items()}
     series = _bwb_traces(session, stimulus, stop, trials, rng)
     groups: dict[str, dict[str, np.ndarray]] = {
         "spikes": {"timestamps": times, "unit_index": unit},
@@ -289,10 +258,10 @@ def write_bwb_session(session: Session, path: str | Path, build: str = "selected
         "brainset": {"derived_version": "0.1.0", "unit_filtering": build},
         **{group: {"sampling_rate": SAMPLE_RATE} for group in series},
     }
-    for place in SCALED:  # the scorer divides these by their spread
-        group, _, column = place.partition("/")
+    for group, column in SCALED:  # the scorer divides these by their spread
         values = series[group][column]
-        attributes[f"ts1_normalize/{place}"] = {"mean": values.mean(), "std": values.std()}
+        pair = {"mean": values.mean(), "std": values.std()}
+        attributes[f"ts1_normalize/{group}/{column}"] = pair
     h5py, path = optional("h5py", "bwb"), Path(path)
     with atomic_write(path) as partial, h5py.File(partial, "w") as file:
         for group, columns in groups.items():
@@ -360,7 +329,7 @@ def _bwb_traces(
     since_reward = times[:, None] - trials["feedback_time"][trials["reward"] == 1]
     licking = ((since_reward > 0.1) & (since_reward < 0.9)).any(axis=1)
     paws: dict[str, np.ndarray] = {}
-    for side in ("left", "right"):
+    for side in SIDES:
         paws[f"{side}_paw_speed"] = 20.0 * wheel + rng.gamma(2.0, 5.0, len(times))
         # Confidence is lost for half a second at a time.
         confident = np.repeat(rng.random(len(times) // 25 + 1) < 0.9, 25)[: len(times)]
