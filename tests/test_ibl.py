@@ -266,7 +266,7 @@ def test_good_units(tree, read, variant):
 
 
 def test_a_probe_whose_clusters_have_no_labels(variant, read):
-    with pytest.warns(UserWarning, match="probe00.*metrics: none of its 8 clusters has a label"):
+    with pytest.warns(UserWarning, match="probe00.*metrics: no cluster has a label"):
         good = variant(remove_from("probe00", "*.metrics.pqt"), units="good")
     keep = (read.neurons["label"] >= 1) & (PROBES == "probe01")
     np.testing.assert_array_equal(good.counts, read.counts[:, :, keep])
@@ -394,7 +394,7 @@ def test_trials_after_a_probe_stopped_are_left_out(variant):
     assert 18 <= read.n_trials <= 20 and read.n_recorded == K
     assert read.trial_ids.tolist() == list(range(read.n_trials))
     np.testing.assert_array_equal(read.counts, make_session().counts[: read.n_trials])
-    assert read.provenance["beyond the recording"] == K - read.n_trials
+    assert read.provenance["trials"]["beyond the recording"] == K - read.n_trials
     alone = variant(stop, probes=["probe00"])
     assert alone.n_trials == K  # the other probe went on
 
@@ -440,8 +440,8 @@ ERRORS = [  # a damage, options, words of the error
     (lambda alf: (alf / "_ibl_trials.table.pqt").unlink(), {}, "trials.table: no such dataset"),
     (lambda alf: [f.unlink() for f in alf.rglob("channels.b*")], {}, "atlas=None"),
     (lambda alf: [f.unlink() for f in alf.rglob("*.metrics.pqt")], {"units": "good"}, "units=None"),
-    (lambda alf: None, {"align": "laserOn_times"}, "'laserOn_times'.*'stimOn_times'"),
-    (edit_trials(lambda t: t.__setitem__("stimOn_times", np.nan)), {}, "no trial has"),
+    (lambda alf: None, {"align": "laserOn_times"}, "laserOn_times: no such.*'stimOn_times'"),
+    (edit_trials(lambda t: t.__setitem__("stimOn_times", np.nan)), {}, "trials: none is left"),
     (edit_array(f"{SORTING}/spikes.clusters.npy", lambda c: c[:-1]), {}, "different sortings"),
     (edit_array(f"{SORTING}/clusters.channels.npy", lambda c: c[:-2]), {}, "different sortings"),
     (edit_array(f"{SORTING}/clusters.depths.npy", lambda c: c[:-1]), {}, "different sortings"),
@@ -466,11 +466,11 @@ def remove_from(probe, name):
 
 def test_what_one_of_two_probes_lacks(variant, tree):
     """A probe without spikes is left out with a word; half a sorting has a remedy."""
-    with pytest.warns(UserWarning, match="no spike sorting; left out probe01"):
+    with pytest.warns(UserWarning, match="probe01: no spike sorting; it is left out"):
         read = variant(remove_from("probe01", "spikes.times.npy"))
     np.testing.assert_array_equal(read.counts, make_session().counts[..., :8])
     broken = remove_from("probe01", "clusters.channels.npy")
-    with pytest.raises(SessionError, match="clusters.channels.*all but 'probe01'"):
+    with pytest.raises(SessionError, match="probe01.*/clusters.channels.*leave its probe out"):
         variant(broken)
     read = variant(broken, probes=["probe00"])
     np.testing.assert_array_equal(read.counts, make_session().counts[..., :8])
@@ -504,10 +504,8 @@ def test_unknown_sessions_and_options(tree):
     absent = "5dcee0eb-b34d-4652-acc3-d10afc6eae68"
     with pytest.raises(SessionError, match=rf"{absent}.*ibl\.search"):
         ibl.load_session(one, absent)
-    with pytest.raises(SessionError, match="'yesterday'.*not a session id"):
-        ibl.load_session(one, "yesterday")
     for options in ({"atlas": "Swanson"}, {"trial_filter": "all"}, {"units": "best"}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))} must be None or one of"):
+        with pytest.raises(ValueError, match=next(iter(options))):
             ibl.load_session(one, EID, **options)
 
 
@@ -515,9 +513,7 @@ def test_unknown_sessions_and_options(tree):
 
 
 def test_connect_says_what_it_needs(tmp_path):
-    with pytest.raises(ValueError, match=r"cache_dir.*username.*token.*/signup"):
-        ibl.connect()
-    with pytest.raises(FileNotFoundError, match="index_alf"):
+    with pytest.raises(FileNotFoundError, match=r"index_alf.*username.*token.*/signup"):
         ibl.connect(tmp_path)
     with pytest.raises(ValueError, match="No Alyx username"):
         ibl.connect(password="secret", base_url="http://localhost:9")
@@ -687,8 +683,8 @@ def test_tables_and_files_that_are_incomplete(tmp_path):
     np.save(alf / "_ibl_trials.stimOff_times.npy", onset + 0.1)
     index_alf(tmp_path)
     one = ibl.connect(tmp_path)
-    with pytest.warns(UserWarning, match="left out 1 without a time"):
-        found = ibl.load_session(one, EID, align="stimOff_times", probes="probe00")
+    with pytest.warns(UserWarning, match="left out 1 spikes without a time"):
+        found = ibl.load_session(one, EID, align="stimOff_times", probes=["probe00"])
     assert found.provenance["camera"] == "right" and found.n_trials == K
     assert not np.isnan(found.behaviour["whisker-motion-energy"]).all()
     # Another session of the same subject goes beside it.

@@ -1,8 +1,7 @@
 """International Brain Laboratory recordings through ONE: an eid in, a Session out.
 
-Needs ONE-api and iblatlas, not ibllib. The same code reads the public server and a folder on disk
-(downloaded, or written by `mtm.data.synthetic`). Facts about IBL's pipeline are from ibllib
-(``brainbox.io.one``, ``brainbox.behavior.wheel``) and from MtM's data preparation.
+Needs ONE-api and iblatlas, not ibllib. The same code reads the public server and a folder on disk.
+Facts about IBL's pipeline are from ibllib (``brainbox.io.one``, ``brainbox.behavior.wheel``).
 
 A session's behaviour, NaN = missing:
 
@@ -54,9 +53,8 @@ def connect(
     """Make a ONE on a folder or, with credentials, on IBL's public server. Never asks anything.
 
     Args:
-        cache_dir: a folder with ONE's tables (``sessions.pqt``, ``datasets.pqt``), made by
-            `mtm.data.synthetic.index_alf` or, after downloads, by ``one.save_cache()``. It is read
-            without a network. With credentials, where to download to.
+        cache_dir: a folder with ONE's tables, made by `mtm.data.synthetic.index_alf` or, after
+            downloads, by ``one.save_cache()``. With credentials, where to download to.
         username, password: of a free account (``<base_url>/signup``). ONE keeps the log-in, so
             later the username alone is enough on the same machine.
         token: instead of both: the text that ``<base_url>/me`` shows (for ORCiD accounts).
@@ -71,22 +69,14 @@ def connect(
             try:
                 return api.OneAlyx(base_url=base_url, silent=True, **login, **where)
             except UserWarning:
-                raise ValueError(
-                    f"no log-in of {username!r} at {base_url} is saved on this machine; pass "
-                    f"password=..., or token=... from {base_url}/me"
-                ) from None
-    if cache_dir is None:
-        raise ValueError(
-            "pass cache_dir, a folder with ONE's tables (mtm.data.synthetic.index_alf makes them), "
-            f"or username and password, or token: accounts are made at {base_url}/signup"
-        )
-    for table in ("sessions.pqt", "datasets.pqt"):
-        if not (Path(cache_dir) / table).is_file():
-            raise FileNotFoundError(
-                f"{Path(cache_dir) / table} is missing; on an ALF tree, call "
-                f"mtm.data.synthetic.index_alf({str(cache_dir)!r}), or pass credentials to download"
-            )
-    return api.One(cache_dir=Path(cache_dir), mode="local")
+                problem = f"no log-in of {username!r} at {base_url} is saved on this machine; pass"
+                raise ValueError(f"{problem} password=..., or token=... from /me there") from None
+    folder = Path(cache_dir or "")
+    if not all((folder / f"{table}.pqt").is_file() for table in ("sessions", "datasets")):
+        problem = f"{folder} lacks sessions.pqt or datasets.pqt; on an ALF tree, call"
+        raise FileNotFoundError(f"{problem} mtm.data.synthetic.index_alf, or pass username and "
+                                f"password, or token, of {base_url}/signup")  # fmt: skip
+    return api.One(cache_dir=folder, mode="local")
 
 
 def load_session(
@@ -111,41 +101,44 @@ def load_session(
             those before or after the time in which all probes recorded.
         atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos". None: load
             without regions. A probe without histology, of two, has none.
-        trial_filter: "reaction-time" keeps the trials that `reaction_time_filter` accepts, each in
-            its part of the split. The paper decodes behaviour from these, and trains on all.
-        units: "good" keeps the clusters with label 1 (IBL's three quality criteria) only.
+        trial_filter: "reaction-time": only trials that `reaction_time_filter` accepts. The paper
+            decodes behaviour from these, and trains on all.
+        units: "good": only clusters with label 1 (IBL's three quality criteria).
         probes: names of those to load, as ``["probe00"]``. Default: all with a spike sorting.
 
     Returns:
         the session, named by the eid. ``neurons`` has ``probe``, ``cluster`` (id on its probe),
         ``allen_id``, ``allen``, ``beryl``, ``cosmos``, and where present ``depth`` (micrometres
-        from the tip), ``label``, ``uuid``. Errors name the eid, the dataset and the remedy.
+        from the tip), ``label``, ``uuid``.
+
+    Raises:
+        SessionError: naming session, dataset and remedy.
     """
-    known = {"atlas": LEVELS, "trial_filter": ("reaction-time",), "units": ("good",)}
-    for name, value in {"atlas": atlas, "trial_filter": trial_filter, "units": units}.items():
-        if value not in (None, *known[name]):
-            raise ValueError(f"{name} must be None or one of {', '.join(known[name])}: {value!r}")
+    if units not in (None, "good") or trial_filter not in (None, "reaction-time"):
+        raise ValueError(f"units may be 'good', got {units!r}; trial_filter 'reaction-time', got "
+                         f"{trial_filter!r}")  # fmt: skip
+    if atlas not in (None, *LEVELS):
+        raise ValueError(f"atlas must be None or one of {', '.join(LEVELS)}; got {atlas!r}")
     session = _OneSession(one, eid)
-    spikes, clusters = _spikes(session, probes, atlas is not None, units)
-    trials = _trials(session, align, trial_filter)
-    trials = _while_recorded(session, trials, align, window, spikes)
-    facts = session.provenance = {**session.provenance, "align": align, "units": units}
-    return Session.from_spike_times(
+    spikes, clusters = _spikes(session, probes, atlas is not None)
+    trials = _trials(session, align)
+    times = trials[align].to_numpy()
+    rejected = {"rejected by the filter": ~reaction_time_filter(trials)} if trial_filter else {}
+    rejected["beyond the recording"] = _beyond(spikes, times, window)
+    fields = session.trials_to_use(times, _behaviour(trials), rejected)
+    if units == "good":
+        clusters["keep"] = _good(session, clusters)
+    session.provenance |= {"align": align, "units": units}
+    return session.to_session(
         spikes["time"].to_numpy(),
         spikes["neuron"].to_numpy(),
-        trials[align].to_numpy(),
-        clusters=clusters.index,
+        clusters,
         regions=None if atlas is None else clusters[atlas.lower()],
+        traces=_traces(session),
+        subject=session.provenance["subject"],
         window=window,
         bin_size=bin_size,
-        traces=_whisker(session) | _wheel(session),
-        behaviour=_behaviour(trials),
-        neurons=clusters.to_dict("series"),
-        name=session.name,
-        subject=facts["subject"],
-        trial_ids=trials.index.to_numpy(),
-        n_recorded=facts["trials in the table"],
-        provenance=facts,
+        **fields,
     )
 
 
@@ -159,10 +152,10 @@ def search(
     quality: str | None = None,
     **terms: Any,
 ) -> list[str]:
-    """Find sessions that have sorted spikes; returns their eids.
+    """Find sessions that have sorted spikes, on a server or a folder; returns their eids.
 
     Args:
-        one: from `connect`. On a server, its database is asked; on a folder, ONE's tables.
+        one: from `connect`.
         project, lab, subject: or part of the name.
         region: Allen acronym of a region that a probe went through, or of a larger one that
             contains it ("HPF" finds CA1). On a folder, each session's channels are read for that.
@@ -194,11 +187,8 @@ def search(
 def prepare(one: Any, eids: Iterable[Any], out: str | Path, **options: Any) -> Prepared:
     """Download and write many sessions, each as ``OUT/<eid>.npz``: :func:`mtm.prepare` for ONE.
 
-    Args:
-        one: from `connect`. Every process connects for itself, with the log-in that ONE has saved.
-        eids: as from `search`, or `mtm.official.PAPER_EIDS`.
-        out: folder.
-        **options: those of :func:`mtm.prepare` and of `load_session`.
+    Each process connects for itself, with the log-in that ONE has saved. ``options`` are those of
+    :func:`mtm.prepare` and of `load_session`.
 
     Example:
         >>> done = ibl.prepare(one, official.PAPER_EIDS, "sessions", trial_filter="reaction-time")
@@ -224,15 +214,12 @@ def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
     Args:
         trials: IBL's trials table: column -> (K,).
     """
-    required = ("choice", "feedback_times", "feedbackType", "probabilityLeft")
-    columns = (*required, "stimOn_times", "firstMovement_times", "goCue_times")
-    column = {name: np.asarray(trials[name], dtype=np.float64) for name in columns}
-    reaction_time = column["firstMovement_times"] - column["stimOn_times"]  # NaN fails both bounds
-    keep = (reaction_time >= 0.08) & (reaction_time <= 2.0) & (column["choice"] != 0)
-    keep &= ~(column["feedback_times"] - column["goCue_times"] > 10.0)
-    for name in required:
-        keep &= ~np.isnan(column[name])
-    return keep
+    required = ["choice", "feedback_times", "feedbackType", "probabilityLeft"]
+    table = pd.DataFrame(dict(trials), dtype=np.float64)
+    reaction_time = table["firstMovement_times"] - table["stimOn_times"]
+    keep = reaction_time.between(0.08, 2.0) & (table["choice"] != 0)  # NaN is not between
+    keep &= ~(table["feedback_times"] - table["goCue_times"] > 10.0)
+    return (keep & table[required].notna().all(axis=1)).to_numpy()
 
 
 # ---------------------------------------------------------------- what ONE has
@@ -242,11 +229,7 @@ class _OneSession(Recording):
     """The datasets of one session: which there are, and their content."""
 
     def __init__(self, one: Any, eid: Any) -> None:
-        self.one = one
-        try:
-            self.id = one.to_eid(eid)
-        except ValueError as error:
-            raise SessionError(f"session {eid!r}: not a session id ({error})") from error
+        self.one, self.id = one, one.to_eid(eid)
         server = None if one.offline else one.alyx.base_url
         super().__init__(str(self.id or eid), origin="ONE", server=server, eid=str(self.id or eid))
         paths = () if self.id is None else one.list_datasets(self.id)
@@ -262,12 +245,12 @@ class _OneSession(Recording):
         found = [path for path in self.paths if re.fullmatch(pattern, path)]
         return min(found, key=lambda path: (path.count("/"), path), default=None)
 
-    def load(self, name: str, collection: str | None = None, remedy: str = "") -> Any:
+    def load(self, name: str, collection: str | None = None) -> Any:
         """Content of a dataset, downloaded where it is not on disk: numbers (n,), or a table."""
         path = self.find(name, collection)
         if path is None:
-            remedy = remedy or "choose another session"
-            self.fail(f"{collection or 'alf'}/{name}", f"no such dataset; {remedy}")
+            problem = "no such dataset; leave its probe out with probes=..., or choose another"
+            self.fail(f"{collection or 'alf'}/{name}", f"{problem} session")
         with self.reading(path, f"delete the file in {self.one.cache_dir} and load again"):
             folder, _, file_name = path.rpartition("/")
             with warnings.catch_warnings():  # tables that ONE saved do not say which is the default
@@ -287,64 +270,45 @@ class _OneSession(Recording):
 # ---------------------------------------------------------------- trials
 
 
-def _trials(session: _OneSession, align: str, trial_filter: str | None) -> pd.DataFrame:
-    """The trials to use; their index is the row in the table."""
-    path, alone = session.find("trials.table"), session.find(f"trials.{align}")
-    table = pd.DataFrame() if alone and not path else session.load("trials.table")
-    path = path or "alf/trials.*"
-    with session.reading(path):
-        for name in dict.fromkeys((*TRIAL_COLUMNS, align)):
-            if name not in table and session.find(f"trials.{name}"):  # in a file of its own
+def _trials(session: _OneSession, align: str) -> pd.DataFrame:
+    """The trials table, float64; columns may be in files of their own, in older recordings all."""
+    path = session.find("trials.table")
+    alone = not path and session.find(f"trials.{align}")
+    table = pd.DataFrame() if alone else session.load("trials.table")
+    with session.reading(path or "alf/trials.*"):
+        columns = list(dict.fromkeys((*TRIAL_COLUMNS, align)))
+        for name in columns:
+            if name not in table and session.find(f"trials.{name}"):
                 table[name] = session.load(f"trials.{name}")
         if align not in table:
             events = sorted(name for name in table if name.endswith("_times"))
-            session.fail(path, f"no column {align!r} to align to; there are {events}")
-        names = [name for name in table if name in (*TRIAL_COLUMNS, align)]
-        trials = table[names].astype(np.float64).reset_index(drop=True)
-        keep = trials[align].notna()
-        facts = {"trials in the table": len(keep), f"without {align}": int((~keep).sum())}
-        if trial_filter is not None:
-            accepted = reaction_time_filter(trials)
-            facts["rejected by the filter"] = int((keep & ~accepted).sum())
-            keep &= accepted
-    session.provenance |= facts
-    if not keep.any():
-        session.fail(path, f"no trial has {align!r} and passes trial_filter={trial_filter!r}")
-    return trials[keep]
+            session.fail(f"trials.{align}", f"no such column; align to one of {events}")
+        return table.reindex(columns=columns).astype(np.float64)
 
 
-def _while_recorded(
-    session: _OneSession,
-    trials: pd.DataFrame,
-    align: str,
-    window: tuple[float, float],
-    spikes: pd.DataFrame,
-) -> pd.DataFrame:
-    """The trials during which all probes recorded; neurons would seem silent in the others.
+def _beyond(spikes: pd.DataFrame, times: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Trials (K,) during which some probe did not record; its neurons would seem silent.
 
     A probe records from its first to its last spike; one with few spikes does not tell.
     """
     ends = spikes.groupby("probe")["time"].agg(["min", "max", "size"])
-    ends = ends[ends["size"] >= len(trials)]
+    ends = ends[ends["size"] >= len(times)]
     start, stop = ends["min"].max() - SILENCE, ends["max"].min() + SILENCE
-    outside = (trials[align] + window[0] < start) | (trials[align] + window[1] > stop)
-    if outside.all():  # another clock, or no spikes; binning reports it
-        return trials
-    session.provenance["beyond the recording"] = int(outside.sum())
-    return trials[~outside]
+    outside = (times + window[0] < start) | (times + window[1] > stop)
+    # Where all are outside, it is by another clock; binning reports it.
+    return outside & ~(outside | np.isnan(times)).all()
 
 
 def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:
     """Behaviour with one value per trial; one that is known of no trial is left out."""
-    column = trials.reindex(columns=list(TRIAL_COLUMNS))
-    left, right, kind = column["contrastLeft"], column["contrastRight"], column["feedbackType"]
+    left, right, kind = trials["contrastLeft"], trials["contrastRight"], trials["feedbackType"]
     found = {
-        "choice": column["choice"],
-        "block": column["probabilityLeft"],
+        "choice": trials["choice"],
+        "block": trials["probabilityLeft"],
         "reward": (kind > 0).astype(float).where(kind.notna()),
         # The side without a stimulus is NaN; where both are, the stimulus is not known.
         "contrast": right.sub(left, fill_value=0),
-        "reaction-time": column["firstMovement_times"] - column["stimOn_times"],
+        "reaction-time": trials["firstMovement_times"] - trials["stimOn_times"],
     }
     return {key: x.to_numpy() for key, x in found.items() if x.notna().any()}
 
@@ -354,95 +318,78 @@ def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:
 
 def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, str]:
     """Probe name -> collection with its spike sorting, probes in order."""
-    found: dict[str, list[str]] = {}
-    pattern = r"alf/(probe[^/]+)(?:/([^/]+))?/(?:_[^_/]+_)?spikes\.times\.npy"
+    found: dict[str, list[tuple[bool, int, str]]] = {}
     for path in session.paths:
+        pattern = r"(alf/(probe[^/]+)(?:/([^/]+))?)/(?:_[^_/]+_)?spikes\.times\.npy"
         if match := re.fullmatch(pattern, path):
-            found.setdefault(match[1], []).append(match[2] or "")
+            place, probe, sorter = match[1], match[2], match[3] or ""
+            half = not all(session.find(name, place) for name in SORTING)
+            rank = (half, (*SORTERS, sorter).index(sorter), place)
+            found.setdefault(probe, []).append(rank)
     present = {path.split("/")[1] for path in session.paths if path.startswith("alf/probe")}
-    names = present if wanted is None else {wanted} if isinstance(wanted, str) else {*wanted}
+    names = present if wanted is None else {*wanted}
     if not names & set(found) or names - present:
         problem = f"no spike sorting in {sorted(names)}; there are {sorted(found)}"
         session.fail("alf/probe*/*/spikes.times.npy", problem)
-    if unsorted := sorted(names - set(found)):
-        session.warn(f"alf/{unsorted[0]}", f"no spike sorting; left out {', '.join(unsorted)}")
-    best = {}
-    for probe in sorted(names & set(found)):
-        order = sorted(found[probe], key=lambda name: (*SORTERS, name).index(name))
-        places = [f"alf/{probe}/{sorter}".rstrip("/") for sorter in order]
-        whole = [place for place in places if all(session.find(n, place) for n in SORTING)]
-        best[probe] = (whole or places)[0]
-        if best[probe] != places[0]:
-            session.warn(places[0], f"not all of a spike sorting; {best[probe]} instead")
+    for probe in sorted(names - set(found)):
+        session.warn(f"alf/{probe}", "no spike sorting; it is left out")
+    best = {probe: min(found[probe])[-1] for probe in sorted(names & set(found))}
+    for probe, place in best.items():
+        for half, _, other in found[probe]:
+            if half and other != place:
+                session.warn(other, f"not all of a spike sorting; {place} instead")
     return best
 
 
 def _spikes(
-    session: _OneSession, wanted: Sequence[str] | None, regions: bool, units: str | None
+    session: _OneSession, wanted: Sequence[str] | None, regions: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spikes (time, neuron, probe) of all probes, and the table of their clusters by neuron."""
     collections = session.provenance["collections"] = _sortings(session, wanted)
-    places = collections.items() if regions else ()
-    located = {probe: _locations(session, place) for probe, place in places}
-    for probe in [probe for probe, ids in located.items() if not len(ids)]:
-        if not any(map(len, located.values())):
-            problem = "the probe has no histology: atlas=None loads it without regions"
-            session.fail(f"{collections[probe]}/channels.{LOCATIONS}", f"missing; {problem}")
-        session.warn(f"alf/{probe}", "no histology; its clusters have no region")
     tables, offset = [], 0
     for probe, collection in collections.items():
         with session.reading(collection, "the files are of different sortings or damaged"):
-            spikes, table = _probe(session, probe, collection, located.get(probe))
+            spikes, table = _probe(session, probe, collection, regions)
         tables.append((spikes.assign(neuron=spikes["cluster"] + offset, probe=probe), table))
         offset += len(table)
     spikes, clusters = (pd.concat(each, ignore_index=True) for each in zip(*tables, strict=True))
-    session.provenance["clusters"] = offset
-    if "uuid" in clusters:
-        clusters["uuid"] = clusters["uuid"].fillna("")  # of a probe without uuids
-    if units == "good":
-        for probe, labels in clusters.groupby("probe")["label"] if "label" in clusters else ():
-            if labels.isna().all():
-                problem = f"none of its {len(labels)} clusters has a label; they are left out"
-                session.warn(f"{collections[probe]}/clusters.metrics", problem)
-        clusters = clusters[clusters["label"] >= 1] if "label" in clusters else clusters[:0]
-        if clusters.empty:
-            session.fail("clusters.metrics", "no cluster has label 1; pass units=None")
-        spikes = spikes[spikes["neuron"].isin(clusters.index)]
+    if regions:
+        if "allen_id" not in clusters:
+            session.fail(f"alf/probe*/*/channels.{LOCATIONS}", "missing; the session has no "
+                         "histology: atlas=None loads it without regions")  # fmt: skip
+        for probe in sorted(set(clusters["probe"][clusters["allen_id"].isna()])):
+            session.warn(f"alf/{probe}", "no histology; its clusters have no region")
+        clusters["allen_id"] = clusters["allen_id"].fillna(0).astype(np.int64)
+        for level in LEVELS:
+            clusters[level.lower()] = acronyms(clusters["allen_id"].to_numpy(), level)
     return spikes, clusters
 
 
 def _probe(
-    session: _OneSession, probe: str, collection: str, locations: np.ndarray | None
+    session: _OneSession, probe: str, collection: str, regions: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spikes (time, cluster) of one probe, and the table of its clusters."""
-    remedy = f"leave the probe out with probes=..., all but {probe!r}"
-    channels = session.load("clusters.channels", collection, remedy)
-    times = session.load("spikes.times", collection, remedy)
-    ids = session.load("spikes.clusters", collection, remedy).astype(np.int64)
-    spikes = pd.DataFrame({"time": times, "cluster": ids})
-    timed = np.isfinite(spikes["time"])
-    if not timed.all():
-        session.warn(f"{collection}/spikes.times", f"left out {(~timed).sum()} without a time")
-    spikes = spikes[timed]
+    times, ids, channels = (session.load(name, collection) for name in SORTING)
+    spikes = pd.DataFrame({"time": times, "cluster": ids.astype(np.int64)})
     if not spikes["cluster"].between(0, len(channels) - 1).all():
         raise ValueError(f"spikes of cluster {ids.max()}, but only {len(channels)} clusters")
     clusters = pd.DataFrame({"probe": probe, "cluster": np.arange(len(channels))})
-    if locations is not None:
-        clusters["allen_id"] = _allen_ids(session, collection, channels, locations)
-        for level in LEVELS:
-            clusters[level.lower()] = acronyms(clusters["allen_id"].to_numpy(), level)
-    for column, name in (("depth", "depths"), ("uuid", "uuids"), ("label", "metrics")):
-        if session.find(f"clusters.{name}", collection):
-            found = session.load(f"clusters.{name}", collection)
-            if name == "uuids":
-                found = found.iloc[:, 0].to_numpy(str)
-            elif name == "metrics":  # clusters without a spike have no row
-                found = found if "cluster_id" in found else found.reset_index()
-                if "label" not in found:
-                    continue
-                label = found.drop_duplicates("cluster_id").set_index("cluster_id")["label"]
-                found = label.reindex(clusters["cluster"]).to_numpy(np.float64)
-            clusters[column] = found
+    for column, name in (("depth", "clusters.depths"), ("uuid", "clusters.uuids")):
+        if session.find(name, collection):
+            clusters[column] = np.ravel(session.load(name, collection))
+    if session.find("clusters.metrics", collection):  # clusters without a spike have no row
+        table = session.load("clusters.metrics", collection)
+        table = table if "cluster_id" in table else table.reset_index()
+        table = table.drop_duplicates("cluster_id").set_index("cluster_id")
+        labels = table.reindex(index=clusters["cluster"], columns=["label"])
+        clusters["label"] = np.ravel(labels.to_numpy(np.float64))
+    if regions and len(located := _locations(session, collection)):
+        on_channel = channels >= 0  # neither NaN nor -1
+        if not on_channel.all():
+            problem = f"{(~on_channel).sum()} clusters without a channel; they have no region"
+            session.warn(f"{collection}/clusters.channels", problem)
+        places = np.where(on_channel, channels, 0).astype(np.int64)
+        clusters["allen_id"] = np.where(on_channel, located[places], 0)  # 0: void
     return spikes, clusters
 
 
@@ -466,47 +413,27 @@ def _locations(session: _OneSession, collection: str) -> np.ndarray:
         known = session.find("channels.rawInd", collection)
         return session.load("channels.rawInd", collection) if known else np.arange(len(ids))
 
-    with session.reading(best, "the files are of different sortings or damaged"):
-        by_site = pd.Series(ids, np.arange(len(ids)) if "Sites" in file else sites(place))
-        return by_site.reindex(sites(collection), fill_value=0).to_numpy()
+    by_site = pd.Series(ids, np.arange(len(ids)) if "Sites" in file else sites(place))
+    return by_site.reindex(sites(collection), fill_value=0).to_numpy()
 
 
-def _allen_ids(
-    session: _OneSession, collection: str, channels: np.ndarray, locations: np.ndarray
-) -> np.ndarray:
-    """Allen id of each cluster, (n,) int64, from that of its channel; 0, void, without one."""
-    on_channel = channels >= 0  # neither NaN nor -1
-    if not on_channel.all():
-        problem = f"{(~on_channel).sum()} clusters without a channel; they have no region"
-        session.warn(f"{collection}/clusters.channels", problem)
-    found = np.zeros(len(channels), dtype=np.int64)
-    if len(locations):
-        found[on_channel] = locations[channels[on_channel].astype(np.int64)]
-    return found
+def _good(session: _OneSession, clusters: pd.DataFrame) -> np.ndarray:
+    """The clusters (N,) with label 1."""
+    table = clusters.reindex(columns=["probe", "label"])
+    for probe in sorted(set(table["probe"]) - set(table["probe"][table["label"].notna()])):
+        if table["label"].notna().any():
+            session.warn(f"alf/{probe}/clusters.metrics", "no cluster has a label; none is used")
+    return (table["label"] >= 1).to_numpy()
 
 
-# ---------------------------------------------------------------- wheel and camera
-
-Trace = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-def _wheel(session: _OneSession) -> Trace:
-    """Wheel speed at 1 kHz, rad/s; nothing, with a warning, where there is no usable wheel."""
+def _traces(session: _OneSession) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Wheel speed (rad/s) and motion energy; what is not usable is left out, with a warning."""
+    traces, problems = {}, []
     try:
-        times, position = session.load("wheel.timestamps"), session.load("wheel.position")
-        return {"wheel-speed": wheel_speed(*ordered_samples(times, position))}
+        position = session.load("wheel.position")
+        traces["wheel-speed"] = wheel_speed(session.load("wheel.timestamps"), position)
     except ValueError as error:
         session.warn("wheel", f"{error}; the session has no behaviour 'wheel-speed'")
-        return {}
-
-
-def _whisker(session: _OneSession) -> Trace:
-    """Motion energy at each frame; nothing, with a warning, where there is none.
-
-    As IBL's loader has it: where there are more times than frames, the last times count, since the
-    surplus ones are of frames before the video began; surplus frames cannot be placed.
-    """
-    problems = []
     for camera in ("left", "right"):
         try:
             energy = session.load(f"{camera}Camera.ROIMotionEnergy")
@@ -514,9 +441,11 @@ def _whisker(session: _OneSession) -> Trace:
             n, surplus = len(energy), len(times) - len(energy)
             if n == 0 or not 0 <= surplus <= max(5, 0.01 * n):
                 session.fail(f"{camera}Camera", f"{n} energies, {len(times)} times")
+            # As in IBL's loader, the last times count: surplus ones are before the video began.
+            traces["whisker-motion-energy"] = ordered_samples(times[surplus:], energy)
             session.provenance["camera"] = camera
-            return {"whisker-motion-energy": ordered_samples(times[surplus:], energy)}
+            return traces
         except SessionError as error:
             problems.append(str(error))
     session.warn("camera", f"{'; '.join(problems)}; no behaviour 'whisker-motion-energy'")
-    return {}
+    return traces

@@ -1,15 +1,15 @@
 """NWB files, on disk or streamed from an archive such as DANDI: a path or URL in, a Session out.
 
-Files of NWB 2 are read with h5py as they are stored, without their extensions; of a remote file
-only the datasets that are used are fetched. `describe` lists what a file has.
+Files of NWB 2 are read with h5py, without their extensions; of a remote file only the datasets that
+are used are fetched.
 
 - ``region``: a column of the units table; ``"electrodes/<column>"``, the label of a unit's peak
   electrode, where a column such as ``peak_channel_id`` or ``max_electrode`` names it, or else the
   label that most of its ``electrodes`` have; or ``"electrode_group/location"``. "auto" is the first
   of `REGION_SOURCES` that labels any unit.
 - ``behaviour``: columns of the trials table. Default: all with one number or boolean per trial,
-  except those called ``*time`` or ``*times``; codes whose words the file has are read as words.
-  Columns of text must be asked for.
+  except those called ``*time`` or ``*times``. Columns of text must be asked for; codes whose words
+  the file has are read as words.
 - ``traces``: any TimeSeries, averaged in each bin. Where a name occurs twice, give more of the
   path: ``"Position/head"``. ``"head[0]"`` is the first column of several. Angles do not average.
 """
@@ -17,7 +17,7 @@ only the datasets that are used are fetched. `describe` lists what a file has.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mtm.binning import plain
 from mtm.data.recording import Recording, is_event, ordered_samples, public
 from mtm.files import optional
 from mtm.session import Session, has_region
@@ -63,8 +64,7 @@ def load_session(
         align: the event: a column of the trials table, in seconds; trials without it (NaN) are left
             out. Or (K,) event times in seconds; then no trials table is read. Consecutive windows
             of a file without trials: ``np.arange(start, stop, length)``, ``window=(0, length)``.
-        window: (start, stop) around each event, seconds.
-        bin_size: seconds.
+        window, bin_size: (start, stop) around each event, and width of a bin; seconds.
         trials: the table among the file's ``intervals`` whose rows are the trials.
         behaviour, traces, region: see the top of this page; ``()`` and None for none.
 
@@ -76,14 +76,18 @@ def load_session(
     Raises:
         SessionError: naming session, dataset and remedy.
     """
-    if isinstance(behaviour, str | Mapping) or isinstance(traces, str | Mapping):
-        raise TypeError("behaviour and traces are lists of names of columns and series")
     with _opened(source) as file:
-        fields = _units(file, region) | _trials(file, trials, align, behaviour)
+        table = _Table(file, "units")
+        if not table.n or "spike_times" not in table.index:
+            file.fail("units/spike_times", "no sorted spikes; choose a file with a units table")
+        labels, file.provenance["regions"] = _regions(file, table, region)
+        times, rows = table.ragged("spike_times")
+        neurons = {"cluster": table.id} | {key: table.column(key) for key in table.scalars}
+        fields = _trials(file, trials, align, behaviour)
         fields["traces"] = {name: _samples(file, name) for name in traces}
-    fields |= {"name": file.name, "subject": file.provenance["subject"]}
-    grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
-    return Session.from_spike_times(**fields, **grid, provenance=file.provenance)
+    fields |= {"regions": labels, "window": window, "bin_size": bin_size}
+    fields["subject"] = file.provenance["subject"]
+    return file.to_session(times.astype(np.float64), rows, pd.DataFrame(neurons), **fields)
 
 
 def describe(source: str | Path) -> str:
@@ -91,13 +95,11 @@ def describe(source: str | Path) -> str:
     with _opened(source) as file:
         lines = [f"{file.name!r}, subject {file.provenance['subject'] or 'not named'}"]
         tables = [f"intervals/{key}" for key in file.h5.get("intervals", ())]
-        for path in ("units", ELECTRODES, *tables):
-            if not (table := _Table(file, path)).n:
-                continue
-            kinds = {key: " (text)" if file.is_text(table.columns[key]) else ""
-                     for key in table.scalars}  # fmt: skip
-            columns = [key + kinds.get(key, " (many)") for key in table.columns]
-            lines.append(f"{path}: {table.n} rows; columns " + ", ".join(columns))
+        for table in (_Table(file, path) for path in ("units", ELECTRODES, *tables)):
+            kinds = dict.fromkeys(table.columns, " (many)") | dict.fromkeys(table.scalars, "")
+            kinds |= {key: " (text)" for key in table.scalars if file.is_text(table.columns[key])}
+            columns = ", ".join(key + kind for key, kind in kinds.items())
+            lines += [f"{table.path}: {table.n} rows; columns {columns}"] if table.n else []
         labels, place = _regions(file, _Table(file, "units"), "auto")
         sizes = pd.Series(labels).replace("", "none").value_counts().to_dict()
         lines.append(f"regions, from {place}: {sizes}")
@@ -105,9 +107,6 @@ def describe(source: str | Path) -> str:
             data = group["data"]
             lines.append(f"series {path}: shape {data.shape}, unit {data.attrs.get('unit', '?')}")
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- the file
 
 
 class _NwbFile(Recording):
@@ -131,9 +130,9 @@ class _NwbFile(Recording):
         if (words := self.words(dataset)) is not None:
             codes = np.asarray(dataset[part])
             return np.array([words.get(code, "") for code in codes.ravel().tolist()], np.str_)
-        text = self.is_text(dataset)
-        values = np.asarray((dataset.asstr(errors="replace") if text else dataset)[part])
-        return values.astype(np.str_) if text else values
+        if self.is_text(dataset):
+            return np.asarray(dataset.asstr(errors="replace")[part]).astype(np.str_)
+        return np.asarray(dataset[part])
 
     def series(self) -> dict[str, Any]:
         """Path -> group of every TimeSeries: whatever has data with times."""
@@ -158,16 +157,16 @@ def _opened(source: str | Path) -> Iterator[_NwbFile]:
     h5py = optional("h5py", "nwb")
     if not remote and not Path(source).is_file():
         file.fail("file", f"{shown} does not exist; check the path")
-    with file.reading("file", f"check the address, or pass the path of a copy of {shown}"):
-        with h5py.File(_stream(file, address) if remote else address, "r") as file.h5:
-            if "nwb_version" not in file.h5.attrs:
-                file.fail("nwb_version", "missing, so not a file of NWB 2; convert it")
-            for key, path in PROVENANCE.items():
-                dataset = file.h5.get(path)
-                single = getattr(dataset, "size", 0) == 1
-                file.provenance[key] = str(file.read(dataset).item()).strip() if single else ""
-            file.name = file.provenance["identifier"] or Path(shown).name
-            yield file
+    reading = file.reading("file", f"check the address, or pass the path of a copy of {shown}")
+    with reading, h5py.File(_stream(file, address) if remote else address, "r") as file.h5:
+        if "nwb_version" not in file.h5.attrs:
+            file.fail("nwb_version", "missing, so not a file of NWB 2; convert it")
+        for key, path in PROVENANCE.items():
+            dataset = file.h5.get(path)
+            single = getattr(dataset, "size", 0) == 1
+            file.provenance[key] = str(file.read(dataset).item()).strip() if single else ""
+        file.name = file.provenance["identifier"] or Path(shown).name
+        yield file
 
 
 def _stream(file: _NwbFile, address: str) -> Any:
@@ -189,14 +188,12 @@ class _Table:
         self.id = file.read(found.pop("id")) if found else np.zeros(0, np.int64)
         self.n = len(self.id)
         self.index = {key: found[f"{key}_index"] for key in found if f"{key}_index" in found}
-        indices = {f"{key}_index" for key in self.index}
-        indices |= {f"{key}_elements" for key, item in found.items() if "elements" in item.attrs}
-        self.columns = {key: item for key, item in found.items() if key not in indices}
+        hidden = {f"{key}_{end}" for key in found for end in ("index", "elements")}
+        self.columns = {key: item for key, item in found.items() if key not in hidden}
         # Those with one number or text per row; a reference to another table is neither.
         self.scalars = [
-            key
-            for key, item in self.columns.items()
-            if item.shape == (self.n,) and key not in self.index and "table" not in item.attrs
+            key for key, item in self.columns.items() if item.shape == (self.n,)
+            and key not in self.index and "table" not in item.attrs
             and (item.dtype.kind in "uifb" or file.is_text(item))
         ]  # fmt: skip
 
@@ -215,35 +212,15 @@ class _Table:
         return values, np.repeat(np.arange(self.n), np.diff(ends, prepend=0))
 
 
-# ---------------------------------------------------------------- units and regions
-
-
-def _units(file: _NwbFile, region: str | None) -> dict[str, Any]:
-    """The arguments of `Session.from_spike_times` that come from the units table."""
-    table = _Table(file, "units")
-    if not table.n or "spike_times" not in table.index:
-        file.fail("units/spike_times", "no sorted spikes; choose a file with a units table")
-    labels, file.provenance["regions"] = _regions(file, table, region)
-    times, rows = table.ragged("spike_times")
-    finite = np.isfinite(times)
-    if not finite.all():
-        file.warn("units/spike_times", f"dropped {(~finite).sum()} spikes at NaN or infinite times")
-    neurons = {key: table.column(key) for key in table.scalars} | {"cluster": table.id}
-    spikes = {"spike_times": times[finite].astype(np.float64), "spike_clusters": rows[finite]}
-    return spikes | {"clusters": np.arange(table.n), "regions": labels, "neurons": neurons}
-
-
 def _regions(file: _NwbFile, table: _Table, region: str | None) -> tuple[np.ndarray, str | None]:
     """The label of each unit, (N,), and where the labels are from."""
-    for source in REGION_SOURCES if region == "auto" else (region,) if region else ():
+    for source in REGION_SOURCES if region == "auto" else [region] if region else []:
         labels = _labels(file, table, source)
-        if labels is None and region != "auto":
-            problem = (
-                "no such labels; pass None, 'electrodes/<column>' of the electrodes, or one of"
-            )
-            file.fail(f"regions from {region}", f"{problem} {table.scalars}")
         if labels is not None and (region != "auto" or any(map(has_region, labels))):
             return labels, source
+    if region not in (None, "auto"):
+        problem = "no such labels; pass None, 'electrodes/<column>' of the electrodes, or one of"
+        file.fail(f"regions from {region}", f"{problem} {table.scalars}")
     return np.full(table.n, ""), None
 
 
@@ -252,14 +229,16 @@ def _labels(file: _NwbFile, table: _Table, source: str) -> np.ndarray | None:
     if source == "electrode_group/location" and "electrode_group" in table.columns:
         groups = file.read(table.columns["electrode_group"])
         labels = [file.h5[group].attrs.get("location", "") for group in groups]
-        return _cleaned([x.decode() if isinstance(x, bytes) else x for x in labels])
+        labels = [label.decode() if isinstance(label, bytes) else label for label in labels]
+        return np.char.strip(np.array(labels, np.str_))
     if not source.startswith("electrodes/"):
-        return _cleaned(table.column(source)) if source in table.scalars else None
+        known = source in table.scalars
+        return np.char.strip(table.column(source).astype(np.str_)) if known else None
     electrodes, column = _Table(file, ELECTRODES), source.removeprefix("electrodes/")
     if column not in electrodes.scalars or (found := _electrodes(file, table, electrodes)) is None:
         return None
     places, rows = found
-    labels = _cleaned(electrodes.column(column))[places]
+    labels = np.char.strip(electrodes.column(column).astype(np.str_))[places]
     listed = pd.DataFrame({"unit": rows, "label": labels}).groupby("unit")["label"]
     wide = (listed.transform("size") > WIDEST) & (listed.transform("nunique") > 1)
     if wide.any():
@@ -271,11 +250,6 @@ def _labels(file: _NwbFile, table: _Table, source: str) -> np.ndarray | None:
     return best.reindex(np.arange(table.n), fill_value="").to_numpy(np.str_)
 
 
-def _cleaned(labels: Any) -> np.ndarray:
-    """Labels without spaces around them."""
-    return np.char.strip(np.asarray(labels).astype(np.str_))
-
-
 def _electrodes(
     file: _NwbFile, table: _Table, electrodes: _Table
 ) -> tuple[np.ndarray, np.ndarray] | None:
@@ -284,10 +258,8 @@ def _electrodes(
     A column of peaks may hold rows or ids of electrodes, or numbers within one of several probes.
     What it holds must be among the electrodes that the units list, if they do.
     """
-    units, listed = np.arange(table.n), None
-    if "electrodes" in table.columns:
-        listed = table.ragged("electrodes")
-    every_row = np.arange(electrodes.n)
+    units, every_row = np.arange(table.n), np.arange(electrodes.n)
+    listed = table.ragged("electrodes") if "electrodes" in table.columns else None
     ids = electrodes.id if len(set(electrodes.id.tolist())) == electrodes.n else every_row
     for name, item in table.columns.items():
         if item.shape != (table.n,) or not re.match(PEAK, name.lower()):
@@ -296,17 +268,15 @@ def _electrodes(
         for known in (ids, every_row)[reference:]:
             places = pd.Index(known).get_indexer(values)
             if listed is None:
-                if reference or name == "peak_channel_id":
-                    return places, units
-                continue
-            pairs = listed[1] * electrodes.n + listed[0]
-            checked = np.isin(units, listed[1]) & (places >= 0)
-            if checked.any() and np.isin(units * electrodes.n + places, pairs)[checked].all():
+                found = reference or name == "peak_channel_id"
+            else:
+                pairs = listed[1] * electrodes.n + listed[0]
+                checked = np.isin(units, listed[1]) & (places >= 0)
+                inside = np.isin(units * electrodes.n + places, pairs)[checked]
+                found = checked.any() and inside.all()
+            if found:
                 return places, units
     return listed
-
-
-# ---------------------------------------------------------------- trials, behaviour, traces
 
 
 def _trials(file: _NwbFile, trials: str, align: Any, behaviour: Any) -> dict[str, Any]:
@@ -317,35 +287,29 @@ def _trials(file: _NwbFile, trials: str, align: Any, behaviour: Any) -> dict[str
     if named and not table.n:
         problem = f"no rows; pass trials=, one of {list(file.h5.get('intervals', ()))}, or for "
         file.fail(table.path, f"{problem}consecutive windows align=np.arange(start, stop, length)")
-    times = table.column(align) if named else np.asarray(align)
-    if times.dtype.kind not in "uif" or not np.isfinite(times).any():
+    times = table.column(align) if named else plain(align)
+    if times.dtype.kind not in "uif":
         file.fail(f"align={file.provenance['align']}", "no times in it; name a column of seconds")
-    rows = np.flatnonzero(np.isfinite(times))
-    counts = {"recorded": len(times), "without the event": len(times) - len(rows)}
-    file.provenance["trials"] = counts
     if behaviour is None:
         numbers = [key for key in table.scalars if table.columns[key].dtype.kind in "uifb"]
         behaviour = [key for key in numbers if not is_event(key)]
-    facts = {"trial_ids": rows, "n_recorded": len(times), "behaviour": (columns := {})}
-    for key in behaviour:
-        values = table.column(key)[rows]
-        if values.dtype.kind == "U":
-            columns[key] = values
-        else:
+    columns = {key: table.column(key) for key in behaviour}
+    for key, values in columns.items():
+        if values.dtype.kind != "U":
             columns[key] = np.where(np.isfinite(values), values, np.nan)
-    return facts | {"align_times": times[rows].astype(np.float64)}
+    return file.trials_to_use(times.astype(np.float64), columns, {})
 
 
 def _samples(file: _NwbFile, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Times and values (S,) of one column of a series, conversion and offset applied."""
     ((end, number),) = re.findall(r"^(.*?)(?:\[(\d+)\])?\Z", name)
     known = file.series()
-    paths = [path for path in known if f"/{path}".endswith(f"/{end}")]
-    if len(paths) != 1 and end not in known:
+    paths = [end] if end in known else [path for path in known if path.endswith(f"/{end}")]
+    if len(paths) != 1:
         problem = f"could be any of {paths}" if paths else f"not among {sorted(known)}"
         file.fail(f"series {name!r}", f"{problem}; give its path")
-    group = known[end if end in known else paths[0]]
-    data, column = group["data"], int(number or 0)
+    group, column = known[paths[0]], int(number or 0)
+    data = group["data"]
     width = data.shape[1] if data.ndim == 2 else 1
     if data.ndim > 2 or column >= width or (not number and width != 1):
         problem = f"shape {data.shape}; name one column of it"

@@ -1,4 +1,4 @@
-"""What the readers of recordings share: errors that name their source, samples, downloads."""
+"""What the readers share: errors that name their source, trials and units to use, downloads."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import signal
 from tqdm import tqdm
 
-from mtm.binning import Floats
-from mtm.session import SessionError
+from mtm.binning import Floats, plain
+from mtm.session import Session, SessionError
 
 WHEEL_RATE, WHEEL_CUTOFF = 1000.0, 20.0  # Hz
 LONGEST = 1e5  # seconds; no recording lasts longer (a day has 86,400)
-WAITS = (0, 2, 4, 8)  # seconds before each attempt; each goes on where the one before was cut
-CHUNK = 1 << 20  # bytes
+WAITS = (2, 4, 8)  # seconds until a download that was cut is resumed
 NETWORK = (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException)
 
 
@@ -55,6 +55,51 @@ class Recording:
             line = public(f"{type(error).__name__}: {error}")
             text = f"session {self.name!r}, {dataset}: cannot be read ({line}); {remedy}"
             raise SessionError(text) from None  # that error may quote a password in an address
+
+    def trials_to_use(
+        self, times: np.ndarray, behaviour: Mapping[str, Any], rejected: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Arguments of `Session.from_spike_times` for the trials that have the event.
+
+        Args:
+            times: (K,) seconds, of all recorded trials; not finite without the event.
+            behaviour: name -> (K,) or (K, T).
+            rejected: reason -> (K,) bool, trials to leave out as well.
+        """
+        keep, counts = np.ones(len(times), bool), {"recorded": len(times)}
+        for reason, mask in {"without the event": ~np.isfinite(times), **rejected}.items():
+            counts[reason] = int((keep & mask).sum())
+            keep &= ~mask
+        self.provenance["trials"] = counts
+        if not keep.any():
+            self.fail("trials", f"none is left of {counts}; choose another event, or filter less")
+        return {
+            "align_times": times[keep],
+            "behaviour": {key: plain(values)[keep] for key, values in behaviour.items()},
+            "trial_ids": np.flatnonzero(keep),
+            "n_recorded": len(times),
+        }
+
+    def to_session(
+        self, times: np.ndarray, clusters: np.ndarray, table: pd.DataFrame, **fields: Any
+    ) -> Session:
+        """Bin spikes, with their (S,) times in seconds and cluster ids.
+
+        ``table`` has a row for each cluster, by id; those whose column ``keep`` is False are left
+        out, as are spikes without a time.
+        """
+        keep = pd.Series(True, table.index)
+        if "keep" in table:
+            self.provenance["clusters"], keep = len(table), table.pop("keep")
+        if not keep.any():
+            self.fail("units", f"no cluster is left of {len(table)}; pass units=None")
+        used = np.isfinite(times)
+        if not used.all():
+            self.warn("spike times", f"left out {(~used).sum()} spikes without a time")
+        used &= ~np.isin(clusters, table.index[~keep])
+        fields |= {"clusters": table.index[keep], "neurons": table, "name": self.name}
+        spikes = times[used], clusters[used]
+        return Session.from_spike_times(*spikes, provenance=self.provenance, **fields)
 
 
 class Folder(Recording):
@@ -88,9 +133,6 @@ def is_event(column: str) -> bool:
     return re.search(r"times?$", column.lower()) is not None
 
 
-# ---------------------------------------------------------------- sampled traces
-
-
 def ordered_samples(times: ArrayLike, values: ArrayLike) -> tuple[Floats, Floats]:
     """Sort the samples of a trace (S,) and leave out NaN; of equal times the first is kept."""
     t, v = np.asarray(times, float), np.asarray(values, float)
@@ -104,20 +146,14 @@ def ordered_samples(times: ArrayLike, values: ArrayLike) -> tuple[Floats, Floats
 def wheel_speed(times: ArrayLike, position: ArrayLike) -> tuple[Floats, Floats]:
     """Compute the speed of a wheel whose position is sampled irregularly, as IBL does.
 
-    The position is interpolated at 1 kHz, low-pass filtered at 20 Hz (Butterworth of order 8, run
-    forwards and backwards) and differentiated.
-
-    Args:
-        times: (S,) seconds, strictly increasing (see `ordered_samples`).
-        position: (S,) in any unit.
-
-    Returns:
-        times (S',) in seconds and absolute speed (S',), in the unit of position per second.
+    The position (S,), at times (S,) in seconds, is interpolated at 1 kHz, low-pass filtered at
+    20 Hz (Butterworth of order 8, run forwards and backwards) and differentiated. Returned are
+    times (S',) and absolute speed (S',), in the unit of position per second.
 
     Raises:
         ValueError: for less than a second of samples, or more than any recording lasts.
     """
-    t, x = np.asarray(times, float), np.asarray(position, float)
+    t, x = ordered_samples(times, position)
     if len(t) < 2 or not 1 <= t[-1] - t[0] <= LONGEST:
         raise ValueError(f"wheel times must span 1 to {LONGEST:g} s, and be seconds")
     grid = np.arange(t[0], t[-1], 1 / WHEEL_RATE)
@@ -126,26 +162,16 @@ def wheel_speed(times: ArrayLike, position: ArrayLike) -> tuple[Floats, Floats]:
     return grid, np.abs(np.gradient(smooth, 1 / WHEEL_RATE))
 
 
-# ---------------------------------------------------------------- downloads
-
-
 def public(text: str) -> str:
     """An address without its password, signature or token, which belong into no file or log."""
     return re.sub(r"[?#\n].*", "", re.sub(r"(?<=://)[^/?#\s]*@", "", text))
 
 
 def download(url: str, path: str | Path, *, size: int, etag: str, progress: bool = True) -> Path:
-    """Download a file, or go on with a download that was cut; returns its path.
+    """Download a file of ``size`` bytes and version ``etag``, or resume; returns its path.
 
-    What has arrived waits beside the file, in a hidden ``.part`` file that has the version in its
-    name. The version of a finished file is kept in ``<name>.etag``.
-
-    Args:
-        url: http or https.
-        path: where the file goes; folders are created.
-        size: bytes that the file must have.
-        etag: the server's name for the wanted version, without quotes.
-        progress: show a bar on a terminal.
+    What has arrived waits beside it in a hidden ``.part`` file of that version; folders are
+    created. ``<name>.etag`` keeps the version of a finished file, which is not asked for again.
 
     Raises:
         ConnectionError: server out of reach, or without this version of the file.
@@ -158,36 +184,28 @@ def download(url: str, path: str | Path, *, size: int, etag: str, progress: bool
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{re.sub('[^0-9A-Za-z-]', '_', etag)}.part")
     part.touch()
-    problem: object = "the connection was closed early"
-    style: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": None if progress else True}
-    with tqdm(total=size, desc=path.name, leave=False, **style) as bar:
-        for wait in WAITS:
-            if part.stat().st_size < size:
+    shown = None if progress else True  # None: on a terminal
+    with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=shown) as bar:
+        for wait in (*WAITS, None):
+            try:
+                _append(url, part, size, etag, bar)
+                break
+            except NETWORK as error:
+                if wait is None or getattr(error, "code", 500) < 500:  # an answer that stays
+                    problem = f"{public(url)}: {error}; download again, it resumes"
+                    raise ConnectionError(problem) from error
                 time.sleep(wait)
-                try:
-                    _append(url, part, etag, bar)
-                except NETWORK as error:
-                    code = getattr(error, "code", 500)
-                    if code < 500 and code not in (408, 429):  # an answer that stays
-                        raise ConnectionError(f"{public(url)}: {error}") from error
-                    problem = error
-    if (have := part.stat().st_size) != size:
-        if have > size:
-            part.unlink()
-        raise ConnectionError(
-            f"{public(url)}: {have} of {size} bytes ({problem}); download again, it goes on from "
-            "there"
-        )
     os.replace(part, path)
     mark.write_text(etag)
     return path
 
 
-def _append(url: str, part: Path, etag: str, bar: Any) -> None:
+def _append(url: str, part: Path, size: int, etag: str, bar: Any) -> None:
     """Ask once for the missing bytes."""
-    have = part.stat().st_size
+    if (have := part.stat().st_size) == size:
+        return
     # With If-Range, a server whose file has changed sends all of the new one.
-    headers = {"Range": f"bytes={have}-", "If-Range": f'"{etag}"'} if have else {}
+    headers = {"Range": f"bytes={have}-", "If-Range": f'"{etag}"'} if 0 < have < size else {}
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         if answer.headers.get("ETag", etag).removeprefix("W/").strip('"') != etag:
@@ -195,6 +213,8 @@ def _append(url: str, part: Path, etag: str, bar: Any) -> None:
         # 206: a server that sends the range asked for; others send the whole file.
         with open(part, "ab" if answer.status == 206 else "wb") as file:
             bar.n = file.tell()
-            while chunk := answer.read1(CHUNK):
+            while chunk := answer.read1(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))
+    if (have := part.stat().st_size) != size:
+        raise ConnectionError(f"{have} of {size} bytes came")

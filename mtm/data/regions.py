@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mtm.files import optional
 from mtm.session import Session, SessionError, has_region
@@ -36,17 +37,13 @@ def at_level(session: Session, level: str) -> Session:
     Labels of each level that came with the recording (columns ``allen``, ``beryl`` and ``cosmos``
     of ``session.neurons``) are used, unless you have replaced its regions. Otherwise labels,
     acronyms or full names ("Primary visual area"), are looked up in the atlas, and the acronyms
-    kept as column ``allen``. Other labels stay. Where a
+    kept as column ``allen``, without which fine names cannot come back. Other labels stay. Where a
     level has no region (fibre tracts; at ``Beryl``, whole areas such as ``TH``), the label becomes
     ``root``: such neurons form no region.
 
-    Args:
-        session: any; to go from coarse to fine it needs the column ``allen``.
-        level: "Allen", "Beryl" or "Cosmos".
-
     Raises:
+        ValueError: when ``level`` is not "Allen", "Beryl" or "Cosmos".
         SessionError: when no label is an acronym of the atlas.
-        ImportError: without the ``[data]`` extra, where labels must be looked up.
 
     Example:
         >>> at_level(session, "Cosmos").region_names
@@ -54,31 +51,32 @@ def at_level(session: Session, level: str) -> Session:
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}; got {level!r}")
-    names = [name.lower() for name in LEVELS]
-    columns = {name: session.neurons[name] for name in names if name in session.neurons}
-    current = any(np.array_equal(session.regions, labels) for labels in columns.values())
+    given = {key: session.neurons[key] for key in map(str.lower, LEVELS) if key in session.neurons}
+    current = any(np.array_equal(session.regions, labels) for labels in given.values())
     if session.region_names and not current:  # labels of the user's own; the columns are outdated
-        columns = {}
-    if level.lower() not in columns:
-        columns |= _looked_up(session, columns.get("allen", session.regions), level)
+        given = {}
+    if level.lower() not in given:
+        given |= _looked_up(session, given.get("allen", session.regions), level)
     changed = copy.copy(session)
-    changed.regions = columns[level.lower()]
-    others = {name: values for name, values in session.neurons.items() if name not in names}
-    changed.neurons = others | columns
+    changed.regions = given[level.lower()]
+    others = {key: values for key, values in session.neurons.items() if key.title() not in LEVELS}
+    changed.neurons = others | given
     return changed
 
 
 def _looked_up(session: Session, labels: np.ndarray, level: str) -> dict[str, np.ndarray]:
     """Columns with the labels at the levels Allen and ``level``."""
-    ids = [_allen_id(label) for label in labels.tolist()]
-    known = np.array([number is not None for number in ids])
+    table, of_acronym = _table(), allen_ids()
+    of_name = {name.lower(): abs(i) for name, i in zip(table.name, table.id, strict=True)}
+    ids = pd.Series([of_acronym.get(x, of_name.get(x.lower().replace(",", ""))) for x in labels])
+    known = ids.notna().to_numpy()
     if not any(map(has_region, labels[known].tolist())):
         problem = f"none of {sorted(set(labels.tolist()))[:5]} is an acronym of the Allen atlas"
         raise SessionError(f"session {session.name!r}, regions: {problem}")
     columns = {}
     for name in ("Allen", level):
         column = labels.astype(object)
-        column[known] = acronyms(np.array([number for number in ids if number is not None]), name)
+        column[known] = acronyms(ids[known].to_numpy(), name)
         columns[name.lower()] = column.astype(np.str_)
     return columns
 
@@ -90,24 +88,12 @@ def within(region: str) -> np.ndarray:
     return _table().descendants(allen_ids()[region]).id
 
 
-def _allen_id(label: str) -> int | None:
-    """Allen id of an acronym, or of a full name in any case, with or without commas."""
-    return allen_ids().get(label, _ids_by_name().get(label.lower().replace(",", "")))
-
-
 @functools.cache
 def allen_ids() -> dict[str, int]:
     """Acronym -> Allen id in the right hemisphere, for every structure of the atlas."""
     table = _table()
     right = table.id >= 0  # the left hemisphere repeats every acronym with a negative id
     return dict(zip(table.acronym[right].tolist(), table.id[right].tolist(), strict=True))
-
-
-@functools.cache
-def _ids_by_name() -> dict[str, int]:
-    """Name in lower case, as "primary visual area layer 5", -> Allen id."""
-    names = [name.lower() for name in _table().name.tolist()]
-    return dict(zip(names, np.abs(_table().id).tolist(), strict=True))
 
 
 @functools.cache

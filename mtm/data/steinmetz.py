@@ -1,12 +1,12 @@
 """Recordings of Steinmetz et al. 2019 (Nature 576:266).
 
 `load_session` reads a folder of the archive (10.6084/m9.figshare.9598406), `load_bundle` the copy
-that Neuromatch Academy distributes (``steinmetz_part0.npz`` to ``part2``), in which much is already
-chosen: clusters annotated 2 or 3 that fired in a trial, 10 ms counts around stimulus onset. A
-session has the same name from both. Facts about the files are from the wiki, issues 1 and 2 and
-findMoveTimes.m of nsteinme/steinmetz-et-al-2019, and from MouseLand/steinmetz2019_NMA.
+that Neuromatch Academy distributes (``steinmetz_part0.npz`` to ``part2``): clusters annotated 2 or
+3 that fired in a trial, 10 ms counts around stimulus onset. A session has the same name from both.
+Facts about the files are from the wiki, issues 1 and 2 and findMoveTimes.m of
+nsteinme/steinmetz-et-al-2019, and from MouseLand/steinmetz2019_NMA.
 
-Behaviour of a session, NaN = missing:
+Behaviour of a session, NaN = missing; what no trial has is left out:
 
 - ``choice`` (K,): -1 right, +1 left, 0 no-go, as recorded: +1 is correct where the left contrast is
   higher; ``contrast``: right minus left, -1..1; ``reward``: 1 or 0.
@@ -16,8 +16,6 @@ Behaviour of a session, NaN = missing:
   the wheel turned by over 5 ticks.
 - ``wheel-speed`` (K, T) rad/s: as in `mtm.data.ibl`; in the copy, the net turn in the bin.
 - ``face-motion-energy`` (K, T), arbitrary units, averaged in each bin.
-
-Trials without the event are left out. Where a file or field is missing, its behaviour is too.
 """
 
 from __future__ import annotations
@@ -39,21 +37,15 @@ from mtm.session import Session
 
 ORIGIN = "Steinmetz et al. 2019, 10.6084/m9.figshare.9598406"
 TICK = 2 * np.pi / 1440  # rad; the wheel's encoder has 1,440 ticks a turn
-GOOD = 2  # annotations: 1 multi-unit, 2 good, 3 unsorted; their analyses include 2 and 3
-TIMES = {
-    "goCue_times": "go-cue-time",
-    "response_times": "response-time",
-    "feedback_times": "feedback-time",
+TRACES = {  # file, factor, what makes it a trace
+    "wheel-speed": ("wheel.position", TICK, wheel_speed),
+    "face-motion-energy": ("face.motionEnergy", 1.0, ordered_samples),
 }
-TRACES = {"wheel-speed": "wheel.position", "face-motion-energy": "face.motionEnergy"}
 COLUMNS = {  # of the copy -> of the archive
-    "response": "response_choice",
-    "feedback_type": "feedbackType",
-    "contrast_left": "visualStim_contrastLeft",
-    "contrast_right": "visualStim_contrastRight",
-    "gocue": "goCue_times",
-    "response_time": "response_times",
-    "feedback_time": "feedback_times",
+    **{"response": "response_choice", "feedback_type": "feedbackType"},
+    **{f"contrast_{side.lower()}": f"visualStim_contrast{side}" for side in ("Left", "Right")},
+    **{"gocue": "goCue_times", "response_time": "response_times"},
+    **{"feedback_time": "feedback_times"},
 }
 FRAME, FRAMES, ONSET = 0.01, 250, 50  # of the copy: s a frame, frames a trial, stimulus' frame
 
@@ -74,15 +66,14 @@ def load_session(
             and the part before the first ``_`` the subject's. Or as ONE keeps it, where the same
             session is ``Cori/2016-12-14/001/alf``.
         align: the event: ``trials.<align>.npy``, as "goCue_times" or "response_times".
-        window: (start, stop) around the event, seconds.
-        bin_size: seconds.
+        window, bin_size: (start, stop) around the event, and width of a bin; seconds.
         units: "good" keeps clusters annotated 2 or 3, as the authors' analyses do. (1: multi-unit.)
         trial_filter: "included" leaves out trials in which the authors judged the mouse disengaged.
 
     Returns:
         the session; ``neurons`` has ``cluster``, ``channel`` (row of the channels' table from 0),
-        ``allen``, and where present ``probe``, ``depth`` (micrometres from the tip),
-        ``annotation``. ``regions`` are the archive's Allen acronyms.
+        ``allen`` (acronym, also ``regions``), and where present ``probe``, ``depth`` (micrometres
+        from the tip), ``annotation``.
 
     Raises:
         SessionError: naming the session, the file and the remedy.
@@ -92,49 +83,40 @@ def load_session(
                          f"{trial_filter!r}")  # fmt: skip
     place = re.search(r"([^/]+)/([\d-]{10})/(\d{3})(?:/alf)?$", Path(folder).resolve().as_posix())
     words = place.groups() if place else ()  # as ONE keeps it
-    files = Folder(folder, "_".join(words).removesuffix("_001"), origin=ORIGIN)
-    trials, counted = _trials(files, align, trial_filter)
-    neurons = _clusters(files)
+    files = Folder(folder, "_".join(words).removesuffix("_001"), origin=ORIGIN, align=align)
+    trials = _trials(files, align)
+    event, clusters = trials[align].to_numpy(), _clusters(files)
+    if units == "good":
+        clusters["keep"] = files.array("clusters._phy_annotation", len(clusters)) >= 2
+    included = files.array("trials.included", len(trials)) if trial_filter else np.ones(len(trials))
+    behaviour = _behaviour(trials, event, _reaction_times(files, trials))
     times = files.array("spikes.times")
-    session = Session.from_spike_times(
+    return files.to_session(
         times,
         files.array("spikes.clusters", len(times)).astype(np.int64),
-        trials[align],
-        clusters=np.arange(len(neurons["channel"])),
-        regions=neurons["allen"],
+        clusters,
+        regions=clusters["allen"],
         window=window,
         bin_size=bin_size,
         traces=_traces(files),
-        behaviour=_behaviour(trials, trials[align]) | _reaction_times(files, trials),
-        trial_ids=trials["row"].astype(np.int64),
-        n_recorded=counted["recorded"],
-        name=files.name,
         subject=files.name.partition("_")[0],
-        neurons=neurons,
-        provenance=files.provenance | {"align": align, "trials": counted},
+        **files.trials_to_use(event, behaviour, {"not included": included != 1}),
     )
-    if units == "good":
-        notes = files.array("clusters._phy_annotation", session.n_neurons)
-        session = session.select(neurons=notes >= GOOD)
-    return session
 
 
 def load_bundle(
     path: str | Path, *, window: tuple[float, float] = (-0.5, 1.5), bin_size: float = 0.02
 ) -> list[Session]:
-    """Load the sessions of a file of Neuromatch Academy, ``steinmetz_part0.npz`` to ``part2``.
+    """Load the sessions of a file of Neuromatch Academy, in its order.
 
-    The files hold pickles, which can run any code when `numpy.load` opens them. Here they are read
-    by an unpickler that rebuilds arrays and refuses everything else.
+    Pickles, as it holds, can run any code when `numpy.load` opens them. Here they are read by an
+    unpickler that rebuilds arrays and refuses all else. Some ``regions`` are coarser than the
+    archive's.
 
     Args:
         path: the file.
         window: (start, stop) around stimulus onset, seconds: multiples of 0.01 in -0.5..2.0.
         bin_size: seconds, a multiple of 0.01: counts of 10 ms are added up.
-
-    Returns:
-        the sessions, in the order of the file; ``regions`` are Allen acronyms, of which Neuromatch
-        keeps some coarser than the archive.
 
     Raises:
         SessionError: for a damaged file, or one that asks for anything but arrays.
@@ -149,115 +131,99 @@ def load_bundle(
     grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
     grid["provenance"] = {"origin": "Neuromatch Academy", "file": Path(path).name}
     with Recording(Path(path).name).reading("dat"):
-        entries = _entries(path)
+        with zipfile.ZipFile(path) as archive:
+            file = io.BytesIO(archive.read("dat.npy"))
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        entries = _Unpickler(file).load().ravel().tolist()
         return [Session(**_fields(entry, first, bins, width), **grid) for entry in entries]
 
 
 def _behaviour(
-    trials: Mapping[str, np.ndarray], event: np.ndarray | float
+    trials: pd.DataFrame, event: np.ndarray | float, reaction_time: np.ndarray | float
 ) -> dict[str, np.ndarray]:
-    """Behaviour with one value per trial (K,), from the archive's columns (K,)."""
-    found = {label: trials[key] - event for key, label in TIMES.items() if key in trials}
-    if "response_choice" in trials:
-        found["choice"] = trials["response_choice"]
-    if (feedback := trials.get("feedbackType")) is not None:
-        found["reward"] = np.where(np.isnan(feedback), np.nan, feedback > 0)
-    left, right = (trials.get(f"visualStim_contrast{side}") for side in ("Left", "Right"))
-    if left is not None and right is not None:
-        found["contrast"] = right - left
-    return found
+    """Behaviour (K,) from the archive's columns; what is known of no trial is left out."""
+    feedback = trials["feedbackType"]
+    found = {
+        "choice": trials["response_choice"],
+        "contrast": trials["visualStim_contrastRight"] - trials["visualStim_contrastLeft"],
+        "reward": (feedback > 0).astype(float).where(feedback.notna()),
+        "go-cue-time": trials["goCue_times"] - event,
+        "response-time": trials["response_times"] - event,
+        "feedback-time": trials["feedback_times"] - event,
+        "reaction-time": pd.Series(reaction_time, trials.index),
+    }
+    return {key: x.to_numpy() for key, x in found.items() if x.notna().any()}
 
 
-# ----------------------------------------------------------------------------------- the archive
-
-
-def _trials(
-    files: Folder, align: str, trial_filter: str | None
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Columns (K,) of the trials to use, with their ``row``; number of trials, and why dropped."""
+def _trials(files: Folder, align: str) -> pd.DataFrame:
+    """All trials; what is missing, or infinite, is NaN."""
     if not files.has(f"trials.{align}"):
         events = sorted(file.name[7:-4] for file in files.path.glob("trials.*_times.npy"))
         files.fail(f"trials.{align}", f"no such event; align to one of {events}")
     n = len(files.array(f"trials.{align}"))
-    names = {*COLUMNS.values(), "visualStim_times", align}
-    present = [name for name in names if files.has(f"trials.{name}")]
-    table = pd.DataFrame({name: files.array(f"trials.{name}", n) for name in present})
-    table = table.replace([np.inf, -np.inf], np.nan).assign(row=np.arange(n))
-    known = table[table[align].notna()]
-    counted = {"recorded": n, f"without {align}": n - len(known)}
-    if trial_filter is not None:
-        included = known[files.array("trials.included", n)[known["row"]] == 1]
-        counted["not included"] = len(known) - len(included)
-        known = included
-    if known.empty:
-        files.fail(f"trials.{align}", f"no trial of {n} has it and is included")
-    return {name: column.to_numpy() for name, column in known.items()}, counted
+    names = list(dict.fromkeys([*COLUMNS.values(), "visualStim_times", align]))
+    found = {
+        name: files.array(f"trials.{name}", n) for name in names if files.has(f"trials.{name}")
+    }
+    return pd.DataFrame(found, columns=names, dtype=float).replace([np.inf, -np.inf], np.nan)
 
 
-def _reaction_times(files: Folder, trials: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The behaviour reaction-time (K,), where the files for it are there."""
-    needed = {"visualStim_times", "feedback_times"}
-    if not (needed <= set(trials) and files.has("wheelMoves.intervals")):
-        return {}
-    stimulus = trials["visualStim_times"]
+def _reaction_times(files: Folder, trials: pd.DataFrame) -> np.ndarray | float:
+    """The behaviour reaction-time (K,); NaN without the file for it."""
+    if not files.has("wheelMoves.intervals"):
+        return np.nan
+    stimulus = trials["visualStim_times"].to_numpy()
     onsets = files.array("wheelMoves.intervals", width=2)[:, 0]
     onsets = np.append(np.sort(onsets[np.isfinite(onsets)]), np.inf)
     first = onsets[np.searchsorted(onsets[:-1], stimulus - 0.1, side="right")]
-    during = first < trials["feedback_times"]
-    return {"reaction-time": np.where(during, first - stimulus, np.nan)}
+    return np.where(first < trials["feedback_times"], first - stimulus, np.nan)
 
 
-def _clusters(files: Folder) -> dict[str, np.ndarray]:
-    """Columns (N,) of all clusters: row of the peak channel, region, and what else there is."""
+def _clusters(files: Folder) -> pd.DataFrame:
+    """All clusters: row of the peak channel, region, and what else there is."""
     with files.reading("channels.brainLocation.tsv"):
         # Without keep_default_na, pandas would take some texts for missing values.
         options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "quoting": 3}
         table = pd.read_csv(files.path / "channels.brainLocation.tsv", sep="\t", **options)
         acronyms = table["allen_ontology"].str.strip()
-    channel = pd.Series(files.array("clusters.peakChannel") - 1)  # counts from 1 (issue 1)
-    allen = channel.map(acronyms).fillna("")
-    if (allen == "").any():
-        files.warn("clusters.peakChannel", f"{(allen == '').sum()} clusters have no region")
-    columns = {"channel": channel.to_numpy(), "allen": allen.to_numpy(np.str_)}
+    channel = files.array("clusters.peakChannel") - 1  # counts from 1 (issue 1)
+    clusters = pd.DataFrame({"channel": channel, "allen": acronyms.reindex(channel).to_numpy()})
+    if (unknown := clusters["allen"].isna()).any():
+        files.warn("clusters.peakChannel", f"{unknown.sum()} clusters have no region")
     for key, name in (("probe", "probes"), ("depth", "depths"), ("annotation", "_phy_annotation")):
         if files.has(f"clusters.{name}"):
-            columns[key] = files.array(f"clusters.{name}", len(channel))
-    return columns
+            clusters[key] = files.array(f"clusters.{name}", len(channel))
+    return clusters
 
 
 def _traces(files: Folder) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Wheel speed and face motion energy: times (S,) s and values (S,)."""
     traces = {}
-    for key, name in TRACES.items():
+    for key, (name, factor, trace) in TRACES.items():
         anchors = name.partition(".")[0] + ".timestamps"
-        if not files.has(name, anchors):
+        if files.has(name, anchors):
+            samples = files.array(name) * factor
+            with files.reading(f"{anchors}.npy"):
+                times = _sample_times(files.array(anchors, width=2), len(samples))
+                traces[key] = trace(times, samples)
+        else:
             files.warn(f"{name} with {anchors}", f"missing; the session has no behaviour {key!r}")
-            continue
-        samples = files.array(name)
-        with files.reading(f"{anchors}.npy"):
-            sampled = _sample_times(files.array(anchors, width=2), len(samples))
-            times, samples = ordered_samples(sampled, samples)
-            if key == "wheel-speed":
-                times, samples = wheel_speed(times, samples * TICK)
-        traces[key] = times, samples
     return traces
 
 
 def _sample_times(anchors: np.ndarray, n: int) -> np.ndarray:
     """Time of each of n samples, (n,) s, from anchors (m, 2): sample number, time.
 
-    Between anchors times are interpolated; beyond them they are unknown: NaN. The notes number
-    samples from 1, those who read the files from 0. So the anchors decide: from 1 where the last is
-    n and the first at least 1, else from 0; wrong by one sample at most.
+    The notes number samples from 1, those who read the files from 0. So the anchors decide: from 1
+    where the last is n and the first at least 1, else from 0; wrong by one sample at most. Beyond
+    the anchors times are unknown: NaN.
     """
     number, time = anchors.T
     if not (np.diff(anchors, axis=0) > 0).all():
         raise ValueError("sample numbers and times must rise")
     first = 1 if number[-1] == n and number[0] >= 1 else 0
     return np.interp(np.arange(first, first + n), number, time, left=np.nan, right=np.nan)
-
-
-# ------------------------------------------------------------------------------ Neuromatch's copy
 
 
 def _fields(entry: Mapping[str, Any], first: int, bins: int, width: int) -> dict[str, Any]:
@@ -269,12 +235,12 @@ def _fields(entry: Mapping[str, Any], first: int, bins: int, width: int) -> dict
         frames = np.reshape(entry[field], (*shape, FRAMES))[..., first : first + bins * width]
         return frames.reshape(*shape, bins, width).sum(axis=-1)
 
-    fields = [field for field in COLUMNS if field in entry]  # (k,) or (k, 1)
-    columns = {COLUMNS[f]: np.asarray(entry[f], np.float64).reshape(k) for f in fields}
-    behaviour = _behaviour(columns, 0.0)
-    if "reaction_time" in entry:  # ms and direction; infinite: none
-        seconds = np.reshape(entry["reaction_time"], (k, 2))[:, 0] / 1000
-        behaviour["reaction-time"] = np.where(np.isinf(seconds), np.nan, seconds)
+    known = {name: np.ravel(entry[key]) for key, name in COLUMNS.items() if key in entry}
+    trials = pd.DataFrame(known, range(k), list(COLUMNS.values()), dtype=float)
+    # Milliseconds, infinite where there is none, and direction.
+    reaction_time = np.reshape(entry.get("reaction_time", np.full((k, 2), np.nan)), (k, 2))[:, 0]
+    reaction_time = np.where(np.isinf(reaction_time), np.nan, reaction_time / 1000)
+    behaviour = _behaviour(trials, 0.0, reaction_time)
     if "wheel" in entry:
         behaviour["wheel-speed"] = np.abs(binned("wheel", k)) * TICK / (width * FRAME)
     if "face" in entry:
@@ -289,26 +255,16 @@ def _fields(entry: Mapping[str, Any], first: int, bins: int, width: int) -> dict
     }
 
 
-def _entries(path: str | Path) -> list[Mapping[str, Any]]:
-    """The sessions' dictionaries."""
-    with zipfile.ZipFile(path) as archive:
-        file = io.BytesIO(archive.read("dat.npy"))
-    np.lib.format.read_magic(file)
-    np.lib.format.read_array_header_1_0(file)
-    return _Unpickler(file).load().ravel().tolist()
-
-
 class _Unpickler(pickle.Unpickler):
     """Rebuilds arrays, and refuses whatever else a pickle asks for, so that no code is run."""
 
-    ALLOWED = {
-        *(("numpy._core.multiarray", name) for name in ("_reconstruct", "scalar")),
-        *(("numpy", name) for name in ("ndarray", "dtype")),
-        ("_codecs", "encode"),  # bytes, in old pickles
-    }
+    ALLOWED = (
+        *("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"),
+        *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),  # the last for bytes in old pickles
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy.core.", "numpy._core.")  # NumPy 1
-        if (module, name) not in self.ALLOWED:
+        if f"{module}.{name}" not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
         return super().find_class(module, name)
