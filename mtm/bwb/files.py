@@ -36,7 +36,7 @@ from mtm.binning import n_bins
 from mtm.data import recording
 from mtm.data.regions import LEVELS
 from mtm.files import optional
-from mtm.session import Session, SessionError, Split
+from mtm.session import Session, SessionError
 
 BUCKET = "https://brain-wide-bench.s3.amazonaws.com"
 DATASET = "ibl_brain_wide_bench_2026"
@@ -107,9 +107,6 @@ def download(session: Entry, folder: str | Path, *, progress: bool = True) -> Pa
     return recording.download(session.url, path, progress=progress, **expected)
 
 
-# ------------------------------------------------------------------------------ session
-
-
 def load_session(
     path: str | Path,
     *,
@@ -132,12 +129,11 @@ def load_session(
         window: (start, stop) around the event, seconds. Default: (-0.5, 1.5), or (0, 1) for "ts2",
             where start must be 0.
         bin_size: seconds.
-        atlas: level of ``Session.regions``: "Allen", "Beryl" or "Cosmos"; ``None`` for no regions.
-        split: "pretrain", "ts1" (one cut after the other), "ts2" (chunks of five minutes), or
-            ``None``. "auto": ts1 for all units and ts2 for selected units, as their tasks.
-            Training time of one split is test time of the other.
-        trial_filter: "valid" keeps trials with a choice, a reaction time of 0 to 10 s, and all
-            events.
+        atlas: level of ``Session.regions``, see `mtm.data.regions`; ``None`` for no regions.
+        split: "pretrain", "ts1" (a cut after the other), "ts2" (chunks of five minutes), or None.
+            "auto" is ts1 for all units and ts2 for selected units. Training time of one split is
+            test time of the other.
+        trial_filter: "valid": trials with a choice, all events, and reactions within 10 s.
     """
     cut, named = isinstance(align, str) and align == "ts2", isinstance(align, str)
     window = ((0.0, 1.0) if cut else (-0.5, 1.5)) if window is None else window
@@ -153,7 +149,8 @@ def load_session(
         parts = _parts(file, split, cut)
         if cut:
             how = {"length": window[1], "split": file.provenance["split"]}
-            align = np.sort(np.concatenate([ts2_windows(path, p, 1.0, **how) for p in parts]))
+            filled = [part for part, bounds in parts.items() if len(bounds)]
+            align = np.sort(np.concatenate([ts2_windows(path, p, 1.0, **how) for p in filled]))
         fields = _units(file, atlas)
         fields |= _trials(file, align, window, bool(trial_filter), parts, fields["spike_times"])
         fields |= {"traces": _traces(file), "name": file.name, "provenance": file.provenance}
@@ -249,8 +246,9 @@ def _parts(file: SessionFile, split: str | None, needed: bool) -> dict[str, np.n
     if split not in present:
         remedy = f"pass one of {present}, or None and an align other than 'ts2'"
         file.fail(f"split {split!r}", f"not in the file; {remedy}")
-    parts = Split._fields[: 2 if split == "pretrain" else 3]
-    return {part: file.intervals(f"{split}_{part}_domain") for part in parts}
+    parts = {part: file.intervals(f"{split}_{part}_domain") for part in ("train", "val")}
+    test = np.zeros((0, 2)) if split == "pretrain" else file.intervals(f"{split}_test_domain")
+    return parts | {"test": test}
 
 
 def inside(spans: np.ndarray, part: np.ndarray) -> np.ndarray:
@@ -259,10 +257,8 @@ def inside(spans: np.ndarray, part: np.ndarray) -> np.ndarray:
     return np.any(begun & (spans[:, None, 1] <= part[:, 1] + _TOLERANCE), axis=1)
 
 
-# ------------------------------------------------ arguments of `Session.from_spike_times`
-
-
 def _units(file: SessionFile, atlas: str | None) -> dict[str, Any]:
+    """Arguments of `Session.from_spike_times` for spikes and units."""
     neurons = {
         _COLUMNS.get(key, key.removeprefix("region_")): file.column(f"units/{key}")
         for key, column in file.file["units"].items()
@@ -288,8 +284,8 @@ def _trials(
     parts: dict[str, np.ndarray],
     spikes: np.ndarray,
 ) -> dict[str, Any]:
-    named = isinstance(align, str)
-    behaviour = _behaviour(file, align) if named else {"event-time": np.asarray(align, np.float64)}
+    """Arguments of `Session.from_spike_times` for the trials that are kept."""
+    behaviour = _behaviour(file, align)
     time = behaviour["event-time"]
     spans = time[:, None] + np.array(window)
     lost = {"without the event": ~np.isfinite(time)}
@@ -301,8 +297,7 @@ def _trials(
     counted = {"in the recording": len(time)} | {key: int((reason == key).sum()) for key in lost}
     if not keep.any():
         file.fail("trials", f"none is left ({counted}); align to other events, in seconds")
-    nowhere = np.zeros((0, 2))
-    members = [inside(spans[keep], parts.get(part, nowhere)) for part in Split._fields]
+    members = [inside(spans[keep], part) for part in parts.values()]
     if parts:
         counted["in no part of the split"] = int((~np.any(members, axis=0)).sum())
     file.provenance["trials"] = counted
@@ -315,8 +310,10 @@ def _trials(
     }
 
 
-def _behaviour(file: SessionFile, align: str) -> dict[str, np.ndarray]:
+def _behaviour(file: SessionFile, align: str | np.ndarray) -> dict[str, np.ndarray]:
     """Time (K,) of each trial's event, and the behaviours of one value a trial."""
+    if not isinstance(align, str):
+        return {"event-time": np.asarray(align, dtype=np.float64)}
     events = [key for key in file.file["trials"] if re.fullmatch(r"start|end|\w+_time", key)]
     if align not in events:
         file.fail(f"trials/{align}", f"no such event; there are {events}")

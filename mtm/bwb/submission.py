@@ -20,6 +20,7 @@ check the order of units, and skips what it cannot match without an error; hence
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
 import zipfile
@@ -95,11 +96,8 @@ class Trials(NamedTuple):
 class BenchmarkSession(Recording):
     """What the tasks need of a session file.
 
-    Attributes:
-        path, name, build, version: of the file, the session, its units and the data set.
-        units: (N,) ids.
-        rates: (N,) mean counts of the units in a bin.
-        held_out: (N,) bool, units that co-smoothing hides and scores.
+    ``units`` (N,) are ids, ``rates`` (N,) mean counts in a bin, ``held_out`` (N,) bool the units
+    that co-smoothing hides and scores.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -134,9 +132,8 @@ class BenchmarkSession(Recording):
     def trials(self, task: str, part: str) -> Trials:
         """The trials of a behaviour task in a part of the split ts1; none without the behaviour.
 
-        A window counts if it lies in the part and in the time for which the behaviour was recorded;
-        of the paws, if at least one sample is confident. Whisker and paws are z-scored with the
-        mean and standard deviation of the file; licks are counts.
+        Their windows lie in the part, and where the behaviour was recorded; of the paws, at least
+        one sample is confident. Whisker and paws are z-scored as the file says; licks are counts.
         """
         spec, name = TASKS[task], task.removeprefix("ts1-")
         place, series = f"task_aligned_intervals/{spec.events}", f"{spec.group}/{name}"
@@ -169,8 +166,8 @@ class BenchmarkSession(Recording):
     def index(self, task: str) -> dict[str, np.ndarray] | None:
         """What identifies the rows and columns of a prediction file; None without the behaviour.
 
-        TS2: ``window_timestamps`` (W,) float64 and ``unit_ids`` (n, width) uint8, the ASCII codes
-        of ``<session>/<unit>``. TS1: ``trial_id`` (K,) int64.
+        ``window_timestamps`` (W,) and ``unit_ids`` (n, width), codes of ``<session>/<unit>``; or
+        ``trial_id`` (K,).
         """
         if TASKS[task].events:
             rows = self.trials(task, "test").rows
@@ -210,9 +207,8 @@ def predict_task(
         **options: ``batch_size`` and ``progress`` as in :func:`mtm.evaluate`.
 
     Returns:
-        `BenchmarkSession.index` and ``predictions``. TS2: (W, 50 or 5, n) float16 log-rates of what
-        was hidden. TS1: (K, 1, C) or (K, 50, 1) float32. ``None`` where the file lacks the
-        behaviour.
+        `BenchmarkSession.index` and ``predictions``: (W, 50 or 5, n) float16 log-rates of what was
+        hidden; of behaviour, (K, 1, C) or (K, 50, 1) float32; or None where the file has none.
     """
     spec, index = TASKS[task], recording.index(task)
     if index is None:
@@ -251,11 +247,10 @@ def _predict_behaviour(
 def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) -> np.ndarray:
     """Decode a behaviour from features (K', F), fitted to features (K, F) of the trials ``fit``.
 
-    Returns log-probabilities (K', C), samples (K', 50), or log-rates (K', 50) of licks. A sample
-    that is not trusted is replaced by the mean of the trusted ones at its place.
+    Returns log-probabilities (K', C), samples (K', 50), or log-rates (K', 50) of licks.
     """
     if task.group:
-        samples = np.where(fit.trusted, fit.values[..., 0], 0.0)
+        samples = np.where(fit.trusted, fit.values[..., 0], 0.0)  # mean, where not trusted
         means = samples.sum(axis=0) / np.maximum(fit.trusted.sum(axis=0), 1)
         search = decoding.search(x, np.where(fit.trusted, samples, means), "trace")
         found = search.predict(x_test).reshape(len(x_test), -1)
@@ -273,9 +268,6 @@ def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) ->
     return found.clip(min=LOWEST)
 
 
-# ---------------------------------------------------------------------------------- export
-
-
 def export(
     models: PredictorLike | Sequence[PredictorLike],
     files: Iterable[str | Path],
@@ -288,22 +280,19 @@ def export(
 ) -> list[Path]:
     """Write the prediction files of models that differ in their seed; returns the paths.
 
-    Models and files of both builds may be given at once: a file serves the tasks of its build, and
-    a model the files whose session it knows with that number of units.
-
     Args:
-        models: as in `predict_task`.
-        files: session files of either or both builds.
+        models: as in `predict_task`; each for the files whose session it knows with that number of
+            units.
+        files: session files of either or both builds; each for the tasks of its build.
         folder: of all predictions.
         label: name of the model at the benchmark.
-        tasks: some of `TASKS`. Default: all that the files serve.
+        tasks: some of `TASKS`. Default: all.
         seeds: of the models of a file, in their order. Default: from 43 on, as the benchmark.
         **options: of `predict_task`.
 
     Raises:
         SessionError: for a file that no model fits, or a model that fits no file or was trained
             on windows of a test part; before anything is predicted.
-        ValueError: for unknown tasks, or the wrong number of seeds.
     """
     models = list(models) if isinstance(models, Sequence) else [models]
     tasks = list(TASKS if tasks is None else tasks)
@@ -321,9 +310,9 @@ def export(
         require_untrained(chosen, recording)
     paths = []
     for recording, chosen in plan:
-        for seed, model in chosen.items():
-            for task in (task for task in tasks if TASKS[task].build == recording.build):
-                tensors = predict_task(model, recording, task, **options)
+        for seed, task in itertools.product(chosen, tasks):
+            if TASKS[task].build == recording.build:
+                tensors = predict_task(chosen[seed], recording, task, **options)
                 if tensors is not None:
                     paths.append(save(folder, label, task, seed, recording, tensors))
     return paths
@@ -336,7 +325,7 @@ def models_for(
     wanted, fitting = (BINS, len(recording.units)), []
     for predictor in models:
         model: Any = getattr(predictor, "model", predictor)
-        found = wanted  # of functions
+        found: Any = wanted  # of functions
         if hasattr(model, "session_layers"):
             known = recording.name in model.session_names
             found = known and (model.n_bins, model.session_layers(recording.name).n_neurons)
@@ -389,16 +378,15 @@ def save(
 ) -> Path:
     """Write the tensors of `predict_task`; returns its path."""
     path = Path(folder) / label / task / recording.name / f"seed_{seed}.safetensors"
-    metadata = _metadata(label, task, seed, recording)
-    metadata |= {"ibl_bwb_eval_version": SCORER, "context_window": str(LENGTH)}
-    metadata |= {"bin_size": str(BIN_SIZE)}
-    _write(path, tensors, metadata)
-    return path
+    more = {"context_window": str(LENGTH), "bin_size": str(BIN_SIZE)}
+    more |= {"ibl_bwb_eval_version": SCORER}
+    return _write(path, tensors, _metadata(label, task, seed, recording) | more)
 
 
-def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Path:
     with atomic_write(path) as partial:
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata)
+    return path
 
 
 def _metadata(label: str, task: str, seed: int, recording: BenchmarkSession) -> dict[str, str]:
@@ -419,8 +407,8 @@ def check(
 ) -> list[str]:
     """Find what would spoil an upload: a list of problems with file and remedy; empty when ready.
 
-    Each prediction file is compared with its session file: windows or trials, units and their
-    order, shapes, numbers and metadata. All sessions must have the same seeds. TS3 is not checked.
+    Each prediction file is compared with its session file. All sessions must have the same seeds.
+    TS3 is not checked.
 
     Args:
         folder: that `export` wrote to.
@@ -446,7 +434,8 @@ def check(
         found.setdefault((task, rest[0]), []).append(int(seed[1]))
         problems: Iterable[str] = ["no session file"]
         if recording := recordings.get((TASKS[task].build, rest[0])):
-            problems = _problems(path, recording, task, _metadata(label, task, seed[1], recording))
+            metadata = _metadata(label, task, int(seed[1]), recording)
+            problems = _problems(path, recording, task, metadata)
         findings += [f"{path}: {problem}; export it again or remove it" for problem in problems]
     seeds = sorted({seed for each in found.values() for seed in each})
     for (build, name), recording in recordings.items():
@@ -475,47 +464,37 @@ def _problems(
         if (given := (said or {}).get(key)) != value:
             yield f"says {key} {given!r}, its place and the session file say {value!r}"
     index = recording.index(task)
-    if index is None:
-        yield "the session has no such behaviour in its test part"
-    elif lacking := sorted({"predictions", *index} - tensors.keys()):
-        yield f"lacks {', '.join(lacking)}"
-    else:
-        # The order of rows (windows or trials) is free, that of units is not.
-        (key, wanted), *_ = index.items()
-        rows = tensors[key]
-        missing, others = len(np.setdiff1d(wanted, rows)), len(np.setdiff1d(rows, wanted))
-        if missing or others or rows.shape != wanted.shape or rows.dtype != wanted.dtype:
-            exact = "" if TASKS[task].events else " and equal to the last bit (bwb.ts2_windows)"
-            yield (
-                f"{key} is {rows.dtype} {rows.shape}: {missing} of {len(wanted)} are missing, "
-                f"{others} are not of the task; need {wanted.dtype}, each once{exact}"
-            )
-        if "unit_ids" in index and not np.array_equal(tensors["unit_ids"], index["unit_ids"]):
-            yield "unit_ids are not the scored units in the order of the session file"
-        yield from _problems_of_numbers(tensors["predictions"], len(rows), recording, task)
-
-
-def _problems_of_numbers(
-    predictions: np.ndarray, n_rows: int, recording: BenchmarkSession, task: str
-) -> Iterator[str]:
-    """Problems of the predictions: their shape, type and range."""
-    spec, dtypes, shape = TASKS[task], ["float32"], (n_rows, *TASKS[task].shape)
-    if not spec.events:
+    if index is None or (lacking := sorted({"predictions", *index} - tensors.keys())):
+        yield f"lacks {', '.join(lacking)}" if index else "the session has no such behaviour"
+        return
+    # The order of rows (windows or trials) is free, that of units is not.
+    (key, wanted), *_ = index.items()
+    rows, predictions = tensors[key], tensors["predictions"]
+    missing, others = len(np.setdiff1d(wanted, rows)), len(np.setdiff1d(rows, wanted))
+    if missing or others or rows.shape != wanted.shape or rows.dtype != wanted.dtype:
+        exact = "" if TASKS[task].events else " and equal to the last bit (bwb.ts2_windows)"
+        yield (
+            f"{key} is {rows.dtype} {rows.shape}: {missing} of {len(wanted)} are missing, "
+            f"{others} are not of the task; need {wanted.dtype}, each once{exact}"
+        )
+    if "unit_ids" in index and not np.array_equal(tensors["unit_ids"], index["unit_ids"]):
+        yield "unit_ids are not the scored units in the order of the session file"
+    types, shape, own = ["float32"], (len(rows), *TASKS[task].shape), np.nan
+    if not TASKS[task].events:
         bins, units = recording.scored(task)
-        dtypes, shape = ["float16", "float32"], (n_rows, bins.stop - bins.start, int(units.sum()))
-    if predictions.shape != shape or predictions.dtype.name not in dtypes:
-        wanted = f"{' or '.join(dtypes)} {shape}"
-        yield f"predictions are {predictions.dtype} {predictions.shape}, not {wanted}"
+        types, shape = ["float16", "float32"], (len(rows), bins.stop - bins.start, int(units.sum()))
+        own = recording.rates[units].mean()
+    if predictions.shape != shape or predictions.dtype.name not in types:
+        found = f"predictions are {predictions.dtype} {predictions.shape}"
+        yield f"{found}, not {' or '.join(types)} {shape}"
     elif not np.isfinite(predictions).all():
         yield "predictions hold NaN or infinite values"
-    elif not spec.events or spec.group == "licks":
+    elif not TASKS[task].events or TASKS[task].group == "licks":
         # Bins are short, so most log-rates are below 0, and rates are near the recorded ones.
-        problem = "none is below 0" if predictions.min() >= 0 else ""
-        if not (spec.events or problem):
-            mean, own = np.exp(predictions.astype(np.float32)).mean(), recording.rates[units].mean()
-            if not PLAUSIBLE[0] < mean / own < PLAUSIBLE[1]:
-                problem = f"their mean rate is {mean:.3g} in a bin, the session's {own:.3g}"
-        if problem:
+        mean = np.exp(predictions.astype(np.float32)).mean()
+        rates = f"their mean rate is {mean:.3g} in a bin, the session's {own:.3g}"
+        problem = "none is below 0" if predictions.min() >= 0 else rates
+        if predictions.min() >= 0 or mean / own < PLAUSIBLE[0] or mean / own > PLAUSIBLE[1]:
             remedy = "write the natural log of the expected count in a bin"
             yield f"predictions are no log-rates ({problem}): {remedy}"
 
