@@ -376,27 +376,25 @@ def test_bad_trials_are_kept_counted_or_dropped(variant):
         assert set(filtered.trial_ids[few]) == set(kept.trial_ids[all_]) - {5, 6}
 
 
-def test_trials_after_a_probe_stopped_are_left_out(variant):
-    """Twenty of forty trials, of which half the neurons know nothing."""
-    table = []
+@pytest.mark.parametrize("pause", [slice(20, K), slice(20, 25)])
+def test_trials_that_a_probe_did_not_record_are_not_observed(variant, pause):
+    """It stops before a trial, or pauses: half of the neurons then only seem silent."""
 
     def stop(alf):
-        trials = pd.read_parquet(alf / "_ibl_trials.table.pqt")
+        events = pd.read_parquet(alf / "_ibl_trials.table.pqt")["stimOn_times"].to_numpy()[pause]
         folder = alf / "probe01/pykilosort"
         times = np.load(folder / "spikes.times.npy")
-        before = times < trials["stimOn_times"][20] - 2
+        kept = (times < events[0] - 0.5) | (times > events[-1] + 1.5)
         for name in ("times", "clusters"):
             values = np.load(folder / f"spikes.{name}.npy")
-            np.save(folder / f"spikes.{name}.npy", values[before])
-        table.append(trials)
+            np.save(folder / f"spikes.{name}.npy", values[kept])
 
     read = variant(stop)
-    assert 18 <= read.n_trials <= 20 and read.n_recorded == K
-    assert read.trial_ids.tolist() == list(range(read.n_trials))
-    np.testing.assert_array_equal(read.counts, make_session().counts[: read.n_trials])
-    assert read.provenance["trials"]["beyond the recording"] == K - read.n_trials
-    alone = variant(stop, probes=["probe00"])
-    assert alone.n_trials == K  # the other probe went on
+    expected = np.ones((K, read.n_neurons), dtype=bool)
+    expected[pause, read.neurons["probe"] == "probe01"] = False
+    np.testing.assert_array_equal(read.observed, expected)
+    np.testing.assert_array_equal(read.counts, make_session().counts * expected[:, None])
+    assert variant(stop, probes=["probe00"]).observed is None  # the other probe went on
 
 
 def rename_camera(alf):

@@ -405,7 +405,9 @@ def test_sessions_that_do_not_go_together_are_refused(small):
         with pytest.raises(SessionError, match=problem):
             fit(sessions, **QUICK)
     counts = np.random.default_rng(0).poisson(0.5, (30, 8, 5))
-    with pytest.warns(UserWarning, match="no neuron has a region: training without inter-region, intra-region"):
+    with pytest.warns(
+        UserWarning, match="no neuron has a region: training without inter-region, intra-region"
+    ):
         result = fit(Session(counts, name="x"), **QUICK)
     assert set(result.best["validation"]) == {"neuron", "causal"}
 

@@ -40,6 +40,7 @@ TRIAL_COLUMNS = (
 LOCATIONS = "brainLocationIds_ccf_2017"  # of channels, or of a probe's electrodeSites
 SORTING = ("spikes.times", "spikes.clusters", "clusters.channels")  # what a probe needs
 SILENCE = 0.1  # seconds without a spike of a whole probe that do not yet mean that it was off
+MANY = 20  # spikes in a trial of a probe that is never silent while it records
 
 
 def connect(
@@ -98,7 +99,7 @@ def load_session(
         eid: session id.
         window, bin_size: (start, stop) around the event, and width of a bin; seconds.
         align: the event: a column of the trials table. Trials without it are left out, as are
-            those before or after the time in which all probes recorded.
+            those that no probe recorded; what one of several did not is not ``observed``.
         atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos". None: load
             without regions. A probe without histology, of two, has none.
         trial_filter: "reaction-time": only trials that `reaction_time_filter` accepts. The paper
@@ -124,8 +125,12 @@ def load_session(
     trials = _trials(session, align)
     times = trials[align].to_numpy()
     rejected = {"rejected by the filter": ~reaction_time_filter(trials)} if trial_filter else {}
-    rejected["beyond the recording"] = _beyond(spikes, times, window)
+    recorded = _recorded(spikes, times, window)
+    observed = np.stack([recorded[probe] for probe in clusters["probe"]], axis=1)  # (K, N)
+    rejected["beyond the recording"] = ~observed.any(axis=1)
     fields = session.trials_to_use(times, _behaviour(trials), rejected)
+    if not observed.all():
+        fields["observed"] = observed[fields["trial_ids"]]
     if units == "good":
         clusters["keep"] = _good(session, clusters)
     session.provenance |= {"align": align, "units": units}
@@ -286,17 +291,24 @@ def _trials(session: _OneSession, align: str) -> pd.DataFrame:
         return table.reindex(columns=columns).astype(np.float64)
 
 
-def _beyond(spikes: pd.DataFrame, times: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Trials (K,) during which some probe did not record; its neurons would seem silent.
+def _recorded(
+    spikes: pd.DataFrame, times: np.ndarray, window: tuple[float, float]
+) -> dict[str, np.ndarray]:
+    """Probe -> trials (K,) bool that it recorded; in the others, its neurons only seem silent.
 
-    A probe records from its first to its last spike; one with few spikes does not tell.
+    A probe records from its first to its last spike, and pauses where it has no spike in a window;
+    one with few spikes does not tell.
     """
-    ends = spikes.groupby("probe")["time"].agg(["min", "max", "size"])
-    ends = ends[ends["size"] >= len(times)]
-    start, stop = ends["min"].max() - SILENCE, ends["max"].min() + SILENCE
-    outside = (times + window[0] < start) | (times + window[1] > stop)
-    # Where all are outside, it is by another clock; binning reports it.
-    return outside & ~(outside | np.isnan(times)).all()
+    found, start, stop = {}, times + window[0], times + window[1]
+    for probe, each in spikes.groupby("probe")["time"]:
+        spike_times = np.sort(each.dropna().to_numpy())
+        n_spikes = np.searchsorted(spike_times, stop) - np.searchsorted(spike_times, start)
+        first, last = spike_times[[0, -1]] + (-SILENCE, SILENCE)
+        recorded = (n_spikes > 0) & (start >= first) & (stop <= last)
+        # Where it recorded no trial, it is by another clock; binning reports it.
+        enough = recorded.any() and np.median(n_spikes[recorded]) >= MANY
+        found[probe] = recorded if enough else np.ones(len(times), dtype=bool)
+    return found
 
 
 def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:

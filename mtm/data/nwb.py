@@ -11,7 +11,8 @@ are used are fetched.
   except those called ``*time`` or ``*times``. Columns of text must be asked for; codes whose words
   the file has are read as words.
 - ``traces``: any TimeSeries, averaged in each bin. Where a name occurs twice, give more of the
-  path: ``"Position/head"``. ``"head[0]"`` is the first column of several. Angles do not average.
+  path: ``"Position/head"``. ``"head[0]"`` is the first column of several, ``"head"`` all of them.
+  Angles do not average.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from mtm.binning import plain
-from mtm.data.recording import Recording, is_event, ordered_samples, public
+from mtm.data.recording import Recording, is_event, ordered_samples, public, within
 from mtm.files import optional
 from mtm.session import Session, has_region
 
@@ -37,6 +38,7 @@ REGION_SOURCES = (
 )
 PEAK = r"(peak|max|best|main|extremum).*(channel|electrode|ch\b)"  # columns that name an electrode
 WIDEST = 32  # electrodes that one neuron can be seen on
+PARTS = ("train", "val", "test")
 ELECTRODES = "general/extracellular_ephys/electrodes"
 PROVENANCE = {  # key of Session.provenance: place in the file
     **{key: key for key in ("identifier", "session_start_time")},
@@ -55,6 +57,7 @@ def load_session(
     behaviour: Collection[str] | None = None,
     traces: Collection[str] = (),
     region: str | None = "auto",
+    split: str | None = None,
 ) -> Session:
     """Load one NWB file: all units, silent ones too, around events.
 
@@ -62,16 +65,20 @@ def load_session(
         source: path of the file, or its http(s) URL, for DANDI ``https://api.dandiarchive.org/api/
             assets/<asset id>/download/``. A URL is streamed; the server must serve byte ranges.
         align: the event: a column of the trials table, in seconds; trials without it (NaN) are left
-            out. Or (K,) event times in seconds; then no trials table is read. Consecutive windows
-            of a file without trials: ``np.arange(start, stop, length)``, ``window=(0, length)``.
+            out, as are those whose window meets the table ``invalid_times``. Or (K,) event times in
+            seconds; then no trials table is read. Of a file without trials: those of
+            :func:`mtm.continuous_windows`.
         window, bin_size: (start, stop) around each event, and width of a bin; seconds.
         trials: the table among the file's ``intervals`` whose rows are the trials.
         behaviour, traces, region: see the top of this page; ``()`` and None for none.
+        split: a column of the trials table that says "train", "val" or "test", for ``given_split``;
+            other trials are left out. Default: splits are drawn by `Session.split`.
 
     Returns:
         the session, named by the file's identifier or else the file. ``neurons`` has ``cluster``,
         the unit's id, and every column of the units table with one number or text per unit, for
-        ``session.select(neurons=session.neurons["quality"] == "good")``.
+        ``session.select(neurons=session.neurons["quality"] == "good")``. ``observed`` follows from
+        the units' ``obs_intervals``.
 
     Raises:
         SessionError: naming session, dataset and remedy.
@@ -83,8 +90,11 @@ def load_session(
         labels, file.provenance["regions"] = _regions(file, table, region)
         times, rows = table.ragged("spike_times")
         neurons = {"cluster": table.id} | {key: table.column(key) for key in table.scalars}
-        fields = _trials(file, trials, align, behaviour)
-        fields["traces"] = {name: _samples(file, name) for name in traces}
+        fields = _trials(file, trials, align, behaviour, window, split)
+        fields |= _observed(file, table, fields["align_times"], window)
+        fields["traces"] = {}
+        for name in traces:
+            fields["traces"] |= _samples(file, name)
     fields |= {"regions": labels, "window": window, "bin_size": bin_size}
     fields["subject"] = file.provenance["subject"]
     return file.to_session(times.astype(np.float64), rows, pd.DataFrame(neurons), **fields)
@@ -279,7 +289,29 @@ def _electrodes(
     return listed
 
 
-def _trials(file: _NwbFile, trials: str, align: Any, behaviour: Any) -> dict[str, Any]:
+def _observed(
+    file: _NwbFile, table: _Table, times: np.ndarray, window: tuple[float, float]
+) -> dict[str, np.ndarray]:
+    """In which trials each unit was observed, as ``observed`` (K, N); {} if in all."""
+    if "obs_intervals" not in table.index:
+        return {}
+    intervals, units = table.ragged("obs_intervals")
+    observed = np.ones((len(times), table.n), dtype=bool)
+    for unit in np.unique(units):
+        observed[:, unit] = within(intervals[units == unit], times, window)
+    if not observed.any():
+        file.fail("units/obs_intervals", "no window is within them; choose another event or window")
+    return {} if observed.all() else {"observed": observed}
+
+
+def _trials(
+    file: _NwbFile,
+    trials: str,
+    align: Any,
+    behaviour: Any,
+    window: tuple[float, float],
+    split: str | None,
+) -> dict[str, Any]:
     """The arguments of `Session.from_spike_times` that come from the trials table."""
     named = isinstance(align, str)
     file.provenance["align"] = align if named else "given times"
@@ -297,24 +329,35 @@ def _trials(file: _NwbFile, trials: str, align: Any, behaviour: Any) -> dict[str
     for key, values in columns.items():
         if values.dtype.kind != "U":
             columns[key] = np.where(np.isfinite(values), values, np.nan)
-    return file.trials_to_use(times.astype(np.float64), columns, {})
+    times = times.astype(np.float64)
+    bad = _Table(file, "intervals/invalid_times")
+    start, stop = (bad.column(key) if bad.n else np.zeros(0) for key in ("start_time", "stop_time"))
+    late, early = times + window[1], times + window[0]
+    invalid = ((late[:, None] > start) & (early[:, None] < stop)).any(axis=1)
+    rejected = {"in invalid_times": invalid}
+    if split is None:
+        return file.trials_to_use(times, columns, rejected)
+    part = table.column(split)
+    fields = file.trials_to_use(times, columns, rejected | {"in no part": ~np.isin(part, PARTS)})
+    part = part[fields["trial_ids"]]
+    return fields | {"given_split": [np.flatnonzero(part == name) for name in PARTS]}
 
 
-def _samples(file: _NwbFile, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Times and values (S,) of one column of a series, conversion and offset applied."""
+def _samples(file: _NwbFile, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Times and values (S,) of a series, conversion and offset applied; of each of its columns."""
     ((end, number),) = re.findall(r"^(.*?)(?:\[(\d+)\])?\Z", name)
     known = file.series()
     paths = [end] if end in known else [path for path in known if path.endswith(f"/{end}")]
     if len(paths) != 1:
         problem = f"could be any of {paths}" if paths else f"not among {sorted(known)}"
         file.fail(f"series {name!r}", f"{problem}; give its path")
-    group, column = known[paths[0]], int(number or 0)
+    group = known[paths[0]]
     data = group["data"]
     width = data.shape[1] if data.ndim == 2 else 1
-    if data.ndim > 2 or column >= width or (not number and width != 1):
-        problem = f"shape {data.shape}; name one column of it"
-        file.fail(f"series {name!r}", f"{problem}, as in '{end.rpartition('/')[2]}[0]'")
-    values = file.read(data, (slice(None), column) if data.ndim == 2 else ()).astype(np.float64)
+    columns = [int(number)] if number else range(width)
+    if data.ndim > 2 or max(columns) >= width:
+        file.fail(f"series {name!r}", f"no such column; the shape is {data.shape}")
+    values = file.read(data).astype(np.float64).reshape(-1, width)
     with file.reading(f"series {name!r}", "leave it out"):
         if "timestamps" in group:
             times = file.read(group["timestamps"])
@@ -323,5 +366,8 @@ def _samples(file: _NwbFile, name: str) -> tuple[np.ndarray, np.ndarray]:
             times = file.read(start).item() + np.arange(len(values)) / start.attrs["rate"]
         values = values * data.attrs.get("conversion", 1.0) + data.attrs.get("offset", 0.0)
         if "channel_conversion" in group:
-            values *= file.read(group["channel_conversion"])[column]
-        return ordered_samples(times, values)
+            values *= file.read(group["channel_conversion"])
+        names = {
+            column: name if number or width == 1 else f"{name}[{column}]" for column in columns
+        }
+        return {key: ordered_samples(times, values[:, column]) for column, key in names.items()}

@@ -28,6 +28,8 @@ LONGEST = 1e5  # seconds; no recording lasts longer (a day has 86,400)
 WAITS = (2, 4, 8)  # seconds until a download that was cut is resumed
 NETWORK = (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException)
 
+TOUCH = 1e-3  # seconds between intervals that count as one
+
 
 class Recording:
     """A recording that is being read: its name, and what becomes ``Session.provenance``."""
@@ -86,13 +88,15 @@ class Recording:
         """Bin spikes, with their (S,) times in seconds and cluster ids.
 
         ``table`` has a row for each cluster, by id; those whose column ``keep`` is False are left
-        out, as are spikes without a time.
+        out, as are spikes without a time. ``observed`` (K, N), if given, has all of its clusters.
         """
         keep = pd.Series(True, table.index)
         if "keep" in table:
             self.provenance["clusters"], keep = len(table), table.pop("keep")
         if not keep.any():
             self.fail("units", f"no cluster is left of {len(table)}; pass units=None")
+        if "observed" in fields:
+            fields["observed"] = fields["observed"][:, keep.to_numpy()]
         used = np.isfinite(times)
         if not used.all():
             self.warn("spike times", f"left out {(~used).sum()} spikes without a time")
@@ -123,6 +127,19 @@ class Folder(Recording):
             if n is not None and len(array) != n:
                 raise ValueError(f"{len(array)} rows, but {n} in other files")
         return array[:, 0] if width == 1 else array
+
+
+def within(intervals: np.ndarray, times: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Whether the window of each trial (K,) lies within intervals (M, 2); seconds.
+
+    Intervals that touch each other, to a millisecond, count as one.
+    """
+    starts, stops = intervals[np.argsort(intervals[:, 0])].T
+    stops = np.maximum.accumulate(stops)
+    apart = starts[1:] > stops[:-1] + TOUCH
+    starts, stops = starts[np.append(True, apart)], stops[np.append(apart, True)]
+    last = np.searchsorted(starts, times + window[0] + TOUCH, side="right") - 1
+    return (last >= 0) & (times + window[1] <= stops[last] + TOUCH)
 
 
 def is_event(column: str) -> bool:
