@@ -283,7 +283,6 @@ def test_traces_that_cannot_be(path):
     for name, words in {
         "nope": "acquisition/cube",
         "head": "processing/behavior/Position/head",
-        "Position/head": "head[0]",
         "pupil[1]": "(7000,)",
         "cube": "(5, 2, 2)",
     }.items():
