@@ -94,22 +94,19 @@ class Session:
             self.regions = _array("regions", labels, (units,)).astype(np.str_)
             self.behaviour = _columns("behaviour", behaviour, (trials,), (trials, bins))
             for key, array in self.behaviour.items():
-                finite = array.dtype.kind in "uibf" and not np.isinf(array).any()
-                if not finite and (array.dtype.kind != "U" or array.ndim > 1):
-                    raise ValueError(f"behaviour {key!r}: need finite numbers, or words of trials")
+                if array.dtype.kind not in ("uibfU" if array.ndim == 1 else "uibf"):
+                    raise ValueError(f"behaviour {key!r}: need numbers, or a word for each trial")
             self.neurons = _columns("neurons", neurons, (units,))
             self.rates = None
             if rates is not None:
-                array = _array("rates", rates, self.counts.shape)
-                self.rates = array.astype(np.float32, copy=False)
+                self.rates = _array("rates", rates, self.counts.shape).astype("f4", copy=False)
             self.given_split = None
             if given_split is not None:
-                masks = np.zeros((3, trials), dtype=bool)
-                for mask, part in zip(masks, map(np.asarray, given_split), strict=True):
-                    mask[part if part.size else []] = True
-                if masks.sum(axis=0).max() > 1:
-                    raise ValueError("given_split: a trial is in two parts; keep them apart")
-                self.given_split = Split(*map(np.flatnonzero, masks))
+                every, given = np.arange(trials), map(np.asarray, given_split)
+                parts = [every[part if part.size else []] for part in given]
+                if len(set().union(*parts)) < sum(map(len, parts)):
+                    raise ValueError("given_split: a trial is there twice; keep parts apart")
+                self.given_split = Split(*map(np.sort, parts))
             self.n_recorded = trials if n_recorded is None else int(n_recorded)
             ids = np.arange(trials) if trial_ids is None else trial_ids
             self.trial_ids = _array("trial_ids", ids, (trials,)).astype(np.int64)
@@ -237,16 +234,14 @@ class Session:
         """Bin spike times around events.
 
         Args:
-            spike_times: (S,) seconds.
-            spike_clusters: (S,) the id of the neuron that fired.
+            spike_times, spike_clusters: (S,) seconds, and the id of the neuron that fired.
             align_times: (K,) seconds; the event of each trial, where the window's 0 lies.
             clusters: (N,) the ids in the order of the neuron axis, silent ones included. Default:
                 0..N-1 for a list of ``regions``, the index of a Series, else all that fired.
             regions: label of each cluster: (N,) in that order, or a mapping from id to label.
-            window, bin_size: seconds; a whole number of bins.
             traces: name -> (sample times (S',) in seconds, values (S',)), averaged in each bin.
-            behaviour, neurons, name, fields: as in :class:`Session`. A Series with the cluster ids
-                (or with the rows of ``align_times``) in its index is taken by index.
+            others: as in :class:`Session`. A Series with the cluster ids (or with the rows of
+                ``align_times``) in its index is taken by index.
 
         Raises:
             SessionError: also where times seem to be in other units, or trials are there twice.
