@@ -1,7 +1,4 @@
-"""One recording, cut into trials and binned: the object that everything else takes.
-
-A :class:`Session` is checked once, when it is made, so that all other code can trust it.
-"""
+"""One recording, cut into trials, binned, and checked once, so that all other code can trust it."""
 
 from __future__ import annotations
 
@@ -160,9 +157,8 @@ class Session:
         """Split the trials at random into 70 % training, 10 % validation and 20 % test trials.
 
         The draw depends on the session's name and the seed alone, and is made among the trials of
-        the whole recording, so that a selection of trials keeps each in its part. A recording that
-        came with its own split keeps it. A part without trials is a SessionError, but a given split
-        may have no test trials.
+        the whole recording, so that a selection keeps each trial in its part. A recording that came
+        with its own split keeps it. A part without trials is an error, but for given test trials.
         """
         split = self.given_split
         if split is None:
@@ -183,10 +179,7 @@ class Session:
         return split
 
     def select(self, trials: ArrayLike | None = None, neurons: ArrayLike | None = None) -> Session:
-        """Make a session of some trials and neurons (indices or masks).
-
-        Each trial stays in its part of the split.
-        """
+        """Make a session of some trials and neurons (indices or masks), split as before."""
         kept = np.arange(self.n_trials)[slice(None) if trials is None else np.asarray(trials)]
         units = np.arange(self.n_neurons)[slice(None) if neurons is None else np.asarray(neurons)]
         parts = self.given_split and [np.flatnonzero(np.isin(kept, p)) for p in self.given_split]
@@ -265,10 +258,7 @@ class Session:
         cls, trains: Sequence[ArrayLike] | Mapping[Any, ArrayLike], align_times: ArrayLike,
         *, name: str = "session", bin_size: float = 0.02, **fields: Any,
     ) -> Self:  # fmt: skip
-        """Bin one array of spike times (seconds) for each neuron, as :meth:`from_spike_times`.
-
-        ``trains`` is a list, or a mapping or Series from cluster id to times.
-        """
+        """Bin one array of spike times (seconds) for each neuron, in a list or by cluster id."""
         named: Any = trains if isinstance(trains, Mapping | pd.Series) else enumerate(trains)
         pairs: dict[Any, Any] = dict(named)
         with _errors_of(f"session {name!r}, spikes:"):
@@ -291,10 +281,7 @@ class Session:
 
     @classmethod
     def load(cls, path: str | Path, *, mmap: bool = False) -> Self:
-        """Read a session that :meth:`save` wrote; a damaged file is a SessionError.
-
-        With ``mmap``, counts and true rates stay on disk, and are read where they are used.
-        """
+        """Read a session that :meth:`save` wrote; with ``mmap``, counts and rates stay on disk."""
         description, arrays = read_session_file(path, mmap=("counts", "rates") if mmap else ())
         fields: dict[str, Any] = {k: v for k, v in description.items() if k not in LISTED}
         fields |= {"behaviour": {}, "neurons": {}, "split": {}}
@@ -350,11 +337,9 @@ def _columns(kind: str, table: Any, *shapes: tuple[int, ...], **order: Any) -> d
 def _array(
     field: str, values: Any, *shapes: tuple[int, ...], ids: Any = None, rows: Any = None
 ) -> np.ndarray:
-    """Values as an array of one of the shapes; a Series in the order of ``ids``, by its index.
-
-    A Series with the index of ``rows`` is of the same table; that index is the default of ``ids``.
-    """
+    """Values as an array of one of the shapes; a Series in the order of ``ids``, by its index."""
     if isinstance(values, pd.Series):
+        # With the index of `rows`, it is of the same table; that index is the default of ids.
         table = rows.index if isinstance(rows, pd.Series) else None
         order, index = table if ids is None else pd.Index(ids), values.index
         numbers = pd.RangeIndex(len(values if order is None else order))
