@@ -1,7 +1,4 @@
-"""One recording, cut into trials and binned: the object that everything else takes.
-
-A :class:`Session` is checked once, when it is made, so that all other code can trust it.
-"""
+"""One recording, cut into trials, binned, and checked once, so that all other code can trust it."""
 
 from __future__ import annotations
 
@@ -97,14 +94,12 @@ class Session:
             self.regions = _array("regions", labels, (units,)).astype(np.str_)
             self.behaviour = _columns("behaviour", behaviour, (trials,), (trials, bins))
             for key, array in self.behaviour.items():
-                finite = array.dtype.kind in "uibf" and not np.isinf(array).any()
-                if not finite and (array.dtype.kind != "U" or array.ndim > 1):
-                    raise ValueError(f"behaviour {key!r}: need finite numbers, or words of trials")
+                if array.dtype.kind not in ("uibfU" if array.ndim == 1 else "uibf"):
+                    raise ValueError(f"behaviour {key!r}: need numbers, or a word for each trial")
             self.neurons = _columns("neurons", neurons, (units,))
             self.rates = None
             if rates is not None:
-                array = _array("rates", rates, self.counts.shape)
-                self.rates = array.astype(np.float32, copy=False)
+                self.rates = _array("rates", rates, self.counts.shape).astype("f4", copy=False)
             self.observed = None
             if observed is not None:
                 self.observed = _array("observed", observed, (trials, units)).astype(bool)
@@ -112,12 +107,11 @@ class Session:
                     self.counts *= self.observed[:, None]
             self.given_split = None
             if given_split is not None:
-                masks = np.zeros((3, trials), dtype=bool)
-                for mask, part in zip(masks, map(np.asarray, given_split), strict=True):
-                    mask[part if part.size else []] = True
-                if masks.sum(axis=0).max() > 1:
-                    raise ValueError("given_split: a trial is in two parts; keep them apart")
-                self.given_split = Split(*map(np.flatnonzero, masks))
+                every, given = np.arange(trials), map(np.asarray, given_split)
+                parts = [every[part if part.size else []] for part in given]
+                if len(set().union(*parts)) < sum(map(len, parts)):
+                    raise ValueError("given_split: a trial is there twice; keep parts apart")
+                self.given_split = Split(*map(np.sort, parts))
             self.n_recorded = trials if n_recorded is None else int(n_recorded)
             ids = np.arange(trials) if trial_ids is None else trial_ids
             self.trial_ids = _array("trial_ids", ids, (trials,)).astype(np.int64)
@@ -175,9 +169,8 @@ class Session:
         """Split the trials at random into 70 % training, 10 % validation and 20 % test trials.
 
         The draw depends on the session's name and the seed alone, and is made among the trials of
-        the whole recording, so that a selection of trials keeps each in its part. A recording that
-        came with its own split keeps it. A part without trials is a SessionError, but a given split
-        may have no test trials.
+        the whole recording, so that a selection keeps each trial in its part. A recording that came
+        with its own split keeps it. A part without trials is an error, but for given test trials.
         """
         split = self.given_split
         if split is None:
@@ -198,10 +191,7 @@ class Session:
         return split
 
     def select(self, trials: ArrayLike | None = None, neurons: ArrayLike | None = None) -> Session:
-        """Make a session of some trials and neurons (indices or masks).
-
-        Each trial stays in its part of the split.
-        """
+        """Make a session of some trials and neurons (indices or masks), split as before."""
         kept = np.arange(self.n_trials)[slice(None) if trials is None else np.asarray(trials)]
         units = np.arange(self.n_neurons)[slice(None) if neurons is None else np.asarray(neurons)]
         parts = self.given_split and [np.flatnonzero(np.isin(kept, p)) for p in self.given_split]
@@ -264,16 +254,14 @@ class Session:
         """Bin spike times around events.
 
         Args:
-            spike_times: (S,) seconds.
-            spike_clusters: (S,) the id of the neuron that fired.
+            spike_times, spike_clusters: (S,) seconds, and the id of the neuron that fired.
             align_times: (K,) seconds; the event of each trial, where the window's 0 lies.
             clusters: (N,) the ids in the order of the neuron axis, silent ones included. Default:
                 0..N-1 for a list of ``regions``, the index of a Series, else all that fired.
             regions: label of each cluster: (N,) in that order, or a mapping from id to label.
-            window, bin_size: seconds; a whole number of bins.
             traces: name -> (sample times (S',) in seconds, values (S',)), averaged in each bin.
-            behaviour, neurons, name, fields: as in :class:`Session`. A Series with the cluster ids
-                (or with the rows of ``align_times``) in its index is taken by index.
+            others: as in :class:`Session`. A Series with the cluster ids (or with the rows of
+                ``align_times``) in its index is taken by index.
 
         Raises:
             SessionError: also where times seem to be in other units, or trials are there twice.
@@ -297,10 +285,7 @@ class Session:
         cls, trains: Sequence[ArrayLike] | Mapping[Any, ArrayLike], align_times: ArrayLike,
         *, name: str = "session", bin_size: float = 0.02, **fields: Any,
     ) -> Self:  # fmt: skip
-        """Bin one array of spike times (seconds) for each neuron, as :meth:`from_spike_times`.
-
-        ``trains`` is a list, or a mapping or Series from cluster id to times.
-        """
+        """Bin one array of spike times (seconds) for each neuron, in a list or by cluster id."""
         named: Any = trains if isinstance(trains, Mapping | pd.Series) else enumerate(trains)
         pairs: dict[Any, Any] = dict(named)
         with _errors_of(f"session {name!r}, spikes:"):
@@ -324,10 +309,7 @@ class Session:
 
     @classmethod
     def load(cls, path: str | Path, *, mmap: bool = False) -> Self:
-        """Read a session that :meth:`save` wrote; a damaged file is a SessionError.
-
-        With ``mmap``, counts and true rates stay on disk, and are read where they are used.
-        """
+        """Read a session that :meth:`save` wrote; with ``mmap``, counts and rates stay on disk."""
         description, arrays = read_session_file(path, mmap=("counts", "rates") if mmap else ())
         fields: dict[str, Any] = {k: v for k, v in description.items() if k not in LISTED}
         fields |= {"behaviour": {}, "neurons": {}, "split": {}}
@@ -383,11 +365,9 @@ def _columns(kind: str, table: Any, *shapes: tuple[int, ...], **order: Any) -> d
 def _array(
     field: str, values: Any, *shapes: tuple[int, ...], ids: Any = None, rows: Any = None
 ) -> np.ndarray:
-    """Values as an array of one of the shapes; a Series in the order of ``ids``, by its index.
-
-    A Series with the index of ``rows`` is of the same table; that index is the default of ``ids``.
-    """
+    """Values as an array of one of the shapes; a Series in the order of ``ids``, by its index."""
     if isinstance(values, pd.Series):
+        # With the index of `rows`, it is of the same table; that index is the default of ids.
         table = rows.index if isinstance(rows, pd.Series) else None
         order, index = table if ids is None else pd.Index(ids), values.index
         numbers = pd.RangeIndex(len(values if order is None else order))

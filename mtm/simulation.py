@@ -86,6 +86,8 @@ def simulate(
         sessions with true ``rates`` (K, T, N); behaviour ``choice``, ``contrast``, ``block``,
         ``reward``, ``reaction-time`` (K,), ``wheel-speed``, ``whisker-motion-energy`` (K, T).
     """
+    if n_neurons < len(CIRCUIT):
+        raise ValueError(f"need a neuron for each of the {len(CIRCUIT)} regions, got {n_neurons}")
     before = int(np.ceil(BURN_IN / bin_size - 1e-9))  # bins
     grid = window[0] + bin_size * np.arange(-before, n_bins(window, bin_size))  # bin starts
     names = [region.name for region in CIRCUIT]

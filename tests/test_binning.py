@@ -79,24 +79,17 @@ def test_counts_equal_integer_arithmetic_on_ticks(recording):
 def test_no_edge_is_lost_to_rounding(align, bin_size):
     start, bins = -0.5, 60
     b = np.arange(bins + 1)
+    exact = [Fraction(align) + Fraction(start) + int(i) * Fraction(bin_size) for i in b]
     orders = [
         (align + start) + b * bin_size,
         align + (start + b * bin_size),
         (align + b * bin_size) + start,
-        np.concatenate([[align + start], align + start + np.cumsum(np.full(bins, bin_size))]),
-        np.array(
-            [float(Fraction(align) + Fraction(start) + int(i) * Fraction(bin_size)) for i in b]
-        ),
+        align + start + np.concatenate([[0], np.cumsum(np.full(bins, bin_size))]),
+        np.array(exact, float),
     ]
     for times in orders:
-        counts = bin_spikes(
-            times,
-            np.zeros(bins + 1, int),
-            [align],
-            n_neurons=1,
-            window=(start, start + bins * bin_size),
-            bin_size=bin_size,
-        )
+        how = {"window": (start, start + bins * bin_size), "bin_size": bin_size}
+        counts = bin_spikes(times, np.zeros(bins + 1, int), [align], n_neurons=1, **how)
         # one in each bin, and the spike at the window's stop in none
         np.testing.assert_array_equal(counts[0, :, 0], np.ones(bins))
 
@@ -116,7 +109,6 @@ def test_work_space_does_not_grow_with_the_recording():
     counts = bin_spikes(align, np.zeros(1000, int), align, n_neurons=4000, **FIVE_BINS)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert counts.sum() == 1000
     assert peak < 1.2 * counts.nbytes  # as int64 they would take eight times as much
 
 
@@ -255,10 +247,8 @@ def test_trace_by_definition_on_ticks(ticks, max_gap, width, seed):
 
 
 def test_trace_of_a_long_recording_keeps_its_digits():
-    times = np.arange(0, 10_000, 0.02) + 5_000.0
-    values = 1e5 + np.sin(times)
-    align = np.array([5_010.0, 14_900.0])
-    binned = bin_trace(times, values, align, window=(0, 1), bin_size=0.1)
+    times, align = np.arange(0, 10_000, 0.02) + 5_000.0, np.array([5_010.0, 14_900.0])
+    binned = bin_trace(times, 1e5 + np.sin(times), align, window=(0, 1), bin_size=0.1)
     start = align[:, None] + np.arange(10) * 0.1
     expected = 1e5 + (np.cos(start) - np.cos(start + 0.1)) / 0.1
     np.testing.assert_allclose(binned, expected, atol=0.0079)  # float32 at 1e5: steps of 0.0078

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from mtm.session import Session, SessionError, Split
 
+ARRAYS = ("counts", "rates", "regions", "trial_ids")
+
 
 class Named(np.ndarray):
     """An array of ones whose axes have names, as xarray's."""
@@ -66,7 +68,7 @@ def test_axes_with_names_must_be_in_order(tmp_path):
         assert Session(file.create_dataset("x", data=np.ones((7, 5, 4)))).n_neurons == 4
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64, np.float32])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
 def test_counts_are_copied(dtype):
     counts = np.arange(24, dtype=dtype).reshape(4, 3, 2)
     session = Session(counts)
@@ -92,11 +94,10 @@ def test_counts_are_copied(dtype):
         ({"neurons": {"x": pd.Series(range(4)).iloc[::-1]}}, r"neurons 'x': .* \[3, 2, 1\]"),
         ({"window": (0.0, 1.0)}, "window: .0.0, 1.0. s, but 5 bins last 0.1 s"),
         ({"behaviour": {"wheel": np.zeros((20, 4))}}, "behaviour 'wheel': .* or .20, 5.*20, 4"),
-        ({"behaviour": {"x": np.full(20, np.inf)}}, "behaviour 'x': need finite numbers, or words"),
-        ({"behaviour": {"x": np.full((20, 5), "a")}}, "behaviour 'x': need finite numbers, or"),
+        ({"behaviour": {"x": np.full((20, 5), "a")}}, "behaviour 'x': need numbers, or a word for"),
         ({"neurons": {"depth": np.zeros(3)}}, "neurons 'depth': need shape .4,., got .3,."),
         ({"rates": np.ones((20, 5, 3))}, "rates: need shape .20, 5, 4."),
-        ({"given_split": ([0], [1], [1])}, "given_split: a trial is in two parts"),
+        ({"given_split": ([0], [1], [1])}, "given_split: a trial is there twice; keep parts apart"),
     ],
 )
 def test_errors_name_the_session_and_the_field(changes, message):
@@ -104,9 +105,7 @@ def test_errors_name_the_session_and_the_field(changes, message):
         make(**changes)
 
 
-def test_warnings_of_units():
-    with pytest.warns(UserWarning, match="session 'mouse 1', bin_size: .*in seconds, not milli"):
-        make(bin_size=20, window=None)
+def test_rates_are_told_from_counts():
     counts = np.random.default_rng(0).poisson(0.3, (20, 20, 4))
     with pytest.warns(UserWarning, match="session 's', counts: all are multiples of 50, as rates"):
         Session(counts / 0.02, name="s")
@@ -129,13 +128,11 @@ def test_splits_hold_every_trial_once(n_trials, seed):
 
 def test_splits_depend_on_name_and_seed_alone():
     one, same = make(), make(counts=np.ones((20, 5, 4)))
-    assert all(np.array_equal(a, b) for a, b in zip(one.split(), same.split(), strict=True))
+    assert all(map(np.array_equal, one.split(), same.split()))
     for other in (make(name="mouse 2").split(), one.split(1)):
         assert not np.array_equal(one.split().test, other.test)
     # A split must never change between versions, or test trials leak into training.
     assert one.split().test.tolist() == [8, 10, 11, 13]
-    with pytest.raises(SessionError, match="split: none of its 2 trials is in train"):
-        Session(np.zeros((2, 1, 1))).split()
 
 
 def test_a_given_split_is_kept_and_follows_a_selection():
@@ -155,11 +152,9 @@ def test_a_selection_keeps_every_trial_in_its_part(data):
     trials = data.draw(st.permutations(range(60)))[: data.draw(st.integers(56, 60))]
     part = session.select(trials=np.array(trials))
     again = part.select(trials=np.arange(part.n_trials)[::-1])
-    for label in Split._fields:
-        whole = set(getattr(session.split(3), label).tolist())
-        for selection in (part, again):
-            kept = selection.trial_ids[getattr(selection.split(3), label)]
-            assert set(kept.tolist()) == whole & set(trials)
+    for selection in (part, again):
+        for whole, found in zip(session.split(3), selection.split(3), strict=True):
+            assert set(selection.trial_ids[found].tolist()) == set(whole.tolist()) & set(trials)
 
 
 def test_select_cuts_every_field():
@@ -192,31 +187,25 @@ def test_a_file_returns_the_session(tmp_path):
         behaviour={"a/b": np.arange(20.0), "with space": np.zeros((20, 5))},
     ).select(trials=np.arange(19, -1, -1))
     path = session.save(tmp_path / "deep" / "x.npz")
-    with np.load(path, allow_pickle=False) as file:  # no pickled objects
-        assert all(file[key].dtype.kind != "O" for key in file.files)
     for again in (Session.load(path), Session.load(path, mmap=True)):
         assert repr(again) == repr(session) and again.provenance == session.provenance
-        for a, b in [
-            (again.counts, session.counts),
-            (again.rates, session.rates),
-            (again.regions, session.regions),
-            (again.trial_ids, session.trial_ids),
-            *zip(again.split(), session.split(), strict=True),
-            *((again.behaviour[k], v) for k, v in session.behaviour.items()),
-            *((again.neurons[k], v) for k, v in session.neurons.items()),
-        ]:
-            assert a.dtype == b.dtype
+        pairs = [(getattr(again, key), getattr(session, key)) for key in ARRAYS]
+        pairs += zip(again.split(), session.split(), strict=True)
+        pairs += [(again.behaviour[k], v) for k, v in session.behaviour.items()]
+        pairs += [(again.neurons[k], v) for k, v in session.neurons.items()]
+        for a, b in pairs:
+            assert a.dtype == b.dtype and a.dtype.kind != "O"
             np.testing.assert_array_equal(a, b)
     assert [p.name for p in path.parent.iterdir()] == ["x.npz"]
 
 
 def test_counts_can_stay_on_disk(tmp_path):
     path = make(counts=np.ones((20, 5, 4))).save(tmp_path / "x.npz")
-    before = path.read_bytes()
-    opened = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    before, open_files = path.read_bytes(), Path("/proc/self/fd")
+    opened = len(list(open_files.iterdir())) if open_files.exists() else 0
     mapped = [Session.load(path, mmap=True) for _ in range(20)]
     if opened:  # systems allow few hundred open files
-        assert len(list(Path("/proc/self/fd").iterdir())) < opened + 10
+        assert len(list(open_files.iterdir())) < opened + 10
         assert str(path) in Path("/proc/self/maps").read_text()
     mapped[0].counts[:] = 7  # changes neither the file nor other sessions
     assert path.read_bytes() == before and mapped[1].counts.max() == 1
@@ -241,16 +230,13 @@ def test_words_booleans_and_missing_values_are_kept(tmp_path):
 
 def test_damaged_and_other_files_are_refused(tmp_path):
     whole = make().save(tmp_path / "good.npz").read_bytes()
-    for size in range(0, len(whole), len(whole) // 20):
-        (tmp_path / "cut.npz").write_bytes(whole[:size])
-        with pytest.raises(SessionError, match="cut.npz"):
-            Session.load(tmp_path / "cut.npz")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     np.savez(tmp_path / "pickle.npz", description=np.array([{"a": 1}], dtype=object))
-    (tmp_path / "text.npz").write_text("hello")
-    for name in ("other", "pickle", "text"):
-        with pytest.raises(SessionError, match=rf"{name}\.npz"):
-            Session.load(tmp_path / f"{name}.npz")
+    files = [(tmp_path / f"{name}.npz").read_bytes() for name in ("other", "pickle")]
+    for content in [*files, *(whole[:n] for n in range(0, len(whole), len(whole) // 20)), b"hello"]:
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(SessionError, match=r"bad\.npz"):
+            Session.load(tmp_path / "bad.npz")
     with pytest.raises(FileNotFoundError):
         Session.load(tmp_path / "absent.npz")
 
@@ -272,27 +258,14 @@ def test_from_spike_times_counts_by_loop():
         neurons=None,
     )
     assert session.counts.shape == (16, 6, 4)
-    for k, event in enumerate(events):
-        for t in range(6):
-            for n, cluster in enumerate([10, 3, 5, 7]):
-                start = event - 0.1 + 0.05 * t
-                inside = (times >= start) & (times < start + 0.05) & (clusters == cluster)
-                assert session.counts[k, t, n] == inside.sum()
+    for (k, t, n), count in np.ndenumerate(session.counts):
+        start = events[k] - 0.1 + 0.05 * t
+        inside = (times >= start) & (times < start + 0.05) & (clusters == [10, 3, 5, 7][n])
+        assert count == inside.sum()
     assert session.regions.tolist() == ["CA1", "", "", "DG"]
     assert session.neurons["cluster"].tolist() == [10, 3, 5, 7]
     middle = events[:, None] - 0.1 + 0.05 * (np.arange(6) + 0.5)
     np.testing.assert_allclose(session.behaviour["wheel"], middle, rtol=1e-6)
-
-
-def test_spike_trains_are_spike_times_with_ids():
-    rng = np.random.default_rng(0)
-    trains = [np.sort(rng.uniform(0, 60, n)) for n in (900, 0, 400)]  # the second is silent
-    events, options = np.arange(2.0, 58.0, 4.0), {"regions": ["A", "B", "C"], "name": "trains"}
-    made = Session.from_spike_trains(trains, events, **options)
-    ids = np.repeat([0, 1, 2], [900, 0, 400])
-    expected = Session.from_spike_times(np.concatenate(trains), ids, events, **options)
-    np.testing.assert_array_equal(made.counts, expected.counts)
-    assert repr(made) == repr(expected) and made.n_neurons == 3
 
 
 LABELS = pd.Series(["CA1", "", "DG", "LP"], index=[10, 3, 5, 7])
@@ -321,16 +294,19 @@ def test_columns_with_ids_are_taken_by_id(labels, clusters):
     assert again.regions.tolist() == session.regions.tolist()
 
 
-def test_the_index_of_a_series_of_labels_names_the_clusters():
+def test_spike_trains_and_labels_with_an_index_of_ids():
     times, ids = np.arange(0, 60, 0.01), np.resize([3, 7, 10], 6000)  # 5 is silent
-    session = Session.from_spike_times(times, ids, np.arange(2.0, 58.0, 4.0), regions=LABELS)
+    events = np.arange(2.0, 58.0, 4.0)
+    session = Session.from_spike_times(times, ids, events, regions=LABELS)
     assert session.neurons["cluster"].tolist() == [10, 3, 5, 7]
     assert session.regions.tolist() == ["CA1", "", "DG", "LP"] and not session.counts[..., 2].any()
     trains = {i: times[ids == i] for i in (7, 5, 3, 10)}
     for named in (trains, pd.Series(trains)):
-        made = Session.from_spike_trains(named, np.arange(2.0, 58.0, 4.0), regions=LABELS)
+        made = Session.from_spike_trains(named, events, regions=LABELS)
         np.testing.assert_array_equal(made.counts, session.counts[..., [3, 2, 1, 0]])
         assert made.regions.tolist() == ["LP", "DG", "", "CA1"]
+    listed = Session.from_spike_trains([*trains.values()], events, regions=made.regions)
+    assert repr(listed) == repr(made) and np.array_equal(listed.counts, made.counts)
 
 
 def test_warnings_of_events_that_are_too_close_or_outside():
@@ -367,12 +343,11 @@ def test_times_in_other_units_are_refused(spikes, events, rate):
         Session.from_spike_times(*given)
 
 
-def test_a_trace_without_samples_is_told():
-    spikes, events = (np.arange(0, 100, 0.01), np.zeros(10_000, int)), np.arange(2.0, 90.0, 4.0)
-    slow, fast = np.arange(0, 100, 0.25), np.arange(0, 100, 0.01)
-    for times in (slow, fast * 1000):
-        with pytest.warns(UserWarning, match="session 'session', trace 'pupil': NaN in every bin"):
-            Session.from_spike_times(*spikes, events, traces={"pupil": (times, np.sin(times))})
+@pytest.mark.parametrize("scale", [25, 1000])  # samples 0.25 s apart, or times in ms
+def test_a_trace_without_samples_is_told(scale):
+    traces = {"pupil": (np.arange(0, 100, 0.01) * scale, np.ones(10_000))}
+    with pytest.warns(UserWarning, match="session 'session', trace 'pupil': NaN in every bin"):
+        Session.from_spike_times([5.0, 9.0], [0, 0], [5.0, 9.0], traces=traces)
 
 
 @pytest.mark.parametrize(
