@@ -99,8 +99,7 @@ def psth_grid(
 
     ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',).
     """
-    columns = min(4, len(neurons))
-    rows = -(-len(neurons) // columns)
+    columns, rows = min(4, len(neurons)), -(-len(neurons) // 4)
     figure = plt.figure(figsize=(2.6 * columns, 2.2 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for ax, neuron in zip(axes.flat, neurons, strict=False):
@@ -118,18 +117,15 @@ def psth_grid(
 
 
 def before_and_after(
-    session: Session, rates: np.ndarray, neuron: int, trials: np.ndarray, by: str | None = None
+    session: Session, rates: np.ndarray, neuron: int, trials: np.ndarray, by: str = "choice"
 ) -> Figure:
     """Single trials of one neuron: its spikes, and the rates predicted while it was hidden.
 
-    ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',), sorted by the
-    behaviour ``by``, if one is named.
+    ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',), sorted by ``by``.
     """
     figure = plt.figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    order = np.arange(len(trials))
-    if by is not None:
-        order = np.argsort(session.behaviour[by][trials], kind="stable")
+    order = np.argsort(session.behaviour[by][trials], kind="stable")
     images = {"spikes": session.counts[trials], "predicted while hidden": rates}
     for ax, (title, source) in zip(axes, images.items(), strict=True):
         image = source[order, :, neuron] / session.bin_size
@@ -138,7 +134,7 @@ def before_and_after(
         ax.axvline(0, color=RED, lw=1)
         ax.set(title=title, xlabel=TIME)
         figure.colorbar(shown, ax=ax, label="Hz")
-    axes[0].set_ylabel("trials" if by is None else f"trials, sorted by {by}")
+    axes[0].set_ylabel(f"trials, sorted by {by}")
     figure.suptitle(_name(session, neuron), fontsize=10)
     return figure
 
@@ -227,10 +223,7 @@ def predicted(
 def rate_scatter(
     true: np.ndarray, log_rates: np.ndarray, bin_size: float, ax: Axes | None = None
 ) -> Axes:
-    """Predicted against true firing rates, on logarithmic axes.
-
-    ``true`` are expected counts of any shape, ``log_rates`` predictions; ``bin_size`` in seconds.
-    """
+    """Predicted against true rates: log-rates against expected counts of a bin, any shape."""
     ax = ax or plt.gca()
     x, y = np.ravel(true) / bin_size, np.exp(np.ravel(log_rates)) / bin_size
     ax.hexbin(x, y, gridsize=60, bins="log", xscale="log", yscale="log", cmap="Blues", mincnt=1)
@@ -257,11 +250,7 @@ def history(entries: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Axe
 
 
 def live() -> Callable[[Sequence[Mapping[str, Any]]], None]:
-    """Callback for ``fit`` that redraws :func:`history` in a notebook after each validation.
-
-    Example:
-        >>> result = mtm.fit(sessions, on_validation=mtm.plots.live())
-    """
+    """Callback that redraws :func:`history` in a notebook: ``fit(..., on_validation=live())``."""
     from IPython.display import display
 
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -285,8 +274,7 @@ def score_bars(
 ) -> Axes:
     """Mean of each predictor in each task that has the column, with its standard error.
 
-    The error is over sessions where there are several, else over neurons. A report without the
-    column in a task has no bar there.
+    The error is over sessions where there are several, else over neurons.
     """
     ax = ax or plt.gca()
     several = any(len(report.sessions) > 1 for report in reports.values())
@@ -334,12 +322,12 @@ def score_scatter(
     """
     ax = ax or plt.gca()
     keys = ["session", "neuron", "region"]
-    one, two = (r.tasks[task].table.groupby(keys, sort=False)[column].mean() for r in (across, up))
-    if set(one.index) != set(two.index):
+    one, two = (r.tasks[task].table.groupby(keys)[column].mean() for r in (across, up))
+    if not one.index.equals(two.index):
         raise ValueError("the two reports scored different neurons")
-    x, y = one.to_numpy(), two.reindex(one.index).to_numpy()
-    labels = np.array([name if has_region(name) else "" for *_, name in one.index])
-    regions = [name for name in np.unique(labels).tolist() if name]
+    x, y = one.to_numpy(), two.to_numpy()
+    labels = one.index.get_level_values("region").map(lambda name: name if has_region(name) else "")
+    regions = [name for name in labels.unique().sort_values() if name]
     for region, colour in [("", "0.5"), *zip(regions, _palette(len(regions)), strict=False)]:
         some = labels == region
         ax.scatter(x[some], y[some], s=14, color=colour, label=region, lw=0, alpha=0.8)
@@ -364,11 +352,9 @@ def _draw_bars(bars: Mapping[str, Mapping[str, Mean]], ax: Axes) -> None:
     width = 0.8 / len(bars)
     for i, (name, means) in enumerate(bars.items()):
         places = np.arange(len(groups)) + (i - (len(bars) - 1) / 2) * width
-        value, error = zip(
-            *(means.get(group, (np.nan, np.nan))[:2] for group in groups), strict=True
-        )
+        each = np.array([means.get(group, (np.nan,) * 3) for group in groups])
         colour = METHOD_COLOURS.get(name) or next(spare)
-        ax.bar(places, value, width, yerr=np.nan_to_num(error), color=colour, label=name)
+        ax.bar(places, each[:, 0], width, yerr=np.nan_to_num(each[:, 1]), color=colour, label=name)
     ax.axhline(0, color="black", lw=0.8)
     ax.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     ax.set_xticks(np.arange(len(groups)), groups)

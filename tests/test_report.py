@@ -78,9 +78,7 @@ def test_regions_and_pooling_and_counts(joined):
     assert summary["errors"]["sessions"]["bits_per_spike"] == 1.0
     assert summary["errors"]["seeds"]["bits_per_spike_train_null"] == 0.75
     assert summary["regions"]["DG"] == [1.0, 1.0, 2]
-    rows = [line.split("  ") for line in str(joined).splitlines()]
-    assert [rows[2][0], rows[2][-1].strip()] == ["over their test mean", "2.000 ± 1.000"]
-    assert ["neurons", "5"] in [[row[0], row[-1].strip()] for row in rows]
+    assert "2.000 ± 1.000" in str(joined)
 
 
 def test_what_has_no_score_is_nan():
@@ -100,17 +98,15 @@ def test_a_behaviour_has_no_neurons():
     scores = both.tasks["choice"]
     assert scores.over("sessions") == Mean(pytest.approx(0.6), pytest.approx(sem([0.5, 0.7])), 2)
     assert "choice from rates: accuracy 0.600 ± 0.100 (majority 0.500)" in str(both)
-    value, error, n = scores.over("neurons")
-    assert value == pytest.approx(0.6) and np.isnan(error) and n == 0
+    assert np.isnan(scores.over("neurons").error)
 
 
 def test_seeds_are_paired_by_their_number():
-    first, again = report("a", [0.0, 2.0], ["", ""]), report("a", [5.0, 7.0], ["", ""])
-    both = Report.join([report("a", [1.0, 3.0], ["", ""]), report("b", [10.0, 20.0], ["", ""])])
-    joined = Report.join([first, again, both])  # a has seeds 0, 1, 2; b, from the third, 2
-    scores = joined.tasks["co-smoothing"]
+    a = [report("a", [x, x + 2], ["", ""]) for x in (0.0, 5.0, 1.0)]
+    joined = Report.join([*a[:2], Report.join([a[2], report("b", [10.0, 20.0], ["", ""])])])
+    scores = joined.tasks["co-smoothing"]  # a has seeds 0, 1, 2; b, from the third, 2
     assert scores.by_session() == {"a": 3.0, "b": 15.0}
-    assert scores.over("seeds") == Mean(8.5, pytest.approx(np.nan, nan_ok=True), 1)
+    assert scores.over("seeds")[::2] == (8.5, 1)
 
 
 def test_only_runs_of_the_same_trials_and_neurons_are_seeds():
@@ -131,6 +127,8 @@ def test_a_column_that_one_report_lacks():
     assert with_it.share(without) == {"co-smoothing": 0.5}
     zero = report("a", [0.0, 0.0], ["", ""])
     assert np.isnan(with_it.share(zero)["co-smoothing"])
+    with pytest.raises(ValueError, match="not the same sessions"):
+        with_it.share(report("b", [1.0], [""]))
     own = score_table({"one": with_it, "two": of_choice("a", 0.75)}).splitlines()
     assert [line.split() for line in own] == [
         ["co-smoothing", "choice"], ["one", "1.500", "-"], ["two", "-", "0.750"]
@@ -164,11 +162,3 @@ def test_json_and_one_table_hold_everything(joined, tmp_path, sessions):
             pd.testing.assert_frame_equal(
                 other.reset_index(drop=True), scores.table, atol=1e-6, check_dtype=False
             )
-
-
-def test_other_sessions_and_unknown_columns_are_refused():
-    one, other = (Report({}, {name: {"trials": 1, "neurons": 1}}) for name in "ab")
-    with pytest.raises(ValueError, match="not the same sessions"):
-        one.share(other)
-    with pytest.raises(ValueError, match="no report has a column 'bps'"):
-        score_table({"a": one}, "bps")
