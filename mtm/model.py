@@ -419,13 +419,14 @@ def nothing_hidden(counts: Tensor) -> Mask:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout; afterwards the model is in the mode in which it was."""
-    training = model.training
+    """Switch off dropout; afterwards each part is in the mode in which it was."""
+    training = [part for part in model.modules() if part.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for part in training:
+            part.training = True
 
 
 class MtM(nn.Module):
@@ -439,12 +440,6 @@ class MtM(nn.Module):
         prompts: masking schemes with a prompt token; () = no prompt tokens.
         causal: whether it is trained with causal attention too. If not, predictions never use it.
         init: how weights start: ``"mtm"``, or ``"paper"``, as in the authors' code.
-
-    Attributes:
-        split_seed: of the splits it was trained on (:meth:`mtm.Session.split`); None = not known.
-        window: of the trials it was trained on (:class:`mtm.Session`); None = not known.
-        seen: session -> :meth:`mtm.Session.fingerprints` of its training trials, (n,) int64.
-        shrinkage: session -> scheme -> factor of :meth:`predict_log_rates`; 1 where there is none.
     """
 
     tokenizers: Mapping[str, type[Any]] = {"ndt1": BinTokenizer, "ndt2": PatchTokenizer}
@@ -465,10 +460,11 @@ class MtM(nn.Module):
             raise ValueError(f"init must be 'mtm' or 'paper', got {init!r}")
         self.config, self.n_bins, self.bin_size = config, n_bins, bin_size
         self.prompts, self.causal, self.init = tuple(prompts), causal, init
+        # What it was trained on; None: not known. Fingerprints of training trials, by session.
         self.split_seed: int | None = None
         self.window: tuple[float, float] | None = None
         self.seen: dict[str, np.ndarray] = {}
-        self.shrinkage: dict[str, dict[str, float]] = {}
+        self.shrinkage: dict[str, dict[str, float]] = {}  # session -> scheme -> factor, or 1
         self.token_std = 1.0 if init == "paper" else TOKEN_STD
         self.tokenizer = self.tokenizers[config.tokenizer](config, n_bins, init)
         self.embed_dropout = nn.Dropout(config.embed_dropout)

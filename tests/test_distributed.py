@@ -14,10 +14,8 @@ from mtm.model import Batch
 from mtm.recipes import TrainConfig
 from mtm.training import accumulate, parameters_of
 
-SETTINGS = {
-    "epochs": 4, "validations": 4, "batch_size": 8, "batches_per_step": 5,
-    "schemes": ("neuron", "temporal"), "device": "cpu", "progress": False,
-}  # fmt: skip
+SETTINGS = {"epochs": 4, "validations": 4, "batch_size": 8, "batches_per_step": 5}
+SETTINGS |= {"schemes": ("neuron", "temporal"), "device": "cpu", "progress": False}
 COMMAND = """
 import sys
 import torch
@@ -86,11 +84,11 @@ def test_parameters_of_a_step_are_those_with_a_gradient(schemes, fields):
     model = MtM(sizes, 20, {s.name: s.n_neurons for s in sessions}, prompts=prompts)
     for name in schemes:
         model.zero_grad(set_to_none=True)
-        sampler = MaskSampler([name])
         batches = []
         for session in sessions[:2]:
             counts = torch.from_numpy(session.counts).float()
-            mask = sampler.draw(name, counts, torch.from_numpy(session.region_codes))
+            regions = torch.from_numpy(session.region_codes)
+            mask = MaskSampler([name]).draw(name, counts, regions)
             batches.append(Batch(counts, name, mask, session.name))
         accumulate(model, batches, TrainConfig())
         found = parameters_of(model, [(batch.session, name) for batch in batches])

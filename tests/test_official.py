@@ -64,20 +64,13 @@ def test_a_state_dict_and_a_pickled_module_give_the_same_model(tmp_path, monkeyp
     expected = quietly(module.state_dict(), heads=4)
     code = types.ModuleType("models.ndt1")
 
-    class NDT1(nn.ModuleDict):
-        """Their class."""
-
-    class DictConfig(dict):
-        """Their settings, which the module keeps."""
-
-    for kind in (NDT1, DictConfig):
-        kind.__module__, kind.__qualname__ = "models.ndt1", kind.__name__
-        setattr(code, kind.__name__, kind)
+    for name, base in (("NDT1", nn.ModuleDict), ("DictConfig", dict)):
+        setattr(code, name, type(name, (base,), {"__module__": "models.ndt1"}))
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "models", types.ModuleType("models"))
         patched.setitem(sys.modules, "models.ndt1", code)
-        whole = NDT1(dict(module.items()))
-        whole.config = DictConfig(depth=1, encoder=DictConfig(causal=True))
+        whole = code.NDT1(dict(module.items()))
+        whole.config = code.DictConfig(depth=1, encoder=code.DictConfig(causal=True))
         whole.activation = nn.functional.softsign
         torch.save({"model": whole, "epoch": 3}, tmp_path / "model_best.pt")
     torch.save(module.state_dict(), tmp_path / "weights.pt")
@@ -170,14 +163,14 @@ class Bomb:
 def test_no_code_of_a_checkpoint_runs(tmp_path):
     path, trace = tmp_path / "checkpoint.pt", tmp_path / "trace"
     state = theirs().state_dict()
-    for bomb in (Bomb(os.system, f"touch {trace}"), Bomb(os.mkdir, str(trace))):
-        for found in (bomb, {"model": bomb}, {**state, "x": bomb}, {"model": theirs(), "y": bomb}):
-            torch.save(found, path)
-            try:
-                quietly(path, heads=4)
-            except CheckpointError as error:
-                assert "checkpoint.pt" in str(error)
-            assert not trace.exists()
+    bomb = Bomb(os.mkdir, str(trace))
+    for found in (bomb, {"model": bomb}, {**state, "x": bomb}, {"model": theirs(), "y": bomb}):
+        torch.save(found, path)
+        try:
+            quietly(path, heads=4)
+        except CheckpointError as error:
+            assert "checkpoint.pt" in str(error)
+        assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists()  # the bomb is a real one
 
@@ -187,15 +180,13 @@ def test_files_that_are_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="checkpoint.pt is not a readable .*No such file"):
         from_official(path, TWO)
     torch.save(theirs().state_dict(), path)
-    whole = path.read_bytes()
-    for content in (b"hello", pickle.dumps({"a": 1}), whole[: len(whole) // 2]):
+    for content in (pickle.dumps({"a": 1}), path.read_bytes()[:1000]):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="checkpoint.pt is not a readable"):
             from_official(path, TWO)
-    for thing in ([1, 2], {"model": 3}, {"epoch": torch.ones(1)}):
-        torch.save(thing, path)
-        with pytest.raises(CheckpointError):
-            from_official(path, TWO)
+    torch.save({"epoch": torch.ones(1)}, path)
+    with pytest.raises(CheckpointError):
+        from_official(path, TWO)
 
 
 def test_weights_that_do_not_fit_are_named():
@@ -210,18 +201,14 @@ def test_weights_that_do_not_fit_are_named():
         broken = {k: v for k, v in (state | {key: value}).items() if v is not None}
         with pytest.raises(CheckpointError, match=message):
             quietly(broken, heads=4)
-    with pytest.raises(CheckpointError, match="stitcher_dict.5.weight is missing"):
-        quietly(state, {PAPER_EIDS[0]: 5}, heads=4)
     with pytest.raises(KeyError, match="'mine' has no row in their session embedding"):
         quietly(state, {"mine": 3}, heads=4)
     eids = ["mine", *PAPER_EIDS[1:]]
     assert quietly(state, {"mine": 3}, heads=4, eids=eids).session_names == ["mine"]
-    unstitched = {k: v for k, v in state.items() if "stitch" not in k}
-    with pytest.raises(CheckpointError, match="stitcher_dict.3.weight is missing"):
-        quietly(unstitched, heads=4)
-    for n_neurons in (1, 7):
-        with pytest.raises(CheckpointError, match=f"{n_neurons} neurons; the authors' NDT2"):
-            quietly(theirs(ndt2=True), {PAPER_EIDS[0]: n_neurons}, heads=4)
+    with pytest.raises(CheckpointError, match="stitcher_dict.5.weight is missing"):
+        quietly(state, {PAPER_EIDS[0]: 5}, heads=4)
+    with pytest.raises(CheckpointError, match="7 neurons; the authors' NDT2"):
+        quietly(theirs(ndt2=True), {PAPER_EIDS[0]: 7}, heads=4)
 
 
 def test_the_papers_sessions():

@@ -21,6 +21,7 @@ FILES = {"ndt1_prompt.pt": 12, "ndt1_no_prefix.pt": 6, "ndt2_no_prefix.pt": 6}
 def fixture(request, parity):
     found = torch.load(parity / request.param, weights_only=True)
     assert len(found["cases"]) == FILES[request.param]
+    assert tuple(found["prompt_order"]) == MTM_SCHEMES
     return found
 
 
@@ -111,14 +112,8 @@ def scored(parity):
     theirs = found["official_eval"]
     behaviour = {key: values[:, 0].numpy() for key, values in theirs["behaviour"].items()}
     spikes = theirs["spikes"].numpy()
-    return (
-        theirs,
-        ours(found),
-        Session(spikes, theirs["regions"], theirs["eid"], behaviour=behaviour),
-    )
-
-
-COLUMNS = ("bits_per_spike", "psth_r2", "trial_r2")
+    session = Session(spikes, theirs["regions"], theirs["eid"], behaviour=behaviour)
+    return theirs, ours(found), session
 
 
 def compare(table, theirs, neurons):
@@ -126,7 +121,8 @@ def compare(table, theirs, neurons):
     expected = np.column_stack([theirs["bps"].numpy(), theirs["r2_psth_trial"].numpy()])[neurons]
     silent = np.isnan(table["bits_per_spike"])
     assert silent.sum() == 1
-    for column, values in zip(COLUMNS, expected.T, strict=True):
+    columns = "bits_per_spike", "psth_r2", "trial_r2"
+    for column, values in zip(columns, expected.T, strict=True):
         found = table[column][~silent]
         np.testing.assert_allclose(found, values[~silent], atol=1e-4, err_msg=column)
 
@@ -176,13 +172,7 @@ def test_their_causal_mode_leaks_and_ours_does_not(fixture):
     if "tokenizer.space" in weights:  # of the places that these sessions need
         weights["tokenizer.space"] = weights["tokenizer.space"][: len(plain.tokenizer.space)]
     plain.load_state_dict(weights)
+    mask = Mask(nothing, nothing, True)
     for which in (model, plain):
-        before, after = (
-            which(x, prompt, Mask(nothing, nothing, True), session)[:, :-1]
-            for x in (counts, future)
-        )
+        before, after = (which(x, prompt, mask, session)[:, :-1] for x in (counts, future))
         assert torch.equal(before, after) == (which is plain)
-
-
-def test_prompts_are_in_the_authors_order(fixture):
-    assert tuple(fixture["prompt_order"]) == MTM_SCHEMES
