@@ -27,9 +27,8 @@ def small():
 def quick():
     """Fewer ranks and steps than a real recording deserves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "RANKS", (6,))
-        patch.setattr(baselines, "LBFGS_STEPS", 12)
-        patch.setattr(baselines, "COMPONENTS", (4,))
+        for name, value in (("RANKS", (6,)), ("LBFGS_STEPS", 12), ("COMPONENTS", (4,))):
+            patch.setattr(baselines, name, value)
         yield
 
 
@@ -141,18 +140,16 @@ def test_with_nothing_hidden_no_entry_sees_itself(fitted, small, name, scheme):
     predict = fitted[name].predict_log_rates
     before = predict(counts, scheme, mask, session.name)
     for n, t in ((0, 12), (1, 20), (23, 3)):
-        other = counts.clone()
-        code = session.region_codes[n]
-        members = np.array([n]) if code < 0 else np.flatnonzero(session.region_codes == code)
+        other, code = counts.clone(), session.region_codes[n]
         if scheme == "causal":
             other[:, t:] += 2
             after = predict(other, scheme, mask, session.name)
             assert torch.equal(after[:, : t + 1], before[:, : t + 1])
             assert not torch.equal(after, before)
         else:
+            members = np.array([n]) if code < 0 else np.flatnonzero(session.region_codes == code)
             blind = {"neuron": [n], "inter-region": members}
-            blind = blind.get(scheme, [n, *np.setdiff1d(np.arange(24), members)])
-            other[..., blind] += 2
+            other[..., blind.get(scheme, [n, *np.setdiff1d(np.arange(24), members)])] += 2
             after = predict(other, scheme, mask, session.name)
             torch.testing.assert_close(after[..., n], before[..., n], rtol=0, atol=2e-5)
 
@@ -202,8 +199,8 @@ def test_silent_neurons():
     counts[..., 2] = 0
     session = Session(counts, ["a", "a", "a", "b", "b", "b"], "s")
     for name in ("PSTH", "ridge", "low-rank GLM"):
-        scores = evaluate(fit_baseline(name, session), session, tasks=list(TASKS)).tasks.values()
-        assert all(np.isfinite(s.mean()) for s in scores)
+        report = evaluate(fit_baseline(name, session), session, tasks=list(TASKS))
+        assert all(np.isfinite(scores.mean()) for scores in report.tasks.values())
 
 
 @pytest.mark.parametrize("name", ["temporal NDT1", "random-token NDT2"])

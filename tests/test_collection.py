@@ -108,28 +108,28 @@ def test_what_concerns_every_recording_stops_the_run(tmp_path):
         prepare(load, [0, 1, 99], tmp_path, workers=2, progress=False)
 
 
+RUN = f"""
+import sys, types, numpy as np
+sys.modules["mtm"] = stub = types.ModuleType("mtm")  # no torch: it takes seconds
+stub.__path__ = {list(mtm.__path__)}
+from mtm.data.collection import prepare
+from mtm.session import Session
+def load(i):
+    return Session(np.random.default_rng(i).poisson(1, (60, 50, 200)), name=str(i))
+print("ready", flush=True)
+prepare(load, range(30), sys.argv[1], workers=1, progress=False)
+"""
+
+
 def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
     """The whole run is killed, again and again, until it gets through."""
-    code = (
-        "import sys, types, numpy as np\n"
-        "sys.modules['mtm'] = stub = types.ModuleType('mtm')\n"  # no torch: it takes seconds
-        f"stub.__path__ = {list(mtm.__path__)}\n"
-        "from mtm.data.collection import prepare\n"
-        "from mtm.session import Session\n"
-        "def load(i):\n"
-        "    return Session(np.random.default_rng(i).poisson(1, (60, 50, 200)), name=str(i))\n"
-        "print('ready', flush=True)\n"
-        "prepare(load, range(30), sys.argv[1], workers=1, progress=False)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    kills = 0
-    for attempt in range(3):
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
-        )
+    command = [sys.executable, "-c", RUN, str(tmp_path)]
+    how, kills = {"stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}, 0
+    for wait in (0.1, 0.3, None):
+        process = subprocess.Popen(command, **how)
         process.stdout.readline()
-        if attempt < 2:
-            time.sleep((0.1, 0.3)[attempt])
+        if wait:
+            time.sleep(wait)
             kills += process.poll() is None
             process.kill()
         assert process.wait() in (0, -9)
@@ -152,10 +152,9 @@ def on_disk(session):
     """Whether the counts lie in a mapping of a session file."""
     if not Path("/proc/self/maps").exists():
         pytest.skip("mappings are read from /proc, which this system lacks")
-    at = session.counts.ctypes.data
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, stop = (int(edge, 16) for edge in line.split()[0].split("-"))
-        if start <= at < stop:
+        if start <= session.counts.ctypes.data < stop:
             return line.endswith(".npz")
     return False
 

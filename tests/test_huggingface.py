@@ -56,12 +56,11 @@ def make_rows():
 def write_arrow(folder, rows, parts=1):
     """As ``Dataset.save_to_disk`` of datasets 5.2 writes it."""
     folder.mkdir(parents=True)
-    table = pa.Table.from_pylist(rows)
     names = [f"data-{i:05d}-of-{parts:05d}.arrow" for i in range(parts)]
-    size = -(-len(rows) // parts)
-    for i, name in enumerate(names):
+    for name, part in zip(names, np.array_split(np.array(rows), parts), strict=True):
+        table = pa.Table.from_pylist(part.tolist())
         with pa.ipc.new_stream(folder / name, table.schema) as stream:
-            stream.write_table(table.slice(i * size, size), max_chunksize=2)
+            stream.write_table(table, max_chunksize=2)
     state = {"_data_files": [{"filename": name} for name in names], "_split": None}
     (folder / "state.json").write_text(json.dumps(state))
 
@@ -76,10 +75,9 @@ def write_dict(folder, rows):
 def write_snapshot(folder, rows, parts=1):
     folder.mkdir(parents=True)
     for split, part in rows.items():
-        size = -(-len(part) // parts)
-        for i in range(parts):
+        for i, some in enumerate(np.array_split(np.array(part), parts)):
             path = folder / f"{split}-{i:05d}-of-{parts:05d}.parquet"
-            parquet.write_table(pa.Table.from_pylist(part[i * size : (i + 1) * size]), path)
+            parquet.write_table(pa.Table.from_pylist(some.tolist()), path)
 
 
 def check(session):
@@ -144,17 +142,13 @@ def test_counts_equal_brute_force(k, bins, n, entries, arrays):
         dense[trial, time, neuron] += count
         cells[trial][time].append((neuron, count))
     kind = np.array if arrays else list
-    rows = [
-        {
-            "spikes_sparse_data": kind([count for row in trial for _, count in row]),
-            "spikes_sparse_indices": kind([neuron for row in trial for neuron, _ in row]),
-            "spikes_sparse_indptr": kind(np.cumsum([0, *map(len, trial)])),
-            "spikes_sparse_shape": kind((bins, n)),
-            "binsize": 0.02,
-            "eid": "x",
-        }
-        for trial in cells
-    ]
+    rows = []
+    for trial in cells:
+        flat = np.array([pair for row in trial for pair in row], int).reshape(-1, 2)
+        indptr, entries = np.cumsum([0, *map(len, trial)]), (flat[:, 1], flat[:, 0])
+        values = map(kind, (*entries, indptr, (bins, n)))
+        names = (f"spikes_sparse_{part}" for part in huggingface.SPARSE)
+        rows.append({**dict(zip(names, values, strict=True)), "binsize": 0.02, "eid": "x"})
     np.testing.assert_array_equal(huggingface.from_rows(rows).counts, dense)
 
 

@@ -52,11 +52,6 @@ FLOORS = (
 CORE = {"session", "binning", "masks", "model", "metrics", "training", "evaluation", "decoding"}
 
 
-each_module = pytest.mark.parametrize(
-    "path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix()
-)
-
-
 def imported(path: Path) -> set[str]:
     """Modules and subpackages of mtm that a file imports, at its top or within a function."""
     found = set()
@@ -70,20 +65,19 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[1] for name in found}
 
 
-@each_module
-def test_imports_lead_downwards(path):
-    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    own = FLOORS.index(name)
-    above = [other for other in imported(path) - {name} if FLOORS.index(other) < own]
-    assert above == []
-    if name in CORE:
-        assert not imported(path) & {"baselines", "official", "bwb", "data"}
+def test_imports_lead_downwards():
+    wrong = []
+    for path in MODULES:
+        name, others = path.relative_to(PACKAGE).parts[0].removesuffix(".py"), imported(path)
+        wrong += [(name, x) for x in others - {name} if FLOORS.index(x) < FLOORS.index(name)]
+        if name in CORE:
+            wrong += [(name, x) for x in others & {"baselines", "official", "bwb", "data"}]
+    assert wrong == []
 
 
-@each_module
-def test_functions_fit_a_screen(path):
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    functions = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, kinds)]
+def test_functions_fit_a_screen():
+    nodes = [node for path in MODULES for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     assert [n.name for n in functions if n.end_lineno - n.lineno >= 60] == []
 
 
@@ -104,7 +98,7 @@ UNSAFE = {
 UNPICKLERS = {"official.py", "data/steinmetz.py"}
 
 
-@each_module
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_no_file_can_run_code(path):
     found = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
