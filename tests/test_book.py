@@ -26,12 +26,15 @@ LONGEST_CELL = 15  # lines
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
 PAGES = sorted(BOOK.glob("*.md"))
 TEXTS = [*PAGES, *ROOT.glob("*.md"), *ROOT.glob("benchmarks/**/*.md"), *PACKAGE.glob("**/*.md")]
+OWN = {  # task -> the scheme that hides as it does
+    **{"co-smoothing": "neuron", "forward-prediction": "causal"},
+    **{"inter-region": "inter-region", "intra-region": "intra-region"},
+}
 NOTEBOOKS = [page for page in PAGES if "```{code-cell}" in page.read_text("utf-8")]
 
 
-def twin_source(page: Path) -> str:
-    cells = json.loads(page.with_suffix(".ipynb").read_text("utf-8"))["cells"]
-    return "\n".join("".join(cell["source"]) for cell in cells)
+def results(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text("utf-8"))
 
 
 def test_twins_are_in_step_with_their_pages():
@@ -47,12 +50,9 @@ def test_pages_and_table_of_contents_agree():
 
 
 def test_readme_commands_are_real():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    makefile = (ROOT / "Makefile").read_text("utf-8")
+    readme, makefile = ((ROOT / name).read_text("utf-8") for name in ("README.md", "Makefile"))
     commands = set(re.findall(r"(?:^ *|`)make ([a-z]+)\b", readme, re.M))
-    assert commands
-    for command in commands:
-        assert re.search(rf"^{command}:.*## ", makefile, re.M), f"make {command} is no target"
+    assert commands and commands <= set(re.findall(r"^([a-z]+):.*## ", makefile, re.M))
 
 
 def test_readme_example_runs(capsys):
@@ -87,8 +87,7 @@ def test_readme_command_lines_are_understood():
 
 
 def test_the_readme_quotes_what_was_measured():
-    numbers = json.loads((ROOT / "benchmarks/results/train_step.json").read_text("utf-8"))
-    step = numbers["models"]["ndt1"]["16"]
+    step = results("train_step")["models"]["ndt1"]["16"]
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
     quoted = re.search(r"A training step of the paper's model takes ([\d.]+) times", readme)
     assert float(quoted[1]) == round(step["step_over_floor"], 1)
@@ -96,12 +95,11 @@ def test_the_readme_quotes_what_was_measured():
 
 def test_what_is_said_of_real_recordings_was_measured():
     """The sentences of the README and of the scoreboard's chapter, against the results."""
-    results = json.loads((ROOT / "benchmarks/results/real_data.json").read_text("utf-8"))
-    assert len(results["scores"]) == 4 and len(results["one_seed"]) == 4
-    activity = ("co-smoothing", "forward-prediction", "inter-region", "intra-region")
+    found = results("real_data")
+    assert len(found["scores"]) == 4 and len(found["one_seed"]) == 4
     behind = {}
-    for session, tasks in (results["scores"] | results["one_seed"]).items():
-        for task in activity:
+    for session, tasks in (found["scores"] | found["one_seed"]).items():
+        for task in OWN:
             score = {name: mean[0] for name, mean in tasks[task].items()}
             lead = score.pop("MtM") - max(score.values())
             behind |= {(session, task): round(lead, 3)} if lead < 0 else {}
@@ -113,22 +111,21 @@ def test_what_is_said_of_real_recordings_was_measured():
         (glm, "inter-region"): -0.038,
         (glm, "intra-region"): -0.027,
     }
-    mean = {t: {n: found[0] for n, found in row.items()} for t, row in results["mean"].items()}
-    for task in activity:
+    mean = {t: {name: m[0] for name, m in row.items()} for t, row in found["mean"].items()}
+    for task in OWN:
         assert max(mean[task], key=mean[task].get) == "MtM", task
-        together = results["mean_with_the_same_bins"][task]  # reduced-rank regression, too
+        together = found["mean_with_the_same_bins"][task]  # reduced-rank regression, too
         assert max(together, key=lambda name: together[name][0]) == "MtM", task
     readme = (ROOT / "README.md").read_text("utf-8")
     rows = dict(re.findall(r"^\| ([\w -]+) \| (-?\d.*) \|$", readme, re.M))
     assert len(rows) == 6
     for name, cells in rows.items():
-        assert cells.split(" | ") == [f"{mean[task][name]:.3f}" for task in activity], name
-    searched = json.loads((ROOT / "benchmarks/results/recipe.json").read_text("utf-8"))["searched"]
-    assert len(set(searched) & set(results["scores"])) == 2
+        assert cells.split(" | ") == [f"{mean[task][name]:.3f}" for task in OWN], name
+    assert len(set(results("recipe")["searched"]) & set(found["scores"])) == 2
     assert abs(mean["choice"]["MtM"] - mean["choice"]["smoothed counts"]) < 0.01
     wheel = mean["wheel-speed"]
     assert wheel["raw counts"] < wheel["MtM"] < wheel["smoothed counts"]
-    found = json.loads((ROOT / "benchmarks/results/behaviour.json").read_text("utf-8"))["mean"]
+    found = results("behaviour")["mean"]
     choice, wheel, whisker = (found[k] for k in ("choice", "wheel-speed", "whisker-motion-energy"))
     tuned = "MtM, fine-tuned"
     assert choice[tuned] < choice["MtM"] < choice["smoothed counts"]
@@ -139,16 +136,15 @@ def test_what_is_said_of_real_recordings_was_measured():
 
 def test_what_is_said_of_the_recipe_was_measured():
     """The sentences of the README and of the training chapter, against the results."""
-    results = json.loads((ROOT / "benchmarks/results/recipe.json").read_text("utf-8"))
-    assert len(results["tested"]) == 3 and not set(results["tested"]) & set(results["searched"])
-    for session, tasks in results["tested"].items():
-        assert len(tasks) == 4
+    found = results("recipe")
+    assert len(found["tested"]) == 3 and not set(found["tested"]) & set(found["searched"])
+    for session, tasks in found["tested"].items():
         for task, row in tasks.items():
             ours, *theirs = (row[name][0] for name in row)
             assert next(iter(row)) == "ours" and len(theirs) == 2
             assert ours > max(theirs), (session, task)
-        assert max(results["races"][session]["shares"]) < 1 / 20
-    changes = {name: gains["mean"][0] for name, gains in results["differences"].items()}
+        assert max(found["races"][session]["shares"]) < 1 / 20
+    changes = {name: gains["mean"][0] for name, gains in found["differences"].items()}
     theirs = {name: changes.pop(name) for name in list(changes) if "authors" in name}
     leak, same = (theirs[f"the authors' options, two layers{x}"] for x in (" and leak", ""))
     assert len(theirs) == 3 and max(theirs.values()) < -0.1 and abs(leak - same) < 0.02
@@ -160,22 +156,19 @@ def test_what_is_said_of_the_recipe_was_measured():
     for name in ("hidden: a learned number", "weights averaged", "neurons weigh alike",
                  "half as wide", "twice as wide", "no session token", "no prompt"):  # fmt: skip
         assert abs(changes[name]) < 0.006, name
-    assert all(gain[0] > 0 for gain in results["differences"]["hide 0.6"].values())
+    assert all(gain[0] > 0 for gain in found["differences"]["hide 0.6"].values())
 
 
 def test_what_is_said_of_the_claims_was_measured():
     """The sentences of the chapters on the results and on the scoreboard, against the results."""
-    results = json.loads((ROOT / "benchmarks/results/claims.json").read_text("utf-8"))
-    scores, judged = results["scores"], results["claims"]
+    scores, judged = (results("claims")[key] for key in ("scores", "claims"))
     gains = {(better, than, task): (mean, verdict) for rows in judged.values()
              for _, better, than, task, mean, _, _, verdict in rows}  # fmt: skip
-    activity = ("co-smoothing", "forward-prediction", "inter-region", "intra-region")
-    own = dict(zip(activity, ("neuron", "causal", "inter-region", "intra-region"), strict=True))
-    for task in activity:  # temporal masking is behind everywhere, less so at the future
+    for task, own in OWN.items():  # temporal masking is behind everywhere, less so at the future
         assert gains["MtM", "temporal", task][0] > 0
         same = gains["MtM", "temporal, as MtM", task][0] - gains["MtM", "temporal", task][0]
         assert same > 0.05 if task in ("co-smoothing", "inter-region") else same < 0
-        assert gains["MtM", f"{own[task]} alone", task][0] > -0.005  # as good or better
+        assert gains["MtM", f"{own} alone", task][0] > -0.005  # as good or better
         for name in ("after 1", "after 3", "after all"):
             found = gains[f"{name} of others", "this session alone", task]
             assert found[1] != "holds" or found[0] < 0.02
@@ -183,7 +176,7 @@ def test_what_is_said_of_the_claims_was_measured():
         verdict = gains["a quarter, after all of others", "a quarter of this session", task][1]
         assert (verdict == "holds") == (task in ("forward-prediction", "intra-region"))
     future = gains["MtM", "temporal", "forward-prediction"][0]
-    assert future == min(gains["MtM", "temporal", task][0] for task in activity)
+    assert future == min(gains["MtM", "temporal", task][0] for task in OWN)
     for methods in scores["schemes"].values():  # it does not fall below the mean rate
         lonely = np.mean(methods["intra-region alone"]["co-smoothing"])
         assert 0 < lonely < np.mean(methods["MtM"]["co-smoothing"])
@@ -191,22 +184,19 @@ def test_what_is_said_of_the_claims_was_measured():
 
 def test_what_is_said_of_one_generalist_was_measured():
     """The end of the chapter on multi-task masking, against the results."""
-    results = json.loads((ROOT / "benchmarks/results/claims_simulated.json").read_text("utf-8"))
-    done = results["scores"]["schemes"].values()
-    for _, _, _, task, *_, verdict in results["claims"]["other animals help where trials are few"]:
+    scores, judged = (results("claims_simulated")[key] for key in ("scores", "claims"))
+    for _, _, _, task, *_, verdict in judged["other animals help where trials are few"]:
         assert (verdict == "holds") == (task in ("forward-prediction", "intra-region")), task
-    for _, _, _, _, gain, *_ in results["claims"]["other animals help"]:
+    for _, _, _, _, gain, *_ in judged["other animals help"]:
         assert 0 < gain < 0.02
 
     def mean(method, task):
-        return np.mean([np.mean(methods[method][task]) for methods in done])
+        return np.mean([np.mean(one[method][task]) for one in scores["schemes"].values()])
 
-    own = {"co-smoothing": "neuron", "forward-prediction": "causal",
-           "inter-region": "inter-region", "intra-region": "intra-region"}  # fmt: skip
-    for task, best in own.items():
+    for task, best in OWN.items():
         lead = mean("MtM", task) - mean(f"{best} alone", task)
         assert -0.03 < lead < 0 if task == "co-smoothing" else lead > -0.005, task
-        others = {name: mean(f"{name} alone", task) for name in own.values() if name != best}
+        others = {name: mean(f"{name} alone", task) for name in OWN.values() if name != best}
         for name, score in others.items():
             keeps_up = (name, task) == ("neuron", "inter-region")
             assert abs(mean("MtM", task) - score) < 0.02 if keeps_up else mean("MtM", task) > score
@@ -222,7 +212,8 @@ def test_one_repository_address_everywhere():
     assert host == "github.com", "the Colab links are made for GitHub"
     colab = f"https://colab.research.google.com/github/{owner}/{name}"
     for page in NOTEBOOKS:
-        source = twin_source(page)
+        cells = json.loads(page.with_suffix(".ipynb").read_text("utf-8"))["cells"]
+        source = "\n".join("".join(cell["source"]) for cell in cells)
         assert f"git clone -q --depth 1 --branch {branch} {url} mtm-book" in source
         assert f"({colab}/blob/{branch}/book/{page.stem}.ipynb)" in source
     for path in TEXTS:

@@ -2,8 +2,8 @@
 
     python tests/drills/faults.py [--kills 30] [--damages 40] [--json OUT]
 
-The tests hold a case of each kind; a drill repeats it at random moments and places, and counts. It
-writes to a temporary folder. POSIX only. Exits with 1 where there are problems.
+The tests hold a case of each kind; a drill repeats it at random moments and places, and counts.
+POSIX only. Exits with 1 where there are problems.
 
 kills    SIGKILL while training, saving and preparing: every file under its final name is whole, and
          a run that goes on ends with the weights of a run that nobody disturbed.
