@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     sub = commands.add_parser("prepare", help="turn recordings into session files")
     origins = sub.add_subparsers(dest="origin", required=True, metavar="ORIGIN")
     for origin, (what, module, names) in READERS.items():
-        command = _command(origins, origin, run_prepare, f"From {what}.")
+        # Recordings may be left out where they can be downloaded.
+        some = {"recordings": {"nargs": "*", "default": []}} if origin == "bwb" else {}
+        command = _command(origins, origin, run_prepare, f"From {what}.", some)
         defaults = inspect.signature(module.load_session).parameters
         for name in names:
             more: dict[str, Any] = {"nargs": 2} if name == "window" else {}
@@ -159,11 +161,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             _add(command, name, kind.get(name, "str"), text, **more)
         for name in ("username", "eids", *SEARCH) if origin == "ibl" else ():
             _add(command, name, "str", HELP[name])
+        if origin == "bwb":
+            text = "download these: ids of sessions, or beginnings (RECORDINGS may be left out)"
+            _add(command, "sessions", "list[str]", text)
+            _add(command, "build", "str", "of these sessions", choices=bwb.BUILDS)
     return parser.parse_args(arguments)
 
 
 def _command(
-    commands: Any, name: str, run: Callable[..., None], what: str = ""
+    commands: Any,
+    name: str,
+    run: Callable[..., None],
+    what: str = "",
+    given: Mapping[str, dict[str, Any]] | None = None,
 ) -> argparse.ArgumentParser:
     """A parser of one command, from the signature and the docstring of its function."""
     text = f"{what} {inspect.getdoc(run)}".strip().replace("%", "%%")
@@ -174,7 +184,7 @@ def _command(
         if argument.name == "origin" or argument.kind is argument.VAR_KEYWORD:
             continue
         default, text = argument.default, HELP[argument.name]
-        more: dict[str, Any] = {}
+        more = dict((given or {}).get(argument.name, {}))
         if argument.kind is argument.KEYWORD_ONLY and default is argument.empty:
             more = {"required": True}
         elif default is not None and default is not False and default is not argument.empty:
@@ -261,7 +271,7 @@ def run_prepare(
     """Align recordings to an event, bin them and write OUT/<name>.npz, in parallel.
 
     Files that are there already, made with the same options, stay as they are; recordings that
-    cannot be read are skipped and listed.
+    cannot be read are skipped and listed. Downloads go to OUT/downloads, and resume.
     """
     how: dict[str, Any] = {"workers": workers, "overwrite": overwrite}
     if origin == "ibl":
@@ -270,6 +280,11 @@ def run_prepare(
         done = _prepare_ibl(Path(recordings[0]), out, options, **how)
     else:
         listed = [each if "://" in each else Path(each) for each in recordings]
+        build = options.pop("build", "selected_units")
+        if wanted := options.pop("sessions", None):
+            listed += bwb.fetch(wanted, out / "downloads", build)
+        if not listed:
+            raise ValueError("name files, or with --sessions what to download")
         done = prepare(READERS[origin][1].load_session, listed, out, **how, **options)
     print(done)
     if not done.paths:

@@ -327,7 +327,7 @@ def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> N
     likelihood of the hidden entries of the validation trials is highest. Compare temperature
     scaling (Guo et al. 2017). Models of raw counts, as the authors', know no mean rates.
     """
-    if model.config.input_counts == "raw":
+    if model.config.input_counts == "raw" and not model.config.direct_paths:
         return
     for one in data:
         mean = model.session_layers(one.name).mean.log()
@@ -552,6 +552,8 @@ def _build(
         if one.name not in model.session_names:
             counts = one.session.counts[one.train]
             model.add_session(one.name, one.session.n_neurons, counts, config.token)
+        else:
+            model.init_direct_paths(one.name, one.session.counts[one.train])
         known = model.seen.get(one.name, one.fingerprints)
         model.seen[one.name] = np.union1d(known, one.fingerprints)
     return model
@@ -564,7 +566,7 @@ def _check_start(model: MtM, prompts: tuple[str, ...], causal: bool, config: Tra
             f"the model has no prompt for {', '.join(sorted(missing))}; train it with the schemes "
             f"it knows ({', '.join(model.prompts) or 'no prompts'}), or with prompt=False"
         )
-    if causal and not model.causal:
+    if causal and not model.causal and model.config.causal:
         raise ValueError("the model was never trained causally; train a new one for that scheme")
     if model.split_seed not in (None, config.split_seed):
         raise ValueError(

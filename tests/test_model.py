@@ -283,7 +283,7 @@ def test_predicting_takes_numpy_and_leaves_each_part_in_its_mode():
     assert [part.training for part in model.modules()] == before
 
 
-def test_direct_paths_start_at_zero_and_need_scaled_counts():
+def test_direct_paths_start_at_zero():
     training = np.random.default_rng(0).poisson(1.0, (30, N_BINS, N_NEURONS))
     models = [
         MtM(MtMConfig.from_depth(1, **fields), N_BINS).eval()
@@ -295,8 +295,6 @@ def test_direct_paths_start_at_zero_and_need_scaled_counts():
     counts = counts_of().float()
     same, other = (model(counts, "neuron", None, "a") for model in models)
     assert torch.equal(same, other)
-    with pytest.raises(ValueError, match="direct paths need scaled counts"):
-        MtMConfig(input_counts="raw")
 
 
 # ---------------------------------------------------------------- how a model starts, and sessions

@@ -34,7 +34,16 @@ FLOORS = (
         "training",
         "plots",
     ),
-    *("decoding", "progress", "checkpoint", "official", "prediction", "data", "simulation"),
+    *(
+        "decoding",
+        "progress",
+        "checkpoint",
+        "official",
+        "bwb_weights",
+        "prediction",
+        "data",
+        "simulation",
+    ),
     *(
         "batches",
         "distributed",
