@@ -12,6 +12,7 @@ know, and maps it from disk: layers of sessions that are not asked for are not r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,21 @@ from torch import Tensor
 from mtm.masks import MTM_SCHEMES
 from mtm.model import CheckpointError, MtM, MtMConfig
 
-REPOSITORY = "NerDSLab/ibl-bwb-mtm"
-"""The weights on the Hugging Face Hub, one file of 839 MB."""
-FILES = ("best.pt", "mtm.pt")  # its name there: the benchmark's documentation uses both
+FILES = ("best.pt", "mtm.pt")
+"""Names of the file on the Hugging Face Hub: the benchmark's documentation uses both."""
 BIN_SIZE = 0.02  # seconds
 
-THEIRS = {  # their names of our parts
-    "tokenizer.embed_spikes": "shared_proj.0",
-    "tokenizer.project": "shared_proj.2",
-    "norm": "encoder.norm",
-    # of a layer
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "attention.out": "self_attn.out_proj",
-    "up": "linear1",
-    "down": "linear2",
-    # of a session
-    "stitcher": "in_stitcher",
-    "readout": "out_stitcher",
+OURS = {  # their names of our parts, in the order in which they are replaced
+    "encoder.layers": "layers",
+    "encoder.norm": "norm",
+    "shared_proj.0": "tokenizer.embed_spikes",
+    "shared_proj.2": "tokenizer.project",
+    "position_emb.weight": "tokenizer.time",
+    "mask_emb.weight": "prompt_tokens",
+    "self_attn.out_proj": "attention.out",
+    "linear1": "up",
+    "linear2": "down",
 }
-TABLES = {"prompt_tokens": "mask_emb.weight", "tokenizer.time": "position_emb.weight"}
 ATTENTION = ("query", "key", "value")  # in the order in which torch keeps them in one matrix
 
 
@@ -71,8 +67,9 @@ def from_bwb(
         path: the file, one of ``FILES``.
         sessions: ids of the recordings whose layers to keep; ``[]`` keeps the shared core alone.
             Default: all.
-        heads: of attention.
-        activation: of the MLPs, "gelu" or "relu".
+        heads: of attention. Any divisor of the width fits the weights, and only one is right; the
+            default could not be compared with the benchmark's configuration.
+        activation: of the MLPs, "gelu" or "relu"; as ``heads``.
         direct_paths: put the direct paths of :class:`mtm.model.DirectPaths` beside the encoder.
             They add 0 until ``fit`` has trained them.
 
@@ -93,60 +90,54 @@ def from_bwb(
             "fit(session, model) adds it"
         )
     try:
-        up, stitched = tensors["encoder.layers.0.linear1.weight"], tensors["shared_proj.0.weight"]
-        config = MtMConfig.published(
-            width=up.shape[1],
-            depth=len({key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}),
-            heads=heads,
-            mlp_width=len(up),
-            stitch_width=stitched.shape[1],
-            causal=False,
-            activation=activation,
-            own_history=direct_paths,
-            latents=MtMConfig.latents if direct_paths else 0,
-        )
+        config = _config(tensors, heads=heads, activation=activation)
+        if direct_paths:
+            config = replace(config, own_history=True, latents=MtMConfig.latents)
         n_bins = len(tensors["position_emb.weight"])
         kind: dict[str, Any] = {"bin_size": BIN_SIZE, "prompts": MTM_SCHEMES, "causal": False}
         model = MtM(config, n_bins, {name: found[name] for name in names}, **kind)
-        _copy(tensors, model)
+        missing, strange = model.load_state_dict(_weights(tensors, model._keys), strict=False)
+        # Direct paths, which they do not have, stay as they are.
+        missing = [key for key in missing if ".direct." not in key and not key.endswith(".mean")]
+        if missing or strange:
+            raise ValueError(f"{missing} missing, {strange} unknown")
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no MtM of BrainWideBench: {error}") from error
     return model.eval()
 
 
-@torch.no_grad()
-def _copy(tensors: Mapping[str, Any], model: MtM) -> None:
-    """Copy their weights into a model; direct paths, which they do not have, stay as they are."""
-    session_of = {key: name for name, key in model._keys.items()}
-    for key, own in model.state_dict().items():
-        if ".direct." in key or key.endswith(".mean"):
+def _config(tensors: Mapping[str, Any], **fields: Any) -> MtMConfig:
+    """The sizes that the shapes of their weights show."""
+    up = tensors["encoder.layers.0.linear1.weight"]
+    return MtMConfig.published(
+        width=up.shape[1],
+        depth=len({key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}),
+        mlp_width=len(up),
+        stitch_width=tensors["shared_proj.0.weight"].shape[1],
+        causal=False,
+        **fields,
+    )
+
+
+def _weights(tensors: Mapping[str, Any], sessions: Mapping[str, str]) -> dict[str, Tensor]:
+    """Their weights by our names; ``sessions`` are the names to keep and our keys of them."""
+    found = {}
+    for name, key in sessions.items():
+        row = tensors["session_emb.vocab"][name]
+        found[f"sessions.{key}.token"] = tensors["session_emb.weight"][row]
+        for ours, theirs in (("stitcher", "in_stitcher"), ("readout", "out_stitcher")):
+            for kind in ("weight", "bias"):
+                found[f"sessions.{key}.{ours}.{kind}"] = tensors[f"{theirs}.{name}.{kind}"]
+    for key, value in tensors.items():
+        if key.startswith(("in_stitcher.", "out_stitcher.", "session_emb.")):
             continue
-        found = _find(tensors, key, session_of)
-        if found.shape != own.shape:
-            shapes = f"{tuple(found.shape)}, needed: {tuple(own.shape)}"
-            raise ValueError(f"what should be {key} has shape {shapes}")
-        own.copy_(found)
-
-
-def _find(tensors: Mapping[str, Any], key: str, session_of: Mapping[str, str]) -> Tensor:
-    """Their tensor for one of our parameters."""
-    if key in TABLES:
-        return tensors[TABLES[key]]
-    part, kind = key.rsplit(".", 1)
-    if part.startswith("sessions."):
-        _, session, *inner = part.split(".")
-        name = session_of[session]
-        if not inner:  # the token
-            return tensors["session_emb.weight"][tensors["session_emb.vocab"][name]]
-        return tensors[f"{THEIRS[inner[0]]}.{name}.{kind}"]
-    if not part.startswith("layers."):
-        return tensors[f"{THEIRS[part]}.{kind}"]
-    _, number, name = part.split(".", 2)
-    layer, projection = f"encoder.layers.{number}", name.removeprefix("attention.")
-    if projection in ATTENTION:
-        joined = tensors[f"{layer}.self_attn.in_proj_{kind}"]
-        return joined.chunk(3)[ATTENTION.index(projection)]
-    return tensors[f"{layer}.{THEIRS[name]}.{kind}"]
+        for theirs, ours in OURS.items():
+            key = key.replace(theirs, ours)
+        layer, joined, kind = key.partition(".self_attn.in_proj_")
+        parts = zip(ATTENTION, value.chunk(3), strict=True) if joined else ()
+        found |= {f"{layer}.attention.{part}.{kind}": piece for part, piece in parts}
+        found |= {} if joined else {key: value}
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -118,6 +118,13 @@ def test_sessions_that_are_kept_and_what_does_not_fit(path, theirs, tmp_path, mo
         from_pretrained(path, sessions=["third"])
     with pytest.raises(CheckpointError, match="is no MtM of BrainWideBench: width 16 must be"):
         from_pretrained(path, heads=3)
+    content = torch.load(path, weights_only=True)
+    content["model_state_dict"]["readout.weight"] = content["model_state_dict"].pop(
+        "mask_emb.weight"
+    )
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match="'prompt_tokens'. missing, .'readout.weight'. unkn"):
+        from_pretrained(tmp_path / "odd.pt", heads=4)
     other = save(MtM(MtMConfig.from_depth(1), 5), tmp_path)
     with pytest.raises(ValueError, match="heads: of BrainWideBench's model"):
         from_pretrained(other, heads=4)

@@ -34,16 +34,8 @@ FLOORS = (
         "training",
         "plots",
     ),
-    *(
-        "decoding",
-        "progress",
-        "checkpoint",
-        "official",
-        "bwb_weights",
-        "prediction",
-        "data",
-        "simulation",
-    ),
+    *("decoding", "progress", "checkpoint", "official", "bwb_weights"),
+    *("prediction", "data", "simulation"),
     *(
         "batches",
         "distributed",
