@@ -22,6 +22,7 @@ Around it::
     progress     bar in terminals, line in notebooks, TensorBoard
     checkpoint   models and training runs on disk and on the Hugging Face Hub
     official     checkpoints of the authors' code
+    bwb_weights  the public MtM of BrainWideBench
     report       tables of scores
     baselines    what a user would otherwise pick
     plots        rasters, PSTHs, masks, scores

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from mtm import distributed
+from mtm import bwb_weights, distributed
 from mtm.files import atomic_write, optional
 from mtm.model import CheckpointError, MtM, MtMConfig
 from mtm.official import OfficialMtM
@@ -31,6 +31,7 @@ from mtm.official import OfficialMtM
 MODEL, CONFIG, RUN, HISTORY = "model.safetensors", "config.json", "run.safetensors", "history.jsonl"
 HEADER = "mtm"  # key of the JSON description in a file's header
 VERSION = 5
+BWB_OPTIONS = ("sessions", "heads", "activation", "direct_paths")  # of bwb_weights.from_bwb
 CLASSES: dict[str, type[MtM]] = {"mtm": MtM, "official": OfficialMtM}
 
 SHIPPED = Path(__file__).parent / "weights"  # models that come with the package
@@ -179,20 +180,34 @@ def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
 
 
 def from_pretrained(name: str | Path, **options: Any) -> MtM:
-    """Read a model from a folder or from the Hugging Face Hub; on the CPU, in evaluation mode.
+    """Read a model from disk or from the Hugging Face Hub; on the CPU, in evaluation mode.
 
     Args:
-        name: a folder that :func:`save` wrote, or ``"user/name"``.
-        **options: of ``huggingface_hub.snapshot_download``, as ``revision=...`` or ``token=...``.
+        name: a folder that :func:`save` wrote, or ``"user/name"``. Or BrainWideBench's public MtM:
+            ``"NerDSLab/ibl-bwb-mtm"``, or its file (``best.pt``) or folder on disk.
+        **options: of ``huggingface_hub.snapshot_download``, as ``revision=...`` or ``token=...``;
+            for BrainWideBench's model also ``sessions``, ``heads``, ``activation`` and
+            ``direct_paths``, see :func:`mtm.bwb_weights.from_bwb`.
+
+    Example:
+        >>> model = from_pretrained("NerDSLab/ibl-bwb-mtm", sessions=[])  # the core, without layers
+        >>> model = fit(session, model).model
     """
-    if Path(name).is_dir():
-        return load(name)
-    hub = optional("huggingface_hub", "hub")
-    try:
-        folder = hub.snapshot_download(str(name), allow_patterns=[MODEL, CONFIG], **options)
-    except (hub.errors.HFValidationError, hub.errors.LocalEntryNotFoundError) as error:
-        raise CheckpointError(f"{name} is neither a folder nor found on the Hub") from error
-    return load(folder)
+    theirs = {key: options.pop(key) for key in BWB_OPTIONS if key in options}
+    path = Path(name)
+    if not path.exists():
+        hub = optional("huggingface_hub", "hub")
+        try:
+            wanted = [MODEL, CONFIG, *bwb_weights.FILES]
+            path = Path(hub.snapshot_download(str(name), allow_patterns=wanted, **options))
+        except (hub.errors.HFValidationError, hub.errors.LocalEntryNotFoundError) as error:
+            raise CheckpointError(f"{name} is neither on disk nor found on the Hub") from error
+    files = [path, *(path / file for file in bwb_weights.FILES)]
+    if not (path / MODEL).exists() and any(file.is_file() for file in files):
+        return bwb_weights.from_bwb(next(file for file in files if file.is_file()), **theirs)
+    if theirs:
+        raise ValueError(f"{', '.join(theirs)}: of BrainWideBench's model, and {name} is another")
+    return load(path)
 
 
 MODEL_PAGE = """---

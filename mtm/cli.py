@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ EIDS = {
     "repeated-site": official.REPEATED_SITE_EIDS,
 }
 HELP = {  # of the arguments of all commands
+    "build": "of the sessions to download: selected_units (default) or all_units",
+    "download": "download these: ids of sessions, or their beginnings",
     "alf": "also write OUT/alf, a folder tree as the International Brain Laboratory publishes",
     "align": "the event in each trial at which the window has its 0",
     "align_times": "file of event times (.npy, or .csv of trials), in each folder or for all",
@@ -103,7 +105,7 @@ ERRORS = (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeEr
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 1 for an error in the input, printed in a line."""
     options = vars(parse(arguments))
-    command, run = options.pop("command"), options.pop("run")
+    command, run, traceback = map(options.pop, ("command", "run", "traceback"))
 
     def warn(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"mtm {command}: warning: {message}", file=sys.stderr)
@@ -113,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = warn  # without file name and line of code
             run(**options)
     except ERRORS as error:  # torch asserts that a device is there
+        if traceback:
+            raise
         # The text of a KeyError is its argument, quoted; show the argument itself.
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"mtm {command}: error: {text}", file=sys.stderr)
@@ -132,6 +136,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for run in (run_simulate, run_train, run_evaluate, run_export):
         _command(commands, run.__name__[4:], run)
@@ -142,8 +147,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         known = inspect.signature(module.load_session).parameters
         for name in names:
             _add(command, known[name], HELP[name])
-        for name in ("username", "eids") if origin == "ibl" else ():
+        for name in {"ibl": ("username", "eids"), "bwb": ("build",)}.get(origin, ()):
             command.add_argument(f"--{name}", default=argparse.SUPPRESS, help=HELP[name])
+        if origin == "bwb":
+            command.add_argument("--sessions", nargs="+", help=HELP["download"])
     return parser.parse_args(arguments)
 
 
@@ -160,7 +167,12 @@ def _command(commands: Any, name: str, run: Callable[..., None], what: str = "")
         docs = inspect.getdoc(TrainConfig) or ""
         texts = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", docs, re.M))
         for name, setting in inspect.signature(TrainConfig).parameters.items():
-            text = " ".join(texts[name].split()).replace("``", "").replace("%", "%%").rstrip(".")
+            text = (
+                " ".join(texts.get(name, "").split())
+                .replace("``", "")
+                .replace("%", "%%")
+                .rstrip(".")
+            )
             ours, paper = (_shown(getattr(RECIPES[key], name)) for key in ("mtm", "paper"))
             default = ours if ours == paper else f"{ours}, paper {paper}"
             _add(group, setting.replace(default=None), f"{text} (default {default})")
@@ -183,7 +195,7 @@ def _add(parser: Any, argument: inspect.Parameter, text: str, positional: bool =
     elif kind.startswith("dict"):
         flag |= {"nargs": "+", "type": _pair, "metavar": "NAME=VALUE"}
     elif many := re.match(r"(?:list|tuple|Collection)\[(\w+)", kind):
-        n = 2 if name == "window" else "+"
+        n = {"window": 2, "recordings": "*"}.get(name, "+")
         flag |= {"nargs": n, "type": types.get(many[1], str)}
     elif kind in ("int", "float") and kind != argument.annotation:
         flag["type"] = _optional(types[kind])
@@ -218,7 +230,7 @@ def run_simulate(
 
 def run_prepare(
     origin: str,
-    recordings: list[str],
+    recordings: Collection[str] = (),
     *,
     out: Path,
     workers: int | None = None,
@@ -228,19 +240,24 @@ def run_prepare(
     """Align recordings to an event, bin them and write OUT/<name>.npz, in parallel.
 
     Files that are there already, made with the same options, stay as they are; recordings that
-    cannot be read are skipped and listed.
+    cannot be read are skipped and listed. Downloads go to OUT/downloads, and resume.
     """
     how: dict[str, Any] = {"workers": workers, "overwrite": overwrite}
     if origin == "ibl":
-        if len(recordings) > 1:
+        if len(recordings) != 1:
             raise ValueError("name one folder, the one that ONE keeps its files in")
-        one = ibl.connect(Path(recordings[0]), username=options.pop("username", None))
+        one = ibl.connect(Path(*recordings), username=options.pop("username", None))
         eids: Sequence[str] = EIDS.get(listed := options.pop("eids", ""), ())
         if not eids:
             eids = Path(listed).read_text().split() if listed else ibl.search(one)
         done = ibl.prepare(one, eids, out, **how, **options)
     else:
         listed = [each if "://" in each else Path(each) for each in recordings]
+        build = options.pop("build", "selected_units")
+        if wanted := options.pop("sessions", None):
+            listed += bwb.fetch(wanted, out / "downloads", build)
+        if not listed:
+            raise ValueError("name files, or with --sessions what to download")
         done = prepare(READERS[origin][1].load_session, listed, out, **how, **options)
     print(done)
     if not done.paths:

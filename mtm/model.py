@@ -55,6 +55,7 @@ CHOICES = {
     "tokenizer": ("ndt1", "ndt2"),
     "positions": ("rotary", "learned"),
     "input_counts": ("scaled", "raw"),
+    "activation": ("gelu", "relu"),
 }
 
 
@@ -81,6 +82,8 @@ class MtMConfig:
     own_history: bool = True  # direct path from each neuron's own counts to its log-rates
     latents: int = 32  # R, of the direct path from the population to the log-rates; 0: no path
     latent_dropout: float = 0.7  # of these latents
+    causal: bool = True  # in causal mode: to earlier bins only; False: full attention in every mode
+    activation: str = "gelu"  # of the MLPs
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -89,8 +92,11 @@ class MtMConfig:
         unit = self.heads * (2 if self.positions == "rotary" else 1)  # rotation acts on pairs
         if self.width % unit:
             raise ValueError(f"width {self.width} must be a multiple of {unit} (heads, rotation)")
-        if self.input_counts == "raw" and (self.own_history or self.latents):
-            raise ValueError("direct paths need scaled counts; set own_history=False, latents=0")
+
+    @property
+    def direct_paths(self) -> bool:
+        """Whether sessions have :class:`DirectPaths`, of either kind."""
+        return self.own_history or self.latents > 0
 
     @classmethod
     def from_depth(cls, depth: int, **fields: Any) -> Self:
@@ -127,10 +133,10 @@ class SessionLayers(nn.Module):
             self.n_patches = math.ceil(n_neurons / config.patch_size)
             self.bias = nn.Parameter(torch.zeros(n_neurons))
         self.token = nn.Parameter(torch.zeros(config.width)) if config.session_token else None
-        if config.input_counts == "scaled":
+        self.raw = config.input_counts == "raw"
+        if config.direct_paths or not self.raw:
             self.register_buffer("mean", torch.zeros(n_neurons))
-        has_paths = config.own_history or config.latents
-        self.direct = DirectPaths(n_neurons, config) if has_paths else None
+        self.direct = DirectPaths(n_neurons, config) if config.direct_paths else None
 
     def init_from_means(self, log_means: Tensor) -> None:
         """Predict log mean counts (N,) to begin with."""
@@ -147,7 +153,7 @@ class SessionLayers(nn.Module):
             strength = (variances - 0.2).clamp(min=0.02).sqrt()
             n = min(len(self.direct.loadings), len(strength))
             self.direct.loadings[:n] = (strength[:, None] * directions.T)[:n]
-        if hasattr(self, "stitcher"):
+        if hasattr(self, "stitcher") and not self.raw:  # components are of scaled counts
             # Outputs 0 to R-1 start at the R components in turn, R to 2R-1 at their negatives, ...
             turn, component = divmod(np.arange(len(self.stitcher.weight)), directions.shape[1])
             sign = torch.from_numpy(1.0 - 2.0 * (turn % 2)).float()
@@ -391,11 +397,12 @@ class Layer(nn.Module):
         self.up = nn.Linear(config.width, config.mlp_width)
         self.down = nn.Linear(config.mlp_width, config.width)
         self.dropout = nn.Dropout(config.dropout)
+        self.activation = getattr(F, config.activation)
 
     def forward(self, tokens: Tokens, turns: tuple[Tensor, Tensor] | None = None) -> Tokens:
         """Tokens to tokens of the same bins."""
         x = tokens.x + self.attention(tokens._replace(x=self.norm1(tokens.x)), turns)
-        x = x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        x = x + self.dropout(self.down(self.activation(self.up(self.norm2(x)))))
         return tokens._replace(x=x)
 
 
@@ -521,17 +528,20 @@ class MtM(nn.Module):
         x = self.embed_dropout(x)
         bins = torch.arange(self.n_bins, device=x.device).repeat_interleave(layers.n_patches)
         bins = F.pad(bins, (len(prefix), 0), value=-1)  # (L,)
-        if mask.causal and self.config.tokenizer == "ndt2":
+        causal = mask.causal and self.config.causal
+        if causal and self.config.tokenizer == "ndt2":
             # Tokens of one bin attend to each other, which a lower triangle does not allow.
             return Tokens(x, bins, allowed=bins[:, None] >= bins)
         # Tokens are in order of time, so causal attention is lower-triangular. The prefix comes
         # first and attends to no bin: nothing passes through it from later to earlier bins.
-        return Tokens(x, bins, mask.causal)
+        return Tokens(x, bins, causal)
 
-    def masked_input(self, counts: Tensor, mask: Mask, layers: SessionLayers) -> Tensor:
-        """Counts as the tokenizer gets them, (B, T, N): scaled, and 0 where they are hidden."""
+    def masked_input(
+        self, counts: Tensor, mask: Mask, layers: SessionLayers, direct: bool = False
+    ) -> Tensor:
+        """Counts as the tokenizer or the direct paths get them, (B, T, N): 0 where hidden."""
         x = counts.to(self.norm.weight.dtype)
-        if self.config.input_counts == "scaled":  # as in `principal_components`
+        if direct or self.config.input_counts == "scaled":  # as in `principal_components`
             x = (x - layers.mean) * (layers.mean + SOFTENING).rsqrt()
         return x.masked_fill(mask.hidden, 0)
 
@@ -569,9 +579,10 @@ class MtM(nn.Module):
             places = [i for i, batch in enumerate(batches) if batch.session == session]
             inputs, hidden, causal = [], [], []
             for counts, _, mask, _ in (batches[i] for i in places):
-                inputs.append(self.masked_input(counts, mask, layers))
+                inputs.append(self.masked_input(counts, mask, layers, direct=True))
                 hidden.append(mask.hidden)
-                causal.append(torch.full_like(counts[:, 0, 0], mask.causal, dtype=torch.bool))
+                attends = mask.causal and self.config.causal
+                causal.append(torch.full_like(counts[:, 0, 0], attends, dtype=torch.bool))
             # Without autocast: bfloat16 has too few digits to solve linear equations.
             with torch.autocast(self.device.type, enabled=False):
                 added = layers.direct(*map(torch.cat, (inputs, hidden, causal)), neurons)
@@ -613,7 +624,7 @@ class MtM(nn.Module):
         """Latents as from :meth:`latents`, with gradients, and dropout in training."""
         layers, found = self.session_layers(session), []
         if (direct := layers.direct) is not None and direct.readout is not None:
-            x = self.masked_input(counts, mask, layers).clamp(max=LARGEST_INPUT)
+            x = self.masked_input(counts, mask, layers, direct=True).clamp(max=LARGEST_INPUT)
             none = x.new_zeros(len(x), 0, self.n_bins, self.n_bins)  # no kernel: each bin alone
             found.append(direct.population_latents(x, mask.hidden, none)[:, 0])
         if encoder or not found:
@@ -667,14 +678,11 @@ class MtM(nn.Module):
         config, ours, components = self.config, self.init != "paper", None
         if counts is not None:
             log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike
-            # Components are of scaled counts, and no start for a stitcher of raw ones.
-            used = config.input_counts == "scaled" and (
-                config.tokenizer == "ndt1" or config.latents
-            )
-            if ours and used:
+            stitched = config.tokenizer == "ndt1" and config.input_counts == "scaled"
+            if ours and (stitched or config.latents):
                 components = principal_components(np.asarray(counts), log_means.exp())
         layers = SessionLayers(n_neurons, config)
-        if counts is not None and config.input_counts == "scaled":
+        if counts is not None and hasattr(layers, "mean"):
             layers.mean.copy_(log_means.exp())
         if counts is not None and ours:
             layers.init_from_means(log_means)
@@ -691,6 +699,22 @@ class MtM(nn.Module):
         # Names of modules may not hold a dot, nor be an attribute of ModuleDict, as "keys" is.
         self._keys[name] = "session:" + quote(name, safe=" ").replace(".", "%2E")
         self.sessions[self._keys[name]] = layers.to(self.norm.weight)
+
+    @torch.no_grad()
+    def init_direct_paths(self, name: str, counts: np.ndarray) -> None:
+        """Start direct paths that were put on an imported session, at its training trials.
+
+        Does nothing where there are none, or they have started. They add 0 until they are trained.
+
+        Args:
+            name: of the session.
+            counts: (K, T, N) spike counts of its training trials.
+        """
+        layers = self.session_layers(name)
+        if layers.raw and layers.direct is not None and not layers.mean.any():
+            means = torch.from_numpy(log_mean(np.asarray(counts))).float().exp()
+            layers.mean.copy_(means)
+            layers.init_from_components(*principal_components(np.asarray(counts), means))
 
     def session_layers(self, name: str) -> SessionLayers:
         """The layers of one session; raises KeyError with the names that are known."""

@@ -79,7 +79,9 @@ def require_same_bins(predictor: PredictorLike, session: Session) -> None:
     )
     if not np.allclose(found, trained := (n_bins, bin_size, window[0])):
         one, other = ("{} bins of {:g} s from {:g} s".format(*bins) for bins in (found, trained))
-        problem = f"has {one}, the model was trained on {other}; bin it alike"
+        n, size, start = trained
+        call = f"load_session(..., window=({start:g}, {start + n * size:g}), bin_size={size:g})"
+        problem = f"has {one}, the model was trained on {other}; bin it alike, with {call}"
         raise SessionError(f"session {session.name!r} {problem}")
     seen = _attribute(predictor, "seen", {}).get(session.name, ())
     trials = session.fingerprints(np.arange(session.n_trials)) if len(seen) else np.zeros(1)

@@ -319,7 +319,7 @@ def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> N
     The factor multiplies all deviations from the mean log-rates, and maximises the likelihood of
     the hidden entries of the validation trials. Compare temperature scaling (Guo et al. 2017).
     """
-    if model.config.input_counts == "raw":  # as the authors', it does not know mean rates
+    if model.config.input_counts == "raw" and not model.config.direct_paths:  # no mean rates
         return
     for one in data:
         mean = model.session_layers(one.name).mean.log()
@@ -521,9 +521,11 @@ def _build(
     # By the split and the fingerprints, evaluation knows which trials the model has seen.
     model.split_seed, model.window = config.split_seed, first.window
     for one in data:
+        counts = one.session.filled(one.train)
         if one.name not in model.session_names:
-            counts = one.session.filled(one.train)
             model.add_session(one.name, one.session.n_neurons, counts, config.token)
+        else:
+            model.init_direct_paths(one.name, counts)
         known = model.seen.get(one.name, one.fingerprints)
         model.seen[one.name] = np.union1d(known, one.fingerprints)
     return model
@@ -536,7 +538,7 @@ def _check_start(model: MtM, prompts: tuple[str, ...], causal: bool, config: Tra
             f"the model has no prompt for {', '.join(sorted(missing))}; train it with the schemes "
             f"it knows ({', '.join(model.prompts) or 'no prompts'}), or with prompt=False"
         )
-    if causal and not model.causal:
+    if causal and not model.causal and model.config.causal:
         raise ValueError("the model was never trained causally; train a new one for that scheme")
     if model.split_seed not in (None, config.split_seed):
         raise ValueError(

@@ -16,8 +16,9 @@ pytest.importorskip("h5py")
 import h5py  # noqa: E402
 from bwb_files import REGIONS, SUBJECT, held_out, write_session  # noqa: E402
 
-from mtm import bwb  # noqa: E402
-from mtm.session import SessionError  # noqa: E402
+from mtm import bwb, cli  # noqa: E402
+from mtm.bwb import files  # noqa: E402
+from mtm.session import Session, SessionError  # noqa: E402
 
 SMALL = {"duration": 160.0, "chunk": 40.0, "gap": 4.0, "units": 6}
 TRACES = {
@@ -427,3 +428,18 @@ def test_downloaded_file_is_a_session(bucket, tmp_path, small):
     assert bwb.load_session(path).n_trials == bwb.load_session(small).n_trials
     bucket.asked.clear()
     assert bwb.download(entry, tmp_path, progress=False) == path and not bucket.asked
+
+
+def test_sessions_are_fetched_by_the_beginning_of_their_ids(bucket, tmp_path, small, monkeypatch):
+    bucket.body = small.read_bytes()
+    (path,) = bwb.fetch(IDS[1][:8], tmp_path, base_url=bucket.url, progress=False)
+    assert path.stem == IDS[1] and path.read_bytes() == bucket.body
+    for start in ("", "0802"):
+        with pytest.raises((ValueError, ConnectionError), match="list"):
+            bwb.fetch(start, tmp_path, base_url=bucket.url)
+    monkeypatch.setattr(files, "BUCKET", bucket.url)
+    command = ["prepare", "bwb", "--sessions", IDS[2][:8], "--out", str(tmp_path), "--workers", "1"]
+    assert cli.main([*command, "--window", "0", "1"]) == 0
+    (made,) = tmp_path.glob("*.npz")
+    assert Session.load(made).n_bins == 50
+    assert cli.main(["prepare", "bwb", "--out", str(tmp_path)]) == 1

@@ -140,7 +140,7 @@ def test_push_and_pull(folder, server):
     assert 'mtm.from_pretrained("lab/model")' in page and model.summary() in page
     assert same(from_pretrained("lab/model", revision="main"), model)
     assert same(from_pretrained(path), model)
-    with pytest.raises(CheckpointError, match="no such folder is neither a folder nor found"):
+    with pytest.raises(CheckpointError, match="no such folder is neither on disk nor found"):
         from_pretrained("no such folder")
 
 

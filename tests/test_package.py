@@ -35,7 +35,8 @@ FLOORS = (
         "training",
         "plots",
     ),
-    *("decoding", "progress", "checkpoint", "official", "prediction", "data", "simulation"),
+    *("decoding", "progress", "checkpoint", "official", "bwb_weights"),
+    *("prediction", "data", "simulation"),
     *(
         "batches",
         "distributed",

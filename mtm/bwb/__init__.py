@@ -4,13 +4,22 @@
 - `submission`: predict its tasks, check the predictions, score and pack them.
 """
 
-from mtm.bwb.files import BUILDS, Entry, download, list_sessions, load_session, ts2_windows
+from mtm.bwb.files import (
+    BUILDS,
+    Entry,
+    download,
+    fetch,
+    list_sessions,
+    load_session,
+    ts2_windows,
+)
 from mtm.data.synthetic import write_bwb_session as write_session
 
 __all__ = [
     "BUILDS",
     "Entry",
     "download",
+    "fetch",
     "list_sessions",
     "load_session",
     "ts2_windows",

@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +105,43 @@ def download(session: Entry, folder: str | Path, *, progress: bool = True) -> Pa
     path = Path(folder) / session.url.rpartition("/brainsets/")[2]
     expected: dict[str, Any] = {"size": session.bytes, "etag": session.etag}
     return recording.download(session.url, path, progress=progress, **expected)
+
+
+def fetch(
+    sessions: str | Iterable[str],
+    folder: str | Path,
+    build: str = "selected_units",
+    *,
+    base_url: str | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Download the files of some sessions, whichever regime they are of; again, it resumes.
+
+    Args:
+        sessions: uuids or their beginnings, as ``"0802ced5"``.
+        folder: see `download`.
+        build: "selected_units" or "all_units".
+        base_url: address of the bucket.
+        progress: show a bar on a terminal.
+
+    Raises:
+        ValueError: for a beginning that no session has, or several.
+    """
+    wanted = [sessions] if isinstance(sessions, str) else list(sessions)
+    found: dict[str, list[Entry]] = {start: [] for start in wanted}
+    for regime in ("eval", "pretrain"):
+        if not all(found.values()):
+            for entry in list_sessions(build, regime, base_url=base_url or BUCKET):
+                for start in wanted:
+                    found[start] += [entry] if entry.uuid.startswith(start) else []
+    for start, entries in found.items():
+        if len(entries) != 1:
+            problem = f"{len(entries)} sessions of {build} begin so; bwb.list_sessions lists all"
+            raise ValueError(f"session {start!r}: {problem}")
+    return [download(found[start][0], folder, progress=progress) for start in wanted]
+
+
+# ------------------------------------------------------------------------------ session
 
 
 def load_session(

@@ -1,0 +1,151 @@
+"""The public MtM of BrainWideBench (arXiv 2609.22064), as a model of this package.
+
+It was pretrained on 423 recordings of the International Brain Laboratory: windows of 1 s inside
+trials, 50 bins of 20 ms; its masks use the regions of the level "Cosmos". Attention is full in
+causal mode, too (``model.config.causal`` is False).
+
+Its file is a pickle, which can run any code when it is opened the usual way. Here
+``torch.load(weights_only=True)`` opens it, with a stand-in for each object that torch does not
+know, and maps it from disk: layers of sessions that are not asked for are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtm.masks import MTM_SCHEMES
+from mtm.model import CheckpointError, MtM, MtMConfig
+
+FILES = ("best.pt", "mtm.pt")
+"""Names of the file on the Hugging Face Hub: the benchmark's documentation uses both."""
+BIN_SIZE = 0.02  # seconds
+
+OURS = {  # their names of our parts, in the order in which they are replaced
+    "encoder.layers": "layers",
+    "encoder.norm": "norm",
+    "shared_proj.0": "tokenizer.embed_spikes",
+    "shared_proj.2": "tokenizer.project",
+    "position_emb.weight": "tokenizer.time",
+    "mask_emb.weight": "prompt_tokens",
+    "self_attn.out_proj": "attention.out",
+    "linear1": "up",
+    "linear2": "down",
+}
+ATTENTION = ("query", "key", "value")  # in the order in which torch keeps them in one matrix
+
+
+class Unknown(dict[Any, Any]):
+    """Stands in for an object that torch does not know; runs nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget the object's attributes."""
+
+
+def from_bwb(
+    path: str | Path,
+    sessions: Iterable[str] | None = None,
+    *,
+    heads: int = 8,
+    activation: str = "gelu",
+    direct_paths: bool = False,
+) -> MtM:
+    """Read the benchmark's checkpoint; on the CPU, in evaluation mode.
+
+    What weights do not show are the arguments, and dropout, which is this package's (it matters to
+    fine-tuning alone). ``mtm.from_pretrained`` fetches the file and calls this.
+
+    Args:
+        path: the file, one of ``FILES``.
+        sessions: ids of the recordings whose layers to keep; ``[]`` keeps the shared core alone.
+            Default: all.
+        heads: of attention. Any divisor of the width fits the weights, and only one is right; the
+            default could not be compared with the benchmark's configuration.
+        activation: of the MLPs, "gelu" or "relu"; as ``heads``.
+        direct_paths: put the direct paths of :class:`mtm.model.DirectPaths` beside the encoder.
+            They add 0 until ``fit`` has trained them.
+
+    Raises:
+        CheckpointError: for a file that cannot be read, or weights that do not fit.
+        KeyError: for a session that is not in the file.
+    """
+    tensors = _read(Path(path))
+    found = {
+        key.split(".")[1]: len(tensor)
+        for key, tensor in tensors.items()
+        if key.startswith("out_stitcher.") and key.endswith(".bias")
+    }
+    names = list(found) if sessions is None else list(sessions)
+    if strangers := [name for name in names if name not in found]:
+        raise KeyError(
+            f"session {strangers[0]!r} is not among the {len(found)} of {path}; leave it out, "
+            "fit(session, model) adds it"
+        )
+    try:
+        config = _config(tensors, heads=heads, activation=activation)
+        if direct_paths:
+            config = replace(config, own_history=True, latents=MtMConfig.latents)
+        n_bins = len(tensors["position_emb.weight"])
+        kind: dict[str, Any] = {"bin_size": BIN_SIZE, "prompts": MTM_SCHEMES, "causal": False}
+        model = MtM(config, n_bins, {name: found[name] for name in names}, **kind)
+        missing, strange = model.load_state_dict(_weights(tensors, model._keys), strict=False)
+        # Direct paths, which they do not have, stay as they are.
+        missing = [key for key in missing if ".direct." not in key and not key.endswith(".mean")]
+        if missing or strange:
+            raise ValueError(f"{missing} missing, {strange} unknown")
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is no MtM of BrainWideBench: {error}") from error
+    return model.eval()
+
+
+def _config(tensors: Mapping[str, Any], **fields: Any) -> MtMConfig:
+    """The sizes that the shapes of their weights show."""
+    up = tensors["encoder.layers.0.linear1.weight"]
+    return MtMConfig.published(
+        width=up.shape[1],
+        depth=len({key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}),
+        mlp_width=len(up),
+        stitch_width=tensors["shared_proj.0.weight"].shape[1],
+        causal=False,
+        **fields,
+    )
+
+
+def _weights(tensors: Mapping[str, Any], sessions: Mapping[str, str]) -> dict[str, Tensor]:
+    """Their weights by our names; ``sessions`` are the names to keep and our keys of them."""
+    found = {}
+    for name, key in sessions.items():
+        row = tensors["session_emb.vocab"][name]
+        found[f"sessions.{key}.token"] = tensors["session_emb.weight"][row]
+        for ours, theirs in (("stitcher", "in_stitcher"), ("readout", "out_stitcher")):
+            for kind in ("weight", "bias"):
+                found[f"sessions.{key}.{ours}.{kind}"] = tensors[f"{theirs}.{name}.{kind}"]
+    for key, value in tensors.items():
+        if key.startswith(("in_stitcher.", "out_stitcher.", "session_emb.")):
+            continue
+        for theirs, ours in OURS.items():
+            key = key.replace(theirs, ours)
+        layer, joined, kind = key.partition(".self_attn.in_proj_")
+        parts = zip(ATTENTION, value.chunk(3), strict=True) if joined else ()
+        found |= {f"{layer}.attention.{part}.{kind}": piece for part, piece in parts}
+        found |= {} if joined else {key: value}
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The state dict in the file, mapped from disk."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Unknown, name) for name in names]):
+            found = torch.load(path, "cpu", weights_only=True, mmap=True)["model_state_dict"]
+        return dict(found)
+    except Exception as error:  # whatever a broken or hostile file leads to
+        raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
