@@ -21,6 +21,7 @@ import binning  # noqa: E402
 import claims  # noqa: E402
 import common  # noqa: E402
 import evaluate  # noqa: E402
+import gpu  # noqa: E402
 import prompts  # noqa: E402
 import real_data  # noqa: E402
 import recipe  # noqa: E402
@@ -63,6 +64,18 @@ def test_steps_and_evaluation_are_timed(monkeypatch):
     assert found["step_s"] > 0 and found["step_tflop"] > 0
     args = argparse.Namespace(small=True, model="small", device="cpu", neurons_timed=2)
     assert evaluate.measure(args)["co-smoothing"]["passes"] == 24
+
+
+def test_the_script_for_a_gpu_runs_at_tiny_sizes_on_a_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "BATCHES", (32,))
+    monkeypatch.setattr(gpu, "PRECISIONS", {"float32": {}})
+    options(monkeypatch, gpu, "--small", "--device", "cpu", "--json", tmp_path / "gpu.json")
+    gpu.main()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(found["agreement"].values()) == {0.0} and not found["left_out"]
+    assert 0 < found["training"]["seconds"] <= found["training"]["seconds_in_all"]
+    steps = found["ndt1, 2 trials, float32"]
+    assert 0 < steps["share_of_ceiling"] < 1 and steps["step_s"] * steps["trials_per_s"] > 1.99
 
 
 def test_a_study_resumes_where_it_was_stopped(small, tmp_path):

@@ -124,10 +124,11 @@ def load_session(
     spikes, clusters = _spikes(session, probes, atlas is not None)
     trials = _trials(session, align)
     times = trials[align].to_numpy()
-    rejected = {"rejected by the filter": ~reaction_time_filter(trials)} if trial_filter else {}
     recorded = _recorded(spikes, times, window)
     observed = np.stack([recorded[probe] for probe in clusters["probe"]], axis=1)  # (K, N)
-    rejected["beyond the recording"] = ~observed.any(axis=1)
+    rejected: dict[str, Any] = {"beyond the recording": ~observed.any(axis=1)}
+    if trial_filter:
+        rejected["rejected by the filter"] = ~reaction_time_filter(trials)
     fields = session.trials_to_use(times, _behaviour(trials), rejected)
     if not observed.all():
         fields["observed"] = observed[fields["trial_ids"]]
