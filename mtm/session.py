@@ -421,6 +421,9 @@ def _clusters(fired: Any, clusters: Any, regions: Any) -> tuple[np.ndarray, np.n
             problem = f"clusters: no spike has id 0, so nothing tells whose the {len(ids)} regions"
             raise ValueError(f"{problem} are; pass clusters=, the id of each region")
     if isinstance(regions, Mapping):
+        if not set(ids.tolist()) & set(regions):
+            keys = f"{list(regions)[:3]}... for clusters {ids[:3].tolist()}..."
+            raise ValueError(f"regions: labels of {keys}; its keys must be the clusters' ids")
         regions = [regions.get(cluster, "") for cluster in ids.tolist()]
     return ids, None if regions is None else _array("regions", regions, ids=ids, rows=clusters)
 
