@@ -132,36 +132,29 @@ def test_training_trials_are_refused(sessions, trained):
     assert set(other.tasks) == {*task, "wheel-speed"}
     # The same recording with another name, and so another split; and with a given split: trials
     # are known by their counts.
-    same = {"bin_size": session.bin_size, "window": session.window}
-    renamed = Session(session.counts, session.regions, "other", behaviour=session.behaviour, **same)
+    same = {"bin_size": session.bin_size, "window": session.window, "behaviour": session.behaviour}
     swapped = (split.test, split.val, split.train)
+    renamed = Session(session.counts, session.regions, "other", **same)
     given = Session(session.counts, session.regions, session.name, given_split=swapped, **same)
-    for again in (renamed, given):
+    for again, tasks in ((renamed, task), (renamed, ["choice"]), (given, task)):
         with pytest.raises(ValueError, match=r"\(in session 'sim-3-0'\); score the test trials"):
-            evaluate(trained, again, tasks=task)
-    with pytest.raises(ValueError, match="predictor was trained on"):
-        evaluate(trained, renamed, tasks=["choice"])
+            evaluate(trained, again, tasks=tasks)
 
 
 def test_going_on_with_a_model_remembers_what_it_saw(sessions):
     first, second = (s.select(neurons=np.arange(4)) for s in sessions)
     options = {"epochs": 1, "progress": False, "schemes": ["neuron"]}
-    model = fit(first, depth=1, **options).model
+    model = fit(second, fit(first, depth=1, **options).model, **options).model
+    assert set(model.seen) == {first.name, second.name}
     seen = set(model.seen[first.name].tolist())
     assert seen == {x for x in first.fingerprints(first.split().train).tolist() if x}
-    model = fit(second, model, **options).model
-    assert set(model.seen) == {first.name, second.name} and set(model.seen[first.name]) == seen
 
 
-def test_fingerprints_tell_trials_apart_whatever_the_type_of_counts():
+def test_fingerprints_do_not_depend_on_the_type_of_counts():
     counts = np.random.default_rng(0).poisson(1.0, (6, 5, 8))
-    counts[3] = counts[1]
-    counts[4] = 0
-    found = Session(counts, name="a").fingerprints(np.arange(6))
-    assert found[1] == found[3] and found[4] == 0 and len(set(found.tolist())) == 5
-    wide = counts.copy()
-    wide[0, 0, 0] = 300
-    assert Session(wide, name="b").fingerprints(np.arange(1, 6)).tolist() == found[1:].tolist()
+    marks = Session(counts, name="a").fingerprints(np.arange(1, 6))
+    counts[0, 0, 0] = 300
+    assert (Session(counts, name="b").fingerprints(np.arange(1, 6)) == marks).all()
 
 
 # ------------------------------------------------------------------- many sessions
@@ -170,8 +163,7 @@ def test_fingerprints_tell_trials_apart_whatever_the_type_of_counts():
 def test_all_six_tasks_of_many_sessions(sessions):
     predictors = {session.name: oracle(session) for session in sessions}
     whole = evaluate(predictors, sessions)
-    behaviours = ["choice", "wheel-speed", "whisker-motion-energy"]
-    assert list(whole.tasks) == [*TASKS, *behaviours]
+    assert list(whole.tasks) == [*TASKS, "choice", "wheel-speed", "whisker-motion-energy"]
     tasks = [*TASKS, "wheel-speed"]
     singles = {s.name: evaluate(predictors, s, tasks=tasks) for s in sessions}
     for task in tasks:
@@ -202,8 +194,7 @@ def test_what_only_some_sessions_have():
     rng = np.random.default_rng(0)
     counts = rng.poisson(1.0, (40, 8, 3))
     with_choice = Session(counts, name="a", behaviour={"choice": rng.choice([-1, 1], 40)})
-    without = Session(counts[:, :, :2], name="b")
-    both = [with_choice, without]
+    both = [with_choice, Session(counts[:, :, :2], name="b")]
     predictors = {s.name: mean_rates(s) for s in both}
     report = evaluate(predictors, both)
     psth = report.tasks["co-smoothing"].table["psth_r2"]

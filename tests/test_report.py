@@ -74,7 +74,7 @@ def test_regions_and_pooling_and_counts(joined):
     one = report("a", [1.0, 3.0, np.nan], ["", "", ""], spikes=[3, 1, 0]).tasks["co-smoothing"]
     assert one.mean(pooled=True) == (1 * 3 + 3 * 1) / 4 and one.mean() == 2 and one.n_silent == 1
     summary = joined.to_dict()["co-smoothing"]
-    assert (summary["neurons"], summary["silent_neurons"], summary["dropped_neurons"]) == (5, 1, 2)
+    assert [summary[k] for k in ("neurons", "silent_neurons", "dropped_neurons")] == [5, 1, 2]
     assert summary["errors"]["sessions"]["bits_per_spike"] == 1.0
     assert summary["errors"]["seeds"]["bits_per_spike_train_null"] == 0.75
     assert summary["regions"]["DG"] == [1.0, 1.0, 2]
