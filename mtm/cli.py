@@ -250,6 +250,8 @@ def run_prepare(
         eids: Sequence[str] = EIDS.get(listed := options.pop("eids", ""), ())
         if not eids:
             eids = Path(listed).read_text().split() if listed else ibl.search(one)
+        if not eids:
+            raise SessionError(f"ONE finds no such session with spikes in {recordings[0]}")
         done = ibl.prepare(one, eids, out, **how, **options)
     else:
         listed = [each if "://" in each else Path(each) for each in recordings]
