@@ -237,7 +237,7 @@ def _in_batches(
     start, disable = 0, None if progress else True
     with tqdm(total=len(query), desc=name, disable=disable, leave=False) as bar:
         while start < len(query):
-            some = slice(start, start + batch_size)
+            some = slice(start, start + max(1, batch_size))
             of = on_device(query[some])
             mask = Mask(hide[of, None] & inside, target[of, None] & inside, scheme(name).causal)
             mask = mask.leave_out(absent[on_device(trial[some])])
