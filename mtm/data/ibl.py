@@ -33,10 +33,8 @@ from mtm.files import optional
 from mtm.session import Session, SessionError
 
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
-TRIAL_COLUMNS = (
-    *("stimOn_times", "goCue_times", "firstMovement_times", "feedback_times"),
-    *("choice", "feedbackType", "probabilityLeft", "contrastLeft", "contrastRight"),
-)
+TRIAL_COLUMNS = [f"{event}_times" for event in ("stimOn", "goCue", "firstMovement", "feedback")]
+TRIAL_COLUMNS += ["choice", "feedbackType", "probabilityLeft", "contrastLeft", "contrastRight"]
 LOCATIONS = "brainLocationIds_ccf_2017"  # of channels, or of a probe's electrodeSites
 SORTING = ("spikes.times", "spikes.clusters", "clusters.channels")  # what a probe needs
 SILENCE = 0.1  # seconds without a spike of a whole probe that do not yet mean that it was off
@@ -99,12 +97,12 @@ def load_session(
         window, bin_size: (start, stop) around the event, and width of a bin; seconds.
         align: the event: a column of the trials table. Trials without it are left out, as are
             those before or after the time in which all probes recorded.
-        atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos". None: load
-            without regions. A probe without histology, of two, has none.
+        atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos"; None: no
+            regions. A probe without histology, of two, has none.
         trial_filter: "reaction-time": only trials that `reaction_time_filter` accepts. The paper
             decodes behaviour from these, and trains on all.
         units: "good": only clusters with label 1 (IBL's three quality criteria).
-        probes: names of those to load, as ``["probe00"]``. Default: all with a spike sorting.
+        probes: names of those to load. Default: all with a spike sorting.
 
     Returns:
         the session, named by the eid. ``neurons`` has ``probe``, ``cluster`` (id on its probe),
@@ -114,32 +112,18 @@ def load_session(
     Raises:
         SessionError: naming session, dataset and remedy.
     """
-    if units not in (None, "good") or trial_filter not in (None, "reaction-time"):
-        raise ValueError(f"units may be 'good', got {units!r}; trial_filter 'reaction-time', got "
-                         f"{trial_filter!r}")  # fmt: skip
-    if atlas not in (None, *LEVELS):
-        raise ValueError(f"atlas must be None or one of {', '.join(LEVELS)}; got {atlas!r}")
+    known = {"atlas": LEVELS, "trial_filter": ["reaction-time"], "units": ["good"]}
+    for name, value in {"atlas": atlas, "trial_filter": trial_filter, "units": units}.items():
+        if value not in (None, *known[name]):
+            raise ValueError(f"{name} must be None or one of {', '.join(known[name])}: {value!r}")
     session = _OneSession(one, eid)
-    spikes, clusters = _spikes(session, probes, atlas is not None)
-    trials = _trials(session, align)
-    times = trials[align].to_numpy()
-    rejected = {"rejected by the filter": ~reaction_time_filter(trials)} if trial_filter else {}
-    rejected["beyond the recording"] = _beyond(spikes, times, window)
-    fields = session.trials_to_use(times, _behaviour(trials), rejected)
-    if units == "good":
-        clusters["keep"] = _good(session, clusters)
     session.provenance |= {"align": align, "units": units}
-    return session.to_session(
-        spikes["time"].to_numpy(),
-        spikes["neuron"].to_numpy(),
-        clusters,
-        regions=None if atlas is None else clusters[atlas.lower()],
-        traces=_traces(session),
-        subject=session.provenance["subject"],
-        window=window,
-        bin_size=bin_size,
-        **fields,
-    )
+    spikes, clusters = _spikes(session, probes, atlas is not None, units)
+    fields = _trials(session, align, trial_filter, window, spikes)
+    fields |= {"window": window, "bin_size": bin_size, "traces": _traces(session)}
+    fields["regions"] = None if atlas is None else clusters[atlas.lower()]
+    times, neurons = (spikes[name].to_numpy() for name in ("time", "neuron"))
+    return session.to_session(times, neurons, clusters, **fields)
 
 
 def search(
@@ -175,12 +159,10 @@ def search(
     found = []
     for session in (_OneSession(one, eid) for eid in eids):
         try:
-            places = _sortings(session, None).values()
-            ids = [np.abs(_locations(session, place)) for place in places]
+            ids = [_locations(session, place) for place in _sortings(session, None).values()]
+            found += [session.name] * bool(np.isin(np.abs(np.concatenate(ids)), inside).any())
         except SessionError as error:  # the other sessions can still be searched
             warnings.warn(f"{error}; left out of the search", UserWarning, stacklevel=2)
-            continue
-        found += [session.name] * any(np.isin(each, inside).any() for each in ids)
     return found
 
 
@@ -189,9 +171,6 @@ def prepare(one: Any, eids: Iterable[Any], out: str | Path, **options: Any) -> P
 
     Each process connects for itself, with the log-in that ONE has saved. ``options`` are those of
     :func:`mtm.prepare` and of `load_session`.
-
-    Example:
-        >>> done = ibl.prepare(one, official.PAPER_EIDS, "sessions", trial_filter="reaction-time")
     """
     where: dict[str, Any] = {"cache_dir": str(one.cache_dir)}
     if not one.offline:
@@ -205,14 +184,11 @@ def _connect_and_load(where: dict[str, Any], eid: Any, **options: Any) -> Sessio
 
 
 def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
-    """The paper's trial filter: True for the trials to keep, (K,) bool.
+    """The paper's trial filter of IBL's trials table: True for the trials to keep, (K,) bool.
 
     Kept are trials with 0.08 s <= first movement - stimulus onset <= 2 s, feedback at most 10 s
     after the go cue, a choice, and no NaN in stimulus onset, choice, feedback time and type, block
     and first movement. (As in the authors' code, a missing go cue rejects none.)
-
-    Args:
-        trials: IBL's trials table: column -> (K,).
     """
     required = ["choice", "feedback_times", "feedbackType", "probabilityLeft"]
     table = pd.DataFrame(dict(trials), dtype=np.float64)
@@ -220,9 +196,6 @@ def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
     keep = reaction_time.between(0.08, 2.0) & (table["choice"] != 0)  # NaN is not between
     keep &= ~(table["feedback_times"] - table["goCue_times"] > 10.0)
     return (keep & table[required].notna().all(axis=1)).to_numpy()
-
-
-# ---------------------------------------------------------------- what ONE has
 
 
 class _OneSession(Recording):
@@ -259,19 +232,27 @@ class _OneSession(Recording):
                 file = self.one.load_dataset(self.id, file_name, **how)
             if revision := re.search(r"#([^#/]+)#", str(file)):
                 self.provenance.setdefault("revisions", {})[path] = revision[1]
-            place = ("lab", "subject", "date", "number")
-            self.provenance |= dict(zip(place, map(str, file.session_parts), strict=True))
+            place = zip(("lab", "subject", "date", "number"), file.session_parts, strict=True)
+            self.provenance |= {key: str(part) for key, part in place}
             if not path.endswith(".npy"):
                 return (pd.read_parquet if path.endswith(".pqt") else pd.read_csv)(file)
             array = np.load(file, allow_pickle=False) + 0  # text cannot be added to
             return array.reshape(len(array))
 
 
-# ---------------------------------------------------------------- trials
+def _trials(
+    session: _OneSession,
+    align: str,
+    trial_filter: str | None,
+    window: tuple[float, float],
+    spikes: pd.DataFrame,
+) -> dict[str, Any]:
+    """The arguments of `Session.from_spike_times` for the trials to use.
 
-
-def _trials(session: _OneSession, align: str) -> pd.DataFrame:
-    """The trials table, float64; columns may be in files of their own, in older recordings all."""
+    Columns may be in files of their own, in older recordings all. Trials during which a probe did
+    not record are left out, as its neurons would seem silent; it records from its first to its last
+    spike (one with few spikes does not tell).
+    """
     path = session.find("trials.table")
     alone = not path and session.find(f"trials.{align}")
     table = pd.DataFrame() if alone else session.load("trials.table")
@@ -283,20 +264,17 @@ def _trials(session: _OneSession, align: str) -> pd.DataFrame:
         if align not in table:
             events = sorted(name for name in table if name.endswith("_times"))
             session.fail(f"trials.{align}", f"no such column; align to one of {events}")
-        return table.reindex(columns=columns).astype(np.float64)
-
-
-def _beyond(spikes: pd.DataFrame, times: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Trials (K,) during which some probe did not record; its neurons would seem silent.
-
-    A probe records from its first to its last spike; one with few spikes does not tell.
-    """
+        table = table.reindex(columns=columns).astype(np.float64)
     ends = spikes.groupby("probe")["time"].agg(["min", "max", "size"])
-    ends = ends[ends["size"] >= len(times)]
+    ends = ends[ends["size"] >= len(table)]
     start, stop = ends["min"].max() - SILENCE, ends["max"].min() + SILENCE
+    times, rejected = table[align].to_numpy(), {}
+    if trial_filter:
+        rejected["rejected by the filter"] = ~reaction_time_filter(table)
     outside = (times + window[0] < start) | (times + window[1] > stop)
-    # Where all are outside, it is by another clock; binning reports it.
-    return outside & ~(outside | np.isnan(times)).all()
+    if not (outside | np.isnan(times)).all():  # else on another clock; binning reports it
+        rejected["beyond the recording"] = outside
+    return session.trials_to_use(times, _behaviour(table), rejected)
 
 
 def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -311,9 +289,6 @@ def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:
         "reaction-time": trials["firstMovement_times"] - trials["stimOn_times"],
     }
     return {key: x.to_numpy() for key, x in found.items() if x.notna().any()}
-
-
-# ---------------------------------------------------------------- spikes and regions
 
 
 def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, str]:
@@ -342,7 +317,7 @@ def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, s
 
 
 def _spikes(
-    session: _OneSession, wanted: Sequence[str] | None, regions: bool
+    session: _OneSession, wanted: Sequence[str] | None, regions: bool, units: str | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spikes (time, neuron, probe) of all probes, and the table of their clusters by neuron."""
     collections = session.provenance["collections"] = _sortings(session, wanted)
@@ -355,13 +330,19 @@ def _spikes(
     spikes, clusters = (pd.concat(each, ignore_index=True) for each in zip(*tables, strict=True))
     if regions:
         if "allen_id" not in clusters:
-            session.fail(f"alf/probe*/*/channels.{LOCATIONS}", "missing; the session has no "
-                         "histology: atlas=None loads it without regions")  # fmt: skip
+            problem = "missing; the session has no histology: atlas=None loads it without regions"
+            session.fail(f"alf/probe*/*/channels.{LOCATIONS}", problem)
         for probe in sorted(set(clusters["probe"][clusters["allen_id"].isna()])):
             session.warn(f"alf/{probe}", "no histology; its clusters have no region")
         clusters["allen_id"] = clusters["allen_id"].fillna(0).astype(np.int64)
         for level in LEVELS:
             clusters[level.lower()] = acronyms(clusters["allen_id"].to_numpy(), level)
+    if units == "good":
+        labels = clusters.reindex(columns=["label"])["label"]
+        known = labels.groupby(clusters["probe"]).count()
+        for probe in known.index[(known == 0) & known.any()]:
+            session.warn(f"alf/{probe}/clusters.metrics", "no cluster has a label; none is used")
+        clusters["keep"] = labels >= 1
     return spikes, clusters
 
 
@@ -399,31 +380,23 @@ def _locations(session: _OneSession, collection: str) -> np.ndarray:
     Where the sorting has none, they are those of the probe's sites, or of another sorting's
     channels; ``rawInd`` is the site of each channel.
     """
-    probe, ending = "/".join(collection.split("/")[:2]) + "/", f".{LOCATIONS}.npy"
-    found = [path for path in session.paths if path.startswith(probe) and path.endswith(ending)]
-    if not found:
+    probe, end = "/".join(collection.split("/")[:2]) + "/", f".{LOCATIONS}.npy"
+    files = [path for path in session.paths if path.startswith(probe) and path.endswith(end)]
+    own, sites = f"{collection}/channels{end}", f"electrodeSites{end}"
+    if not files:
         return np.zeros(0, np.int64)
-    best = min(found, key=lambda path: (path.rpartition("/")[0] != collection, "Sites" not in path))
+    best = min(files, key=lambda path: (path != own, not path.endswith(sites)))
     place, _, file = best.rpartition("/")
     ids = np.nan_to_num(session.load(file.removesuffix(".npy"), place)).astype(np.int64)
-    if place == collection:
+    if best == own:
         return ids
 
-    def sites(collection: str) -> np.ndarray:
+    def site_of_channel(collection: str) -> np.ndarray:
         known = session.find("channels.rawInd", collection)
         return session.load("channels.rawInd", collection) if known else np.arange(len(ids))
 
-    by_site = pd.Series(ids, np.arange(len(ids)) if "Sites" in file else sites(place))
-    return by_site.reindex(sites(collection), fill_value=0).to_numpy()
-
-
-def _good(session: _OneSession, clusters: pd.DataFrame) -> np.ndarray:
-    """The clusters (N,) with label 1."""
-    table = clusters.reindex(columns=["probe", "label"])
-    for probe in sorted(set(table["probe"]) - set(table["probe"][table["label"].notna()])):
-        if table["label"].notna().any():
-            session.warn(f"alf/{probe}/clusters.metrics", "no cluster has a label; none is used")
-    return (table["label"] >= 1).to_numpy()
+    by_site = pd.Series(ids, None if file == sites else site_of_channel(place))
+    return by_site.reindex(site_of_channel(collection), fill_value=0).to_numpy()
 
 
 def _traces(session: _OneSession) -> dict[str, tuple[np.ndarray, np.ndarray]]:

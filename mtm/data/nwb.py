@@ -86,7 +86,6 @@ def load_session(
         fields = _trials(file, trials, align, behaviour)
         fields["traces"] = {name: _samples(file, name) for name in traces}
     fields |= {"regions": labels, "window": window, "bin_size": bin_size}
-    fields["subject"] = file.provenance["subject"]
     return file.to_session(times.astype(np.float64), rows, pd.DataFrame(neurons), **fields)
 
 
