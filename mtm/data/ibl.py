@@ -72,8 +72,8 @@ def connect(
     folder = Path(cache_dir or "")
     if not all((folder / f"{table}.pqt").is_file() for table in ("sessions", "datasets")):
         problem = f"{folder} lacks sessions.pqt or datasets.pqt; on an ALF tree, call"
-        raise FileNotFoundError(f"{problem} mtm.data.synthetic.index_alf, or pass username and "
-                                f"password, or token, of {base_url}/signup")  # fmt: skip
+        remedy = f"or pass username and password, or token, of {base_url}/signup"
+        raise FileNotFoundError(f"{problem} mtm.data.synthetic.index_alf, {remedy}")
     return api.One(cache_dir=folder, mode="local")
 
 
@@ -205,10 +205,9 @@ class _OneSession(Recording):
         self.one, self.id = one, one.to_eid(eid)
         server = None if one.offline else one.alyx.base_url
         super().__init__(str(self.id or eid), origin="ONE", server=server, eid=str(self.id or eid))
-        paths = () if self.id is None else one.list_datasets(self.id)
-        if not len(paths):
-            self.fail("datasets", f"none in {one!r}; ibl.search(one) lists the sessions there are "
-                      "(after adding files, call index_alf and connect again)")  # fmt: skip
+        if not len(paths := one.list_datasets(self.id) if self.id else ()):
+            problem = f"none in {one!r}; ibl.search(one) lists the sessions there are (after adding"
+            self.fail("datasets", f"{problem} files, call index_alf and connect again)")
         self.paths = sorted({re.sub(r"#[^#/]*#/", "", path) for path in paths})
 
     def find(self, name: str, collection: str | None = None) -> str | None:
@@ -220,8 +219,7 @@ class _OneSession(Recording):
 
     def load(self, name: str, collection: str | None = None) -> Any:
         """Content of a dataset, downloaded where it is not on disk: numbers (n,), or a table."""
-        path = self.find(name, collection)
-        if path is None:
+        if (path := self.find(name, collection)) is None:
             problem = "no such dataset; leave its probe out with probes=..., or choose another"
             self.fail(f"{collection or 'alf'}/{name}", f"{problem} session")
         with self.reading(path, f"delete the file in {self.one.cache_dir} and load again"):

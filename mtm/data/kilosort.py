@@ -71,12 +71,10 @@ def load_session(
 def _spikes(files: Folder, rate: float | None) -> tuple[np.ndarray, np.ndarray]:
     """Time (S,) in seconds and cluster (S,) of every spike."""
     if not files.has("spike_times"):
-        inside = sorted(str(path.parent) for path in files.path.glob("*/**/spike_times.npy"))
-        files.fail("spike_times.npy", f"missing; pass the sorter's folder {inside[:3] or ''}")
+        files.fail("spike_times.npy", "missing; pass the sorter's folder, which has it")
     samples = files.array("spike_times")
     if (samples % 1).any():
-        problem = "not whole samples; if they are seconds, use Session.from_spike_times"
-        files.fail("spike_times.npy", problem)
+        files.fail("spike_times.npy", "not whole samples; for seconds, Session.from_spike_times")
     source = "spike_clusters" if files.has("spike_clusters") else "spike_templates"
     text = "".join(path.read_text("utf-8", "replace") for path in files.path.glob("params.py"))
     found = re.findall(r"^sample_rate\s*=\s*([\d._eE+]+)\s*(?:#.*)?$", text, re.M)
@@ -106,8 +104,8 @@ def _trials(
     """The arguments of `Session.from_spike_times` for the trials."""
     table = align_times
     if isinstance(align_times, str | Path):
-        path = files.path / align_times
-        path = path if path.is_file() else Path(align_times)
+        inside = files.path / align_times
+        path = inside if inside.is_file() else Path(align_times)
         files.provenance["events"] = str(path)
         with files.reading(str(path), "pass a .npy or .csv file with times in seconds"):
             array = path.suffix == ".npy"

@@ -84,9 +84,8 @@ class Recording:
 
         ``table`` has a row for each cluster, by id; those whose ``keep`` is False are left out.
         """
-        keep = pd.Series(True, table.index)
-        if "keep" in table:
-            self.provenance["clusters"], keep = len(table), table.pop("keep")
+        keep = table.pop("keep") if "keep" in table else pd.Series(True, table.index)
+        self.provenance["clusters"] = len(table)
         if not keep.any():
             self.fail("units", f"no cluster is left of {len(table)}; pass units=None")
         used = np.isfinite(times)
