@@ -1,5 +1,6 @@
 """NWB files written with pynwb, read back and counted by brute force; damaged and odd ones."""
 
+import functools
 import json
 import re
 import shutil
@@ -29,6 +30,8 @@ REGIONS = ["CA1", "CA1", "LP", "LP", "", ""]  # as the vote above has it
 START = 2.0 + 1.5 * np.arange(K)
 GO = np.where(np.arange(K) % 7 == 3, np.nan, START + 0.25)
 SIDES = np.where(np.arange(K) % 3 == 0, "left", "right")
+NOTES = np.where(np.arange(K) % 5 == 0, "", np.resize(["a", "b"], K))
+UNITS = [7, 3, 3, 9, 1, 0]  # ids, 3 twice
 RATES = np.array([3.0, 8.0, 20.0, 1.0, 12.0, 0.0])  # Hz; the last unit is silent
 
 
@@ -48,35 +51,21 @@ def brute_force(trains, events, window=WINDOW, bin_size=0.02):
     return counts
 
 
-def empty_file(identifier="recording 1"):
-    return pynwb.NWBFile("test", identifier, datetime(2024, 5, 1, 12, tzinfo=UTC), lab="a lab")
-
-
-def save(file, path):
-    with pynwb.NWBHDF5IO(path, "w") as io:
-        io.write(file)
-    return path
-
-
 def add_units(file):
     group = file.create_electrode_group("shank", "s", "PO", file.create_device("probe"))
     file.add_electrode_column("fine", "finer location")
     for location in LOCATIONS:
         file.add_electrode(location=location, group=group, fine=location.lower())
-    file.add_unit_column("quality", "text")
-    file.add_unit_column("snr", "number")
-    file.add_unit_column("brain_area", "text")
+    for column in ("quality", "snr", "brain_area"):
+        file.add_unit_column(column, "c")
     for n, train in enumerate(spikes()):
-        file.add_unit(
-            id=[7, 3, 3, 9, 1, 0][n],  # 3 twice
-            spike_times=train,
-            electrodes=ELECTRODES[n],
-            electrode_group=group,
-            quality=["good", "mua"][n % 2],
-            snr=float(n),
-            brain_area=f" area {n // 3} ",
-            waveform_mean=np.zeros((4, 2)),
-        )
+        unit = {
+            "quality": ["good", "mua"][n % 2],
+            "snr": float(n),
+            "brain_area": f" area {n // 3} ",
+        }
+        unit |= {"electrodes": ELECTRODES[n], "waveform_mean": np.zeros((4, 2))}
+        file.add_unit(id=UNITS[n], spike_times=train, electrode_group=group, **unit)
 
 
 def add_trials(file):
@@ -84,15 +73,9 @@ def add_trials(file):
         file.add_trial_column(column, "c")
     for k in range(K):
         file.add_trial(
-            start_time=START[k],
-            stop_time=START[k] + 1,
-            go_time=GO[k],
-            choice=k % 2 * 2 - 1,
-            correct=bool(k % 4 < 2),
-            contrast=[0.5, np.nan, np.inf, 0.0][k % 4],
-            side=SIDES[k],
-            note="" if k % 5 == 0 else "ab"[k % 2],
-            pair=[1.0, 2.0],
+            **{"start_time": START[k], "stop_time": START[k] + 1, "go_time": GO[k]},
+            **{"choice": k % 2 * 2 - 1, "correct": bool(k % 4 < 2), "pair": [1.0, 2.0]},
+            **{"contrast": [0.5, np.nan, np.inf, 0.0][k % 4], "side": SIDES[k], "note": NOTES[k]},
         )
 
 
@@ -101,25 +84,19 @@ HEAD = np.stack([np.sin(T_HEAD), T_HEAD], axis=1)
 
 
 def add_series(file):
-    def spatial(name, data, **times):
-        return nwb_behavior.SpatialSeries(name=name, data=data, reference_frame="r", **times)
-
     def plain(name, data, **times):
         return pynwb.TimeSeries(**{"name": name, "data": data, "unit": "u", "rate": 1.0} | times)
 
     even = {"rate": 100.0, "starting_time": 0.5}
     module = file.create_processing_module("behavior", "b")
-    head = spatial("head", HEAD, timestamps=T_HEAD)
-    module.add(nwb_behavior.Position(spatial_series=head))
-    compass = spatial("head", HEAD[:, 0], **even)
-    module.add(nwb_behavior.CompassDirection(spatial_series=compass))
-    pupil = plain("pupil", np.arange(7000.0), **even)
-    module.add(nwb_behavior.PupilTracking(time_series=pupil))
+    spatial = functools.partial(nwb_behavior.SpatialSeries, name="head", reference_frame="r")
+    module.add(nwb_behavior.Position(spatial_series=spatial(data=HEAD, timestamps=T_HEAD)))
+    module.add(nwb_behavior.CompassDirection(spatial_series=spatial(data=HEAD[:, 0], **even)))
+    module.add(nwb_behavior.PupilTracking(time_series=plain("pupil", np.arange(7000.0), **even)))
     order = np.random.default_rng(5).permutation(7000)
     data = np.append(np.where(np.arange(7000) % 9 == 0, np.nan, 4 * T_HEAD + 1)[order], 7.0)
     stamps = {"timestamps": np.append(T_HEAD[order], np.nan), "rate": None}
     file.add_acquisition(plain("messy", data, conversion=0.5, offset=2.0, **stamps))
-    file.add_acquisition(plain("rewards", np.ones(4), timestamps=[1.0, 9.0, 17.0, 33.0], rate=None))
     file.add_acquisition(plain("cube", np.zeros((5, 2, 2))))
 
 
@@ -134,30 +111,24 @@ def no_warnings():
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A file with everything; not to be changed."""
-    file = empty_file()
+    file = pynwb.NWBFile("test", "recording 1", datetime(2024, 5, 1, 12, tzinfo=UTC), lab="a lab")
     file.subject = pynwb.file.Subject(subject_id="mouse 5", species="Mus musculus")
     add_units(file)
     add_trials(file)
     add_series(file)
-    return save(file, tmp_path_factory.mktemp("nwb") / "full.nwb")
-
-
-@pytest.fixture(scope="module")
-def minimal(tmp_path_factory):
-    """Units and trials alone, small: the one that is damaged and changed."""
-    file = empty_file("minimal")
-    add_units(file)
-    add_trials(file)
-    return save(file, tmp_path_factory.mktemp("nwb") / "minimal.nwb")
+    path = tmp_path_factory.mktemp("nwb") / "full.nwb"
+    with pynwb.NWBHDF5IO(path, "w") as io:
+        io.write(file)
+    return path
 
 
 @pytest.fixture
-def edited(minimal, tmp_path):
-    """A function that loads a copy of the minimal file which ``edit(h5py file)`` changed."""
+def edited(path, tmp_path):
+    """A function that loads a copy of the file which ``edit(h5py file)`` changed."""
 
     def load(edit, *arguments, **options):
         copy = tmp_path / "edited.nwb"
-        shutil.copy(minimal, copy)
+        shutil.copy(path, copy)
         with h5py.File(copy, "r+") as file:
             edit(file)
         return nwb.load_session(copy, *arguments, **options)
@@ -192,18 +163,15 @@ def test_counts_are_those_of_brute_force(path):
     np.testing.assert_array_equal(session.counts, brute_force(spikes(), START))
     assert session.counts.shape == (K, 40, N) and not session.counts[..., 5].any()
     assert (session.name, session.subject) == ("recording 1", "mouse 5")
-    assert session.window == WINDOW and session.bin_size == 0.02
     assert session.regions.tolist() == REGIONS and session.region_names == ["CA1", "LP"]
     facts = json.loads(json.dumps(session.provenance))
     assert facts["origin"] == "NWB" and facts["source"] == str(path) and facts["lab"] == "a lab"
     assert facts["session_start_time"].startswith("2024-05-01T12")
-    assert facts["trials"] == {"recorded": K, "without the event": 0, "in invalid_times": 0}
     assert facts["regions"] == "electrodes/location" and facts["align"] == "start_time"
-    neurons = session.neurons
+    neurons = {key: values.tolist() for key, values in session.neurons.items()}
     assert set(neurons) == {"cluster", "quality", "snr", "brain_area"}
-    assert neurons["cluster"].tolist() == [7, 3, 3, 9, 1, 0]
-    assert neurons["snr"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert neurons["quality"].tolist() == ["good", "mua"] * 3
+    assert neurons["cluster"] == UNITS and neurons["snr"] == [0, 1, 2, 3, 4, 5]
+    assert neurons["quality"] == ["good", "mua"] * 3
 
 
 def test_trials_without_the_event_are_left_out_and_keep_the_split(path):
@@ -225,9 +193,6 @@ def test_given_times(path):
     assert session.behaviour == {} and session.provenance["align"] == "given times"
     some = nwb.load_session(path, [1.0, np.nan, 5.0])
     assert some.trial_ids.tolist() == [0, 2] and some.n_recorded == 3
-    assert "choice" in refusal(nwb.load_session, path, times, behaviour=["choice"])
-    assert "none is left" in refusal(nwb.load_session, path, [])
-    assert "align" in refusal(nwb.load_session, path, ["a"])
 
 
 def test_behaviour(path):
@@ -240,11 +205,7 @@ def test_behaviour(path):
     assert set(session.behaviour) == {"side", "stop_time", "note"}
     np.testing.assert_array_equal(session.behaviour["side"], SIDES)
     np.testing.assert_array_equal(session.behaviour["stop_time"], START + 1)
-    notes = ["" if k % 5 == 0 else "ab"[k % 2] for k in range(K)]
-    assert session.behaviour["note"].tolist() == notes
-    assert nwb.load_session(path, behaviour=()).behaviour == {}
-    assert "'contrast'" in refusal(nwb.load_session, path, behaviour=["nope"])
-    assert "pair" in refusal(nwb.load_session, path, behaviour=["pair"])
+    np.testing.assert_array_equal(session.behaviour["note"], NOTES)
 
 
 @pytest.mark.parametrize("kind", ["EnumData", "HDF5"])
@@ -252,14 +213,12 @@ def test_codes_are_read_as_the_words_they_stand_for(edited, kind):
     words, codes = np.array(["right", "left", "none"]), np.arange(K) % 3
 
     def edit(file):
-        table = file["intervals/trials"]
+        table, enum = file["intervals/trials"], {w: code for code, w in enumerate(words.tolist())}
+        kinds = {"EnumData": "u1", "HDF5": h5py.enum_dtype(enum, "u1")}
+        put("intervals/trials/side", codes.astype(kinds[kind]))(file)
         if kind == "EnumData":
             table["side_elements"] = words.astype(object)
-            put("intervals/trials/side", codes.astype("u1"))(file)
             table["side"].attrs["elements"] = table["side_elements"].ref
-        else:
-            enum = h5py.enum_dtype({word: code for code, word in enumerate(words.tolist())}, "u1")
-            put("intervals/trials/side", codes.astype(enum))(file)
 
     assert edited(edit).behaviour["side"].tolist() == words[codes].tolist()
 
@@ -274,19 +233,26 @@ def test_traces(path):
     np.testing.assert_array_equal(read[x], read[turn])
     np.testing.assert_allclose(read["pupil"], (middle - 0.5) * 100, rtol=1e-5)
     np.testing.assert_allclose(read["messy"], 0.5 * (4 * middle + 1) + 2, rtol=1e-6)
-    with pytest.warns(UserWarning, match="session 'recording 1', trace 'rewards'.*NaN"):
-        session = nwb.load_session(path, traces=["rewards"])
-    assert np.isnan(session.behaviour["rewards"]).all()
 
 
-def test_traces_that_cannot_be(path):
-    for name, words in {
-        "nope": "acquisition/cube",
-        "head": "processing/behavior/Position/head",
-        "pupil[1]": "(7000,)",
-        "cube": "(5, 2, 2)",
-    }.items():
-        assert words in refusal(nwb.load_session, path, traces=[name])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"align": []}, "none is left"),
+        ({"align": ["a"]}, "align"),
+        ({"align": [1.0], "behaviour": ["choice"]}, "choice"),
+        ({"behaviour": ["nope"]}, "'contrast'"),
+        ({"behaviour": ["pair"]}, "pair"),
+        ({"region": "electrodes/nope"}, "brain_area"),
+        ({"region": "waveform_mean"}, "brain_area"),
+        ({"traces": ["nope"]}, "acquisition/cube"),
+        ({"traces": ["head"]}, "processing/behavior/Position/head"),
+        ({"traces": ["pupil[1]"]}, "(7000,)"),
+        ({"traces": ["cube"]}, "(5, 2, 2)"),
+    ],
+)
+def test_what_is_not_there_is_named(path, options, words):
+    assert words in refusal(nwb.load_session, path, **options)
 
 
 def test_regions(path, edited):
@@ -297,8 +263,6 @@ def test_regions(path, edited):
     assert regions("brain_area") == ["area 0"] * 3 + ["area 1"] * 3
     assert regions("electrode_group/location") == ["PO"] * N
     assert regions("electrodes/fine") == [r.lower() for r in REGIONS]
-    for bad in ("nope", "electrodes/nope", "waveform_mean"):
-        assert "brain_area" in refusal(nwb.load_session, path, region=bad)
 
     def strip(*columns):
         def edit(file):
@@ -309,11 +273,7 @@ def test_regions(path, edited):
 
     assert edited(strip()).regions.tolist() == ["area 0"] * 3 + ["area 1"] * 3
     assert edited(strip("brain_area")).regions.tolist() == ["PO"] * N
-    assert edited(strip("brain_area", "electrode_group")).regions.tolist() == [""] * N
-
-    def placeholders(file):
-        put("units/brain_area", np.array(["N/A", "?", " tbd", "CA1", "-", "NA"], object))(file)
-
+    placeholders = put("units/brain_area", np.array(["N/A", "?", " tbd", "CA1", "-", "NA"], object))
     labelled = edited(placeholders, region="brain_area")
     assert labelled.region_names == ["CA1"] and (labelled.region_codes == 0).sum() == 1
     electrodes = "general/extracellular_ephys/electrodes/location"
@@ -326,12 +286,6 @@ def test_regions(path, edited):
         file["units/peak_channel_id"] = [100, 101, 102, 103, 104, 999]
 
     assert edited(peaks).regions.tolist() == REGIONS
-
-    def one_each(file):
-        strip()(file)
-        file["units/electrodes"] = [0, 1, 2, 3, 4, 5]
-
-    assert edited(one_each).regions.tolist() == REGIONS
 
 
 def list_all(file, peaks=None, name="peak_electrode", ids=0):
@@ -373,60 +327,43 @@ def test_a_unit_that_lists_a_whole_probe_has_no_region(edited, monkeypatch):
 
 
 def test_times_relative_to_the_trials_are_not_taken_in_silence(edited):
-    def edit(start):
-        def change(file):
-            put("units/spike_times", np.tile([0.1, 0.4], 40 * N))(file)
-            put("units/spike_times_index", 80 * np.arange(1, N + 1))(file)
-            put("intervals/trials/start_time", start)(file)
+    def edit(file):
+        put("units/spike_times", np.tile([0.1, 0.4], 40 * N))(file)
+        put("units/spike_times_index", 80 * np.arange(1, N + 1))(file)
 
-        return change
-
-    assert "trials [1, 2" in refusal(edited, edit(np.zeros(K)))  # each at the time of the first
     with pytest.raises(SessionError, match="none falls into any trial"):
-        edited(edit(START))
+        edited(edit)
+    each_at_the_first = put("intervals/trials/start_time", np.zeros(K))
+    assert "trials [1, 2" in refusal(edited, each_at_the_first)
 
 
-def test_files_without_what_is_needed(tmp_path):
-    def load(name, *adders, **options):
-        file = empty_file(name)
-        for add in adders:
-            add(file)
-        return refusal(nwb.load_session, save(file, tmp_path / f"{name}.nwb"), **options)
+def test_files_without_what_is_needed(edited):
+    def rename(file):
+        file.move("intervals/trials", "intervals/gratings")
 
-    assert "no sorted spikes" in load("no-units", add_trials)
-    assert "align=np.arange(start, stop, length)" in load("no-trials", add_units)
-    extra_table = pynwb.epoch.TimeIntervals(name="drifting_gratings", description="stimuli")
-    extra_table.add_row(start_time=2.0, stop_time=3.0)
-    shown = load("other", add_units, lambda file: file.add_time_intervals(extra_table))
-    assert "one of ['drifting_gratings'], or" in shown
-    other = nwb.load_session(tmp_path / "other.nwb", trials="drifting_gratings")
-    assert other.n_trials == 1
-    assert "units/spike_times" in load("silent", add_trials, lambda file: file.add_unit(id=1))
+    assert "no sorted spikes" in refusal(edited, lambda file: file.pop("units"))
+    assert "align=np.arange(start, stop, length)" in refusal(edited, lambda f: f.pop("intervals"))
+    assert "one of ['gratings'], or" in refusal(edited, rename)
+    assert edited(rename, trials="gratings").n_trials == K
 
 
 def test_what_is_mended(edited):
     bad = np.concatenate(spikes())
     bad[[0, 5]] = np.nan, np.inf
-    with pytest.warns(UserWarning, match="session 'minimal', spike times: left out 2"):
+    with pytest.warns(UserWarning, match="session 'recording 1', spike times: left out 2"):
         session = edited(put("units/spike_times", bad), window=WINDOW)
     few = [spikes()[0][[1, 2, 3, 4, *range(6, len(spikes()[0]))]], *spikes()[1:]]
     np.testing.assert_array_equal(session.counts, brute_force(few, START))
     assert edited(put("identifier", "")).name == "edited.nwb"
 
-    def shifted(file):  # as some converters store it
-        file["acquisition/w/data"] = np.arange(7000.0)
-        put("acquisition/w/starting_time", np.array([1.0]))(file)
-        file["acquisition/w/starting_time"].attrs["rate"] = 100.0
-
-    session = edited(shifted, window=WINDOW, traces=["w"])
+    place = "processing/behavior/PupilTracking/pupil/starting_time"
+    shifted = put(place, np.array([1.0]))  # as some converters store it
+    session = edited(shifted, window=WINDOW, traces=["pupil"])
     middle = START[:, None] + session.times + 0.01
-    np.testing.assert_allclose(session.behaviour["w"], 100 * (middle - 1), rtol=1e-5)
+    np.testing.assert_allclose(session.behaviour["pupil"], 100 * (middle - 1), rtol=1e-5)
     mixed = np.concatenate([train[::-1] for train in spikes()])
     session = edited(put("units/spike_times", mixed), window=WINDOW)
     np.testing.assert_array_equal(session.counts, brute_force(spikes(), START))
-    names = np.array(["Ä/β\t", "", "NaN", "🐭", "unknown", 'x"\n'], dtype=object)
-    labels = edited(put("units/brain_area", names), region="brain_area").regions
-    assert labels.tolist() == ["Ä/β", "", "NaN", "🐭", "unknown", 'x"']
 
 
 SECONDS = st.one_of(st.floats(-5, 70), st.sampled_from([np.nan, np.inf, 1e300, 0.0, -1e9]))
@@ -435,7 +372,7 @@ TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",
 
 @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data):
+def test_any_content_gives_a_session_or_a_session_error(path, tmp_path, data):
     trains = data.draw(st.lists(st.lists(SECONDS, max_size=12), max_size=4))
     n, k, steps = len(trains), *data.draw(st.tuples(st.integers(0, 4), st.integers(0, 5)))
 
@@ -444,7 +381,7 @@ def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data)
         return np.array(data.draw(st.lists(values, min_size=size, max_size=size)), kind)
 
     copy = tmp_path / "any.nwb"
-    shutil.copy(minimal, copy)
+    shutil.copy(path, copy)
     with h5py.File(copy, "r+") as file:
         del file["units"], file["intervals/trials"]
         units, trials = file.create_group("units"), file.create_group("intervals/trials")
@@ -454,13 +391,12 @@ def test_any_content_gives_a_session_or_a_session_error(minimal, tmp_path, data)
         units["spike_times_index"] = np.cumsum([len(train) for train in trains], dtype=np.uint32)
         units.create_dataset("location", data=rows(TEXTS, n), **text)
         trials["start_time"], trials["value"] = rows(SECONDS, k), rows(st.floats(), k)
-        trials["short"] = np.zeros(data.draw(st.integers(0, 4)))
         trials.create_dataset("side", data=rows(TEXTS, k), **text)
         file["acquisition/trace/data"] = rows(st.floats(), steps)
         file["acquisition/trace/timestamps"] = rows(SECONDS, steps)
     choices = {
-        "align": ["start_time", "value", "short", "side", [0.5, 1.0]],
-        "behaviour": [None, ["side"], ["short"], ["value"]],
+        "align": ["start_time", "value", "side", [0.5, 1.0]],
+        "behaviour": [None, ["side"], ["value"]],
         "traces": [(), ["trace"]],
         "region": ["auto", None, "location", "quality"],
     }
@@ -570,9 +506,7 @@ def test_a_real_file():
     assert head.shape == (250, 100) and np.isfinite(head).mean() > 0.99
     centres = times[:, None] + session.times + 0.01
     assert np.nanmedian(np.abs(head - np.interp(centres, at, values))) < 0.01
-    text = nwb.describe(REAL)
-    assert "units: 15 rows" in text and "'ca1': 8, 'adn': 7" in text
-    assert "CompassDirection/ry: shape (63527,), unit radian" in text
+    assert "units: 15 rows" in nwb.describe(REAL)
 
 
 def test_describe(path):
@@ -580,8 +514,8 @@ def test_describe(path):
     assert text.startswith(
         "'recording 1', subject mouse 5\nunits: 6 rows; columns brain_area (text)"
     )
-    assert "LP': 2, 'none': 2" in text and "pair (many)" in text and "note (text)" in text
-    assert "intervals/trials: 40 rows" in text and "Position/head: shape (7000, 2)" in text
+    for part in ("LP': 2, 'none': 2", "pair (many)", "trials: 40 rows", "head: shape (7000, 2)"):
+        assert part in text
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -33,10 +33,8 @@ from mtm.files import optional
 from mtm.session import Session, SessionError
 
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
-TRIAL_COLUMNS = (
-    *("stimOn_times", "goCue_times", "firstMovement_times", "feedback_times"),
-    *("choice", "feedbackType", "probabilityLeft", "contrastLeft", "contrastRight"),
-)
+TRIAL_COLUMNS = [f"{event}_times" for event in ("stimOn", "goCue", "firstMovement", "feedback")]
+TRIAL_COLUMNS += ["choice", "feedbackType", "probabilityLeft", "contrastLeft", "contrastRight"]
 LOCATIONS = "brainLocationIds_ccf_2017"  # of channels, or of a probe's electrodeSites
 SORTING = ("spikes.times", "spikes.clusters", "clusters.channels")  # what a probe needs
 SILENCE = 0.1  # seconds without a spike of a whole probe that do not yet mean that it was off
@@ -75,8 +73,8 @@ def connect(
     folder = Path(cache_dir or "")
     if not all((folder / f"{table}.pqt").is_file() for table in ("sessions", "datasets")):
         problem = f"{folder} lacks sessions.pqt or datasets.pqt; on an ALF tree, call"
-        raise FileNotFoundError(f"{problem} mtm.data.synthetic.index_alf, or pass username and "
-                                f"password, or token, of {base_url}/signup")  # fmt: skip
+        remedy = f"or pass username and password, or token, of {base_url}/signup"
+        raise FileNotFoundError(f"{problem} mtm.data.synthetic.index_alf, {remedy}")
     return api.One(cache_dir=folder, mode="local")
 
 
@@ -100,12 +98,12 @@ def load_session(
         window, bin_size: (start, stop) around the event, and width of a bin; seconds.
         align: the event: a column of the trials table. Trials without it are left out, as are
             those that no probe recorded; what one of several did not is not ``observed``.
-        atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos". None: load
-            without regions. A probe without histology, of two, has none.
+        atlas: level of ``Session.regions``: "Allen" (as MtM), "Beryl" or "Cosmos"; None: no
+            regions. A probe without histology, of two, has none.
         trial_filter: "reaction-time": only trials that `reaction_time_filter` accepts. The paper
             decodes behaviour from these, and trains on all.
         units: "good": only clusters with label 1 (IBL's three quality criteria).
-        probes: names of those to load, as ``["probe00"]``. Default: all with a spike sorting.
+        probes: names of those to load. Default: all with a spike sorting.
 
     Returns:
         the session, named by the eid. ``neurons`` has ``probe``, ``cluster`` (id on its probe),
@@ -115,37 +113,18 @@ def load_session(
     Raises:
         SessionError: naming session, dataset and remedy.
     """
-    if units not in (None, "good") or trial_filter not in (None, "reaction-time"):
-        raise ValueError(f"units may be 'good', got {units!r}; trial_filter 'reaction-time', got "
-                         f"{trial_filter!r}")  # fmt: skip
-    if atlas not in (None, *LEVELS):
-        raise ValueError(f"atlas must be None or one of {', '.join(LEVELS)}; got {atlas!r}")
+    known = {"atlas": LEVELS, "trial_filter": ["reaction-time"], "units": ["good"]}
+    for name, value in {"atlas": atlas, "trial_filter": trial_filter, "units": units}.items():
+        if value not in (None, *known[name]):
+            raise ValueError(f"{name} must be None or one of {', '.join(known[name])}: {value!r}")
     session = _OneSession(one, eid)
-    spikes, clusters = _spikes(session, probes, atlas is not None)
-    trials = _trials(session, align)
-    times = trials[align].to_numpy()
-    recorded = _recorded(spikes, times, window)
-    observed = np.stack([recorded[probe] for probe in clusters["probe"]], axis=1)  # (K, N)
-    rejected: dict[str, Any] = {"beyond the recording": ~observed.any(axis=1)}
-    if trial_filter:
-        rejected["rejected by the filter"] = ~reaction_time_filter(trials)
-    fields = session.trials_to_use(times, _behaviour(trials), rejected)
-    if not observed.all():
-        fields["observed"] = observed[fields["trial_ids"]]
-    if units == "good":
-        clusters["keep"] = _good(session, clusters)
     session.provenance |= {"align": align, "units": units}
-    return session.to_session(
-        spikes["time"].to_numpy(),
-        spikes["neuron"].to_numpy(),
-        clusters,
-        regions=None if atlas is None else clusters[atlas.lower()],
-        traces=_traces(session),
-        subject=session.provenance["subject"],
-        window=window,
-        bin_size=bin_size,
-        **fields,
-    )
+    spikes, clusters = _spikes(session, probes, atlas is not None, units)
+    fields = _trials(session, align, trial_filter, window, spikes, clusters)
+    fields |= {"window": window, "bin_size": bin_size, "traces": _traces(session)}
+    fields["regions"] = None if atlas is None else clusters[atlas.lower()]
+    times, neurons = (spikes[name].to_numpy() for name in ("time", "neuron"))
+    return session.to_session(times, neurons, clusters, **fields)
 
 
 def search(
@@ -181,12 +160,10 @@ def search(
     found = []
     for session in (_OneSession(one, eid) for eid in eids):
         try:
-            places = _sortings(session, None).values()
-            ids = [np.abs(_locations(session, place)) for place in places]
+            ids = [_locations(session, place) for place in _sortings(session, None).values()]
+            found += [session.name] * bool(np.isin(np.abs(np.concatenate(ids)), inside).any())
         except SessionError as error:  # the other sessions can still be searched
             warnings.warn(f"{error}; left out of the search", UserWarning, stacklevel=2)
-            continue
-        found += [session.name] * any(np.isin(each, inside).any() for each in ids)
     return found
 
 
@@ -195,9 +172,6 @@ def prepare(one: Any, eids: Iterable[Any], out: str | Path, **options: Any) -> P
 
     Each process connects for itself, with the log-in that ONE has saved. ``options`` are those of
     :func:`mtm.prepare` and of `load_session`.
-
-    Example:
-        >>> done = ibl.prepare(one, official.PAPER_EIDS, "sessions", trial_filter="reaction-time")
     """
     where: dict[str, Any] = {"cache_dir": str(one.cache_dir)}
     if not one.offline:
@@ -211,14 +185,11 @@ def _connect_and_load(where: dict[str, Any], eid: Any, **options: Any) -> Sessio
 
 
 def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
-    """The paper's trial filter: True for the trials to keep, (K,) bool.
+    """The paper's trial filter of IBL's trials table: True for the trials to keep, (K,) bool.
 
     Kept are trials with 0.08 s <= first movement - stimulus onset <= 2 s, feedback at most 10 s
     after the go cue, a choice, and no NaN in stimulus onset, choice, feedback time and type, block
     and first movement. (As in the authors' code, a missing go cue rejects none.)
-
-    Args:
-        trials: IBL's trials table: column -> (K,).
     """
     required = ["choice", "feedback_times", "feedbackType", "probabilityLeft"]
     table = pd.DataFrame(dict(trials), dtype=np.float64)
@@ -228,9 +199,6 @@ def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
     return (keep & table[required].notna().all(axis=1)).to_numpy()
 
 
-# ---------------------------------------------------------------- what ONE has
-
-
 class _OneSession(Recording):
     """The datasets of one session: which there are, and their content."""
 
@@ -238,10 +206,9 @@ class _OneSession(Recording):
         self.one, self.id = one, one.to_eid(eid)
         server = None if one.offline else one.alyx.base_url
         super().__init__(str(self.id or eid), origin="ONE", server=server, eid=str(self.id or eid))
-        paths = () if self.id is None else one.list_datasets(self.id)
-        if not len(paths):
-            self.fail("datasets", f"none in {one!r}; ibl.search(one) lists the sessions there are "
-                      "(after adding files, call index_alf and connect again)")  # fmt: skip
+        if not len(paths := one.list_datasets(self.id) if self.id else ()):
+            problem = f"none in {one!r}; ibl.search(one) lists the sessions there are (after adding"
+            self.fail("datasets", f"{problem} files, call index_alf and connect again)")
         self.paths = sorted({re.sub(r"#[^#/]*#/", "", path) for path in paths})
 
     def find(self, name: str, collection: str | None = None) -> str | None:
@@ -253,8 +220,7 @@ class _OneSession(Recording):
 
     def load(self, name: str, collection: str | None = None) -> Any:
         """Content of a dataset, downloaded where it is not on disk: numbers (n,), or a table."""
-        path = self.find(name, collection)
-        if path is None:
+        if (path := self.find(name, collection)) is None:
             problem = "no such dataset; leave its probe out with probes=..., or choose another"
             self.fail(f"{collection or 'alf'}/{name}", f"{problem} session")
         with self.reading(path, f"delete the file in {self.one.cache_dir} and load again"):
@@ -265,19 +231,26 @@ class _OneSession(Recording):
                 file = self.one.load_dataset(self.id, file_name, **how)
             if revision := re.search(r"#([^#/]+)#", str(file)):
                 self.provenance.setdefault("revisions", {})[path] = revision[1]
-            place = ("lab", "subject", "date", "number")
-            self.provenance |= dict(zip(place, map(str, file.session_parts), strict=True))
+            place = zip(("lab", "subject", "date", "number"), file.session_parts, strict=True)
+            self.provenance |= {key: str(part) for key, part in place}
             if not path.endswith(".npy"):
                 return (pd.read_parquet if path.endswith(".pqt") else pd.read_csv)(file)
             array = np.load(file, allow_pickle=False) + 0  # text cannot be added to
             return array.reshape(len(array))
 
 
-# ---------------------------------------------------------------- trials
+def _trials(
+    session: _OneSession,
+    align: str,
+    trial_filter: str | None,
+    window: tuple[float, float],
+    spikes: pd.DataFrame,
+    clusters: pd.DataFrame,
+) -> dict[str, Any]:
+    """The arguments of `Session.from_spike_times` for the trials to use.
 
-
-def _trials(session: _OneSession, align: str) -> pd.DataFrame:
-    """The trials table, float64; columns may be in files of their own, in older recordings all."""
+    Columns may be in files of their own, in older recordings all.
+    """
     path = session.find("trials.table")
     alone = not path and session.find(f"trials.{align}")
     table = pd.DataFrame() if alone else session.load("trials.table")
@@ -289,7 +262,15 @@ def _trials(session: _OneSession, align: str) -> pd.DataFrame:
         if align not in table:
             events = sorted(name for name in table if name.endswith("_times"))
             session.fail(f"trials.{align}", f"no such column; align to one of {events}")
-        return table.reindex(columns=columns).astype(np.float64)
+        table = table.reindex(columns=columns).astype(np.float64)
+    times = table[align].to_numpy()
+    recorded = _recorded(spikes, times, window)
+    observed = np.stack([recorded[probe] for probe in clusters["probe"]], axis=1)  # (K, N)
+    rejected: dict[str, Any] = {"beyond the recording": ~observed.any(axis=1)}
+    if trial_filter:
+        rejected["rejected by the filter"] = ~reaction_time_filter(table)
+    fields = session.trials_to_use(times, _behaviour(table), rejected)
+    return fields if observed.all() else fields | {"observed": observed[fields["trial_ids"]]}
 
 
 def _recorded(
@@ -326,9 +307,6 @@ def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:
     return {key: x.to_numpy() for key, x in found.items() if x.notna().any()}
 
 
-# ---------------------------------------------------------------- spikes and regions
-
-
 def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, str]:
     """Probe name -> collection with its spike sorting, probes in order."""
     found: dict[str, list[tuple[bool, int, str]]] = {}
@@ -355,7 +333,7 @@ def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, s
 
 
 def _spikes(
-    session: _OneSession, wanted: Sequence[str] | None, regions: bool
+    session: _OneSession, wanted: Sequence[str] | None, regions: bool, units: str | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spikes (time, neuron, probe) of all probes, and the table of their clusters by neuron."""
     collections = session.provenance["collections"] = _sortings(session, wanted)
@@ -368,13 +346,19 @@ def _spikes(
     spikes, clusters = (pd.concat(each, ignore_index=True) for each in zip(*tables, strict=True))
     if regions:
         if "allen_id" not in clusters:
-            session.fail(f"alf/probe*/*/channels.{LOCATIONS}", "missing; the session has no "
-                         "histology: atlas=None loads it without regions")  # fmt: skip
+            problem = "missing; the session has no histology: atlas=None loads it without regions"
+            session.fail(f"alf/probe*/*/channels.{LOCATIONS}", problem)
         for probe in sorted(set(clusters["probe"][clusters["allen_id"].isna()])):
             session.warn(f"alf/{probe}", "no histology; its clusters have no region")
         clusters["allen_id"] = clusters["allen_id"].fillna(0).astype(np.int64)
         for level in LEVELS:
             clusters[level.lower()] = acronyms(clusters["allen_id"].to_numpy(), level)
+    if units == "good":
+        labels = clusters.reindex(columns=["label"])["label"]
+        known = labels.groupby(clusters["probe"]).count()
+        for probe in known.index[(known == 0) & known.any()]:
+            session.warn(f"alf/{probe}/clusters.metrics", "no cluster has a label; none is used")
+        clusters["keep"] = labels >= 1
     return spikes, clusters
 
 
@@ -412,31 +396,23 @@ def _locations(session: _OneSession, collection: str) -> np.ndarray:
     Where the sorting has none, they are those of the probe's sites, or of another sorting's
     channels; ``rawInd`` is the site of each channel.
     """
-    probe, ending = "/".join(collection.split("/")[:2]) + "/", f".{LOCATIONS}.npy"
-    found = [path for path in session.paths if path.startswith(probe) and path.endswith(ending)]
-    if not found:
+    probe, end = "/".join(collection.split("/")[:2]) + "/", f".{LOCATIONS}.npy"
+    files = [path for path in session.paths if path.startswith(probe) and path.endswith(end)]
+    own, sites = f"{collection}/channels{end}", f"electrodeSites{end}"
+    if not files:
         return np.zeros(0, np.int64)
-    best = min(found, key=lambda path: (path.rpartition("/")[0] != collection, "Sites" not in path))
+    best = min(files, key=lambda path: (path != own, not path.endswith(sites)))
     place, _, file = best.rpartition("/")
     ids = np.nan_to_num(session.load(file.removesuffix(".npy"), place)).astype(np.int64)
-    if place == collection:
+    if best == own:
         return ids
 
-    def sites(collection: str) -> np.ndarray:
+    def site_of_channel(collection: str) -> np.ndarray:
         known = session.find("channels.rawInd", collection)
         return session.load("channels.rawInd", collection) if known else np.arange(len(ids))
 
-    by_site = pd.Series(ids, np.arange(len(ids)) if "Sites" in file else sites(place))
-    return by_site.reindex(sites(collection), fill_value=0).to_numpy()
-
-
-def _good(session: _OneSession, clusters: pd.DataFrame) -> np.ndarray:
-    """The clusters (N,) with label 1."""
-    table = clusters.reindex(columns=["probe", "label"])
-    for probe in sorted(set(table["probe"]) - set(table["probe"][table["label"].notna()])):
-        if table["label"].notna().any():
-            session.warn(f"alf/{probe}/clusters.metrics", "no cluster has a label; none is used")
-    return (table["label"] >= 1).to_numpy()
+    by_site = pd.Series(ids, None if file == sites else site_of_channel(place))
+    return by_site.reindex(site_of_channel(collection), fill_value=0).to_numpy()
 
 
 def _traces(session: _OneSession) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -46,11 +46,9 @@ def load_session(
         window, bin_size: (start, stop) around each event, and width of a bin; seconds.
         units: "good" keeps the clusters of quality good; None all but noise.
         sample_rate: Hz. Default: that of ``params.py``.
-        regions: mapping from cluster id to label, or a label for each cluster kept, by id.
+        regions, traces, name: as in :meth:`Session.from_spike_times`; default name the folder's.
         behaviour: name -> (K,) or (K, T). Default: columns of numbers of the ``.csv``, except those
             called ``*time`` or ``*times``.
-        traces: name -> (sample times in seconds, values), averaged in each bin.
-        name: of the session; default the folder's.
 
     Returns:
         the session; ``neurons`` has ``cluster``, ``quality`` (phy's ``group``, or ``KSLabel`` for a
@@ -62,31 +60,28 @@ def load_session(
     if units not in (None, "good"):
         raise ValueError(f"units must be None or 'good', got {units!r}")
     files = Folder(folder, name, origin="Kilosort or phy", source=str(folder))
-    if not files.has("spike_times"):
-        inside = sorted(str(path.parent) for path in files.path.glob("*/**/spike_times.npy"))
-        files.fail("spike_times.npy", f"missing; pass the sorter's folder {inside[:3] or ''}")
-    samples = files.array("spike_times")
-    if (samples % 1).any():
-        problem = "not whole samples; if they are seconds, use Session.from_spike_times"
-        files.fail("spike_times.npy", problem)
-    source = "spike_clusters" if files.has("spike_clusters") else "spike_templates"
-    clusters = files.array(source, len(samples)).astype(np.int64)
-    rate = files.provenance["sample_rate"] = sample_rate or _sample_rate(files)
+    times, clusters = _spikes(files, sample_rate)
     table = _clusters(files, np.unique(clusters))
     table["keep"] = table["quality"] == units if units else table["quality"] != "noise"
     fields = _trials(files, align_times, align, behaviour)
     grid: dict[str, Any] = {"window": window, "bin_size": bin_size, "traces": traces}
-    return files.to_session(samples / rate, clusters, table, regions=regions, **grid, **fields)
+    return files.to_session(times, clusters, table, regions=regions, **grid, **fields)
 
 
-def _sample_rate(files: Folder) -> float:
-    path = files.path / "params.py"
-    text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
-    number = r"(\d[\d_]*\.?\d*(?:[eE]\+?\d+)?)"
-    found = re.findall(rf"^sample_rate\s*=\s*{number}\s*(?:#.*)?$", text, re.M)
-    if not found:
+def _spikes(files: Folder, rate: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Time (S,) in seconds and cluster (S,) of every spike."""
+    if not files.has("spike_times"):
+        files.fail("spike_times.npy", "missing; pass the sorter's folder, which has it")
+    samples = files.array("spike_times")
+    if (samples % 1).any():
+        files.fail("spike_times.npy", "not whole samples; for seconds, Session.from_spike_times")
+    source = "spike_clusters" if files.has("spike_clusters") else "spike_templates"
+    text = "".join(path.read_text("utf-8", "replace") for path in files.path.glob("params.py"))
+    found = re.findall(r"^sample_rate\s*=\s*([\d._eE+]+)\s*(?:#.*)?$", text, re.M)
+    if rate is None and not found:
         files.fail("params.py", "no sample_rate in it; pass sample_rate=, in Hz")
-    return float(found[-1])
+    files.provenance["sample_rate"] = rate = float(found[-1] if rate is None else rate)
+    return samples / rate, files.array(source, len(samples)).astype(np.int64)
 
 
 def _clusters(files: Folder, ids: np.ndarray) -> pd.DataFrame:
@@ -109,8 +104,8 @@ def _trials(
     """The arguments of `Session.from_spike_times` for the trials."""
     table = align_times
     if isinstance(align_times, str | Path):
-        path = files.path / align_times
-        path = path if path.is_file() else Path(align_times)
+        inside = files.path / align_times
+        path = inside if inside.is_file() else Path(align_times)
         files.provenance["events"] = str(path)
         with files.reading(str(path), "pass a .npy or .csv file with times in seconds"):
             array = path.suffix == ".npy"

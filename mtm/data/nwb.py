@@ -96,7 +96,6 @@ def load_session(
         for name in traces:
             fields["traces"] |= _samples(file, name)
     fields |= {"regions": labels, "window": window, "bin_size": bin_size}
-    fields["subject"] = file.provenance["subject"]
     return file.to_session(times.astype(np.float64), rows, pd.DataFrame(neurons), **fields)
 
 

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from mtm.binning import Floats, plain
 from mtm.session import Session, SessionError
 
-WHEEL_RATE, WHEEL_CUTOFF = 1000.0, 20.0  # Hz
 LONGEST = 1e5  # seconds; no recording lasts longer (a day has 86,400)
 WAITS = (2, 4, 8)  # seconds until a download that was cut is resumed
 NETWORK = (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException)
@@ -63,10 +62,8 @@ class Recording:
     ) -> dict[str, Any]:
         """Arguments of `Session.from_spike_times` for the trials that have the event.
 
-        Args:
-            times: (K,) seconds, of all recorded trials; not finite without the event.
-            behaviour: name -> (K,) or (K, T).
-            rejected: reason -> (K,) bool, trials to leave out as well.
+        Given are all K recorded trials: times in seconds, not finite without the event; behaviour
+        (K,) or (K, T) by name; and by reason which (K,) to leave out as well.
         """
         keep, counts = np.ones(len(times), bool), {"recorded": len(times)}
         for reason, mask in {"without the event": ~np.isfinite(times), **rejected}.items():
@@ -85,14 +82,13 @@ class Recording:
     def to_session(
         self, times: np.ndarray, clusters: np.ndarray, table: pd.DataFrame, **fields: Any
     ) -> Session:
-        """Bin spikes, with their (S,) times in seconds and cluster ids.
+        """Bin spikes, with their (S,) times in seconds and cluster ids; some have no time.
 
-        ``table`` has a row for each cluster, by id; those whose column ``keep`` is False are left
-        out, as are spikes without a time. ``observed`` (K, N), if given, has all of its clusters.
+        ``table`` has a row for each cluster, by id; those whose ``keep`` is False are left out.
+        ``observed`` (K, N), if given, has all of its clusters.
         """
-        keep = pd.Series(True, table.index)
-        if "keep" in table:
-            self.provenance["clusters"], keep = len(table), table.pop("keep")
+        keep = table.pop("keep") if "keep" in table else pd.Series(True, table.index)
+        self.provenance["clusters"] = len(table)
         if not keep.any():
             self.fail("units", f"no cluster is left of {len(table)}; pass units=None")
         if "observed" in fields:
@@ -102,8 +98,8 @@ class Recording:
             self.warn("spike times", f"left out {(~used).sum()} spikes without a time")
         used &= ~np.isin(clusters, table.index[~keep])
         fields |= {"clusters": table.index[keep], "neurons": table, "name": self.name}
-        spikes = times[used], clusters[used]
-        return Session.from_spike_times(*spikes, provenance=self.provenance, **fields)
+        fields |= {"provenance": self.provenance, "subject": self.provenance.get("subject", "")}
+        return Session.from_spike_times(times[used], clusters[used], **fields)
 
 
 class Folder(Recording):
@@ -143,10 +139,7 @@ def within(intervals: np.ndarray, times: np.ndarray, window: tuple[float, float]
 
 
 def is_event(column: str) -> bool:
-    """Return whether a column of a table of trials seems to hold times: ``stim_time``, ``times``.
-
-    Times from the start of a recording are nothing to decode, so they are read when asked for.
-    """
+    """Return whether a column of trials seems to hold times, which are nothing to decode."""
     return re.search(r"times?$", column.lower()) is not None
 
 
@@ -164,19 +157,16 @@ def wheel_speed(times: ArrayLike, position: ArrayLike) -> tuple[Floats, Floats]:
     """Compute the speed of a wheel whose position is sampled irregularly, as IBL does.
 
     The position (S,), at times (S,) in seconds, is interpolated at 1 kHz, low-pass filtered at
-    20 Hz (Butterworth of order 8, run forwards and backwards) and differentiated. Returned are
-    times (S',) and absolute speed (S',), in the unit of position per second.
-
-    Raises:
-        ValueError: for less than a second of samples, or more than any recording lasts.
+    20 Hz (Butterworth of order 8, run forwards and backwards) and differentiated. Returns times
+    (S',) and absolute speed (S',); raises a ValueError for less than a second, or over a day.
     """
     t, x = ordered_samples(times, position)
     if len(t) < 2 or not 1 <= t[-1] - t[0] <= LONGEST:
         raise ValueError(f"wheel times must span 1 to {LONGEST:g} s, and be seconds")
-    grid = np.arange(t[0], t[-1], 1 / WHEEL_RATE)
-    low_pass = signal.butter(8, WHEEL_CUTOFF, fs=WHEEL_RATE, output="sos")
+    grid = np.arange(t[0], t[-1], 1 / 1000)
+    low_pass = signal.butter(8, 20, fs=1000, output="sos")
     smooth = signal.sosfiltfilt(low_pass, np.interp(grid, t, x))
-    return grid, np.abs(np.gradient(smooth, 1 / WHEEL_RATE))
+    return grid, np.abs(np.gradient(smooth, 1 / 1000))
 
 
 def public(text: str) -> str:
@@ -187,8 +177,8 @@ def public(text: str) -> str:
 def download(url: str, path: str | Path, *, size: int, etag: str, progress: bool = True) -> Path:
     """Download a file of ``size`` bytes and version ``etag``, or resume; returns its path.
 
-    What has arrived waits beside it in a hidden ``.part`` file of that version; folders are
-    created. ``<name>.etag`` keeps the version of a finished file, which is not asked for again.
+    What has arrived waits in a hidden ``.part`` file of that version, beside a file ``.etag`` with
+    the version of the finished file, which is not asked for again.
 
     Raises:
         ConnectionError: server out of reach, or without this version of the file.

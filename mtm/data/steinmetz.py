@@ -6,7 +6,7 @@ that Neuromatch Academy distributes (``steinmetz_part0.npz`` to ``part2``): clus
 Facts about the files are from the wiki, issues 1 and 2 and findMoveTimes.m of
 nsteinme/steinmetz-et-al-2019, and from MouseLand/steinmetz2019_NMA.
 
-Behaviour of a session, NaN = missing; what no trial has is left out:
+Behaviour of a session, NaN = missing; what is known of no trial is left out:
 
 - ``choice`` (K,): -1 right, +1 left, 0 no-go, as recorded: +1 is correct where the left contrast is
   higher; ``contrast``: right minus left, -1..1; ``reward``: 1 or 0.
@@ -44,8 +44,8 @@ TRACES = {  # file, factor, what makes it a trace
 COLUMNS = {  # of the copy -> of the archive
     **{"response": "response_choice", "feedback_type": "feedbackType"},
     **{f"contrast_{side.lower()}": f"visualStim_contrast{side}" for side in ("Left", "Right")},
-    **{"gocue": "goCue_times", "response_time": "response_times"},
-    **{"feedback_time": "feedback_times"},
+    **{"gocue": "goCue_times"},
+    **{f"{event}_time": f"{event}_times" for event in ("response", "feedback")},
 }
 FRAME, FRAMES, ONSET = 0.01, 250, 50  # of the copy: s a frame, frames a trial, stimulus' frame
 
@@ -84,24 +84,18 @@ def load_session(
     place = re.search(r"([^/]+)/([\d-]{10})/(\d{3})(?:/alf)?$", Path(folder).resolve().as_posix())
     words = place.groups() if place else ()  # as ONE keeps it
     files = Folder(folder, "_".join(words).removesuffix("_001"), origin=ORIGIN, align=align)
-    trials = _trials(files, align)
-    event, clusters = trials[align].to_numpy(), _clusters(files)
+    files.provenance["subject"] = files.name.partition("_")[0]
+    trials, clusters = _trials(files, align), _clusters(files)
     if units == "good":
         clusters["keep"] = files.array("clusters._phy_annotation", len(clusters)) >= 2
     included = files.array("trials.included", len(trials)) if trial_filter else np.ones(len(trials))
+    event = trials[align].to_numpy()
     behaviour = _behaviour(trials, event, _reaction_times(files, trials))
+    fields = files.trials_to_use(event, behaviour, {"not included": included != 1})
+    fields |= {"window": window, "bin_size": bin_size, "traces": _traces(files)}
     times = files.array("spikes.times")
-    return files.to_session(
-        times,
-        files.array("spikes.clusters", len(times)).astype(np.int64),
-        clusters,
-        regions=clusters["allen"],
-        window=window,
-        bin_size=bin_size,
-        traces=_traces(files),
-        subject=files.name.partition("_")[0],
-        **files.trials_to_use(event, behaviour, {"not included": included != 1}),
-    )
+    ids = files.array("spikes.clusters", len(times)).astype(np.int64)
+    return files.to_session(times, ids, clusters, regions=clusters["allen"], **fields)
 
 
 def load_bundle(
@@ -130,13 +124,12 @@ def load_bundle(
                          "of 0.01 s, and the window within (-0.5, 2.0) s")  # fmt: skip
     grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
     grid["provenance"] = {"origin": "Neuromatch Academy", "file": Path(path).name}
-    with Recording(Path(path).name).reading("dat"):
-        with zipfile.ZipFile(path) as archive:
-            file = io.BytesIO(archive.read("dat.npy"))
+    with Recording(Path(path).name).reading("dat"), zipfile.ZipFile(path) as archive:
+        file = io.BytesIO(archive.read("dat.npy"))
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)
         entries = _Unpickler(file).load().ravel().tolist()
-        return [Session(**_fields(entry, first, bins, width), **grid) for entry in entries]
+        return [_session(entry, first, bins, width, **grid) for entry in entries]
 
 
 def _behaviour(
@@ -163,9 +156,8 @@ def _trials(files: Folder, align: str) -> pd.DataFrame:
         files.fail(f"trials.{align}", f"no such event; align to one of {events}")
     n = len(files.array(f"trials.{align}"))
     names = list(dict.fromkeys([*COLUMNS.values(), "visualStim_times", align]))
-    found = {
-        name: files.array(f"trials.{name}", n) for name in names if files.has(f"trials.{name}")
-    }
+    present = [name for name in names if files.has(f"trials.{name}")]
+    found = {name: files.array(f"trials.{name}", n) for name in present}
     return pd.DataFrame(found, columns=names, dtype=float).replace([np.inf, -np.inf], np.nan)
 
 
@@ -226,8 +218,8 @@ def _sample_times(anchors: np.ndarray, n: int) -> np.ndarray:
     return np.interp(np.arange(first, first + n), number, time, left=np.nan, right=np.nan)
 
 
-def _fields(entry: Mapping[str, Any], first: int, bins: int, width: int) -> dict[str, Any]:
-    """Fields of a `Session` from one dictionary of the file."""
+def _session(entry: Mapping[str, Any], first: int, bins: int, width: int, **grid: Any) -> Session:
+    """The session of one dictionary of the file."""
     n, k, _ = np.shape(entry["spks"])
 
     def binned(field: str, *shape: int) -> np.ndarray:
@@ -245,14 +237,12 @@ def _fields(entry: Mapping[str, Any], first: int, bins: int, width: int) -> dict
         behaviour["wheel-speed"] = np.abs(binned("wheel", k)) * TICK / (width * FRAME)
     if "face" in entry:
         behaviour["face-motion-energy"] = binned("face", k) / width
-    return {
-        "counts": binned("spks", n, k).transpose(1, 2, 0),
-        "regions": entry["brain_area"],
-        "name": f"{entry['mouse_name']}_{entry['date_exp']}",
-        "subject": entry["mouse_name"],
-        "behaviour": behaviour,
-        "neurons": {"allen": entry["brain_area"]},
-    }
+    neurons, mouse = {"allen": entry["brain_area"]}, entry["mouse_name"]
+    counts = binned("spks", n, k).transpose(1, 2, 0)
+    name = f"{mouse}_{entry['date_exp']}"
+    return Session(
+        counts, neurons["allen"], name, mouse, behaviour=behaviour, neurons=neurons, **grid
+    )
 
 
 class _Unpickler(pickle.Unpickler):
