@@ -152,8 +152,8 @@ def mask(
 ) -> Axes:
     """Draw a mask over the spikes of a few trials, side by side: what is hidden, what is scored.
 
-    One mask is drawn for all trials, as for a batch in training. Arrows above a trial run from the
-    bins that are attended to, to the bin that attends. ``patch_size`` is for schemes that hide
+    One mask is drawn for all trials, as for a batch in training. Arrows above a trial lead
+    from the attended bins to the bin in the middle. ``patch_size`` is for schemes that hide
     patches of neurons; ``bins`` shows the first bins of each trial only.
     """
     ax = ax or plt.gca()
@@ -183,7 +183,7 @@ def mask_legend(figure: Figure) -> None:
     handles: list[Any] = [
         Patch(facecolor=colour, edgecolor="0.5", label=label) for colour, label in labels.items()
     ]
-    arrow = {"color": "black", "marker": ">", "markevery": [1]}
+    arrow: dict[str, Any] = {"color": "black", "marker": ">", "markevery": [1]}
     handles.append(Line2D([0, 1], [0, 0], label="attention: reads these bins", **arrow))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
 
@@ -193,8 +193,8 @@ def filled_in(
 ) -> Figure:
     """One trial in four panels: recorded, input, prediction and (if known) the true rates.
 
-    The input shows hidden entries without their spikes, as the model sees them, and arrows run
-    from the bins that are attended to, to the bin that attends. The last two panels show only the
+    The input shows hidden entries without their spikes, as the model sees them, and arrows
+    lead from the attended bins to the bin in the middle. The last two panels show only the
     scored entries, in the same colours. ``predictor`` is a model or a function, see
     :func:`mtm.evaluate`; ``seed`` is of the mask.
     """
@@ -446,7 +446,7 @@ def _show_mask(
 
 
 def _show_attention(ax: Axes, causal: bool, left: float = 0.0, right: float = 1.0) -> None:
-    """Draw arrows above the axes, from the bins that the one in the middle attends to, to it."""
+    """Draw arrows above the axes, which lead from the attended bins to the bin in the middle."""
     middle, margin, height = (left + right) / 2, 0.03 * (right - left), 1.035
     style = {"arrowstyle": "-|>", "color": "black", "lw": 1.3, "shrinkA": 0, "shrinkB": 1}
     for start in (left + margin, right - margin)[: 1 if causal else 2]:
