@@ -1,9 +1,12 @@
 """Train a model to start from, score it on test trials, and write its card.
 
-    python benchmarks/weights.py simulated  three animals; into mtm/weights/simulated, for the book
-    python benchmarks/weights.py FOLDER     the eleven recordings of real_data.py's folder
+    python benchmarks/weights.py simulated    three animals; into mtm/weights/simulated
+    python benchmarks/weights.py specialists  one animal, a model for each masking scheme; into
+                                              mtm/weights/specialists
+    python benchmarks/weights.py FOLDER       the eleven recordings of real_data.py's folder
 
-A run that was stopped is resumed by the same command. --out is another folder for the model:
+The first two are shipped, and the book loads them; each takes a few minutes on a CPU core. A run
+that was stopped is resumed by the same command. --out is another folder for the model:
 `model.safetensors`, `config.json`, and `README.md`, the card, whose every number was measured by
 this script. `mtm.load` reads it, `mtm.fit(session, mtm.load(folder))` fine-tunes it.
 """
@@ -11,10 +14,12 @@ this script. `mtm.load` reads it, `mtm.fit(session, mtm.load(folder))` fine-tune
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from common import FOUR, busy, recordings
+from common import FOUR, RESULTS, busy, recordings
 
 import mtm
 from mtm.checkpoint import SHIPPED
@@ -81,16 +86,48 @@ STEINMETZ = {
     "Behaviour was not trained for.",
 }
 
+SMALL = {"width": 64, "heads": 1, "mlp_width": 128, "stitch_width": 48, "latents": 16}
+"""Sizes of the specialists: half as wide as depth 1, so that all five fit into the package."""
+
+SPECIALISTS: dict[str, tuple[mtm.MtMConfig, dict[str, Any]]] = {
+    name: (mtm.MtMConfig.from_depth(1, **SMALL), {"epochs": 100})
+    for name in ("neuron", "causal", "intra-region", "inter-region")
+}
+SPECIALISTS["temporal"] = (  # the paper's first baseline, with the settings of `fit_baseline`
+    mtm.MtMConfig.published(1, **SMALL | {"latents": 0}),
+    {"epochs": 100, "weight_decay": 0.01, "batch_size": 16, "batches_per_step": 1},
+)
+"""Scheme -> sizes and options of the model, and settings of training."""
+
+SPECIALISTS_CARD = """# Specialists: one small model for each masking scheme
+
+The book's chapters on the schemes load these five models with
+`mtm.load(mtm.checkpoint.SHIPPED / "specialists" / scheme)`. Each was trained on one simulated
+animal, `mtm.simulate(1, 200, 96, seed=0)`, with one scheme and no prompt, by
+`python benchmarks/weights.py specialists`. The temporal one is the paper's baseline, with its
+options and settings; the other four use the recipe `mtm` for 100 epochs.
+
+Scores on test trials: bits per spike over each neuron's mean in them, mean over neurons; accuracy
+of the choice; R2 of the traces. They are also in `benchmarks/results/specialists.json`.
+
+```text
+{scores}
+```
+"""
+
 
 def main() -> None:
     """Read the command line, train, score, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="'simulated', or where the recordings are")
+    parser.add_argument("folder", help="'simulated', 'specialists', or where recordings are")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=RECIPES["mtm"].epochs)
     parser.add_argument("--work", type=Path, default=Path("_build/weights"))
     options = parser.parse_args()
+    if options.folder == "specialists":
+        specialists(options.out or SHIPPED / "specialists", options.work)
+        return
     simulated = options.folder == "simulated"
     if simulated:
         sessions = mtm.simulate(3, 200, 96, seed=0)
@@ -104,6 +141,28 @@ def main() -> None:
     text = card(fit, sessions, SIMULATED if simulated else STEINMETZ, options.depth)
     (out / "README.md").write_text(text)
     print(text)
+
+
+def specialists(out: Path, work: Path) -> None:
+    """Train, save and score a model for each masking scheme."""
+    (session,) = mtm.simulate(1, 200, 96, seed=0)
+    predictors: dict[str, Any] = {"mean rate": mtm.mean_rates(session)}
+    for name, (sizes, settings) in SPECIALISTS.items():
+        settings = settings | {"schemes": (name,), "prompt": False}
+        fit = mtm.fit(session, sizes, folder=work / f"specialist-{name}", **settings)
+        mtm.save(fit, out / name)
+        (out / name / "config.json").unlink()  # the same is in the model's file
+        predictors[name] = fit
+    predictors["oracle"] = mtm.oracle(session)
+    reports = {name: mtm.evaluate(each, session) for name, each in predictors.items()}
+    table = mtm.score_table(reports)
+    means = {
+        name: {task: round(float(each.mean()), 4) for task, each in report.tasks.items()}
+        for name, report in reports.items()
+    }
+    (RESULTS / "specialists.json").write_text(json.dumps({"scores": means}, indent=1) + "\n")
+    (out / "README.md").write_text(SPECIALISTS_CARD.format(scores=table))
+    print(table)
 
 
 def card(fit: mtm.Fit, sessions: list[mtm.Session], told: dict[str, str], depth: int) -> str:

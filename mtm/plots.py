@@ -1,8 +1,8 @@
 """Figures of recordings, masks and scores. Functions take and return Axes, or return a Figure.
 
-Colours mean the same in all figures: grey is visible, orange hidden, blue hidden and scored; each
-region and each method has one colour. The palette is that of Okabe and Ito, which colour-blind
-readers can tell apart.
+Colours mean the same in all figures: dark grey is a visible spike, white a visible silence, orange
+is hidden, blue hidden and scored; each region and each method has one colour. The palette is that
+of Okabe and Ito, which colour-blind readers can tell apart.
 
 Arguments in common: ``neuron`` and ``trial`` are indices; ``by`` is a behaviour with one value per
 trial; ``ax`` is where to draw, by default the current Axes.
@@ -20,6 +20,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, PowerNorm, to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
@@ -30,6 +31,7 @@ from mtm.session import Session, has_region
 
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, RED, PINK = "#0072B2", "#D55E00", "#CC79A7"
+PALE_ORANGE, PALE_BLUE = "#FBE3B5", "#BFDDF0"
 REGION_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW)
 METHOD_COLOURS = {
     "MtM": BLUE,
@@ -149,58 +151,81 @@ def mask(
     ax: Axes | None = None,
     seed: int = 0,
     patch_size: int = 128,
+    bins: int | None = None,
 ) -> Axes:
     """Draw a mask over the spikes of a few trials, side by side: what is hidden, what is scored.
 
-    One mask is drawn for all trials, as for a batch in training; ``patch_size`` is for schemes that
-    hide patches of neurons.
+    One mask is drawn for all trials, as for a batch in training. Arrows above a trial lead
+    from the attended bins to the bin in the middle. ``patch_size`` is for schemes that hide
+    patches of neurons; ``bins`` shows the first bins of each trial only.
     """
     ax = ax or plt.gca()
     drawn = _draw_mask(session, name, trials, seed, patch_size)
-    _show_mask(session, trials, drawn, ax, (0, len(trials), session.n_neurons, 0))
-    for i in range(1, len(trials)):
-        ax.axvline(i, color="black", lw=1)
+    shown = slice(None), slice(bins)
+    spikes, extent = session.counts[list(trials)], (0, len(trials), session.n_neurons, 0)
+    _show_mask(session, spikes[shown], Mask(drawn.hidden[shown], drawn.target[shown]), ax, extent)
+    for i in range(len(trials)):
+        _show_attention(ax, drawn.causal, i / len(trials), (i + 1) / len(trials))
+        if i:
+            ax.axvline(i, color="black", lw=2)
     ax.set_xticks(np.arange(len(trials)) + 0.5, [f"trial {t}" for t in trials])
     ax.tick_params(axis="x", length=0)
     _mark_regions(session, ax)
-    ax.set_title(name + (" (attends to the past)" if drawn.causal else ""))
+    ax.set_title(name, pad=14)
     return ax
 
 
 def mask_legend(figure: Figure) -> None:
     """Legend of :func:`mask`, at the foot of a figure with constrained layout."""
-    labels = {"0.35": "visible spikes", ORANGE: "hidden, not scored", BLUE: "hidden and scored"}
-    patches = [Patch(facecolor=colour, label=label) for colour, label in labels.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
+    labels = {
+        "0.35": "visible spike",
+        "white": "visible, no spike",
+        PALE_BLUE: "hidden and scored",
+        PALE_ORANGE: "hidden, not scored",
+    }
+    handles: list[Any] = [
+        Patch(facecolor=colour, edgecolor="0.5", label=label) for colour, label in labels.items()
+    ]
+    arrow: dict[str, Any] = {"color": "black", "marker": ">", "markevery": [1]}
+    handles.append(Line2D([0, 1], [0, 0], label="attention: reads these bins", **arrow))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
 
 
 def filled_in(
     session: Session, name: str, trial: int, predictor: PredictorLike, seed: int = 0
 ) -> Figure:
-    """One trial: as recorded, with its mask, as predicted, and (if known) the true rates.
+    """One trial in four panels: recorded, input, prediction and (if known) the true rates.
 
-    The last two panels show only the scored entries, in the same colours. ``predictor`` is a model
-    or a function, see :func:`mtm.evaluate`; ``seed`` is of the mask.
+    The input shows hidden entries without their spikes, as the model sees them, and arrows
+    lead from the attended bins to the bin in the middle. The last two panels show only the
+    scored entries, in the same colours. ``predictor`` is a model or a function, see
+    :func:`mtm.evaluate`; ``seed`` is of the mask.
     """
     drawn = _draw_mask(session, name, [trial], seed)
     counts = torch.from_numpy(session.counts[[trial]].astype(np.float32))
     log_rates = predict_masked(predictor, counts, drawn, name, session.name)
-    images = {"predicted": torch.exp(log_rates[0]).cpu().numpy() / session.bin_size}  # (T, N), Hz
+    images = {"3. prediction": torch.exp(log_rates[0]).cpu().numpy()}  # (T, N)
     if session.rates is not None:
-        images["true rate"] = session.rates[trial] / session.bin_size
+        images["4. true rate"] = session.rates[trial]
     target = drawn.target[0].numpy()
     highest = max(np.quantile(image[target], 0.99) for image in images.values())
-    figure = plt.figure(figsize=(11, 3.4), layout="constrained")
-    recorded, shown, *rest = figure.subplots(1, 2 + len(images), sharey=True)
-    raster(session, trial, recorded).set_title("recorded")
-    order = _show_mask(session, [trial], drawn, shown, _extent(session))
-    shown.set(title="masked", xlabel=TIME)
-    for ax, (title, image) in zip(rest, images.items(), strict=True):
-        scored = np.where(target, image, np.nan)[:, order].T
-        norm = PowerNorm(0.5, 0, highest)
+    norm = PowerNorm(0.5, 0, highest / session.bin_size)
+    figure = plt.figure(figsize=(8, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    raster(session, trial, axes[0, 0]).set_title("1. recorded", pad=16)
+    visible = np.where(drawn.hidden.numpy(), 0, session.counts[[trial]])
+    order = _show_mask(session, visible, drawn, axes[0, 1], _extent(session))
+    axes[0, 1].set_title("2. input: what the model sees", pad=16)
+    _show_attention(axes[0, 1], drawn.causal)
+    for ax, (title, image) in zip(axes[1], images.items(), strict=False):
+        scored = np.where(target, image / session.bin_size, np.nan)[:, order].T
         picture = ax.imshow(scored, extent=_extent(session), norm=norm, **IMAGE)
-        ax.set(title=title, xlabel=TIME)
-    figure.colorbar(picture, ax=rest, label="Hz")
+        ax.set(title=title, facecolor="0.9")  # grey: not scored
+    axes[1, 1].set_visible(len(images) > 1)
+    for ax in axes.flat:
+        ax.set_xlabel("" if ax in axes[0] else TIME)
+    _mark_regions(session, axes[1, 0])
+    figure.colorbar(picture, ax=axes[1], label="firing rate (Hz)")
     return figure
 
 
@@ -400,16 +425,26 @@ def _draw_mask(
 
 
 def _show_mask(
-    session: Session, trials: Sequence[int], drawn: Mask, ax: Axes, extent: Extent
+    session: Session, counts: np.ndarray, drawn: Mask, ax: Axes, extent: Extent
 ) -> np.ndarray:
-    """Show spikes and mask of trials side by side; return the order of the neurons."""
+    """Show a mask over counts (K', T, N), trials side by side; return the order of the neurons."""
     order = np.argsort(session.regions, kind="stable")
     state = (drawn.hidden.long() + drawn.target.long()).numpy()  # 0 visible, 1 hidden, 2 scored
-    codes = (2 * state + (session.counts[list(trials)] > 0))[:, :, order]
-    palette = ListedColormap(["white", "0.35", "#FBE3B5", ORANGE, "#BFDDF0", BLUE])
+    codes = (2 * state + (counts > 0))[:, :, order]
+    palette = ListedColormap(["white", "0.35", PALE_ORANGE, ORANGE, PALE_BLUE, BLUE])
     image = np.concatenate(list(codes), axis=0).T
     ax.imshow(image, cmap=palette, vmin=-0.5, vmax=5.5, extent=extent, **IMAGE)
     return order
+
+
+def _show_attention(ax: Axes, causal: bool, left: float = 0.0, right: float = 1.0) -> None:
+    """Draw arrows above the axes, which lead from the attended bins to the bin in the middle."""
+    middle, margin, height = (left + right) / 2, 0.03 * (right - left), 1.035
+    style = {"arrowstyle": "-|>", "color": "black", "lw": 1.3, "shrinkA": 0, "shrinkB": 1}
+    for start in (left + margin, right - margin)[: 1 if causal else 2]:
+        ends = (middle, height), (start, height)
+        ax.annotate("", *ends, "axes fraction", "axes fraction", style, annotation_clip=False)
+    ax.plot(middle, height, "|k", ms=8, mew=2, transform=ax.transAxes, clip_on=False)
 
 
 def _mark_regions(session: Session, ax: Axes) -> None:

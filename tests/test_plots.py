@@ -117,9 +117,14 @@ def test_a_filled_in_trial_shows_what_is_scored_and_hides_the_answer(ax, session
     assert scheme == name and counts.shape[0] == 1
     assert not counts[mask.hidden].any() and counts.sum() > 0
     titles = [ax.get_title() for ax in figure.axes[:4]]
-    assert titles == ["recorded", "masked", "predicted", "true rate"]
+    assert [title.split(":")[0][3:] for title in titles] == [
+        "recorded", "input", "prediction", "true rate"
+    ]  # fmt: skip
     order = np.argsort(session.regions, kind="stable")
-    target = mask.target[0].numpy()[:, order].T
+    target, hidden = (each[0].numpy()[:, order].T for each in (mask.target, mask.hidden))
+    shown = figure.axes[1].images[0].get_array()
+    np.testing.assert_array_equal(shown // 2 > 0, hidden)
+    assert not (shown % 2)[hidden].any()  # no spike that the model does not see
     for panel in figure.axes[2:4]:
         np.testing.assert_array_equal(~np.ma.getmaskarray(panel.images[0].get_array()), target)
     predicted = figure.axes[2].images[0].get_array()
