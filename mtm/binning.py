@@ -20,11 +20,7 @@ SNAP = 1e-6
 
 
 def n_bins(window: tuple[float, float], bin_size: float) -> int:
-    """Number of bins T of ``bin_size`` seconds in ``window`` = (start, stop) seconds.
-
-    Raises:
-        ValueError: when the window is not a whole number of bins.
-    """
+    """Number of bins T of ``bin_size`` seconds in ``window`` = (start, stop): a whole number."""
     start, stop = map(float, window)
     if not (stop > start and bin_size > 0):
         raise ValueError(f"need start < stop and bin_size > 0, got {window!r} and {bin_size!r}")
@@ -123,8 +119,7 @@ def bin_spikes(
 def cluster_places(spike_clusters: ArrayLike, clusters: ArrayLike) -> NDArray[np.int64]:
     """Index in ``clusters`` (N,) of each spike's cluster id, (S,).
 
-    Raises:
-        ValueError: for an id that is listed twice, or a spike of a cluster that is not listed.
+    An id that is listed twice, or a spike of a cluster that is not listed, is a ValueError.
     """
     index, fired = pd.Index(plain(clusters)), plain(spike_clusters)
     if not index.is_unique:
@@ -218,11 +213,7 @@ def plain(values: Any) -> NDArray[Any]:
 
 
 def seconds(name: str, values: Any, bin_size: float) -> Floats:
-    """Times as finite float64 (n,) seconds, from numbers or quantities with units.
-
-    Raises:
-        ValueError: naming the times, also where their type is too coarse for ``bin_size``.
-    """
+    """Times as finite float64 (n,) seconds, from numbers or quantities with units."""
     if hasattr(values, "magnitude"):  # it has a unit, of neo and quantities or else of pint
         values = (values.rescale if hasattr(values, "rescale") else values.to)("s").magnitude
     array = plain(values)
@@ -232,9 +223,9 @@ def seconds(name: str, values: Any, bin_size: float) -> Floats:
         raise ValueError(f"{name} must be (n,) finite numbers, not {found}")
     largest = np.abs(array).max(initial=0)
     if array.dtype.kind == "f" and (step := float(np.spacing(largest))) > bin_size / 10:
-        raise ValueError(
-            f"{name} are too large for {array.dtype} to resolve bin_size {bin_size} s (steps of "
-            f"{step:.2g} s at {largest:.6g} s); read them as float64, or subtract one offset from "
-            "all times where they are computed"
+        problem = f"too large for {array.dtype} to resolve bin_size {bin_size} s ({step:.2g} s)"
+        remedy = (
+            "read them as float64, or subtract one offset from all times where they are computed"
         )
+        raise ValueError(f"{name} are {problem}; {remedy}")
     return vector

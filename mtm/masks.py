@@ -163,9 +163,8 @@ MTM_SCHEMES = ("neuron", "causal", "inter-region", "intra-region")
 def register(name: str, draw: Callable[..., Mask], ratio: float = 0.3, **kind: bool) -> None:
     """Make a scheme of your own known by a new ``name`` to training, validation and plots.
 
-    ``draw`` is a function of (counts (B, T, N), regions (N,), ratio, generator) -> :class:`Mask`,
-    ``ratio`` its default share hidden, and ``kind`` any of ``needs_regions``, ``causal``,
-    ``prompt`` and ``patches``, as in :class:`Scheme`.
+    ``draw`` is a function of (counts (B, T, N), regions (N,), ratio, generator) -> :class:`Mask`;
+    ``kind`` sets further fields of :class:`Scheme`.
     """
     if name in SCHEMES:
         raise ValueError(f"masking scheme {name!r} exists already; choose another name")

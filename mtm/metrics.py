@@ -30,11 +30,9 @@ def poisson_nll(log_rates: Values, counts: Values) -> Values:
 
 
 def log_mean(counts: ArrayLike) -> np.ndarray:
-    """Log of each neuron's mean count per bin, (..., N) -> (N,): the null model.
-
-    A silent neuron is given half a spike, which keeps the logarithm finite.
-    """
+    """Log of each neuron's mean count per bin, (..., N) -> (N,): the null model."""
     entries = np.asarray(counts).reshape(-1, np.shape(counts)[-1])
+    # Half a spike of a silent neuron keeps the logarithm finite.
     return np.log(np.maximum(entries.sum(axis=0, dtype=np.float64), 0.5) / len(entries))
 
 

@@ -213,9 +213,6 @@ def _log_rates(
     return np.minimum(log_rates, np.log(200.0)), arousal  # no neuron fires faster than 200 Hz
 
 
-# ----------------------------------------------------------- laid end to end, as one recording
-
-
 def generator_of(session: Session, *stream: str) -> np.random.Generator:
     """Random numbers that depend on the session's name and on their purpose alone."""
     digest = hashlib.sha256("|".join((session.name, *stream)).encode()).digest()
