@@ -15,8 +15,7 @@ FOLDER is that of real_data.py, or the word "simulated". Two parts:
 Differences are taken session by session, on test trials and neurons of at least 1 Hz: a claim holds
 if the 95 % interval of the mean difference over sessions (Student's t) lies above 0, and fails if
 it lies below; else it is open. Out come results/claims.json and .md, and book/_assets/claims.png
-(claims_simulated of simulated animals, where the oracle is scored too). On 2 cores: 8 minutes for
-each session and seed of the first part, 2 hours for the second.
+(claims_simulated of simulated animals, where the oracle is scored too).
 """
 
 from __future__ import annotations
@@ -263,7 +262,8 @@ def main() -> None:
         sessions = mtm.simulate(5, 120, 48, seed=1, bin_size=0.1)
     else:
         sessions = common.recordings(options.folder, "steinmetz")
-    common.require_known(options.recordings, [session.name for session in sessions])
+    if unknown := set(options.recordings) - {session.name for session in sessions}:
+        raise SystemExit(f"no recording is named {min(unknown)!r}")
     scores = measured(sessions, options)
     judged = judge(scores)
     facts = common.described(sessions, options) | {"scores": scores}

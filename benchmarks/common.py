@@ -32,7 +32,6 @@ RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "book/_assets"
 FOUR = tuple(mtm.prediction.TASKS)  # the activity tasks
 ONE_OF_EACH = ("01_Cori_2016-12-14", "07_Forssmann_2017-11-05", "09_Hench_2017-06-16")  # animal
-NEAR = 0.15  # bits per spike below 0 that a picture may always show
 HISTORY = ".history.json"  # of a trained model, beside its report
 CONTROLS = {  # rows of the table that decoders bring along
     "smoothed counts": "smoothed_counts",
@@ -208,12 +207,6 @@ def parser(text: str, work: str) -> argparse.ArgumentParser:
     return made
 
 
-def require_known(names: Sequence[str] | None, known: Sequence[str]) -> None:
-    """Stop at a name that is not known."""
-    if unknown := set(names or ()) - set(known):
-        raise SystemExit(f"{min(unknown)!r} is none of: {', '.join(known)}")
-
-
 def groups(method: Method, sessions: list[mtm.Session]) -> list[list[mtm.Session]]:
     """The sessions that a method is fitted to at once."""
     if method.joint:
@@ -362,7 +355,7 @@ def draw(means: Scores, title: str) -> plt.Figure:
             color=[BLUE if mean.value == best else "0.7" for mean in values],
             height=0.7,
         )
-        ax.set_xlim(left=max(ax.get_xlim()[0], -max(best, NEAR)))  # what is far below 0 is cut
+        ax.set_xlim(left=max(ax.get_xlim()[0], -max(best, 0.15)))  # what is far below 0 is cut
         ax.axvline(0, color="black", lw=0.8)
         ax.set_title(task, fontsize=9)
         ax.tick_params(labelsize=8)

@@ -88,7 +88,6 @@ def main() -> None:
     )
     options = arguments.parse_args()
     known = methods(options.depth, options.epochs)
-    common.require_known(options.methods, list(known))
     sessions = common.recordings(options.folder, options.recordings)
     chosen = {name: known[name] for name in options.methods or known}
     common.run(sessions, chosen, options.seeds, options.work)

@@ -190,7 +190,6 @@ def main() -> None:
     arguments.add_argument("--search-seeds", nargs="+", type=int, default=[0])
     options = arguments.parse_args()
     known = variants()
-    common.require_known(options.variants, list(known))
     every = {name: trained(changes) for name, changes in known.items()}
     tried = {name: every[name] for name in options.variants or known}
     searched = common.recordings(options.folder, options.recordings)

@@ -41,7 +41,7 @@ def write_session(
     irregular=(),
     leave_out=(),
 ):
-    """Write one file; the same arguments give the same content.
+    """Write one file; the same arguments give the same content. Returns what was written.
 
     Args:
         regime: "eval" (splits ts1 and ts2, held-out units) or "pretrain".
@@ -52,10 +52,6 @@ def write_session(
         strings: "table" (variable length, UTF-8) or "array" (fixed length).
         irregular: behaviour groups to store with timestamps.
         leave_out: groups or datasets to remove at the end.
-
-    Returns:
-        dict of what was written: id, spikes, units, probes, trials (columns), hulls (n, 2),
-        splits (name -> (n, 2)), series (group -> times and columns).
     """
     rng = np.random.default_rng(seed)
     made = {"id": _uuids(rng, 1).item()}
@@ -75,9 +71,10 @@ def write_session(
     spans = [np.minimum(on, move) - 1.0, np.maximum(feedback, move) + 1.0]
     made["hulls"] = np.stack(spans, axis=1)
     domain = times[[0, -1]]
-    shares = {"pretrain": (0.9, 0.1)} if regime == "pretrain" else {"ts1": (0.4, 0.2, 0.4)}
-    made["splits"] = _consecutive(domain, made["hulls"], gap, *shares.popitem())
-    if regime == "eval":
+    if regime == "pretrain":
+        made["splits"] = _consecutive(domain, made["hulls"], gap, "pretrain", (0.9, 0.1))
+    else:
+        made["splits"] = _consecutive(domain, made["hulls"], gap, "ts1", (0.4, 0.2, 0.4))
         made["splits"] |= _chunks(domain, made["hulls"], chunk, gap)
     made["series"] = _series(rng, duration)
     with h5py.File(path, "w") as file:

@@ -169,8 +169,8 @@ def test_a_behaviour_that_is_absent_or_too_rare(tmp_path):
     assert submission.predict_task(smooth, recording, "ts1-licking_rate") is None
     assert recording.truth("ts1-left_paw_speed") is None
     tasks = ["ts1-wheel_speed", "ts1-licking_rate"]
-    paths = submission.export(smooth, [path], tmp_path / "p", "x", tasks=tasks)
-    assert [p.parts[-3] for p in paths] == ["ts1-wheel_speed"]
+    [written] = submission.export(smooth, [path], tmp_path / "p", "x", tasks=tasks)
+    assert written.parts[-3] == "ts1-wheel_speed"
     assert submission.check(tmp_path / "p", [path], deterministic=True) == []
     with pytest.raises(SessionError, match="none is held out; co-smoothing needs an eval file"):
         recording.scored("ts2-co_smoothing")
@@ -376,9 +376,9 @@ def test_the_check_compares_files(exported, simulated, tmp_path):
 
 
 def test_a_session_without_predictions(exported, simulated, tmp_path):
-    options = {"seed": 9, "filtering": "all_units", "leave_out": ("licks",), **SMALL}
-    write_session(tmp_path / "other.h5", **options)
-    found = submission.check(exported[0], [*simulated, tmp_path / "other.h5"])
+    other = tmp_path / "other.h5"
+    write_session(other, seed=9, filtering="all_units", leave_out=("licks",), **SMALL)
+    found = submission.check(exported[0], [*simulated, other])
     missing = {f.split("/")[-2] for f in found if "has seeds []" in f}
     assert missing == set(TS1) - {"ts1-licking_rate"} and len(found) == len(missing)
 
