@@ -31,8 +31,7 @@ CLOCK = 30_000  # ticks a second
 STAGES = {  # function of the package that a stage is timed by
     "trials table": "_trials",
     "spikes, clusters, regions": "_probe",
-    "wheel to speed": "_wheel",
-    "camera": "_whisker",
+    "wheel and camera": "_traces",
     "bin spikes": "bin_spikes",
     "bin traces": "bin_trace",
     "write": "save",

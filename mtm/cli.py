@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ def _add(parser: Any, argument: inspect.Parameter, text: str, positional: bool =
         flag["action"] = argparse.BooleanOptionalAction
     elif kind.startswith("dict"):
         flag |= {"nargs": "+", "type": _pair, "metavar": "NAME=VALUE"}
-    elif many := re.match(r"(?:list|tuple|Collection)\[(\w+)", kind):
+    elif many := re.match(r"(?:list|tuple|Collection|Sequence)\[(\w+)", kind):
         n = {"window": 2, "recordings": "*"}.get(name, "+")
         flag |= {"nargs": n, "type": types.get(many[1], str)}
     elif kind in ("int", "float") and kind != argument.annotation:
@@ -230,7 +230,7 @@ def run_simulate(
 
 def run_prepare(
     origin: str,
-    recordings: Collection[str] = (),
+    recordings: Sequence[str] = (),
     *,
     out: Path,
     workers: int | None = None,

@@ -433,9 +433,7 @@ def fit(
         StateError: the folder holds another run, or a model without a run.
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
-    config = recipe(config or "mtm", **changes)
-    if "schemes" not in changes:
-        config = _without_regions(sessions, config)
+    config = _settings(sessions, config or "mtm", changes)
     _check_sessions(sessions, config)
     start = model.model if isinstance(model, Fit) else model
     device = torch.device(device) if device else pick_device()
@@ -465,10 +463,14 @@ def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -
     return MtMConfig.from_depth(depth or 2, **fields)
 
 
-def _without_regions(sessions: Sequence[Session], config: TrainConfig) -> TrainConfig:
-    """Return the settings without schemes that need regions, if no session has a region."""
+def _settings(
+    sessions: Sequence[Session], start: TrainConfig | str, changes: dict[str, Any]
+) -> TrainConfig:
+    """Return the settings. Where no session has a region, no default scheme needs regions."""
+    config = recipe(start, **changes)
     left_out = [name for name in config.schemes if scheme(name).needs_regions]
-    if not (left_out and sessions) or any(session.region_names for session in sessions):
+    without = sessions and not any(session.region_names for session in sessions)
+    if not (left_out and without) or "schemes" in changes:
         return config
     others = tuple(name for name in config.schemes if name not in left_out)
     warnings.warn(f"no neuron has a region: training without {', '.join(left_out)}", stacklevel=3)

@@ -385,7 +385,6 @@ def test_errors_name_the_session_and_the_remedy():
     for fields, message in [
         ({"width": 10, "heads": 3}, "width 10 must be a multiple of"),
         ({"tokenizer": "ndt3"}, "tokenizer must be one of ndt1, ndt2; got 'ndt3'"),
-        ({"input_counts": "raw"}, "direct paths need scaled counts"),
     ]:
         with pytest.raises(ValueError, match=message):
             MtMConfig(**fields)
