@@ -20,6 +20,7 @@ from mtm.prediction import TASKS, PredictorLike, Predictors, Queries
 from mtm.report import Report, TaskScores
 from mtm.session import Session, SessionError
 
+UNASKED = "decoded if `tasks` names it"
 CONDITIONS = ("choice", "reward", "block")
 """Behaviours that make up a trial's condition in PSTH R2."""
 
@@ -90,7 +91,10 @@ def _one_by_one(
         able = None if tasks is None else [task for task in tasks if task not in missing]
         report = _evaluate(predictor, session, able, None, None, *how)
         left_out = report.left_out | dict.fromkeys(missing, "not recorded")
-        report.left_out = {task: f"{session.name}: {why}" for task, why in left_out.items()}
+        report.left_out = {
+            task: why if why == UNASKED else f"{session.name}: {why}"
+            for task, why in left_out.items()
+        }
         yield report
 
 
@@ -149,6 +153,8 @@ def _evaluate(
             if tasks is not None:
                 raise
             left_out[task] = str(error)
+    if tasks is None:
+        left_out |= {name: UNASKED for name in session.behaviour if name not in asked}
     sizes = {"trials": len(trials), "neurons": session.n_neurons}
     return Report(scores, {session.name: sizes}, left_out)
 

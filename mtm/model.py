@@ -316,7 +316,8 @@ class PatchTokenizer(nn.Module):
         """Add random places for a session that is larger than all before."""
         if n_patches > len(self.space):
             new = torch.randn(n_patches - len(self.space), self.space.shape[1]).to(self.space)
-            self.space = nn.Parameter(torch.cat([self.space.detach(), new]))
+            # In place, so that an optimizer which holds it complains, and does not train the old one.
+            self.space.data = torch.cat([self.space.data, new])
 
 
 def time_embedding(config: MtMConfig, n_bins: int, init: str) -> nn.Parameter | None:

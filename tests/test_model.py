@@ -326,13 +326,13 @@ def test_a_new_token_can_start_at_the_mean_of_the_others():
 def test_places_grow_with_the_largest_session():
     model = small(**NDT2)
     assert model.tokenizer.space.shape == (3, 16)
-    before = model.tokenizer.space.detach().clone()
+    parameter, before = model.tokenizer.space, model.tokenizer.space.detach().clone()
     for n_neurons in (1, 3, 4, 5, 41):
         model.add_session(str(n_neurons), n_neurons)
         counts = torch.ones(2, N_BINS, n_neurons, dtype=torch.float64)
         assert model(counts, None, None, str(n_neurons)).shape == counts.shape
     assert model.tokenizer.space.shape == (11, 16)
-    assert torch.equal(model.tokenizer.space[:3], before)
+    assert torch.equal(model.tokenizer.space[:3], before) and model.tokenizer.space is parameter
     assert {p.dtype for p in model.parameters()} == {torch.float64}  # added in its precision
 
 
