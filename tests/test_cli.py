@@ -61,12 +61,13 @@ def test_a_model_of_unknown_split_and_single_regions(folder, tmp_path, capsys):
     checkpoint.save(model, tmp_path / "imported")
     session = Session.load(folder / "sim-0.npz")
     session.regions = np.resize(["CA1", "LP"], 12)  # few, for speed
+    session.behaviour["side"] = np.resize(["left", "left", "right"], session.n_trials)
     evaluate = ["evaluate", str(tmp_path / "imported"), str(session.save(tmp_path / "sim-0.npz"))]
-    evaluate += ["--tasks", "co-smoothing", "--json", str(tmp_path / "s.json")]
+    evaluate += ["--tasks", "co-smoothing", "side", "--json", str(tmp_path / "s.json")]
     assert main(evaluate) == 1 and "pass split_seed=0" in capsys.readouterr().err
-    assert main([*evaluate, "--split-seed", "0", "--by-region", "choice"]) == 0
+    assert main([*evaluate, "--split-seed", "0", "--by-region", "side"]) == 0
     scores = json.loads((tmp_path / "s.json").read_text())
-    assert "co-smoothing" in scores
+    assert {"co-smoothing", "side"} < set(scores)
     assert set(scores["details"]["by_region"]["sim-0"]) == {"CA1", "LP"}
 
 
