@@ -262,6 +262,13 @@ def test_links_lead_somewhere(page):
         assert any(place.glob(named.replace("NN_name", "*"))), named
 
 
+def test_the_tests_that_a_page_names_exist():
+    for page in PAGES:
+        for file, name in re.findall(r"`(test_\w+)::(test_\w+)`", page.read_text("utf-8")):
+            code = (ROOT / f"tests/{file}.py").read_text("utf-8")
+            assert f"def {name}(" in code, f"{page.name}: {file}::{name}"
+
+
 def test_the_api_page_has_every_module_in_the_order_of_the_package():
     order = re.findall(r"^    (\w+)  +", mtm.__doc__, re.M)
     modules = {path.stem for path in PACKAGE.glob("[a-z]*") if path.suffix == ".py"}
