@@ -316,7 +316,7 @@ class PatchTokenizer(nn.Module):
         """Add random places for a session that is larger than all before."""
         if n_patches > len(self.space):
             new = torch.randn(n_patches - len(self.space), self.space.shape[1]).to(self.space)
-            # In place, so that an optimizer which holds it complains, and does not train the old one.
+            # In place: an optimizer that holds it would else go on with the old one.
             self.space.data = torch.cat([self.space.data, new])
 
 

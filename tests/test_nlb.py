@@ -7,6 +7,7 @@ import pytest
 
 pynwb = pytest.importorskip("pynwb")
 pytest.importorskip("h5py")
+import mtm  # noqa: E402
 from mtm.data import nwb  # noqa: E402
 
 K, N = 40, 6
@@ -54,6 +55,15 @@ def test_a_file_of_the_benchmark_is_one_call(path):
     expected = ~held_out | (SPLIT[kept] == "train")[:, None]
     np.testing.assert_array_equal(session.observed, expected)
     assert not session.counts[:, :, held_out][SPLIT[kept] != "train"].any()
+
+
+def test_a_recording_without_trials_keeps_its_blocks(path):
+    starts, split = mtm.continuous_windows(0, 2 * K, 1.0, block=10, gap=1.0)
+    session = nwb.load_session(path, starts, window=(0, 1), split=split)
+    kept = np.setdiff1d(np.arange(len(starts)), np.flatnonzero(starts == 14.0))  # invalid
+    np.testing.assert_array_equal(starts[session.trial_ids], starts[kept])
+    for part, members in zip(session.split(), split, strict=True):
+        np.testing.assert_array_equal(session.trial_ids[part], np.intersect1d(members, kept))
 
 
 def test_a_window_must_lie_within_what_was_observed(path):

@@ -342,7 +342,7 @@ def test_files_without_what_is_needed(edited):
         file.move("intervals/trials", "intervals/gratings")
 
     assert "no sorted spikes" in refusal(edited, lambda file: file.pop("units"))
-    assert "align=np.arange(start, stop, length)" in refusal(edited, lambda f: f.pop("intervals"))
+    assert "mtm.continuous_windows" in refusal(edited, lambda f: f.pop("intervals"))
     assert "one of ['gratings'], or" in refusal(edited, rename)
     assert edited(rename, trials="gratings").n_trials == K
 

@@ -18,13 +18,14 @@ are used are fetched.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from mtm.binning import plain
 from mtm.data.recording import Recording, is_event, ordered_samples, public, within
@@ -57,7 +58,7 @@ def load_session(
     behaviour: Collection[str] | None = None,
     traces: Collection[str] = (),
     region: str | None = "auto",
-    split: str | None = None,
+    split: str | Sequence[ArrayLike] | None = None,
 ) -> Session:
     """Load one NWB file: all units, silent ones too, around events.
 
@@ -71,8 +72,9 @@ def load_session(
         window, bin_size: (start, stop) around each event, and width of a bin; seconds.
         trials: the table among the file's ``intervals`` whose rows are the trials.
         behaviour, traces, region: see the top of this page; ``()`` and None for none.
-        split: a column of the trials table that says "train", "val" or "test", for ``given_split``;
-            other trials are left out. Default: splits are drawn by `Session.split`.
+        split: a column of the trials table that says "train", "val" or "test", or the indices of
+            these three, as of :func:`mtm.continuous_windows`; other trials are left out. Default:
+            splits are drawn by `Session.split`.
 
     Returns:
         the session, named by the file's identifier or else the file. ``neurons`` has ``cluster``,
@@ -309,15 +311,15 @@ def _trials(
     align: Any,
     behaviour: Any,
     window: tuple[float, float],
-    split: str | None,
+    split: str | Sequence[ArrayLike] | None,
 ) -> dict[str, Any]:
     """The arguments of `Session.from_spike_times` that come from the trials table."""
     named = isinstance(align, str)
     file.provenance["align"] = align if named else "given times"
     table = _Table(file, f"intervals/{trials}" if named else "no trials table")
     if named and not table.n:
-        problem = f"no rows; pass trials=, one of {list(file.h5.get('intervals', ()))}, or for "
-        file.fail(table.path, f"{problem}consecutive windows align=np.arange(start, stop, length)")
+        problem = f"no rows; pass trials=, one of {list(file.h5.get('intervals', ()))}, or of a "
+        file.fail(table.path, f"{problem}recording without trials, see mtm.continuous_windows")
     times = table.column(align) if named else plain(align)
     if times.dtype.kind not in "uif":
         file.fail(f"align={file.provenance['align']}", "no times in it; name a column of seconds")
@@ -336,7 +338,12 @@ def _trials(
     rejected = {"in invalid_times": invalid}
     if split is None:
         return file.trials_to_use(times, columns, rejected)
-    part = table.column(split)
+    if isinstance(split, str):
+        part = table.column(split)
+    else:
+        part = np.full(len(times), "", dtype="U5")
+        for name, members in zip(PARTS, split, strict=True):
+            part[np.asarray(members)] = name
     fields = file.trials_to_use(times, columns, rejected | {"in no part": ~np.isin(part, PARTS)})
     part = part[fields["trial_ids"]]
     return fields | {"given_split": [np.flatnonzero(part == name) for name in PARTS]}
