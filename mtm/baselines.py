@@ -32,7 +32,7 @@ from mtm.checkpoint import save
 from mtm.evaluation import evaluate
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.model import MtMConfig
-from mtm.prediction import TASKS, forward_bins
+from mtm.prediction import TASKS, forward_bins, unobserved
 from mtm.session import Session, require_alike
 from mtm.training import Fit, fit
 
@@ -58,8 +58,12 @@ SETTINGS: dict[str, Any] = {"epochs": 100, "batch_size": 16, "batches_per_step":
 SETTINGS |= {"weight_decay": 0.01}
 
 
-def validation_score(log_rates: Tensor, counts: Tensor, null: Tensor) -> float:
-    """Bits per spike over the null model (N,), mean over neurons with enough expected spikes."""
+def validation_score(log_rates: Tensor, counts: Tensor, null: Tensor, known: Tensor) -> float:
+    """Bits per spike over the null model (N,), mean over neurons with enough expected spikes.
+
+    Entries that are not ``known`` have no spikes, and add nothing.
+    """
+    log_rates = torch.where(known, log_rates, null)
     bits = metrics.bits_per_spike(log_rates.numpy(), counts.numpy(), null.numpy())
     fired = ~np.isnan(bits)
     enough = fired & (null.exp() * (counts.numel() / len(null)) >= MIN_SPIKES).numpy()
@@ -127,11 +131,13 @@ class Link(NamedTuple):
         return ((counts - self.rates) / self.scale).clamp(max=LARGEST_INPUT)
 
 
-def tune(delta: Tensor, link: Link, counts: Tensor, null: Tensor) -> tuple[float, Link]:
+def tune(
+    delta: Tensor, link: Link, counts: Tensor, null: Tensor, known: Tensor
+) -> tuple[float, Link]:
     """Choose gain (less for low rates) and floor; returns the score of the predicted changes."""
 
     def best(links: Iterable[Link]) -> tuple[float, Link]:
-        scored = [(validation_score(link(delta), counts, null), link) for link in links]
+        scored = [(validation_score(link(delta), counts, null, known), link) for link in links]
         return max(scored, key=itemgetter(0))
 
     mean = null.exp()
@@ -150,15 +156,19 @@ class Data:
     def __init__(self, session: Session, split_seed: int, dtype: torch.dtype) -> None:
         split = session.split(split_seed)
         self.name, self.n_bins, self.n_neurons = session.name, session.n_bins, session.n_neurons
-        filled = [session.filled(part, split.train) for part in split[:2]]
-        train, val = map(torch.from_numpy, filled)
-        null = torch.from_numpy(metrics.log_mean(filled[0]))
-        self.rates, self.null = _psth(train.double(), val.double(), null).to(dtype), null.to(dtype)
+        parts, filled = {"train": split.train, "val": split.val}, session.filled(split.train)
+        counts = {k: torch.from_numpy(session.counts[v]) for k, v in parts.items()}
+        # What was observed, (K, 1, N); elsewhere counts are 0, and so are the inputs.
+        self.known = {k: torch.from_numpy(~unobserved(session, v)) for k, v in parts.items()}
+        null = torch.from_numpy(metrics.log_mean(filled))
+        val = counts["val"].double(), null, self.known["val"]
+        rates = _psth(torch.from_numpy(filled).double(), *val)
+        self.rates, self.null = rates.to(dtype), null.to(dtype)
         mean = self.null.exp()
         scale = (mean + mean.mean()).sqrt()  # the population mean keeps rare spikes small
-        self.counts = {"train": train.to(dtype), "val": val.to(dtype)}
+        self.counts = {part: each.to(dtype) for part, each in counts.items()}
         self.link = Link(self.rates, self.counts["train"].amax((0, 1)).clamp(min=1), scale)
-        self.inputs = {part: self.link.residuals(c) for part, c in self.counts.items()}
+        self.inputs = {k: self.link.residuals(c) * self.known[k] for k, c in self.counts.items()}
         codes, places = torch.from_numpy(session.region_codes), torch.arange(session.n_neurons)
         codes = torch.where(codes < 0, len(codes) + places, codes)  # no region: one of its own
         self.regions = [places[codes == code] for code in codes.unique()]
@@ -169,7 +179,7 @@ class Data:
             self.visible |= {"inter-region": ~same, "intra-region": same & ~itself}
 
 
-def _psth(train: Tensor, val: Tensor, null: Tensor) -> Tensor:
+def _psth(train: Tensor, val: Tensor, null: Tensor, known: Tensor) -> Tensor:
     """Mean counts per bin (T, N), smoothed over time and shrunk to each neuron's mean."""
     mean, spikes = null.exp(), train.sum((0, 1))
     bins, tried = torch.arange(train.shape[1]).double(), []
@@ -179,7 +189,7 @@ def _psth(train: Tensor, val: Tensor, null: Tensor) -> Tensor:
         for prior in PRIOR_SPIKES:
             weight = spikes / (spikes + prior)  # neurons with few spikes are shrunk more
             log_rates = (mean + weight * (smooth - mean)).log()
-            tried.append((validation_score(log_rates.expand_as(val), val, null), log_rates))
+            tried.append((validation_score(log_rates.expand_as(val), val, null, known), log_rates))
     return max(tried, key=itemgetter(0))[1].exp()
 
 
@@ -227,7 +237,9 @@ Ranked = tuple[float, float, int, list[Regression]]  # mean score, penalty, rank
 def fit_psth(data: Data) -> Found:
     """The PSTH, whatever is visible."""
     counts, n = data.counts["val"], data.n_neurons
-    score = validation_score(data.link(torch.zeros_like(counts)), counts, data.null)
+    score = validation_score(
+        data.link(torch.zeros_like(counts)), counts, data.null, data.known["val"]
+    )
     windows = counts.new_zeros(0, data.n_bins, data.n_bins)
     weights, bias = counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n)
     found = Regression(windows, weights, bias, data.link, score)
@@ -261,12 +273,17 @@ def ridge_weights(
 def fit_ridge(data: Data) -> Found:
     """One regression for each scheme that the session has regions for, and autoregressions."""
     windows = window_matrices(data.n_bins, AROUND).double()
-    gram = cross = torch.zeros(())
-    pairs = zip(*(part["train"].split(64) for part in (data.inputs, data.counts)), strict=True)
-    for x, counts in pairs:  # the features of all trials could fill the memory
-        sums = window_sums(x, windows).flatten(0, 1)
-        gram = gram + sums.T @ sums
-        cross = cross + sums.T @ (counts - data.rates).flatten(0, 1)
+    # Neurons that were observed in the same trials have the same equations.
+    patterns, pattern = data.known["train"][:, 0].unique(dim=1, return_inverse=True)
+    equations = []
+    for trials in patterns.T:
+        gram = cross = torch.zeros(())
+        pairs = (part["train"][trials].split(64) for part in (data.inputs, data.counts))
+        for x, counts in zip(*pairs, strict=True):  # features of all trials could fill the memory
+            sums = window_sums(x, windows).flatten(0, 1)
+            gram = gram + sums.T @ sums
+            cross = cross + sums.T @ (counts - data.rates).flatten(0, 1)
+        equations.append((gram, cross))
     features = torch.arange(len(gram)).view(data.n_neurons, -1)  # (N, L)
     everyone = torch.arange(data.n_neurons)
     parts = {  # (among, groups) of regressions
@@ -278,10 +295,13 @@ def fit_ridge(data: Data) -> Found:
     def attempt(scheme: str, name: str, penalty: float) -> tuple[float, Regression]:
         chosen = RIDGE_WINDOWS[name]
         used = features[:, chosen].ravel()
-        known = gram[used][:, used], cross[used], penalty
-        weights = torch.stack([ridge_weights(*known, *part) for part in parts[scheme]]).sum(0)
+        weights = torch.zeros_like(equations[0][1][used])
+        for i, (gram, cross) in enumerate(equations):
+            known = gram[used][:, used], cross[used], penalty
+            found = torch.stack([ridge_weights(*known, *part) for part in parts[scheme]]).sum(0)
+            weights[:, pattern == i] = found[:, pattern == i]
         delta = window_sums(data.inputs["val"], windows[chosen]) @ weights
-        score, link = tune(delta, data.link, data.counts["val"], data.null)
+        score, link = tune(delta, data.link, data.counts["val"], data.null, data.known["val"])
         weights = weights.view(1, data.n_neurons, -1, data.n_neurons)
         text = f"{name}; penalty {penalty:.3g}; floor {link.floor:g}"
         bias = torch.zeros_like(weights[:, 0, 0])
@@ -347,6 +367,7 @@ class LowRank:
         log_rates = self.data.rates.log() + self.delta(self.data.inputs["train"])
         # Above the largest count, the rate continues as a linear function of its logarithm, so that
         # no step of a line search has an infinite loss.
+        log_rates = torch.where(self.data.known["train"], log_rates, self.data.null)
         bounded = torch.minimum(log_rates, self.data.link.largest.log())
         rates = torch.dot(bounded.exp().ravel(), (log_rates - bounded + 1).ravel())
         nll = rates - torch.dot(self.data.counts["train"].ravel(), log_rates.ravel())
@@ -358,7 +379,7 @@ class LowRank:
         """The map as a matrix from neuron to neuron."""
         data, bias = self.data, (self.bias * self.gain)[None]
         log_rates = data.link(self.delta(data.inputs["val"]))
-        score = validation_score(log_rates, data.counts["val"], data.null)
+        score = validation_score(log_rates, data.counts["val"], data.null, data.known["val"])
         filters, outputs = self.filters / self.filters.norm(dim=0), self.outputs * self.gain
         weights = torch.einsum("mr,lr,rn->mln", self.inputs, filters, outputs)
         weights = weights * data.visible[self.scheme][:, None]
@@ -427,6 +448,7 @@ class Past(NamedTuple):
     population: Tensor  # (S, C L) window sums of the components
     rates: Tensor  # (S, N)
     counts: Tensor  # (S, N)
+    known: Tensor  # (S, N) bool
 
     @classmethod
     def of(cls, data: Data, part: str, components: Tensor, horizon: int) -> Past:
@@ -435,8 +457,9 @@ class Past(NamedTuple):
         windows = window_matrices(data.n_bins, PAST, past=True).to(x.dtype)[:, :-horizon]
         population = window_sums(x @ components, windows).flatten(0, 1)
         own = (windows[:, None] @ x).flatten(1, 2)
-        later = (data.rates.expand_as(counts)[:, horizon:], counts[:, horizon:])
-        return cls(own, population, *(part.flatten(0, 1) for part in later))
+        later = [data.rates.expand_as(counts), counts, data.known[part].expand_as(counts)]
+        later = [each[:, horizon:] for each in later]
+        return cls(own, population, *(each.flatten(0, 1) for each in later))
 
     def predict(self, own: Tensor, population: Tensor, bias: Tensor) -> Tensor:
         """Changes (S, N) for weights (L, N), (C L, N) and bias (N,)."""
@@ -448,10 +471,14 @@ class Past(NamedTuple):
 
 def ridge_regression(past: Past, penalty: float) -> Coefficients:
     """Ridge regression of counts minus rates, by the normal equations of each neuron."""
-    own, shared, residual = past.own, past.population, past.counts - past.rates
+    known, shared = past.known.to(past.own), past.population
+    own, residual = past.own * known, (past.counts - past.rates) * known
     both = torch.einsum("isn,sc->nic", own, shared)
     own_gram = torch.einsum("isn,jsn->nij", own, own)
-    shared_gram = (shared.T @ shared).expand(len(both), -1, -1)
+    if past.known.all():
+        shared_gram = (shared.T @ shared).expand(len(both), -1, -1)
+    else:
+        shared_gram = torch.einsum("sn,sc,sd->ncd", known, shared, shared)
     rows = torch.cat([own_gram, both], 2), torch.cat([both.mT, shared_gram], 2)
     gram = torch.cat(rows, 1)  # (N, L + C L, L + C L)
     gram += penalty * torch.eye(gram.shape[1], dtype=gram.dtype)
@@ -475,7 +502,8 @@ def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficie
 
     def loss() -> Tensor:
         own, population, bias = coefficients()
-        log_rates = offset + past.predict(own, population, bias)
+        # A constant where it is not known, which has no gradient.
+        log_rates = torch.where(past.known, offset + past.predict(own, population, bias), offset)
         nll = (log_rates.exp() - past.counts * log_rates).sum(dtype=torch.float64)
         return nll + penalty / 2 * (own.square().sum() + population.square().sum())
 
@@ -493,8 +521,13 @@ def fit_forward(data: Data, solve: Callable[[Past, float], Coefficients]) -> Reg
     def attempt(components: Tensor, train: Past, val: Past, penalty: float) -> tuple[Any, ...]:
         delta, link = val.predict(*solve(train, penalty)), data.link._replace(rates=val.rates)
         if solve is ridge_regression:
-            return *tune(delta, link, val.counts, data.null), penalty, components
-        return validation_score(link(delta), val.counts, data.null), link, penalty, components
+            return *tune(delta, link, val.counts, data.null, val.known), penalty, components
+        return (
+            validation_score(link(delta), val.counts, data.null, val.known),
+            link,
+            penalty,
+            components,
+        )
 
     tried = []
     for components in (directions[:, :n] for n in COMPONENTS):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mtm.decoding import ENCODER_WIDTH, Decoded, Decoder, decodable, search, smoothed
 from mtm.masks import Mask
-from mtm.model import MtM, nothing_hidden
+from mtm.model import MtM
+from mtm.prediction import unobserved
 from mtm.session import Session
 from mtm.training import Fit
 
@@ -49,13 +50,12 @@ class BehaviourReadout(nn.Module):
         self.scale = 1.0  # of the values, for which outputs are of order 1
         self.penalty = 0.0  # of the squared weights, as of the decoder that they start from
 
-    def features(self, counts: Tensor, mask: Mask | None = None) -> Tensor:
+    def features(self, counts: Tensor, mask: Mask) -> Tensor:
         """Counts (B, T, N) to smoothed latents and output of the encoder, (B, T x F)."""
-        mask = mask or nothing_hidden(counts)
         z = self.model.encode_latents(counts, self.session, mask, encoder=True)
         return (self.smoothing @ z).flatten(1)
 
-    def forward(self, counts: Tensor, mask: Mask | None = None) -> Tensor:
+    def forward(self, counts: Tensor, mask: Mask) -> Tensor:
         """Counts (B, T, N) to logits (B, C), or values (B, 1) or (B, T) in units of the scale."""
         return self.linear(self.features(counts, mask))
 
@@ -64,10 +64,11 @@ class BehaviourReadout(nn.Module):
         return F.cross_entropy(output, values) if self.classes else F.mse_loss(output, values)
 
     @torch.no_grad()
-    def init_from_decoder(self, counts: Tensor, values: Tensor, kind: str) -> None:
+    def init_from_decoder(self, counts: Tensor, mask: Mask, values: Tensor, kind: str) -> None:
         """Start at the linear decoder of counts (K, T, N) whose penalty cross-validates best."""
         self.eval()
-        x = torch.cat([self.features(part) for part in counts.split(4 * BATCH)]).double().cpu()
+        parts = zip(counts.split(4 * BATCH), mask.hidden.split(4 * BATCH), strict=True)
+        x = torch.cat([self.features(part, Mask(h, h)) for part, h in parts]).double().cpu()
         axes, y = PCA().fit(x.numpy()), values.cpu().numpy()
         # Search in the dimensions that the trials span.
         found = search(axes.transform(x.numpy()), y, kind)
@@ -83,11 +84,16 @@ class BehaviourReadout(nn.Module):
         self.penalty = penalty / y.size if name == "alpha" else penalty / len(y)
 
     @torch.no_grad()
-    def predict(self, counts: ArrayLike) -> np.ndarray:
-        """Predict from counts (K, T, N) classes or numbers (K,), or a trace (K, T)."""
+    def predict(self, counts: ArrayLike, hidden: ArrayLike = False) -> np.ndarray:
+        """Predict from counts (K, T, N) classes or numbers (K,), or a trace (K, T).
+
+        ``hidden`` (K, T, N) bool, or what broadcasts to it, marks what is not known.
+        """
         self.eval()
         given = torch.as_tensor(counts, dtype=torch.float32, device=self.model.device)
-        output = torch.cat([self(part) for part in given.split(4 * BATCH)])
+        hide = torch.as_tensor(hidden, device=given.device).expand_as(given)
+        parts = zip(given.split(4 * BATCH), hide.split(4 * BATCH), strict=True)
+        output = torch.cat([self(part, Mask(h, h)) for part, h in parts])
         if self.classes:
             return np.array(self.classes)[output.argmax(dim=1).cpu().numpy()]
         values = self.scale * output.double().cpu().numpy()
@@ -143,15 +149,17 @@ def _fit(decoder: Decoder, model: MtM, behaviour: str, epochs: int, seed: int) -
     n_outputs = len(classes) or (y.shape[1] if kind == "trace" else 1)
     readout = BehaviourReadout(model, decoder.session.name, classes, n_outputs)
     trials, is_test = decoder.trials[usable], decoder.is_test[usable]
-    known = decoder.session.filled(trials, decoder.trials[: decoder.n_train]).astype(np.float32)
-    counts = torch.from_numpy(known).to(model.device)
+    counts = torch.from_numpy(decoder.session.counts[trials].astype(np.float32)).to(model.device)
+    absent = torch.from_numpy(unobserved(decoder.session, trials)).to(model.device)
+    absent = absent.expand_as(counts)
     values = torch.from_numpy(y).to(model.device)
     if not classes:
         readout.scale = float(y.std())
         values = (values / readout.scale).float().reshape(len(y), -1)
     n_train = int(usable[: decoder.n_train].sum())  # before the validation trials
     train, val, test = counts[:n_train], counts[n_train : len(y)], counts[is_test]
-    readout.init_from_decoder(train, values[:n_train], kind)
+    never, val_never = absent[:n_train], absent[n_train : len(y)]
+    readout.init_from_decoder(train, Mask(never, never), values[:n_train], kind)
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(readout.parameters(), lr=LEARNING_RATE)
     val_loss: list[float] = []
@@ -161,7 +169,7 @@ def _fit(decoder: Decoder, model: MtM, behaviour: str, epochs: int, seed: int) -
             # Hide some neurons of each trial.
             share = HIDDEN_SHARE * torch.rand(len(some), 1, 1)
             hidden = torch.rand(len(some), 1, train.shape[2]) < share
-            hidden = hidden.to(train.device).expand_as(train[some])
+            hidden = hidden.to(train.device) | never[some]
             output = readout(train[some].masked_fill(hidden, 0), Mask(hidden, hidden))
             penalty = readout.penalty * readout.linear.weight.square().sum()
             optimizer.zero_grad()
@@ -170,14 +178,15 @@ def _fit(decoder: Decoder, model: MtM, behaviour: str, epochs: int, seed: int) -
             optimizer.step()
         readout.eval()
         with torch.no_grad():
-            val_loss.append(float(readout.loss(readout(val), values[n_train:])))
+            output = readout(val, Mask(val_never, val_never))
+            val_loss.append(float(readout.loss(output, values[n_train:])))
         best_epoch = int(np.nanargmin(val_loss))
         if best_epoch == epoch:
             best = copy.deepcopy(readout.state_dict())
         if epoch - best_epoch >= PATIENCE:
             break
     readout.load_state_dict(best)
-    guess = readout.predict(test)
+    guess = readout.predict(test, absent[is_test])
     guess = np.searchsorted(classes, guess) if classes else guess
     decoded = decoder.scored(behaviour, target, guess.reshape(truth.shape), "fine-tuned", {})
     return BehaviourFit(readout, decoded, val_loss)

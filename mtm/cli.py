@@ -136,7 +136,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for run in (run_simulate, run_train, run_evaluate, run_export):
         _command(commands, run.__name__[4:], run)
@@ -159,6 +158,7 @@ def _command(commands: Any, name: str, run: Callable[..., None], what: str = "")
     text = f"{what} {inspect.getdoc(run)}".strip().replace("%", "%%")
     parser = commands.add_parser(name, help=what or text.partition(".")[0], description=text)
     parser.set_defaults(run=run)
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     for argument in inspect.signature(run).parameters.values():
         if argument.name in HELP:
             _add(parser, argument, HELP[argument.name], argument.kind is not argument.KEYWORD_ONLY)

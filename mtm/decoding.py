@@ -245,8 +245,8 @@ class Decoder:
             contrast = known["contrast"]
             columns = [contrast, np.sign(contrast), known.get("block", 0 * contrast)]
             stimulus = np.nan_to_num(np.stack(columns, axis=1).astype(np.float64))[self.trials]
-        counts = self.session.filled(self.trials)[:, :, self.inside]
-        key = joblib.hash((counts, self.is_test, target, stimulus))
+        counts = self.session.counts[self.trials][:, :, self.inside]
+        key = joblib.hash((counts, self.session.observed, self.is_test, target, stimulus))
         if key in _CONTROLS:
             return _CONTROLS[key]
         name, constant = "time_course" if kind == "trace" else "mean", y.mean(axis=0)
@@ -276,6 +276,8 @@ class Decoder:
         values = known[behaviour][self.trials]
         empty = values == "" if values.dtype.kind == "U" else ~np.isfinite(values)
         usable = ~empty.reshape(len(values), -1).any(axis=1)
+        absent = prediction.unobserved(self.session, self.trials)[:, 0, self.inside]
+        usable &= ~absent.all(axis=1)
         found, possible = np.unique(values[usable]), ["number", "classes"]
         if values.ndim == 2:
             possible = ["trace"]

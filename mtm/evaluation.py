@@ -70,7 +70,10 @@ def evaluate(
         return _evaluate(predictor, sessions, tasks, trials, neurons, seen, how)
     if trials is not None or neurons is not None:
         raise ValueError("trials and neurons are of one session; join reports with Report.join")
-    return Report.join(list(_one_by_one(predictor, sessions, tasks, seen, how)))
+    reports = list(_one_by_one(predictor, sessions, tasks, seen, how))
+    if not reports:
+        raise ValueError("no session to evaluate")
+    return Report.join(reports)
 
 
 def _one_by_one(
@@ -119,6 +122,7 @@ def _evaluate(
     split = prediction.choose_split(predictor, session, **seen)
     trials = np.arange(session.n_trials)[split.test if trials is None else trials]
     wanted = prediction.selected(neurons, session.n_neurons)
+    wanted &= ~prediction.unobserved(session, trials)[:, 0].all(axis=0)
     if len(trials) == 0 or not wanted.any():
         what, regions = "neurons" if len(trials) else "trials", ", ".join(session.region_names)
         raise ValueError(
@@ -184,7 +188,6 @@ def _score(
     tables = [
         _score_alike(log_rates[seen], session, queries, trials[seen], null, neurons[group == i])
         for i, seen in enumerate(patterns.T)
-        if seen.any()
     ]
     return TaskScores(pd.concat(tables).sort_values("neuron", ignore_index=True))
 

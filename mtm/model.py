@@ -674,8 +674,8 @@ class MtM(nn.Module):
         """
         if name in self._keys:
             raise ValueError(f"session {name!r} is in the model already")
-        if token not in ("new", "mean"):
-            raise ValueError(f"token must be 'new' or 'mean', got {token!r}")
+        if token != "new" and (token != "mean" or not self.sessions):
+            raise ValueError(f"token must be 'new', or 'mean' of others if any; got {token!r}")
         config, ours, components = self.config, self.init != "paper", None
         if counts is not None:
             log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike

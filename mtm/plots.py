@@ -25,7 +25,7 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
 
 from mtm.masks import Mask, MaskSampler
-from mtm.prediction import PredictorLike, predict_masked
+from mtm.prediction import PredictorLike, predict_masked, unobserved
 from mtm.report import Mean, Report
 from mtm.session import Session, has_region
 
@@ -67,9 +67,7 @@ def raster(session: Session, trial: int, ax: Axes | None = None) -> Axes:
     """
     ax = ax or plt.gca()
     order = np.argsort(session.regions, kind="stable")
-    counts = session.counts[trial][:, order].T.astype(float)  # (N, T)
-    if session.observed is not None:
-        counts[~session.observed[trial, order]] = np.nan
+    counts = _observed(session, [trial])[0][:, order].T  # (N, T)
     highest = max(3, np.nanquantile(counts, 0.99))
     greys = plt.colormaps["Greys"].with_extremes(bad="lightblue")
     ax.imshow(counts, cmap=greys, extent=_extent(session), vmin=0, vmax=highest, **IMAGE)
@@ -83,7 +81,7 @@ def psth(session: Session, neuron: int, by: str = "choice", ax: Axes | None = No
     """Mean firing rate of a neuron around the event, for each value of a behaviour."""
     ax = ax or plt.gca()
     trials = np.arange(session.n_trials)
-    _draw_psth(session, session.filled(trials)[..., neuron], by, trials, ax)
+    _draw_psth(session, _observed(session, trials)[..., neuron], by, trials, ax)
     ax.axvline(0, color="0.7", lw=1, zorder=0)
     ax.set(xlabel=TIME, ylabel="firing rate (Hz)", title=_name(session, neuron))
     ax.legend(frameon=False)
@@ -105,7 +103,7 @@ def psth_grid(
     figure = plt.figure(figsize=(2.6 * columns, 2.2 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for ax, neuron in zip(axes.flat, neurons, strict=False):
-        observed = session.counts[trials, :, neuron]
+        observed = _observed(session, trials)[..., neuron]
         _draw_psth(session, observed, by, trials, ax, lw=0.8, alpha=0.6)
         _draw_psth(session, rates[..., neuron], by, trials, ax, lw=2)
         ax.set_title(_name(session, neuron), fontsize=9)
@@ -128,11 +126,11 @@ def before_and_after(
     figure = plt.figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     order = np.argsort(session.behaviour[by][trials], kind="stable")
-    images = {"spikes": session.counts[trials], "predicted while hidden": rates}
+    images = {"spikes": _observed(session, trials), "predicted while hidden": rates}
     for ax, (title, source) in zip(axes, images.items(), strict=True):
         image = source[order, :, neuron] / session.bin_size
         style = IMAGE | {"cmap": "Greys", "extent": (*session.window, len(trials), 0)}
-        shown = ax.imshow(image, vmin=0, vmax=max(np.quantile(image, 0.995), 1e-9), **style)
+        shown = ax.imshow(image, vmin=0, vmax=max(np.nanquantile(image, 0.995), 1e-9), **style)
         ax.axvline(0, color=RED, lw=1)
         ax.set(title=title, xlabel=TIME)
         figure.colorbar(shown, ax=ax, label="Hz")
@@ -399,11 +397,17 @@ def _draw_psth(
     levels = [value for value in np.unique(values).tolist() if value == value and value != ""]
     centres = session.times + session.bin_size / 2
     for level, colour in zip(levels, _palette(len(levels)), strict=False):
-        mean = counts[values == level].mean(axis=0) / session.bin_size
+        some = counts[values == level]
+        mean = some[~np.isnan(some).any(axis=1)].mean(axis=0) / session.bin_size
         label = f"{by} {level if isinstance(level, str) else f'{level:g}'}"
         ax.plot(centres, mean, color=colour, label=label, **style)
     ax.set_ylim(bottom=0)
     _tidy(ax)
+
+
+def _observed(session: Session, trials: Any) -> np.ndarray:
+    """Counts (K', T, N) of some trials, NaN where a neuron was not observed."""
+    return np.where(unobserved(session, trials), np.nan, session.counts[trials])
 
 
 def _extent(session: Session) -> Extent:
@@ -421,7 +425,8 @@ def _draw_mask(
     """A mask for some trials, as for a batch of them in training."""
     counts = torch.from_numpy(session.counts[list(trials)].astype(np.int64))
     sampler = MaskSampler([name], {}, seed, patch_size=patch_size)
-    return sampler.draw(name, counts, torch.from_numpy(session.region_codes))
+    drawn = sampler.draw(name, counts, torch.from_numpy(session.region_codes))
+    return drawn.leave_out(torch.from_numpy(unobserved(session, np.asarray(trials))))
 
 
 def _show_mask(

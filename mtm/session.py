@@ -28,7 +28,7 @@ UNLABELLED = (
 )
 """Labels (any case) that mean "no region": such neurons are kept, but never form a region."""
 AXES = ("trial|presentation", "time|bin", "neuron|unit|cluster|cell")  # as xarray may name them
-LOWEST_RATE, LOWEST_SHARE = 0.1, 0.01  # below both, times are not seconds: see `_check_times`
+LOWEST_RATE, LOWEST_SHARE = 0.1, 0.01  # below both, times are not seconds: see `_count`
 
 
 class SessionError(ValueError):
@@ -102,7 +102,9 @@ class Session:
                 self.rates = _array("rates", rates, self.counts.shape).astype("f4", copy=False)
             self.observed = None
             if observed is not None:
-                self.observed = _array("observed", observed, (trials, units)).astype(bool)
+                self.observed = _array("observed", observed, (trials, units))
+                if self.observed.dtype != bool:
+                    raise ValueError("observed: need True or False for each trial and neuron")
                 if not isinstance(counts, MemoryMapped):  # else it was done before saving
                     self.counts *= self.observed[:, None]
             self.given_split = None
@@ -115,6 +117,8 @@ class Session:
             self.n_recorded = trials if n_recorded is None else int(n_recorded)
             ids = np.arange(trials) if trial_ids is None else trial_ids
             self.trial_ids = _array("trial_ids", ids, (trials,)).astype(np.int64)
+            if not self.bin_size > 0:
+                raise ValueError(f"bin_size: need seconds above 0, got {self.bin_size}")
             length = bins * self.bin_size
             start, stop = (0.0, length) if window is None else map(float, window)
             if not abs(stop - start - length) < 1e-6 * max(1.0, length):
@@ -133,8 +137,9 @@ class Session:
     @property
     def firing_rates(self) -> np.ndarray:
         """Mean firing rate of each neuron over all trials and bins it was observed in, (N,) Hz."""
-        counts = self.filled(np.arange(self.n_trials))
-        return counts.mean(axis=(0, 1), dtype=np.float64) / self.bin_size
+        n = self.n_trials if self.observed is None else np.maximum(self.observed.sum(axis=0), 1)
+        seconds = n * self.n_bins * self.bin_size
+        return self.counts.sum(axis=(0, 1), dtype=np.int64) / seconds
 
     @property
     def region_names(self) -> list[str]:
@@ -219,7 +224,7 @@ class Session:
         n_known = self.observed[among].sum(axis=0)
         mean = self.counts[among].sum(axis=0) / np.maximum(n_known, 1)  # unobserved counts are 0
         known = self.observed[trials][:, None]
-        return np.where(known, self.counts[trials], mean).astype(np.float32)
+        return np.where(known, self.counts[trials], mean.astype(np.float32))
 
     def fingerprints(self, trials: np.ndarray) -> np.ndarray:
         """Hash the spikes of each of these trials, (K',) int64, whatever the session's name.
@@ -273,6 +278,8 @@ class Session:
             table = {"cluster": ids} | _columns("neurons", neurons, ids=ids, rows=clusters)
             trials = _columns("behaviour", behaviour, rows=align_times)
             counts = _count(who, recorded, ids, fields.get("given_split") is None, grid)
+            if twice := set(trials) & set(traces or {}):
+                raise ValueError(f"{min(twice)!r} is both a behaviour and a trace; rename one")
             for key, (times, values) in (traces or {}).items():
                 with _errors_of(f"{key}:"):
                     trials[key] = bin_trace(times, values, align_times, **grid)
@@ -352,7 +359,7 @@ def require_alike(sessions: Sequence[Session]) -> None:
 def _errors_of(what: str) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise SessionError(f"{what} {error}".lstrip()) from error
 
 

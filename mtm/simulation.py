@@ -22,7 +22,7 @@ import numpy as np
 from scipy.signal import lfilter
 
 from mtm.binning import n_bins
-from mtm.session import Session
+from mtm.session import Session, SessionError
 
 CONTRASTS = np.array([0.0, 0.0625, 0.125, 0.25, 1.0])
 INPUTS = ("stimulus left", "stimulus right", "evidence", "turn", "movement", "reward")
@@ -239,6 +239,8 @@ def spike_times(
     session: Session, mine: np.ndarray, stimulus: np.ndarray, stop: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Spike times (S,), sorted, and their cluster (S,), an index into ``mine``."""
+    if session.observed is not None:
+        raise SessionError(f"session {session.name!r}: files cannot say what was not observed")
     counts = session.counts[:, :, mine]
     trial, time_bin, cluster = (np.repeat(i, counts[counts > 0]) for i in np.nonzero(counts))
     edges = bin_edges(session, stimulus)

@@ -467,14 +467,16 @@ def _settings(
     sessions: Sequence[Session], start: TrainConfig | str, changes: dict[str, Any]
 ) -> TrainConfig:
     """Return the settings. Where no session has a region, no default scheme needs regions."""
+    if others := [type(each).__name__ for each in sessions if not isinstance(each, Session)]:
+        raise TypeError(f"fit needs Sessions, got {others[0]}; see mtm.Session, Session.load")
     config = recipe(start, **changes)
     left_out = [name for name in config.schemes if scheme(name).needs_regions]
+    rest = tuple(name for name in config.schemes if name not in left_out)
     without = sessions and not any(session.region_names for session in sessions)
-    if not (left_out and without) or "schemes" in changes:
+    if not (left_out and rest and without) or "schemes" in changes:
         return config
-    others = tuple(name for name in config.schemes if name not in left_out)
     warnings.warn(f"no neuron has a region: training without {', '.join(left_out)}", stacklevel=3)
-    return replace(config, schemes=others)
+    return replace(config, schemes=rest)
 
 
 def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
@@ -528,6 +530,12 @@ def _build(
             model.add_session(one.name, one.session.n_neurons, counts, config.token)
         else:
             model.init_direct_paths(one.name, counts)
+            if model.split_seed is None:
+                warnings.warn(
+                    f"session {one.name!r}: the model may have been trained on its test trials "
+                    "already; it is not known which it has seen",
+                    stacklevel=4,
+                )
         known = model.seen.get(one.name, one.fingerprints)
         model.seen[one.name] = np.union1d(known, one.fingerprints)
     return model

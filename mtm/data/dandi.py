@@ -39,7 +39,10 @@ COLUMNS = (
     *("mouse_wheel_choice", "is_mouse_rewarded", "probability_left", "gabor_stimulus_contrast"),
     *("gabor_stimulus_side", "choice", "feedback_type", "contrast_left", "contrast_right"),
 )
-CHOICES = {"left": -1.0, "right": 1.0, "no_go": 0.0}  # a turn of the wheel, left: anticlockwise
+CHOICES = {  # turns of the wheel
+    **{"left": -1.0, "right": 1.0, "no_go": 0.0, "no_response": 0.0},
+    **{"counter_clockwise": -1.0, "clockwise": 1.0, "none": 0.0, "": np.nan},
+}
 
 
 def find(session: str, *, api: str = API) -> str:
@@ -112,7 +115,9 @@ def load_session(
     if "mouse_wheel_choice" in read:
         words, side = read["mouse_wheel_choice"].tolist(), read["gabor_stimulus_side"]
         sign = np.where(side == "left", -0.01, 0.01)  # of percents
-        session.behaviour["choice"] = np.array([CHOICES.get(word, np.nan) for word in words])
+        if unknown := set(words) - set(CHOICES):
+            raise SessionError(f"session {session.name!r}, mouse_wheel_choice: unknown {unknown}")
+        session.behaviour["choice"] = np.array([CHOICES[word] for word in words])
         session.behaviour["reward"] = np.asarray(read["is_mouse_rewarded"], dtype=np.float64)
         session.behaviour["contrast"] = sign * read["gabor_stimulus_contrast"]
     else:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mtm.data import recording
 from mtm.data.collection import Prepared
 from mtm.data.collection import prepare as prepare_all
 from mtm.data.recording import Recording, ordered_samples, wheel_speed
@@ -38,7 +39,8 @@ TRIAL_COLUMNS += ["choice", "feedbackType", "probabilityLeft", "contrastLeft", "
 LOCATIONS = "brainLocationIds_ccf_2017"  # of channels, or of a probe's electrodeSites
 SORTING = ("spikes.times", "spikes.clusters", "clusters.channels")  # what a probe needs
 SILENCE = 0.1  # seconds without a spike of a whole probe that do not yet mean that it was off
-MANY = 20  # spikes in a trial of a probe that is never silent while it records
+PAUSE = 1.0  # seconds without a spike in which it was
+RATE = 20.0  # spikes a second of a probe that is never silent for so long
 
 
 def connect(
@@ -278,17 +280,18 @@ def _recorded(
 ) -> dict[str, np.ndarray]:
     """Probe -> trials (K,) bool that it recorded; in the others, its neurons only seem silent.
 
-    A probe records from its first to its last spike, and pauses where it has no spike in a window;
-    one with few spikes does not tell.
+    A probe records from its first to its last spike, without the pauses in which it has none; one
+    with few spikes does not tell.
     """
-    found, start, stop = {}, times + window[0], times + window[1]
+    found = {}
     for probe, each in spikes.groupby("probe")["time"]:
         spike_times = np.sort(each.dropna().to_numpy())
-        n_spikes = np.searchsorted(spike_times, stop) - np.searchsorted(spike_times, start)
-        first, last = spike_times[[0, -1]] + (-SILENCE, SILENCE)
-        recorded = (n_spikes > 0) & (start >= first) & (stop <= last)
+        edges = np.append(np.append(-np.inf, spike_times), np.inf)
+        last = np.flatnonzero(np.diff(edges) > PAUSE)  # spikes before pauses, and -1
+        spans = np.stack([edges[last[:-1] + 1], edges[last[1:]]], axis=1) + (-SILENCE, SILENCE)
+        recorded = recording.within(spans, times, window)
         # Where it recorded no trial, it is by another clock; binning reports it.
-        enough = recorded.any() and np.median(n_spikes[recorded]) >= MANY
+        enough = len(spike_times) > RATE * (spans[:, 1] - spans[:, 0]).sum() and recorded.any()
         found[probe] = recorded if enough else np.ones(len(times), dtype=bool)
     return found
 

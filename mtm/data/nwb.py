@@ -92,8 +92,7 @@ def load_session(
         labels, file.provenance["regions"] = _regions(file, table, region)
         times, rows = table.ragged("spike_times")
         neurons = {"cluster": table.id} | {key: table.column(key) for key in table.scalars}
-        fields = _trials(file, trials, align, behaviour, window, split)
-        fields |= _observed(file, table, fields["align_times"], window)
+        fields = _trials(file, table, trials, align, behaviour, window, split)
         fields["traces"] = {}
         for name in traces:
             fields["traces"] |= _samples(file, name)
@@ -290,23 +289,19 @@ def _electrodes(
     return listed
 
 
-def _observed(
-    file: _NwbFile, table: _Table, times: np.ndarray, window: tuple[float, float]
-) -> dict[str, np.ndarray]:
-    """In which trials each unit was observed, as ``observed`` (K, N); {} if in all."""
-    if "obs_intervals" not in table.index:
-        return {}
-    intervals, units = table.ragged("obs_intervals")
+def _observed(table: _Table, times: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """In which trials each unit was observed, (K, N) bool."""
     observed = np.ones((len(times), table.n), dtype=bool)
-    for unit in np.unique(units):
-        observed[:, unit] = within(intervals[units == unit], times, window)
-    if not observed.any():
-        file.fail("units/obs_intervals", "no window is within them; choose another event or window")
-    return {} if observed.all() else {"observed": observed}
+    if "obs_intervals" in table.index:
+        intervals, units = table.ragged("obs_intervals")
+        for unit in np.unique(units):
+            observed[:, unit] = within(intervals[units == unit], times, window)
+    return observed
 
 
 def _trials(
     file: _NwbFile,
+    units: _Table,
     trials: str,
     align: Any,
     behaviour: Any,
@@ -335,18 +330,21 @@ def _trials(
     start, stop = (bad.column(key) if bad.n else np.zeros(0) for key in ("start_time", "stop_time"))
     late, early = times + window[1], times + window[0]
     invalid = ((late[:, None] > start) & (early[:, None] < stop)).any(axis=1)
-    rejected = {"in invalid_times": invalid}
-    if split is None:
-        return file.trials_to_use(times, columns, rejected)
+    observed = _observed(units, times, window)
+    rejected = {"in invalid_times": invalid, "not in obs_intervals": ~observed.any(axis=1)}
+    part = np.full(len(times), "", dtype="U5")
     if isinstance(split, str):
         part = table.column(split)
-    else:
-        part = np.full(len(times), "", dtype="U5")
+    elif split is not None:
         for name, members in zip(PARTS, split, strict=True):
             part[np.asarray(members)] = name
-    fields = file.trials_to_use(times, columns, rejected | {"in no part": ~np.isin(part, PARTS)})
-    part = part[fields["trial_ids"]]
-    return fields | {"given_split": [np.flatnonzero(part == name) for name in PARTS]}
+    if split is not None:
+        rejected["in no part"] = ~np.isin(part, PARTS)
+    fields = file.trials_to_use(times, columns, rejected)
+    kept = fields["trial_ids"]
+    if split is not None:
+        fields["given_split"] = [np.flatnonzero(part[kept] == name) for name in PARTS]
+    return fields if observed[kept].all() else fields | {"observed": observed[kept]}
 
 
 def _samples(file: _NwbFile, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
