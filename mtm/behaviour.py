@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mtm.decoding import ENCODER_WIDTH, Decoded, Decoder, decodable, search, smoothed
 from mtm.masks import Mask
-from mtm.model import MtM
+from mtm.model import MtM, nothing_hidden
 from mtm.prediction import unobserved
 from mtm.session import Session
 from mtm.training import Fit
@@ -50,12 +50,13 @@ class BehaviourReadout(nn.Module):
         self.scale = 1.0  # of the values, for which outputs are of order 1
         self.penalty = 0.0  # of the squared weights, as of the decoder that they start from
 
-    def features(self, counts: Tensor, mask: Mask) -> Tensor:
+    def features(self, counts: Tensor, mask: Mask | None = None) -> Tensor:
         """Counts (B, T, N) to smoothed latents and output of the encoder, (B, T x F)."""
+        mask = mask or nothing_hidden(counts)
         z = self.model.encode_latents(counts, self.session, mask, encoder=True)
         return (self.smoothing @ z).flatten(1)
 
-    def forward(self, counts: Tensor, mask: Mask) -> Tensor:
+    def forward(self, counts: Tensor, mask: Mask | None = None) -> Tensor:
         """Counts (B, T, N) to logits (B, C), or values (B, 1) or (B, T) in units of the scale."""
         return self.linear(self.features(counts, mask))
 
