@@ -333,7 +333,7 @@ def predict_held_out(
     """Predict the scored entries of a task, each while it is hidden.
 
     Args:
-        predictor, session, **options: as in :func:`mtm.evaluate`.
+        predictor, session, options: as in :func:`mtm.evaluate`.
         task: one of :data:`TASKS`.
         trials: (K',) indices. Default: the test trials.
         wanted: neurons to score, indices or (N,) bool. Default: all.
