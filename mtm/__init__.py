@@ -63,7 +63,7 @@ from mtm.session import Session, SessionError, Split
 from mtm.simulation import simulate
 from mtm.training import Fit, fit
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Fit",
