@@ -31,7 +31,6 @@ def test_each_figure_returns_its_axes_with_labels(ax, sessions, reports):
         (plots.psth, session, 2, "choice"),
         (plots.history, entries),
         (plots.predicted, session, 1, 2, log_rates[1, :, 2]),
-        (plots.rate_scatter, session.rates, log_rates, session.bin_size),
     ):
         ax.clear()
         assert draw(*given, ax) is ax
