@@ -35,11 +35,6 @@ from mtm.session import SessionError
 from mtm.simulation import simulate
 from mtm.training import fit, model_config
 
-EXAMPLE = """example, from nothing to scores in a few minutes:
-  python -m mtm simulate sessions --sessions 3
-  python -m mtm train sessions/*.npz --out model --depth 1
-  python -m mtm evaluate model sessions/sim-0.npz --json scores.json
-"""
 GRID = ("align", "window", "bin_size")
 READERS: dict[str, tuple[str, Any, tuple[str, ...]]] = {  # what is read, module, its options
     "ibl": ("IBL recordings through ONE", ibl, (*GRID, "atlas", "trial_filter", "units")),
@@ -131,8 +126,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m mtm",
         description="Multi-task masking: recordings in, a trained model and honest scores out.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for run in (run_simulate, run_train, run_evaluate, run_export):
@@ -349,15 +342,16 @@ def run_evaluate(
 
 def _print(reports: dict[str, Report]) -> None:
     """Print the model's report, and the tables of all."""
+    null = "bits_per_spike_train_null"
     print(f"\n{reports['MtM']}\n")
     print("beside others (activity: over each neuron's mean in the scored test entries):")
     print(score_table(reports))
     if any("spikes" in scores.table for scores in reports["MtM"].tasks.values()):
         print("\nactivity over each neuron's mean in the training trials:")
-        print(score_table(reports, "bits_per_spike_train_null"))
+        print(score_table(reports, null))
         if "oracle" in reports:
-            shares = reports["MtM"].share(reports["oracle"]).items()
-            print("\nof the oracle's: " + ", ".join(f"{t} {share:.0%}" for t, share in shares))
+            ours, best = (reports[name].means(null) for name in ("MtM", "oracle"))
+            print("\nof the oracle's: " + ", ".join(f"{t} {ours[t] / best[t]:.0%}" for t in ours))
 
 
 def run_export(

@@ -4,8 +4,9 @@ Colours mean the same in all figures: dark grey is a visible spike, white a visi
 is hidden, blue hidden and scored; each region and each method has one colour. The palette is that
 of Okabe and Ito, which colour-blind readers can tell apart.
 
-Arguments in common: ``neuron`` and ``trial`` are indices; ``by`` is a behaviour with one value per
-trial; ``ax`` is where to draw, by default the current Axes.
+Arguments in common: ``neuron`` and ``trial`` are indices; ``rates`` (K', T, N) are the predicted
+counts of ``trials`` (K',); ``by`` is a behaviour with one value per trial; ``ax`` is where to draw,
+by default the current Axes.
 """
 
 from __future__ import annotations
@@ -58,10 +59,7 @@ def region_colours(session: Session) -> dict[str, str]:
 
 
 def raster(session: Session, trial: int, ax: Axes | None = None) -> Axes:
-    """Spike counts of one trial: time across, neurons down, sorted by region.
-
-    Neurons that were not observed in the trial are light blue.
-    """
+    """Spike counts of a trial, neurons sorted by region; light blue: not observed in the trial."""
     ax = ax or plt.gca()
     counts = _observed(session, [trial])[0]
     highest = max(3, np.nanquantile(counts, 0.99))
@@ -91,10 +89,7 @@ def psth_grid(
     trials: np.ndarray,
     by: str = "choice",
 ) -> Figure:
-    """PSTHs of several neurons, observed (thin) and predicted (thick), for each value of ``by``.
-
-    ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',).
-    """
+    """PSTHs of several neurons, observed (thin) and predicted (thick), for each value of ``by``."""
     columns, rows = min(4, len(neurons)), -(-len(neurons) // 4)
     figure = plt.figure(figsize=(2.6 * columns, 2.2 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
@@ -115,10 +110,7 @@ def psth_grid(
 def before_and_after(
     session: Session, rates: np.ndarray, neuron: int, trials: np.ndarray, by: str = "choice"
 ) -> Figure:
-    """Single trials of one neuron: its spikes, and the rates predicted while it was hidden.
-
-    ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',), sorted by ``by``.
-    """
+    """Trials of one neuron, sorted by ``by``: spikes, and rates predicted while it was hidden."""
     figure = plt.figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     order = np.argsort(session.behaviour[by][trials], kind="stable")
@@ -264,10 +256,7 @@ def live() -> Callable[[Sequence[Mapping[str, Any]]], None]:
 def score_bars(
     reports: Mapping[str, Report], column: str = "bits_per_spike", ax: Axes | None = None
 ) -> Axes:
-    """Mean of each predictor in each task that has the column, with its standard error.
-
-    The error is over sessions where there are several, else over neurons.
-    """
+    """Mean of each predictor in each task, with its error over sessions or, of one, neurons."""
     ax = ax or plt.gca()
     several = any(len(report.sessions) > 1 for report in reports.values())
     bars: dict[str, dict[str, Mean]] = {name: {} for name in reports}

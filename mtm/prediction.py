@@ -42,8 +42,7 @@ class Predictor(Protocol):
 
     It may also take ``neurons`` (B,) and return the log-rates (B, T) of one neuron of each trial.
     Optional attributes: ``device``; ``n_bins``, ``bin_size``, ``window``, ``split_seed`` and
-    ``seen`` (session name -> fingerprints of training trials), which are checked; ``schemes``,
-    those that it can predict.
+    ``seen`` (session name -> fingerprints of training trials), which are checked; ``schemes``.
     """
 
     def predict_log_rates(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
@@ -183,7 +182,7 @@ def predict_queries(
 
     Args:
         predictor: as :func:`as_predictor` returns it.
-        session: the recording, and ``trials`` (K',) of it.
+        session, trials: the recording, and (K',) indices of its trials.
         name: masking scheme whose prompt a model gets; it decides whether attention is causal.
         queries: what to hide and predict.
         **options: ``batch_size`` and ``progress`` of :func:`mtm.evaluate`.

@@ -181,16 +181,6 @@ class Report:
         having = {t: s for t, s in self.tasks.items() if (column or s.score) in s.table}
         return {task: scores.mean(column) for task, scores in having.items()}
 
-    def share(self, ceiling: Report, column: str = "bits_per_spike_train_null") -> dict[str, float]:
-        """Task -> score as a share of another report's on the same sessions, such as the oracle's.
-
-        With the honest null, the default, the mean rates have a share of 0 by construction.
-        """
-        if set(self.sessions) != set(ceiling.sessions):
-            raise ValueError(f"not the same sessions: {[*self.sessions]} and {[*ceiling.sessions]}")
-        best = ceiling.means(column)
-        return {t: x / (best[t] or np.nan) for t, x in self.means(column).items() if t in best}
-
     def to_frame(self) -> pd.DataFrame:
         """One table of all tasks, with a column ``task``; NaN where a task lacks a column."""
         tables = [scores.table.assign(task=task) for task, scores in self.tasks.items()]
@@ -312,5 +302,5 @@ def _text(table: pd.DataFrame) -> str:
 
 def _plain(value: Any) -> Any:
     """A value as JSON holds it, with numbers rounded to six decimals and None for NaN."""
-    rounded = {"parse_float": lambda x: round(float(x), 6), "parse_constant": lambda _: None}
-    return json.loads(json.dumps(value), **rounded)
+    text = json.dumps(value)
+    return json.loads(text, parse_float=lambda x: round(float(x), 6), parse_constant=lambda _: None)

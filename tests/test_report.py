@@ -1,4 +1,4 @@
-"""Reports: means and errors against closed forms, joining, shares, tables and JSON."""
+"""Reports: means and errors against closed forms, joining, tables and JSON."""
 
 import json
 
@@ -122,12 +122,7 @@ def test_a_column_that_one_report_lacks():
     without = report("a", [2.0, 4.0], ["", ""])
     lines = score_table({"one": with_it, "other": without}, "psth_r2").splitlines()
     assert [line.split()[-1] for line in lines] == ["co-smoothing", "0.500", "-"]
-    assert with_it.share(without, "psth_r2") == without.share(with_it, "psth_r2") == {}
-    assert with_it.share(without) == {"co-smoothing": 0.5}
-    zero = report("a", [0.0, 0.0], ["", ""])
-    assert np.isnan(with_it.share(zero)["co-smoothing"])
-    with pytest.raises(ValueError, match="not the same sessions"):
-        with_it.share(report("b", [1.0], [""]))
+    assert with_it.means("psth_r2") == {"co-smoothing": 0.5} and without.means("psth_r2") == {}
     own = score_table({"one": with_it, "two": of_choice("a", 0.75)}).splitlines()
     assert [line.split() for line in own] == [
         ["co-smoothing", "choice"], ["one", "1.500", "-"], ["two", "-", "0.750"]
