@@ -50,7 +50,9 @@ MIN_SPIKES = 5  # expected in the validation trials, for a neuron to count in a 
 
 # Settings of the transformers; they suit temporal masking better than the recipe "mtm".
 RATIOS = (0.1, 0.3)
-SETTINGS = dict(epochs=100, batch_size=16, batches_per_step=1, weight_decay=0.01)
+SETTINGS: dict[str, Any] = dict(epochs=100, batch_size=16, batches_per_step=1, weight_decay=0.01)
+
+Truth = tuple[Tensor, Tensor, Tensor]  # counts, log of the mean (N,), and what was observed
 
 
 def validation_score(log_rates: Tensor, counts: Tensor, null: Tensor, known: Tensor) -> float:
@@ -126,16 +128,14 @@ class Link(NamedTuple):
         return ((counts - self.rates) / self.scale).clamp(max=LARGEST_INPUT)
 
 
-def tune(
-    delta: Tensor, link: Link, counts: Tensor, null: Tensor, known: Tensor
-) -> tuple[float, Link]:
+def tune(delta: Tensor, link: Link, truth: Truth) -> tuple[float, Link]:
     """Choose gain (less for low rates) and floor; returns the score of the predicted changes."""
 
     def best(links: Iterable[Link]) -> tuple[float, Link]:
-        scored = [(validation_score(link(delta), counts, null, known), link) for link in links]
+        scored = [(validation_score(link(delta), *truth), link) for link in links]
         return max(scored, key=itemgetter(0))
 
-    mean = null.exp()
+    mean = truth[1].exp()
     gains = [
         strength * mean / (mean + prior * mean.mean())
         for prior in (0.0, 0.03, 0.1, 0.3, 1.0)
@@ -164,6 +164,7 @@ class Data:
         self.counts = {part: each.to(dtype) for part, each in counts.items()}
         self.link = Link(self.rates, self.counts["train"].amax((0, 1)).clamp(min=1), scale)
         self.inputs = {k: self.link.residuals(c) * self.known[k] for k, c in self.counts.items()}
+        self.truth = self.counts["val"], self.null, self.known["val"]
         codes, places = torch.from_numpy(session.region_codes), torch.arange(session.n_neurons)
         codes = torch.where(codes < 0, len(codes) + places, codes)  # no region: one of its own
         self.regions = [places[codes == code] for code in codes.unique()]
@@ -172,10 +173,6 @@ class Data:
         self.visible = {"neuron": ~itself}
         if session.region_names:
             self.visible |= {"inter-region": ~same, "intra-region": same & ~itself}
-
-    def score(self, log_rates: Tensor) -> float:
-        """Score of log-rates for the validation trials."""
-        return validation_score(log_rates, self.counts["val"], self.null, self.known["val"])
 
 
 def _psth(train: Tensor, val: Tensor, null: Tensor, known: Tensor) -> Tensor:
@@ -238,7 +235,7 @@ def fit_psth(data: Data) -> Found:
     counts, n = data.counts["val"], data.n_neurons
     windows = counts.new_zeros(0, data.n_bins, data.n_bins)
     weights, bias = counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n)
-    score = data.score(data.link(torch.zeros_like(counts)))
+    score = validation_score(data.link(torch.zeros_like(counts)), *data.truth)
     found = Regression(windows, weights, bias, data.link, score)
     yield from ((data.name, scheme, found) for scheme in MTM_SCHEMES)
 
@@ -298,7 +295,7 @@ def fit_ridge(data: Data) -> Found:
             found = torch.stack([ridge_weights(*known, *part) for part in parts[scheme]]).sum(0)
             weights[:, pattern == i] = found[:, pattern == i]
         delta = window_sums(data.inputs["val"], windows[chosen]) @ weights
-        score, link = tune(delta, data.link, data.counts["val"], data.null, data.known["val"])
+        score, link = tune(delta, data.link, data.truth)
         weights = weights.view(1, data.n_neurons, -1, data.n_neurons)
         text = f"{name}; penalty {penalty:.3g}; floor {link.floor:g}"
         bias = torch.zeros_like(weights[:, 0, 0])
@@ -375,7 +372,7 @@ class LowRank:
     def fitted(self, chosen: str) -> Regression:
         """The map as a matrix from neuron to neuron."""
         data, bias = self.data, (self.bias * self.gain)[None]
-        score = data.score(data.link(self.delta(data.inputs["val"])))
+        score = validation_score(data.link(self.delta(data.inputs["val"])), *data.truth)
         filters, outputs = self.filters / self.filters.norm(dim=0), self.outputs * self.gain
         weights = torch.einsum("mr,lr,rn->mln", self.inputs, filters, outputs)
         weights = weights * data.visible[self.scheme][:, None]
@@ -453,9 +450,8 @@ class Past(NamedTuple):
         windows = window_matrices(data.n_bins, PAST, past=True).to(x.dtype)[:, :-horizon]
         population = window_sums(x @ components, windows).flatten(0, 1)
         own = (windows[:, None] @ x).flatten(1, 2)
-        later = [data.rates.expand_as(counts), counts, data.known[part].expand_as(counts)]
-        later = [each[:, horizon:] for each in later]
-        return cls(own, population, *(each.flatten(0, 1) for each in later))
+        later = data.rates.expand_as(counts), counts, data.known[part].expand_as(counts)
+        return cls(own, population, *(each[:, horizon:].flatten(0, 1) for each in later))
 
     def predict(self, own: Tensor, population: Tensor, bias: Tensor) -> Tensor:
         """Changes (S, N) for weights (L, N), (C L, N) and bias (N,)."""
@@ -518,7 +514,7 @@ def fit_forward(data: Data, solve: Callable[[Past, float], Coefficients]) -> Reg
         delta, link = val.predict(*solve(train, penalty)), data.link._replace(rates=val.rates)
         truth = val.counts, data.null, val.known
         if solve is ridge_regression:
-            return *tune(delta, link, *truth), penalty, components
+            return *tune(delta, link, truth), penalty, components
         return validation_score(link(delta), *truth), link, penalty, components
 
     tried = []
@@ -534,9 +530,9 @@ def fit_forward(data: Data, solve: Callable[[Past, float], Coefficients]) -> Reg
         maps[-1].diagonal(dim1=0, dim2=2).add_(own)  # each neuron from itself
         biases.append(bias)
     windows = window_matrices(data.n_bins, PAST, past=True).to(own)
-    link = link._replace(rates=data.rates)
+    fitted = windows, torch.stack(maps), torch.stack(biases), link._replace(rates=data.rates)
     text = f"{n} components of the population; penalty {penalty:.3g}"
-    return Regression(windows, torch.stack(maps), torch.stack(biases), link, score, text, True)
+    return Regression(*fitted, score, text, causal=True)
 
 
 class Baseline:
