@@ -49,7 +49,6 @@ LBFGS_STEPS = 40  # at each penalty of the low-rank GLM
 MIN_SPIKES = 5  # expected in the validation trials, for a neuron to count in a choice
 
 # Settings of the transformers; they suit temporal masking better than the recipe "mtm".
-RATIOS = (0.1, 0.3)
 SETTINGS: dict[str, Any] = dict(epochs=100, batch_size=16, batches_per_step=1, weight_decay=0.01)
 
 Truth = tuple[Tensor, Tensor, Tensor]  # counts, log of the mean (N,), and what was observed
@@ -583,7 +582,7 @@ class Baseline:
 def temporal_ndt1(
     sessions: Sequence[Session],
     split_seed: int = 0,
-    ratios: Sequence[float] = RATIOS,
+    ratios: Sequence[float] = (0.1, 0.3),
     depth: int = 2,
     *,
     tokenizer: str = "ndt1",
