@@ -6,7 +6,6 @@ import torch
 from sklearn.linear_model import PoissonRegressor
 from sklearn.linear_model import Ridge as ScikitRidge
 
-import mtm
 from mtm import Mask, Session, baselines, evaluate, mean_rates, oracle, simulate
 from mtm.baselines import fit_baseline
 from mtm.prediction import TASKS
@@ -204,13 +203,7 @@ def test_silent_neurons():
 
 
 @pytest.mark.parametrize("name", ["temporal NDT1", "random-token NDT2"])
-def test_the_papers_baselines_are_kept_and_resumed(small, name, tmp_path):
-    how = {"epochs": 1, "depth": 1, "progress": False, "folder": tmp_path}
-    result = fit_baseline(name, small[0], **how)
-    again = fit_baseline(name, small[0], **how)  # each ratio's run goes on where it was
-    assert again.history == result.history and again.config == result.config
-    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == len(baselines.RATIOS)
+def test_the_papers_baselines(small, name):
+    result = fit_baseline(name, small[0], epochs=1, depth=1, progress=False)
     assert result.model.prompts == () and not result.model.causal
     assert result.model.config.tokenizer == name[-4:].lower()
-    saved = mtm.load(tmp_path).state_dict()  # the best model is in the folder itself
-    assert all(torch.equal(saved[key], value) for key, value in result.model.state_dict().items())
