@@ -276,6 +276,8 @@ def score_table(reports: Mapping[str, Report], column: str | None = None) -> str
     ``column`` is of the tables of scores; default: each task's own score.
     """
     means = {name: report.means(column) for name, report in reports.items()}
+    if not any(means.values()):
+        raise ValueError(f"no report has a column {column!r}")
     return _text(pd.DataFrame.from_dict(means, orient="index"))
 
 
