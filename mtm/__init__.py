@@ -6,6 +6,7 @@ The core, to be read in this order::
     binning      spike times to counts, traces to bins
     masks        what is hidden and what is scored: six schemes and a sampler
     model        the whole model: embed, encode, read out
+    direct_paths linear paths around the encoder
     metrics      Poisson likelihood, bits per spike, D2, R2
     training     fit(): one explicit loop
     prediction   which entries each task hides, and how a predictor is asked for them

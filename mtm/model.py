@@ -16,7 +16,7 @@ first. Differences from the authors' code:
    mean rather than like silence;
 2. in causal mode nothing flows from later to earlier bins;
 3. a new model predicts the mean rates (``init="paper"`` starts as theirs does);
-4. :class:`DirectPaths` add a linear map from counts to log-rates that bypasses the encoder.
+4. :class:`mtm.direct_paths.DirectPaths` add linear maps from counts to log-rates.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from mtm.direct_paths import LARGEST_INPUT, DirectPaths, principal_components, scaled
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.masks import scheme as known_scheme
 from mtm.metrics import log_mean
@@ -41,13 +42,7 @@ from mtm.metrics import log_mean
 TOKEN_STD = 0.05  # initial standard deviation of session and prompt tokens
 POSITION_SCALE = 0.3  # initial amplitude of time and space embeddings
 READOUT_SCALE = 0.1  # factor on initial readout weights: predictions start near the mean rates
-SOFTENING = 0.1  # added to a mean count, so that rare spikes are not scaled up without bound
-COMPONENTS = 32  # principal components that a new stitcher starts with
-SCALES = (1.0, 3.0, 10.0, math.inf)  # of the kernels of the direct paths, bins; inf: whole trial
-LATENT_NOISE = (1.0, 0.5, 0.3, 0.15, 0.08)  # initial variance: a bin, then each kernel's average
-LARGEST_INPUT = 4.0  # of the direct paths: through an exponential, bursts would overshoot
-COMPONENTS_SCALE = 3.0  # their factor in its weights
-COMPONENT_BINS = 20_000  # most bins of training trials from which they are computed
+COMPONENTS_SCALE = 3.0  # factor of principal components in initial weights of a stitcher
 
 # The authors' options.
 PUBLISHED = dict(positions="learned", input_counts="raw", own_history=False, latents=0)
@@ -136,7 +131,10 @@ class SessionLayers(nn.Module):
         self.raw = config.input_counts == "raw"
         if config.direct_paths or not self.raw:
             self.register_buffer("mean", torch.zeros(n_neurons))
-        self.direct = DirectPaths(n_neurons, config) if config.direct_paths else None
+        self.direct = None
+        if config.direct_paths:
+            paths = config.own_history, config.latents, config.latent_dropout
+            self.direct = DirectPaths(n_neurons, *paths)
 
     def init_from_means(self, log_means: Tensor) -> None:
         """Predict log mean counts (N,) to begin with."""
@@ -147,108 +145,14 @@ class SessionLayers(nn.Module):
             self.readout.bias.copy_(log_means)
 
     def init_from_components(self, directions: Tensor, variances: Tensor) -> None:
-        """Start maps of the input at :func:`principal_components`, (N, R) and (R,)."""
-        if self.direct is not None and self.direct.readout is not None:
-            # Poisson noise of scaled counts has variance 1, averaged over 5 bins 1/5.
-            strength = (variances - 0.2).clamp(min=0.02).sqrt()
-            n = min(len(self.direct.loadings), len(strength))
-            self.direct.loadings[:n] = (strength[:, None] * directions.T)[:n]
-        if hasattr(self, "stitcher") and not self.raw:  # components are of scaled counts
+        """Start maps of the input at principal components of scaled counts, (N, R) and (R,)."""
+        if self.direct is not None:
+            self.direct.init_from_components(directions, variances)
+        if hasattr(self, "stitcher") and not self.raw:
             # Outputs 0 to R-1 start at the R components in turn, R to 2R-1 at their negatives, ...
             turn, component = divmod(np.arange(len(self.stitcher.weight)), directions.shape[1])
             sign = torch.from_numpy(1.0 - 2.0 * (turn % 2)).float()
             self.stitcher.weight += COMPONENTS_SCALE * sign[:, None] * directions.T[component]
-
-
-def principal_components(counts: np.ndarray, means: Tensor) -> tuple[Tensor, Tensor]:
-    """Principal components (N, R) of scaled training counts (K, T, N), and variances (R,)."""
-    n_trials, n_bins, _ = counts.shape
-    some = counts[:: math.ceil(n_trials * n_bins / COMPONENT_BINS)]  # every so many-th trial
-    x = (torch.from_numpy(some.astype(np.float32)) - means) * (means + SOFTENING).rsqrt()
-    # What neurons share changes more slowly than their spikes: average over 5 bins.
-    x = F.avg_pool1d(x.transpose(1, 2), 5, stride=1, padding=2, count_include_pad=False)
-    x = x.transpose(1, 2).flatten(0, 1)  # (K T, N)
-    _, singular, components = torch.pca_lowrank(x, min(COMPONENTS, *x.shape), niter=4)
-    return components, singular.square() / len(x)
-
-
-# ---------------------------------------------------------------- from counts to log-rates directly
-
-
-class DirectPaths(nn.Module):
-    """Linear paths of one session, from its counts to its log-rates.
-
-    The encoder sees all neurons through a bottleneck, which a neuron's own history hardly passes,
-    and needs more data than a linear map. Two terms, 0 at the start, are added to its log-rates:
-
-    - own history: each neuron's visible counts in other bins, averaged by kernels
-      ``exp(-|lag| / scale)``, with a weight for each kernel and neuron;
-    - the population: latents of a factor analysis, of the bin and averaged by the same kernels,
-      with a linear map to all log-rates. With loadings L (R, N) and V = diag(share of bins in which
-      a neuron is visible), their posterior mean is ``(L V L' + noise I)^-1 L x``, where x is 0 at
-      hidden entries. It shrinks as more neurons are hidden: its scale is right for any mask.
-
-    In causal mode kernels average strictly earlier bins. Compare POCO (arXiv 2506.14957).
-    """
-
-    def __init__(self, n_neurons: int, config: MtMConfig) -> None:
-        super().__init__()
-        self.own = nn.Parameter(torch.zeros(len(SCALES), n_neurons)) if config.own_history else None
-        self.readout: nn.Linear | None = None
-        if n := config.latents:
-            self.loadings = nn.Parameter(torch.randn(n, n_neurons) / math.sqrt(n_neurons))  # L
-            self.log_noise = nn.Parameter(torch.tensor(LATENT_NOISE).log())
-            self.dropout = nn.Dropout(config.latent_dropout)
-            self.readout = nn.Linear((1 + len(SCALES)) * n, n_neurons, bias=False)
-            nn.init.zeros_(self.readout.weight)
-
-    def forward(
-        self, x: Tensor, hidden: Tensor, causal: Tensor, neurons: Tensor | None = None
-    ) -> Tensor:
-        """Masked input (B, T, N) to terms of log-rates (B, T, N), or (B, T) of ``neurons`` (B,)."""
-        x = x.clamp(max=LARGEST_INPUT)
-        kernels = history_kernels((~hidden).any(dim=2), causal, x.dtype)  # (B, scales, T, T)
-        found = torch.zeros_like(x if neurons is None else x[..., 0])
-        if self.own is not None and neurons is None:
-            averages = (kernels.flatten(1, 2) @ x).unflatten(1, kernels.shape[1:3])
-            for i in range(len(SCALES)):  # quicker on a CPU than one product and a sum
-                found = torch.addcmul(found, averages[:, i], self.own[i])
-        elif self.own is not None:
-            alone = x[torch.arange(len(x), device=x.device), :, neurons]  # (B, T)
-            averages = (kernels @ alone[:, None, :, None])[..., 0]  # (B, scales, T)
-            found = torch.einsum("bst,sb->bt", averages, self.own[:, neurons])
-        if self.readout is None:
-            return found
-        z = self.dropout(self.population_latents(x, hidden, kernels).transpose(1, 2).flatten(2))
-        if neurons is None:
-            return found + self.readout(z)
-        return found + (z @ self.readout.weight[neurons][..., None])[..., 0]
-
-    def population_latents(self, x: Tensor, hidden: Tensor, kernels: Tensor) -> Tensor:
-        """Expected latents of each bin, alone and averaged, (B, 1 + scales, T, R)."""
-        # Linear, so it does not matter that kernels average after the projection.
-        z = (x @ self.loadings.T)[:, None]
-        z = torch.cat([z, kernels @ z], dim=1)
-        # V: for each neuron, in how many of the bins that are not hidden whole it is visible.
-        n_bins = (~hidden).any(dim=2).sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
-        visible = (~hidden).sum(dim=1) / n_bins  # (B, N)
-        precision = (visible[:, None] * self.loadings) @ self.loadings.T  # (B, R, R)
-        noise = self.log_noise[: z.shape[1]].exp()[:, None]  # (1 + scales, 1)
-        noise = torch.diag_embed(noise.expand(-1, len(self.loadings)))
-        # solve_ex, unlike solve, does not wait for the device's errors.
-        return torch.linalg.solve_ex(precision[:, None] + noise, z.mT)[0].mT
-
-
-def history_kernels(visible: Tensor, causal: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weights of other ``visible`` (B, T) bins in averages for each bin, (B, scales, T, T)."""
-    bins = torch.arange(visible.shape[1], device=visible.device, dtype=dtype)
-    lag = bins[:, None] - bins
-    kernels = torch.stack([torch.exp(-lag.abs() / scale) for scale in SCALES])
-    # Not the bin itself, nor, in trials that are ``causal`` (B,), later ones.
-    allowed = torch.where(causal[:, None, None], lag > 0, lag != 0) & visible[:, None]  # (B, T, T)
-    kernels = kernels * allowed[:, None]
-    # The total weight plus 1 shrinks averages over few bins towards 0.
-    return kernels / (kernels.sum(dim=3, keepdim=True) + 1)
 
 
 # ---------------------------------------------------------------- from counts to tokens, and back
@@ -542,8 +446,8 @@ class MtM(nn.Module):
     ) -> Tensor:
         """Counts as the tokenizer or the direct paths get them, (B, T, N): 0 where hidden."""
         x = counts.to(self.norm.weight.dtype)
-        if direct or self.config.input_counts == "scaled":  # as in `principal_components`
-            x = (x - layers.mean) * (layers.mean + SOFTENING).rsqrt()
+        if direct or self.config.input_counts == "scaled":
+            x = scaled(x, layers.mean)
         return x.masked_fill(mask.hidden, 0)
 
     def prefix(self, scheme: str | None, layers: SessionLayers) -> Tensor:
@@ -626,8 +530,7 @@ class MtM(nn.Module):
         layers, found = self.session_layers(session), []
         if (direct := layers.direct) is not None and direct.readout is not None:
             x = self.masked_input(counts, mask, layers, direct=True).clamp(max=LARGEST_INPUT)
-            none = x.new_zeros(len(x), 0, self.n_bins, self.n_bins)  # no kernel: each bin alone
-            found.append(direct.population_latents(x, mask.hidden, none)[:, 0])
+            found.append(direct.population_latents(x, mask.hidden)[:, 0])
         if encoder or not found:
             x = self.encode(self.embed(counts, None, mask, session))[:, -self.n_tokens(session) :]
             found.append(x.unflatten(1, (self.n_bins, -1)).mean(dim=2))

@@ -61,36 +61,19 @@ def accumulate(
     Returns:
         the contribution of each of ``batches`` to the loss, (batches,), on the device.
     """
-    losses = torch.zeros(len(batches), device=model.device)
-    weights: list[Tensor | float] = [1.0] * len(batches)  # of the sum over a batch's targets
-    if config.loss == "mean":
-        n = n_batches or len(batches)
-        weights = [1 / batch.mask.target.sum().clamp(min=1) / n for batch in batches]
-    # Batches that pass through the model together: all of the step, or each piece alone.
-    groups = [list(enumerate(batches))] if batches else []
-    if size := config.micro_batch:
-        groups = [[(i, part)] for i, batch in enumerate(batches) for part in split(batch, size)]
-    for group in groups:
-        with autocast(model.device, config.precision):
-            log_rates = model.forward_many([batch for _, batch in group])
-        parts = [
-            weights[i] * masked_loss(out.float(), batch.counts, batch.mask.target)
-            for out, (i, batch) in zip(log_rates, group, strict=True)
-        ]
-        torch.stack(parts).sum().backward()
-        for (i, _), part in zip(group, parts, strict=True):
-            losses[i] += part.detach()
-    return losses
-
-
-def split(batch: Batch, size: int) -> list[Batch]:
-    """Return batches of at most ``size`` trials."""
-    mask = batch.mask
-    parts = (x.split(size) for x in (batch.counts, mask.hidden, mask.target))
-    return [
-        batch._replace(counts=counts, mask=replace(mask, hidden=hidden, target=target))
-        for counts, hidden, target in zip(*parts, strict=True)
-    ]
+    if not batches:
+        return torch.zeros(0, device=model.device)
+    with autocast(model.device, config.precision):
+        log_rates = model.forward_many(batches)
+    losses = []
+    for out, batch in zip(log_rates, batches, strict=True):
+        target, weight = batch.mask.target, 1.0
+        if config.loss == "mean":
+            weight = 1 / target.sum().clamp(min=1) / (n_batches or len(batches))
+        losses.append(weight * masked_loss(out.float(), batch.counts, target))
+    found = torch.stack(losses)
+    found.sum().backward()
+    return found.detach()
 
 
 def make_optimizer(model: MtM, config: TrainConfig) -> torch.optim.AdamW:
