@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 SOFTENING = 0.1  # added to a mean count, so that rare spikes are not scaled up without bound
 COMPONENTS = 32  # principal components that maps of the input start with
+COMPONENTS_SCALE = 3.0  # their factor in initial weights of a stitcher
 COMPONENT_BINS = 20_000  # most bins of training trials from which they are computed
 SCALES = (1.0, 3.0, 10.0, math.inf)  # of the kernels, bins; inf: whole trial
 LATENT_NOISE = (1.0, 0.5, 0.3, 0.15, 0.08)  # initial variance: a bin, then each kernel's average
@@ -24,6 +25,12 @@ LARGEST_INPUT = 4.0  # through an exponential, bursts would overshoot
 def scaled(counts: Tensor, means: Tensor) -> Tensor:
     """Counts (..., N) as distances from the neurons' means (N,), in units of Poisson noise."""
     return (counts - means) * (means + SOFTENING).rsqrt()
+
+
+def masked_input(counts: Tensor, means: Tensor, hidden: Tensor) -> Tensor:
+    """Input of direct paths: scaled counts (B, T, N), 0 where hidden, large ones cut off."""
+    x = scaled(counts.to(means.dtype), means).masked_fill(hidden, 0)
+    return x.clamp(max=LARGEST_INPUT)
 
 
 def principal_components(counts: np.ndarray, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +43,14 @@ def principal_components(counts: np.ndarray, means: Tensor) -> tuple[Tensor, Ten
     x = x.transpose(1, 2).flatten(0, 1)  # (K T, N)
     _, singular, components = torch.pca_lowrank(x, min(COMPONENTS, *x.shape), niter=4)
     return components, singular.square() / len(x)
+
+
+def stitcher_weights(directions: Tensor, n_outputs: int) -> Tensor:
+    """What principal components (N, R) add to initial weights of a stitcher, (n_outputs, N)."""
+    # Outputs 0 to R-1 start at the R components in turn, R to 2R-1 at their negatives, ...
+    turn, component = divmod(np.arange(n_outputs), directions.shape[1])
+    sign = torch.from_numpy(1.0 - 2.0 * (turn % 2)).float()
+    return COMPONENTS_SCALE * sign[:, None] * directions.T[component]
 
 
 class DirectPaths(nn.Module):
@@ -75,14 +90,10 @@ class DirectPaths(nn.Module):
     def forward(
         self, x: Tensor, hidden: Tensor, causal: Tensor, neurons: Tensor | None = None
     ) -> Tensor:
-        """Terms (B, T, N), or (B, T) of ``neurons`` (B,).
+        """Terms (B, T, N) of log-rates, or (B, T) of the ``neurons`` (B,), one of each trial.
 
-        Args:
-            x: (B, T, N) scaled counts, 0 where ``hidden`` (B, T, N) bool.
-            causal: (B,) bool, the trials in causal mode.
-            neurons: (B,) the one neuron of each trial that is wanted.
+        ``x`` (B, T, N) is from :func:`masked_input`; ``causal`` (B,) bool are trials in that mode.
         """
-        x = x.clamp(max=LARGEST_INPUT)
         kernels = history_kernels((~hidden).any(dim=2), causal, x.dtype)  # (B, scales, T, T)
         found = torch.zeros_like(x if neurons is None else x[..., 0])
         if self.own is not None and neurons is None:

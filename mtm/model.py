@@ -34,7 +34,13 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from mtm.direct_paths import LARGEST_INPUT, DirectPaths, principal_components, scaled
+from mtm.direct_paths import (
+    DirectPaths,
+    masked_input,
+    principal_components,
+    scaled,
+    stitcher_weights,
+)
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.masks import scheme as known_scheme
 from mtm.metrics import log_mean
@@ -42,7 +48,6 @@ from mtm.metrics import log_mean
 TOKEN_STD = 0.05  # initial standard deviation of session and prompt tokens
 POSITION_SCALE = 0.3  # initial amplitude of time and space embeddings
 READOUT_SCALE = 0.1  # factor on initial readout weights: predictions start near the mean rates
-COMPONENTS_SCALE = 3.0  # factor of principal components in initial weights of a stitcher
 
 # The authors' options.
 PUBLISHED = dict(positions="learned", input_counts="raw", own_history=False, latents=0)
@@ -55,7 +60,7 @@ CHOICES = {
 
 
 class CheckpointError(ValueError):
-    """A file or folder that does not hold a readable model; the message says why."""
+    """A file or folder that does not hold a readable model."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,6 @@ class MtMConfig:
         unit = self.heads * (2 if self.positions == "rotary" else 1)  # rotation acts on pairs
         if self.width % unit:
             raise ValueError(f"width {self.width} must be a multiple of {unit} (heads, rotation)")
-
-    @property
-    def direct_paths(self) -> bool:
-        """Whether sessions have :class:`DirectPaths`, of either kind."""
-        return self.own_history or self.latents > 0
 
     @classmethod
     def from_depth(cls, depth: int, **fields: Any) -> Self:
@@ -128,13 +128,11 @@ class SessionLayers(nn.Module):
             self.n_patches = math.ceil(n_neurons / config.patch_size)
             self.bias = nn.Parameter(torch.zeros(n_neurons))
         self.token = nn.Parameter(torch.zeros(config.width)) if config.session_token else None
+        paths = config.own_history, config.latents, config.latent_dropout
+        self.direct = DirectPaths(n_neurons, *paths) if any(paths[:2]) else None
         self.raw = config.input_counts == "raw"
-        if config.direct_paths or not self.raw:
+        if self.direct is not None or not self.raw:
             self.register_buffer("mean", torch.zeros(n_neurons))
-        self.direct = None
-        if config.direct_paths:
-            paths = config.own_history, config.latents, config.latent_dropout
-            self.direct = DirectPaths(n_neurons, *paths)
 
     def init_from_means(self, log_means: Tensor) -> None:
         """Predict log mean counts (N,) to begin with."""
@@ -149,10 +147,7 @@ class SessionLayers(nn.Module):
         if self.direct is not None:
             self.direct.init_from_components(directions, variances)
         if hasattr(self, "stitcher") and not self.raw:
-            # Outputs 0 to R-1 start at the R components in turn, R to 2R-1 at their negatives, ...
-            turn, component = divmod(np.arange(len(self.stitcher.weight)), directions.shape[1])
-            sign = torch.from_numpy(1.0 - 2.0 * (turn % 2)).float()
-            self.stitcher.weight += COMPONENTS_SCALE * sign[:, None] * directions.T[component]
+            self.stitcher.weight += stitcher_weights(directions, len(self.stitcher.weight))
 
 
 # ---------------------------------------------------------------- from counts to tokens, and back
@@ -230,15 +225,11 @@ def time_embedding(config: MtMConfig, n_bins: int, init: str) -> nn.Parameter | 
         return None
     if init == "paper":  # random: the model first has to find out which bins are neighbours
         return nn.Parameter(torch.randn(n_bins, config.width))
-    return nn.Parameter(POSITION_SCALE * waves(n_bins, config.width))
-
-
-def waves(n_bins: int, width: int) -> Tensor:
-    """Sines and cosines of the bin's number, (n_bins, width): near bins get similar embeddings."""
-    half = torch.arange((width + 1) // 2) / ((width + 1) // 2)
-    periods = 4.0 * (n_bins / 2.0) ** half  # geometric, from 4 bins to twice the trial
+    half = (config.width + 1) // 2
+    periods = 4.0 * (n_bins / 2.0) ** (torch.arange(half) / half)  # 4 bins to twice the trial
     angle = 2 * math.pi * torch.arange(n_bins)[:, None] / periods
-    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
+    waves = torch.cat([angle.sin(), angle.cos()], dim=1)[:, : config.width]
+    return nn.Parameter(POSITION_SCALE * waves)
 
 
 def rotation(bins: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -331,14 +322,14 @@ def nothing_hidden(counts: Tensor) -> Mask:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout; afterwards each part is in the mode in which it was."""
-    training = [part for part in model.modules() if part.training]
+    """Switch off gradients and dropout for a while."""
+    training = model.training
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
-        for part in training:
-            part.training = True
+        model.train(training)
 
 
 class MtM(nn.Module):
@@ -368,8 +359,6 @@ class MtM(nn.Module):
         init: str = "mtm",
     ) -> None:
         super().__init__()
-        if init not in ("mtm", "paper"):
-            raise ValueError(f"init must be 'mtm' or 'paper', got {init!r}")
         self.config, self.n_bins, self.bin_size = config, n_bins, bin_size
         self.prompts, self.causal, self.init = tuple(prompts), causal, init
         # What it was trained on; None: not known. Fingerprints of training trials, by session.
@@ -426,7 +415,9 @@ class MtM(nn.Module):
                 f"session {session!r}: counts have shape {tuple(counts.shape)}, the model needs "
                 f"(trials, {self.n_bins} bins, {layers.n_neurons} neurons)"
             )
-        x = self.tokenizer(self.masked_input(counts, mask, layers), layers)
+        x = counts.to(self.norm.weight.dtype)
+        x = x if layers.raw else scaled(x, layers.mean)
+        x = self.tokenizer(x.masked_fill(mask.hidden, 0), layers)
         x = x.to(self.norm.weight.dtype)  # residuals keep full precision under autocast
         prefix = self.prefix(scheme, layers)  # (0 to 2, D)
         x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, L, D)
@@ -440,15 +431,6 @@ class MtM(nn.Module):
         # Tokens are in order of time, so causal attention is lower-triangular. The prefix comes
         # first and attends to no bin: nothing passes through it from later to earlier bins.
         return Tokens(x, bins, causal)
-
-    def masked_input(
-        self, counts: Tensor, mask: Mask, layers: SessionLayers, direct: bool = False
-    ) -> Tensor:
-        """Counts as the tokenizer or the direct paths get them, (B, T, N): 0 where hidden."""
-        x = counts.to(self.norm.weight.dtype)
-        if direct or self.config.input_counts == "scaled":
-            x = scaled(x, layers.mean)
-        return x.masked_fill(mask.hidden, 0)
 
     def prefix(self, scheme: str | None, layers: SessionLayers) -> Tensor:
         """Session token and prompt token, as far as there are any, (0 to 2, D)."""
@@ -482,16 +464,17 @@ class MtM(nn.Module):
             if layers.direct is None:
                 continue
             places = [i for i, batch in enumerate(batches) if batch.session == session]
-            inputs, hidden, causal = [], [], []
-            for counts, _, mask, _ in (batches[i] for i in places):
-                inputs.append(self.masked_input(counts, mask, layers, direct=True))
-                hidden.append(mask.hidden)
+            some = [batches[i] for i in places]
+            hidden, causal = torch.cat([batch.mask.hidden for batch in some]), []
+            for counts, _, mask, _ in some:
                 attends = mask.causal and self.config.causal
                 causal.append(torch.full_like(counts[:, 0, 0], attends, dtype=torch.bool))
+            counts = torch.cat([batch.counts for batch in some])
             # Without autocast: bfloat16 has too few digits to solve linear equations.
             with torch.autocast(self.device.type, enabled=False):
-                added = layers.direct(*map(torch.cat, (inputs, hidden, causal)), neurons)
-            for i, part in zip(places, added.split([len(x) for x in inputs]), strict=True):
+                x = masked_input(counts, layers.mean, hidden)
+                added = layers.direct(x, hidden, torch.cat(causal), neurons)
+            for i, part in zip(places, added.split([len(c) for c in causal]), strict=True):
                 found[i] = part
         return found
 
@@ -512,14 +495,13 @@ class MtM(nn.Module):
                 direct[i] = self.read_out(part, batches[i].session) + direct[i]
         return direct
 
-    @torch.no_grad()
     def latents(
         self, counts: ArrayLike, session: str, mask: Mask | None = None, encoder: bool = False
     ) -> Tensor:
         """Latents of the population in each bin, given the visible counts (K, T, N).
 
-        Returns (K, T, R) expected latents of :class:`DirectPaths`; with ``encoder``, or without
-        them, also the encoder's output, (K, T, D) averaged over the tokens of a bin.
+        Returns (K, T, R) expected latents of the direct paths; with ``encoder``, or without them,
+        also the encoder's output, (K, T, D) averaged over the tokens of a bin.
         """
         with evaluating(self):
             given = torch.as_tensor(counts, device=self.device)
@@ -528,15 +510,14 @@ class MtM(nn.Module):
     def encode_latents(self, counts: Tensor, session: str, mask: Mask, encoder: bool) -> Tensor:
         """Latents as from :meth:`latents`, with gradients, and dropout in training."""
         layers, found = self.session_layers(session), []
-        if (direct := layers.direct) is not None and direct.readout is not None:
-            x = self.masked_input(counts, mask, layers, direct=True).clamp(max=LARGEST_INPUT)
-            found.append(direct.population_latents(x, mask.hidden)[:, 0])
+        if layers.direct is not None and layers.direct.readout is not None:
+            x = masked_input(counts, layers.mean, mask.hidden)
+            found.append(layers.direct.population_latents(x, mask.hidden)[:, 0])
         if encoder or not found:
             x = self.encode(self.embed(counts, None, mask, session))[:, -self.n_tokens(session) :]
             found.append(x.unflatten(1, (self.n_bins, -1)).mean(dim=2))
         return torch.cat(found, dim=2)
 
-    @torch.no_grad()
     def predict_log_rates(
         self,
         counts: ArrayLike,
@@ -571,14 +552,12 @@ class MtM(nn.Module):
             name: a name that no other session has.
             n_neurons: N.
             counts: (K, T, N) spike counts of its training trials. Their means scale the input.
-                Unless ``init="paper"``, predictions start at the means, and the stitcher of scaled
-                counts at the principal components. Default: means of 0, and a random start.
+                Unless ``init="paper"``, predictions start at the means, and maps of scaled counts
+                at the principal components. Default: means of 0, and a random start.
             token: the session token starts ``"new"``, at random, or at the ``"mean"`` of others.
         """
         if name in self._keys:
             raise ValueError(f"session {name!r} is in the model already")
-        if token != "new" and (token != "mean" or not self.sessions):
-            raise ValueError(f"token must be 'new', or 'mean' of others if any; got {token!r}")
         config, ours, components = self.config, self.init != "paper", None
         if counts is not None:
             log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike
@@ -606,19 +585,14 @@ class MtM(nn.Module):
 
     @torch.no_grad()
     def init_direct_paths(self, name: str, counts: np.ndarray) -> None:
-        """Start direct paths that were put on an imported session, at its training trials.
+        """Start the direct paths of an imported session at its training trials (K, T, N).
 
-        Does nothing where there are none, or they have started. They add 0 until they are trained.
-
-        Args:
-            name: of the session.
-            counts: (K, T, N) spike counts of its training trials.
+        Does nothing where there are none, or they have started.
         """
         layers = self.session_layers(name)
         if layers.raw and layers.direct is not None and not layers.mean.any():
-            means = torch.from_numpy(log_mean(np.asarray(counts))).float().exp()
-            layers.mean.copy_(means)
-            layers.init_from_components(*principal_components(np.asarray(counts), means))
+            layers.mean.copy_(torch.from_numpy(log_mean(counts)).float().exp())
+            layers.init_from_components(*principal_components(counts, layers.mean))
 
     def session_layers(self, name: str) -> SessionLayers:
         """The layers of one session; raises KeyError with the names that are known."""

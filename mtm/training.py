@@ -302,10 +302,11 @@ def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> N
     The factor multiplies all deviations from the mean log-rates, and maximises the likelihood of
     the hidden entries of the validation trials. Compare temperature scaling (Guo et al. 2017).
     """
-    if model.config.input_counts == "raw" and not model.config.direct_paths:  # no mean rates
-        return
     for one in data:
-        mean = model.session_layers(one.name).mean.log()
+        layers = model.session_layers(one.name)
+        if not hasattr(layers, "mean"):  # with raw counts and no direct paths
+            continue
+        mean = layers.mean.log()
         model.shrinkage[one.name] = {}
         for name in config.schemes:
             losses = torch.zeros(len(SHRINKAGES), device=model.device)
