@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mtm.decoding import ENCODER_WIDTH, Decoded, Decoder, decodable, search, smoothed
 from mtm.masks import Mask
-from mtm.model import MtM, nothing_hidden
+from mtm.model import MtM
 from mtm.prediction import unobserved
 from mtm.session import Session
 from mtm.training import Fit
@@ -52,8 +52,7 @@ class BehaviourReadout(nn.Module):
 
     def features(self, counts: Tensor, mask: Mask | None = None) -> Tensor:
         """Counts (B, T, N) to smoothed latents and output of the encoder, (B, T x F)."""
-        mask = mask or nothing_hidden(counts)
-        z = self.model.encode_latents(counts, self.session, mask, encoder=True)
+        z = self.model.latents(counts, self.session, mask, encoder=True)
         return (self.smoothing @ z).flatten(1)
 
     def forward(self, counts: Tensor, mask: Mask | None = None) -> Tensor:

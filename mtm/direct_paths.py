@@ -7,11 +7,15 @@ own history hardly passes, and needs more data than a linear map.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mtm.metrics import log_mean
 
 SOFTENING = 0.1  # added to a mean count, so that rare spikes are not scaled up without bound
 COMPONENTS = 32  # principal components that maps of the input start with
@@ -53,6 +57,17 @@ def stitcher_weights(directions: Tensor, n_outputs: int) -> Tensor:
     return COMPONENTS_SCALE * sign[:, None] * directions.T[component]
 
 
+@torch.no_grad()
+def init_direct_paths(layers: Any, counts: np.ndarray) -> None:
+    """Start the direct paths of an imported session at its training trials (K, T, N).
+
+    ``layers`` are the session's. Does nothing where there are no paths, or they have started.
+    """
+    if layers.raw and layers.direct is not None and not layers.mean.any():
+        layers.mean.copy_(torch.from_numpy(log_mean(counts)).float().exp())
+        layers.init_from_components(*principal_components(counts, layers.mean))
+
+
 class DirectPaths(nn.Module):
     """Two terms, 0 at the start, that are added to the log-rates of a session.
 
@@ -88,12 +103,35 @@ class DirectPaths(nn.Module):
             self.loadings[:n] = (strength[:, None] * directions.T)[:n]
 
     def forward(
+        self,
+        batches: Sequence[tuple[Tensor, Tensor, bool]],
+        means: Tensor,
+        neurons: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Terms of the log-rates of each batch, (B, T, N).
+
+        Args:
+            batches: counts (B, T, N), what is hidden of them (B, T, N), and whether it is in causal
+                mode, of each.
+            means: (N,) mean counts, by which they are scaled.
+            neurons: (B,) the one neuron that is wanted of each trial; terms are (B, T) then.
+        """
+        counts, hidden, modes = zip(*batches, strict=True)
+        causal = [
+            torch.full_like(part[:, 0, 0], mode, dtype=torch.bool)
+            for part, mode in zip(counts, modes, strict=True)
+        ]
+        # Without autocast: bfloat16 has too few digits to solve linear equations.
+        with torch.autocast(means.device.type, enabled=False):
+            every = torch.cat(hidden)
+            x = masked_input(torch.cat(counts), means, every)
+            found = self.terms(x, every, torch.cat(causal), neurons)
+        return found.split([len(part) for part in counts])
+
+    def terms(
         self, x: Tensor, hidden: Tensor, causal: Tensor, neurons: Tensor | None = None
     ) -> Tensor:
-        """Terms (B, T, N) of log-rates, or (B, T) of the ``neurons`` (B,), one of each trial.
-
-        ``x`` (B, T, N) is from :func:`masked_input`; ``causal`` (B,) bool are trials in that mode.
-        """
+        """Terms (B, T, N), or (B, T), of a :func:`masked_input` in which trials are ``causal``."""
         kernels = history_kernels((~hidden).any(dim=2), causal, x.dtype)  # (B, scales, T, T)
         found = torch.zeros_like(x if neurons is None else x[..., 0])
         if self.own is not None and neurons is None:

@@ -22,8 +22,7 @@ first. Differences from the authors' code:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
@@ -320,18 +319,6 @@ def nothing_hidden(counts: Tensor) -> Mask:
     return Mask(nothing, nothing)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch off gradients and dropout for a while."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 class MtM(nn.Module):
     """A model of the activity of one or many sessions.
 
@@ -464,18 +451,12 @@ class MtM(nn.Module):
             if layers.direct is None:
                 continue
             places = [i for i, batch in enumerate(batches) if batch.session == session]
-            some = [batches[i] for i in places]
-            hidden, causal = torch.cat([batch.mask.hidden for batch in some]), []
-            for counts, _, mask, _ in some:
-                attends = mask.causal and self.config.causal
-                causal.append(torch.full_like(counts[:, 0, 0], attends, dtype=torch.bool))
-            counts = torch.cat([batch.counts for batch in some])
-            # Without autocast: bfloat16 has too few digits to solve linear equations.
-            with torch.autocast(self.device.type, enabled=False):
-                x = masked_input(counts, layers.mean, hidden)
-                added = layers.direct(x, hidden, torch.cat(causal), neurons)
-            for i, part in zip(places, added.split([len(c) for c in causal]), strict=True):
-                found[i] = part
+            some = [
+                (counts, mask.hidden, mask.causal and self.config.causal)
+                for counts, _, mask, _ in (batches[i] for i in places)
+            ]
+            for i, added in zip(places, layers.direct(some, layers.mean, neurons), strict=True):
+                found[i] = added
         return found
 
     def forward_many(self, batches: list[Batch]) -> list[Tensor]:
@@ -501,22 +482,20 @@ class MtM(nn.Module):
         """Latents of the population in each bin, given the visible counts (K, T, N).
 
         Returns (K, T, R) expected latents of the direct paths; with ``encoder``, or without them,
-        also the encoder's output, (K, T, D) averaged over the tokens of a bin.
+        also the encoder's output, (K, T, D) averaged over the tokens of a bin. Dropout acts, and
+        gradients are kept, in training mode alone.
         """
-        with evaluating(self):
-            given = torch.as_tensor(counts, device=self.device)
-            return self.encode_latents(given, session, mask or nothing_hidden(given), encoder)
-
-    def encode_latents(self, counts: Tensor, session: str, mask: Mask, encoder: bool) -> Tensor:
-        """Latents as from :meth:`latents`, with gradients, and dropout in training."""
-        layers, found = self.session_layers(session), []
-        if layers.direct is not None and layers.direct.readout is not None:
-            x = masked_input(counts, layers.mean, mask.hidden)
-            found.append(layers.direct.population_latents(x, mask.hidden)[:, 0])
-        if encoder or not found:
-            x = self.encode(self.embed(counts, None, mask, session))[:, -self.n_tokens(session) :]
-            found.append(x.unflatten(1, (self.n_bins, -1)).mean(dim=2))
-        return torch.cat(found, dim=2)
+        given, layers = torch.as_tensor(counts, device=self.device), self.session_layers(session)
+        mask, found = mask or nothing_hidden(given), []
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            if layers.direct is not None and layers.direct.readout is not None:
+                x = masked_input(given, layers.mean, mask.hidden)
+                found.append(layers.direct.population_latents(x, mask.hidden)[:, 0])
+            if encoder or not found:
+                x = self.encode(self.embed(given, None, mask, session))
+                x = x[:, -self.n_tokens(session) :].unflatten(1, (self.n_bins, -1))
+                found.append(x.mean(dim=2))
+            return torch.cat(found, dim=2)
 
     def predict_log_rates(
         self,
@@ -533,9 +512,10 @@ class MtM(nn.Module):
         """
         if mask is not None and not self.causal:
             mask = replace(mask, causal=False)
-        with evaluating(self):
-            given = torch.as_tensor(counts, device=self.device)
-            log_rates: Tensor = self(given, scheme, mask, session, neurons)
+        given, training = torch.as_tensor(counts, device=self.device), self.training
+        with torch.no_grad():
+            log_rates: Tensor = self.eval()(given, scheme, mask, session, neurons)
+        self.train(training)
         if (factor := self.shrinkage.get(session, {}).get(scheme or "", 1.0)) != 1:
             mean = self.session_layers(session).mean.log()  # (N,)
             mean = mean if neurons is None else mean[neurons, None]
@@ -583,25 +563,12 @@ class MtM(nn.Module):
         self._keys[name] = "session:" + quote(name, safe=" ").replace(".", "%2E")
         self.sessions[self._keys[name]] = layers.to(self.norm.weight)
 
-    @torch.no_grad()
-    def init_direct_paths(self, name: str, counts: np.ndarray) -> None:
-        """Start the direct paths of an imported session at its training trials (K, T, N).
-
-        Does nothing where there are none, or they have started.
-        """
-        layers = self.session_layers(name)
-        if layers.raw and layers.direct is not None and not layers.mean.any():
-            layers.mean.copy_(torch.from_numpy(log_mean(counts)).float().exp())
-            layers.init_from_components(*principal_components(counts, layers.mean))
-
     def session_layers(self, name: str) -> SessionLayers:
         """The layers of one session; raises KeyError with the names that are known."""
         if name not in self._keys:
             known = ", ".join(self._keys) or "none"
-            raise KeyError(
-                f"the model does not know session {name!r}; it knows: {known}. Training on the "
-                "session, fit(session, model), adds it"
-            )
+            remedy = "Training on the session, fit(session, model), adds it"
+            raise KeyError(f"the model does not know session {name!r}; it knows: {known}. {remedy}")
         layers: Any = self.sessions[self._keys[name]]
         return layers
 

@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from mtm import distributed
 from mtm.batches import SessionData, Step, counts_device, steps_of, steps_per_epoch
 from mtm.checkpoint import History, Run, best_entry, settings, without_nan
+from mtm.direct_paths import init_direct_paths
 from mtm.distributed import autocast, compiled, peak_memory, pick_device, setup_line
 from mtm.masks import MTM_SCHEMES, NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2, poisson_nll
@@ -172,12 +173,10 @@ class Trainer:
         for parameter in self.trainable:
             parameter.requires_grad_(not first or id(parameter) in own)
         start, stop = (0, self.first_phase) if first else (self.first_phase, config.epochs)
-        n_steps, warmup = (stop - start) * self.per_epoch, config.warmup
-        if abs(warmup * n_steps - 1) < 1e-6:  # torch's schedule would divide by zero
-            warmup *= 1.01
+        n_steps = (stop - start) * self.per_epoch
         # Steps of the phase that a resumed run has taken already; -1 starts the schedule.
         last = self.run.step - start * self.per_epoch - 1
-        how: dict[str, Any] = dict(pct_start=warmup, div_factor=10.0, last_epoch=last)
+        how: dict[str, Any] = dict(pct_start=config.warmup, div_factor=10.0, last_epoch=last)
         return OneCycleLR(self.optimizer, config.lr, n_steps, **how)
 
     def step(self, batches: Step) -> None:
@@ -231,9 +230,11 @@ class Trainer:
         """Return the speed of some steps, and the peak memory."""
         trials = {one.name: len(one.train) * n_steps / self.per_epoch for one in self.data}
         tokens = sum(n * self.model.n_tokens(name) for name, n in trials.items())
-        per_second = {"trials_per_second": sum(trials.values()) / seconds}
-        per_second["tokens_per_second"] = tokens / seconds
-        return per_second | {"memory_gb": peak_memory(self.model.device)}
+        return {
+            "trials_per_second": sum(trials.values()) / seconds,
+            "tokens_per_second": tokens / seconds,
+            "memory_gb": peak_memory(self.model.device),
+        }
 
     def save(self) -> None:
         """Save the state of the run; raise FloatingPointError if it is not finite."""
@@ -418,7 +419,6 @@ def fit(
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     config = _settings(sessions, config or "mtm", changes)
-    _check_sessions(sessions, config)
     start = model.model if isinstance(model, Fit) else model
     device = torch.device(device) if device else pick_device()
     counts_on = counts_device(sessions, device)
@@ -447,41 +447,33 @@ def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -
     return MtMConfig.from_depth(depth or 2, **fields)
 
 
-def _settings(
-    sessions: Sequence[Session], start: TrainConfig | str, changes: dict[str, Any]
-) -> TrainConfig:
-    """Return the settings. Where no session has a region, no default scheme needs regions."""
-    if others := [type(each).__name__ for each in sessions if not isinstance(each, Session)]:
-        raise TypeError(f"fit needs Sessions, got {others[0]}; see mtm.Session, Session.load")
-    config = recipe(start, **changes)
-    left_out = [name for name in config.schemes if scheme(name).needs_regions]
-    rest = tuple(name for name in config.schemes if name not in left_out)
-    without = sessions and not any(session.region_names for session in sessions)
-    if not (left_out and rest and without) or "schemes" in changes:
-        return config
-    warnings.warn(f"no neuron has a region: training without {', '.join(left_out)}", stacklevel=3)
-    return replace(config, schemes=rest)
+def _settings(sessions: list[Session], start: TrainConfig | str, changes: Any) -> TrainConfig:
+    """Check that the sessions can be trained on together, and return the settings.
 
-
-def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
-    """Check that the sessions can be trained on together."""
+    Where no session has a region, no default scheme needs regions.
+    """
     if not sessions:
         raise SessionError("no session to train on")
-    if (n := distributed.processes()) > config.batches_per_step:
-        raise ValueError(
-            f"batches_per_step={config.batches_per_step} leaves some of {n} processes without a "
-            f"batch; use a multiple of {n}"
-        )
+    if others := [type(each).__name__ for each in sessions if not isinstance(each, Session)]:
+        raise TypeError(f"fit needs Sessions, got {others[0]}; see mtm.Session, Session.load")
     require_alike(sessions)
+    config = recipe(start, **changes)
+    if (n := distributed.processes()) > config.batches_per_step:
+        problem = f"batches_per_step={config.batches_per_step} leaves some of {n} processes"
+        raise ValueError(f"{problem} without a batch; use a multiple of {n}")
     regional = [name for name in config.schemes if scheme(name).needs_regions]
-    for session in sessions:
-        if regional and not session.region_names:
-            others = tuple(name for name in config.schemes if name not in regional)
-            raise SessionError(
-                f"session {session.name!r}, regions: no neuron has a label, but masking by "
-                f"{' and '.join(regional)} needs regions; pass regions, or train with "
-                f"schemes={others}"
-            )
+    rest = tuple(name for name in config.schemes if name not in regional)
+    lacking = [session.name for session in sessions if regional and not session.region_names]
+    if rest and len(lacking) == len(sessions) and "schemes" not in changes:
+        text = f"no neuron has a region: training without {', '.join(regional)}"
+        warnings.warn(text, stacklevel=3)
+        return replace(config, schemes=rest)
+    if lacking:
+        raise SessionError(
+            f"session {lacking[0]!r}, regions: no neuron has a label, but masking by "
+            f"{' and '.join(regional)} needs regions; pass regions, or schemes={rest}"
+        )
+    return config
 
 
 def _build(
@@ -513,7 +505,7 @@ def _build(
         if one.name not in model.session_names:
             model.add_session(one.name, one.session.n_neurons, counts, config.token)
         else:
-            model.init_direct_paths(one.name, counts)
+            init_direct_paths(model.session_layers(one.name), counts)
             if model.split_seed is None:
                 warnings.warn(
                     f"session {one.name!r}: the model may have been trained on its test trials "
@@ -527,10 +519,11 @@ def _build(
 
 def _check_start(model: MtM, prompts: tuple[str, ...], causal: bool, config: TrainConfig) -> None:
     """Check that a model can be fine-tuned with these settings."""
-    if missing := set(prompts) - set(model.prompts):
+    if missing := sorted(set(prompts) - set(model.prompts)):
+        known = ", ".join(model.prompts) or "no prompts"
         raise ValueError(
-            f"the model has no prompt for {', '.join(sorted(missing))}; train it with the schemes "
-            f"it knows ({', '.join(model.prompts) or 'no prompts'}), or with prompt=False"
+            f"the model has no prompt for {', '.join(missing)}; train it with the schemes it knows "
+            f"({known}), or with prompt=False"
         )
     if causal and not model.causal and model.config.causal:
         raise ValueError("the model was never trained causally; train a new one for that scheme")
@@ -549,8 +542,9 @@ def _description(
     if isinstance(start, MtM):
         values = parameters_to_vector(start.parameters()).detach().cpu().numpy()
         weights = hashlib.sha256(values.tobytes()).hexdigest()[:16]
-    left_out = ("sessions", "seen", "shrinkage")
-    kind = {key: value for key, value in settings(model).items() if key not in left_out}
+    kind = settings(model)
+    for key in ("sessions", "seen", "shrinkage"):
+        del kind[key]
     return {
         "train": asdict(config),
         "model": kind,

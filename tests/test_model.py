@@ -199,7 +199,7 @@ def test_own_history_against_a_loop(causal):
     torch.nn.init.normal_(path.own)
     hidden = torch.rand(1, N_BINS, 1).lt(0.4).expand(1, N_BINS, N_NEURONS)
     x = counts_of(batch=1).masked_fill(hidden, 0)
-    found = path(x, hidden, torch.tensor([causal]))
+    found = path.terms(x, hidden, torch.tensor([causal]))
     for t in range(N_BINS):
         others = [s for s in range(N_BINS) if not hidden[0, s, 0] and (s < t if causal else s != t)]
         expected = torch.zeros(N_NEURONS, dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_latents_are_the_posterior_mean_given_the_visible_neurons():
         path.log_noise[0] = np.log(0.7)
     hidden = torch.rand(4, 1, N_NEURONS).lt(0.5).expand(4, N_BINS, N_NEURONS)
     x = torch.randn(4, N_BINS, N_NEURONS).double().masked_fill(hidden, 0)
-    found = path(x, hidden, torch.zeros(4, dtype=torch.bool))[..., :3]
+    found = path.terms(x, hidden, torch.zeros(4, dtype=torch.bool))[..., :3]
     for trial in range(4):
         seen = ~hidden[trial, 0]
         loadings = path.loadings[:, seen]
