@@ -68,10 +68,10 @@ def accumulate(
         log_rates = model.forward_many(batches)
     losses = []
     for out, batch in zip(log_rates, batches, strict=True):
-        target, weight = batch.mask.target, 1.0
+        loss = masked_loss(out.float(), batch.counts, batch.mask.target)
         if config.loss == "mean":
-            weight = 1 / target.sum().clamp(min=1) / (n_batches or len(batches))
-        losses.append(weight * masked_loss(out.float(), batch.counts, target))
+            loss = 1 / batch.mask.target.sum().clamp(min=1) / (n_batches or len(batches)) * loss
+        losses.append(loss)
     found = torch.stack(losses)
     found.sum().backward()
     return found.detach()
