@@ -118,16 +118,13 @@ def decode(
     options = region, prompt, features, kinds, split_seed, batch_size, allow_seen
     decoder = Decoder(prediction.as_predictor(predictor, session), session, *options)
     names = decodable(session) if behaviours is None else behaviours
-    names = [names] if isinstance(names, str) else names
-    return {name: decoder.decode(name) for name in names}
+    return {name: decoder.decode(name) for name in ([names] if isinstance(names, str) else names)}
 
 
 def decode_by_region(
     predictor: Predictors, session: Session, behaviour: str, **options: Any
 ) -> dict[str, Decoded]:
     """Decode a behaviour from each region alone, with the options of :func:`decode` (Figure 5)."""
-    if not session.region_names:
-        raise SessionError(f"session {session.name!r}: no neuron has a region label")
     return {
         region: decode(predictor, session, behaviour, region=region, **options)[behaviour]
         for region in session.region_names
@@ -165,17 +162,19 @@ class Decoder:
     allow_seen: bool = False
 
     def __post_init__(self) -> None:
-        session, region, seen = self.session, self.region, self.allow_seen
-        split = prediction.choose_split(self.predictor, session, self.split_seed, allow_seen=seen)
+        given, seen = (self.predictor, self.session), self.allow_seen
+        split = prediction.choose_split(*given, self.split_seed, allow_seen=seen)
         if not seen:
-            prediction.require_unseen(self.predictor, session, split.test)
+            prediction.require_unseen(*given, split.test)
         self.trials = np.concatenate(split)  # (K,) training, validation, then test trials
         self.n_train = len(split.train)
         self.is_test = np.isin(self.trials, split.test)
-        self.inside = np.array([region in (None, label) for label in session.regions])  # (N,)
+        regions = self.session.regions
+        self.inside = (regions == self.region) | (self.region is None)  # (N,)
         if not self.inside.any():
-            known = f"known: {', '.join(session.region_names) or 'none'}"
-            raise SessionError(f"session {session.name!r} has no region {region!r}; {known}")
+            known = ", ".join(self.session.region_names) or "none"
+            problem = f"session {self.session.name!r} has no region {self.region!r}"
+            raise SessionError(f"{problem}; known: {known}")
         self.read = self.read or ("auto" if prediction.has_latents(self.predictor) else "rates")
         self._latents: dict[str, np.ndarray] = {}  # "latents", "encoder" -> (K, T, R)
         self._features: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
@@ -185,8 +184,8 @@ class Decoder:
         target = self.target(behaviour)
         kind, _, _, y, truth = target
         default = "intra-region" if self.region else "causal" if kind == "trace" else "neuron"
-        sources: list[Source] = [("rates", self.prompt or default), ("encoder", ENCODER_WIDTH)]
-        sources[1:1] = [("latents", width) for width in WIDTHS]
+        sources: list[Source] = [("rates", self.prompt or default)]
+        sources += [*(("latents", width) for width in WIDTHS), ("encoder", ENCODER_WIDTH)]
         sources = [source for source in sources if self.read in ("auto", source[0])]
         fits = [self.fit(source, target, y) for source in sources]
         best = int(np.argmax([value for value, _ in fits]))
@@ -275,9 +274,8 @@ class Decoder:
             raise SessionError(f"{title}: there is none; there are: {', '.join(known)}")
         values = known[behaviour][self.trials]
         empty = values == "" if values.dtype.kind == "U" else ~np.isfinite(values)
-        usable = ~empty.reshape(len(values), -1).any(axis=1)
         absent = prediction.unobserved(self.session, self.trials)[:, 0, self.inside]
-        usable &= ~absent.all(axis=1)
+        usable = ~empty.reshape(len(values), -1).any(axis=1) & ~absent.all(axis=1)
         found, possible = np.unique(values[usable]), ["number", "classes"]
         if values.ndim == 2:
             possible = ["trace"]

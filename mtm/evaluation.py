@@ -64,23 +64,19 @@ def evaluate(
             the model was trained on.
     """
     tasks = [tasks] if isinstance(tasks, str) else tasks
-    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    seen: dict[str, Any] = {"split_seed": split_seed, "allow_seen": allow_seen}
+    seen = {"split_seed": split_seed, "allow_seen": allow_seen}
+    how: dict[str, Any] = {"seen": seen, "batch_size": batch_size, "progress": progress}
     if isinstance(sessions, Session):
-        return _evaluate(predictor, sessions, tasks, trials, neurons, seen, how)
+        return _evaluate(predictor, sessions, tasks, trials, neurons, **how)
     if trials is not None or neurons is not None:
         raise ValueError("trials and neurons are of one session; join reports with Report.join")
-    reports = list(_one_by_one(predictor, sessions, tasks, seen, how))
-    if not reports:
+    if not (reports := list(_one_by_one(predictor, sessions, tasks, how))):
         raise ValueError("no session to evaluate")
     return Report.join(reports)
 
 
 def _one_by_one(
-    predictor: Predictors,
-    sessions: Iterable[Session],
-    tasks: Sequence[str] | None,
-    *how: dict[str, Any],
+    predictor: Predictors, sessions: Iterable[Session], tasks: Any, how: dict[str, Any]
 ) -> Iterator[Report]:
     """Evaluate several sessions, each read once; behaviours that one lacks are left out there."""
     names: set[str] = set()
@@ -92,7 +88,7 @@ def _one_by_one(
             _require_known(missing, {name for each in sessions for name in each.behaviour})
         names.add(session.name)
         able = None if tasks is None else [task for task in tasks if task not in missing]
-        report = _evaluate(predictor, session, able, None, None, *how)
+        report = _evaluate(predictor, session, able, **how)
         left_out = report.left_out | dict.fromkeys(missing, "not recorded")
         report.left_out = {
             task: why if why == UNASKED else f"{session.name}: {why}"
@@ -112,10 +108,11 @@ def _evaluate(
     predictor: Predictors,
     session: Session,
     tasks: Sequence[str] | None,
-    trials: np.ndarray | None,
-    neurons: np.ndarray | None,
+    trials: np.ndarray | None = None,
+    neurons: np.ndarray | None = None,
+    *,
     seen: dict[str, Any],
-    how: dict[str, Any],
+    **how: Any,
 ) -> Report:
     """Evaluate one session."""
     predictor = prediction.as_predictor(predictor, session)
@@ -124,10 +121,9 @@ def _evaluate(
     wanted = prediction.selected(neurons, session.n_neurons)
     wanted &= ~prediction.unobserved(session, trials)[:, 0].all(axis=0)
     if len(trials) == 0 or not wanted.any():
-        what, regions = "neurons" if len(trials) else "trials", ", ".join(session.region_names)
-        raise ValueError(
-            f"session {session.name!r}: no {what} to score; its regions are: {regions or 'none'}"
-        )
+        known = ", ".join(session.region_names) or "none"
+        problem = f"no {'neurons' if len(trials) else 'trials'} to score"
+        raise ValueError(f"session {session.name!r}: {problem}; its regions are: {known}")
     if not seen["allow_seen"]:
         prediction.require_unseen(predictor, session, trials)
     _require_known(tasks or (), session.behaviour)

@@ -149,9 +149,6 @@ class SessionLayers(nn.Module):
             self.stitcher.weight += stitcher_weights(directions, len(self.stitcher.weight))
 
 
-# ---------------------------------------------------------------- from counts to tokens, and back
-
-
 class BinTokenizer(nn.Module):
     """The NDT1 tokenizer: a token for each bin. Stitchers map all sessions to one width first."""
 
@@ -246,9 +243,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-# ---------------------------------------------------------------- the encoder
-
-
 class Tokens(NamedTuple):
     """Tokens of a batch of trials, and which of them attend to which."""
 
@@ -299,9 +293,6 @@ class Layer(nn.Module):
         x = tokens.x + self.attention(tokens._replace(x=self.norm1(tokens.x)), turns)
         x = x + self.dropout(self.down(self.activation(self.up(self.norm2(x)))))
         return tokens._replace(x=x)
-
-
-# ---------------------------------------------------------------- the model
 
 
 class Batch(NamedTuple):

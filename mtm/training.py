@@ -43,9 +43,6 @@ SHRINKAGES = [step / 20 for step in range(10, 31)]  # 0.5 to 1.5
 VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
 
 
-# --------------------------------------------------------------------------------------------- loss
-
-
 def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor) -> Tensor:
     """Return the Poisson NLL, without log(count!), summed over the targets; all are (B, T, N)."""
     return torch.where(target, poisson_nll(log_rates, counts), 0.0).sum()
@@ -82,24 +79,20 @@ def make_optimizer(model: MtM, config: TrainConfig) -> torch.optim.AdamW:
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     decayed = [p for p in model.parameters() if config.decay_all or id(p) in matrices]
     rest = [p for p in model.parameters() if not (config.decay_all or id(p) in matrices)]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
-    groups += [{"params": rest, "weight_decay": 0.0}] * bool(rest)
+    pairs = [(decayed, config.weight_decay), (rest, 0.0)]
+    groups = [{"params": part, "weight_decay": decay} for part, decay in pairs if part]
     return torch.optim.AdamW(groups, lr=config.lr, fused=model.device.type in ("cpu", "cuda"))
 
 
 def make_sampler(model: MtM, config: TrainConfig) -> MaskSampler:
     """Return the sampler of the schemes that are trained."""
-    ratios = {name: share for name, share in config.ratios.items() if name in config.schemes}
-    size = model.config.patch_size
-    return MaskSampler(config.schemes, ratios, config.seed, model.device, patch_size=size)
+    kind = config.schemes, config.ratios, config.seed, model.device, model.config.patch_size
+    return MaskSampler(*kind)
 
 
 def seed_of(*place: int | str) -> int:
     """Return a seed for a place in the run, which is given as numbers and words."""
     return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "little") >> 1
-
-
-# ----------------------------------------------------------------------------------------- the loop
 
 
 class Trainer:
@@ -146,7 +139,11 @@ class Trainer:
             if now > before:
                 entry: dict[str, Any] = {"epoch": epoch, "step": run.step}
                 entry["lr"] = schedule.get_last_lr()[0]
-                entry |= self.mean_losses()  # here the host waits for the device
+                self.read_losses()  # here the host waits for the device
+                sums, run.losses = run.losses, {}
+                total, number = (sum(column) for column in zip(*sums.values(), strict=True))
+                entry["loss"] = total / number
+                entry["losses"] = {name: part / n for name, (part, n) in sorted(sums.items())}
                 entry |= self.speed(run.step - since[0], time.perf_counter() - since[1])
                 entry["validation"] = validate(model, self.data, config)
                 entry["mean"] = float(np.nanmean([*entry["validation"].values()]))
@@ -219,13 +216,6 @@ class Trainer:
                 self.run.losses[name] = [total + loss, number + 1]
         self.pending = []
 
-    def mean_losses(self) -> dict[str, Any]:
-        """Return the mean loss since the last validation, of all batches and of each scheme."""
-        self.read_losses()
-        sums, self.run.losses = self.run.losses, {}
-        total, number = (sum(column) for column in zip(*sums.values(), strict=True))
-        return {"loss": total / number, "losses": {k: s / n for k, (s, n) in sorted(sums.items())}}
-
     def speed(self, n_steps: int, seconds: float) -> dict[str, Any]:
         """Return the speed of some steps, and the peak memory."""
         trials = {one.name: len(one.train) * n_steps / self.per_epoch for one in self.data}
@@ -252,9 +242,8 @@ def diverged(problem: str, config: TrainConfig) -> FloatingPointError:
 
 def out_of_patience(history: History, config: TrainConfig) -> bool:
     """Return whether the last ``patience`` validations brought no improvement."""
-    if config.patience is None or not history:
-        return False
-    return len(history) - 1 - history.index(best_entry(history)) >= config.patience
+    best = history.index(best_entry(history)) if history else 0
+    return config.patience is not None and len(history) - 1 - best >= config.patience
 
 
 def parameters_of(model: MtM, places: Sequence[tuple[str, str]]) -> list[torch.nn.Parameter]:
@@ -284,8 +273,6 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
                 found[s, i, 0] -= masked_loss(log_rates, counts, mask.target)
                 found[s, i, 1] += (counts * mask.target).sum()
     found = distributed.all_reduce(found).cpu().double()
-    if not bool(found.isfinite().all()):
-        raise diverged("predictions of the validation trials are not finite", config)
     gain, spikes = found.sum(dim=1).unbind(dim=1)
     if not bool((spikes > 0).any()):
         raise SessionError(
@@ -336,9 +323,6 @@ def _predict_validation(
             with autocast(model.device, config.precision):
                 log_rates = model(counts, name, mask, one.name).float()
             yield counts, mask, log_rates
-
-
-# ---------------------------------------------------------------------------------------------- fit
 
 
 @dataclass(repr=False)
@@ -413,7 +397,8 @@ def fit(
         **changes: single settings of :class:`TrainConfig`.
 
     Raises:
-        SessionError: the sessions do not go together, or lack what a scheme needs.
+        SessionError: the sessions do not go together, lack what a scheme needs, or hold the same
+            trial in training and in another part of the split.
         FloatingPointError: the loss is no longer finite.
         StateError: the folder holds another run, or a model without a run.
     """
@@ -506,12 +491,6 @@ def _build(
             model.add_session(one.name, one.session.n_neurons, counts, config.token)
         else:
             init_direct_paths(model.session_layers(one.name), counts)
-            if model.split_seed is None:
-                warnings.warn(
-                    f"session {one.name!r}: the model may have been trained on its test trials "
-                    "already; it is not known which it has seen",
-                    stacklevel=4,
-                )
         known = model.seen.get(one.name, one.fingerprints)
         model.seen[one.name] = np.union1d(known, one.fingerprints)
     return model
@@ -519,19 +498,16 @@ def _build(
 
 def _check_start(model: MtM, prompts: tuple[str, ...], causal: bool, config: TrainConfig) -> None:
     """Check that a model can be fine-tuned with these settings."""
-    if missing := sorted(set(prompts) - set(model.prompts)):
-        known = ", ".join(model.prompts) or "no prompts"
-        raise ValueError(
-            f"the model has no prompt for {', '.join(missing)}; train it with the schemes it knows "
-            f"({known}), or with prompt=False"
-        )
+    if missing := ", ".join(sorted(set(prompts) - set(model.prompts))):
+        known = f"the schemes it knows ({', '.join(model.prompts) or 'none'})"
+        problem = f"the model has no prompt for {missing}"
+        raise ValueError(f"{problem}; train it with {known}, or with prompt=False")
     if causal and not model.causal and model.config.causal:
         raise ValueError("the model was never trained causally; train a new one for that scheme")
     if model.split_seed not in (None, config.split_seed):
-        raise ValueError(
-            f"the model was trained with split_seed={model.split_seed}, not {config.split_seed}: "
-            "its training trials would become test trials"
-        )
+        seeds = f"split_seed={model.split_seed}, not {config.split_seed}"
+        risk = "its training trials would become test trials"
+        raise ValueError(f"the model was trained with {seeds}: {risk}")
 
 
 def _description(
@@ -542,9 +518,8 @@ def _description(
     if isinstance(start, MtM):
         values = parameters_to_vector(start.parameters()).detach().cpu().numpy()
         weights = hashlib.sha256(values.tobytes()).hexdigest()[:16]
-    kind = settings(model)
-    for key in ("sessions", "seen", "shrinkage"):
-        del kind[key]
+    left_out = ("sessions", "seen", "shrinkage")
+    kind = {key: value for key, value in settings(model).items() if key not in left_out}
     return {
         "train": asdict(config),
         "model": kind,

@@ -191,16 +191,6 @@ def test_the_learning_rate_rises_and_falls_in_each_phase(small):
     assert max(rates[:4]) > 9e-4 and max(rates[4:]) > 9e-4 and rates[4] < max(rates[4:])
 
 
-def test_a_warm_up_of_one_step(small):
-    fit(
-        small[0],
-        **{**QUICK, "epochs": 1, "validations": 1},
-        warmup=0.5,
-        batch_size=14,
-        batches_per_step=1,
-    )
-
-
 def test_validation_scores_the_same_entries_each_time_and_every_region(small, monkeypatch):
     seen, draw = set(), MaskSampler.draw
 
@@ -384,6 +374,19 @@ def test_sessions_that_do_not_go_together_are_refused(small):
     ):
         result = fit(Session(counts, name="x"), **QUICK)
     assert set(result.best["validation"]) == {"neuron", "causal"}
+
+
+def test_a_trial_that_is_in_two_parts_of_the_split_is_refused_before_training(small):
+    split = small[0].split()
+    twice = small[0].counts.copy()
+    twice[split.test[0]] = twice[split.train[3]]
+    twice[split.val[0]] = twice[split.train[5]]
+    twice[split.train[1]] = twice[split.train[0]]  # within a part: no matter
+    how = {"regions": small[0].regions, "name": small[0].name, "bin_size": 0.1}
+    with pytest.raises(SessionError, match=f"{how['name']}', split: 2 trials .* drop duplicate"):
+        fit(Session(twice, **how), **QUICK)
+    kept = np.delete(np.arange(40), [split.test[0], split.val[0]])
+    assert fit(Session(twice, **how).select(kept), **QUICK)
 
 
 # --------------------------------------------------------------------------------- what a run shows
