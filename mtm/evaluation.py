@@ -177,52 +177,38 @@ def _score(
     log_rates: np.ndarray, session: Session, queries: Queries, trials: np.ndarray, null: np.ndarray
 ) -> TaskScores:
     """Score the predictions (K', T, N) of a task, neuron by neuron, where it was observed."""
-    neurons = np.flatnonzero(queries.wanted.any(axis=0))
+    hidden, scored, bins = queries
+    # Neurons that could be seen; in forward prediction, whose first bins are visible, all of them.
+    n_visible = (~hidden | (bins.start > 0)).sum(axis=1)[scored.argmax(axis=0)]
+    known = [k for k in CONDITIONS if k in session.behaviour and session.behaviour[k].ndim == 1]
+    neurons = np.flatnonzero(scored.any(axis=0))
     seen = ~prediction.unobserved(session, trials)[:, 0]
     # Together: neurons that were observed in the same trials.
     patterns, group = np.unique(seen[:, neurons], axis=1, return_inverse=True)
-    tables = [
-        _score_alike(log_rates[seen], session, queries, trials[seen], null, neurons[group == i])
-        for i, seen in enumerate(patterns.T)
-    ]
+    tables = []
+    for i, pattern in enumerate(patterns.T):
+        some, places = neurons[group == i], trials[pattern]
+        predicted = log_rates[pattern][:, bins, some]
+        counts = session.counts[places][:, bins, some]
+        table = {
+            "session": session.name,
+            "seed": 0,
+            "neuron": some,
+            "region": session.regions[some],
+            "bits_per_spike": metrics.bits_per_spike(predicted, counts),
+            "bits_per_spike_train_null": metrics.bits_per_spike(predicted, counts, null[some]),
+            "poisson_d2": metrics.poisson_d2(predicted, counts),
+            "trial_r2": metrics.trial_r2(predicted, counts),
+        }
+        if known:
+            conditions = pd.DataFrame({key: session.behaviour[key][places] for key in known})
+            table["psth_r2"] = metrics.psth_r2(predicted, counts, conditions)
+        table |= _shuffled(predicted, counts)
+        table["gain"] = metrics.gain(predicted, counts)
+        table["gain_train_null"] = metrics.gain(predicted, counts, null[some])
+        table["spikes"] = counts.sum(axis=(0, 1), dtype=np.int64)
+        tables.append(pd.DataFrame(table | {"visible": n_visible[some]}))
     return TaskScores(pd.concat(tables).sort_values("neuron", ignore_index=True))
-
-
-def _score_alike(
-    log_rates: np.ndarray,
-    session: Session,
-    queries: Queries,
-    trials: np.ndarray,
-    train_null: np.ndarray,
-    neurons: np.ndarray,
-) -> pd.DataFrame:
-    """Score some neurons in trials in which all of them were observed."""
-    hidden, scored, bins = queries
-    predicted = log_rates[:, bins, neurons]
-    counts = session.counts[trials][:, bins, neurons]
-    null = train_null[neurons]
-    # Neurons that could be seen; in forward prediction, whose first bins are visible, all of them.
-    n_visible = (~hidden | (bins.start > 0)).sum(axis=1)
-    table = {
-        "session": session.name,
-        "seed": 0,
-        "neuron": neurons,
-        "region": session.regions[neurons],
-        "bits_per_spike": metrics.bits_per_spike(predicted, counts),
-        "bits_per_spike_train_null": metrics.bits_per_spike(predicted, counts, null),
-        "poisson_d2": metrics.poisson_d2(predicted, counts),
-        "trial_r2": metrics.trial_r2(predicted, counts),
-    }
-    known = [k for k in CONDITIONS if k in session.behaviour and session.behaviour[k].ndim == 1]
-    if known:
-        conditions = pd.DataFrame({key: session.behaviour[key][trials] for key in known})
-        table["psth_r2"] = metrics.psth_r2(predicted, counts, conditions)
-    table |= _shuffled(predicted, counts)
-    table["gain"] = metrics.gain(predicted, counts)
-    table["gain_train_null"] = metrics.gain(predicted, counts, null)
-    table["spikes"] = counts.sum(axis=(0, 1), dtype=np.int64)
-    table["visible"] = n_visible[scored.argmax(axis=0)[neurons]]
-    return pd.DataFrame(table)
 
 
 def _shuffled(log_rates: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:

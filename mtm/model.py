@@ -133,11 +133,13 @@ class SessionLayers(nn.Module):
         if self.direct is not None or not self.raw:
             self.register_buffer("mean", torch.zeros(n_neurons))
 
-    def init_from_means(self, log_means: Tensor) -> None:
-        """Predict log mean counts (N,) to begin with."""
-        if hasattr(self, "bias"):  # ndt2
+    def init_from_means(self, log_means: Tensor, predict: bool) -> None:
+        """Scale the input by mean counts, of which (N,) are the logs, and predict them at first."""
+        if hasattr(self, "mean"):
+            self.mean.copy_(log_means.exp())
+        if predict and hasattr(self, "bias"):  # ndt2
             self.bias.copy_(log_means)
-        else:
+        elif predict:
             self.readout.weight.mul_(READOUT_SCALE)
             self.readout.bias.copy_(log_means)
 
@@ -389,10 +391,9 @@ class MtM(nn.Module):
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
         layers, mask = self.session_layers(session), mask or nothing_hidden(counts)
         if tuple(counts.shape[1:]) != (self.n_bins, layers.n_neurons):
-            raise ValueError(
-                f"session {session!r}: counts have shape {tuple(counts.shape)}, the model needs "
-                f"(trials, {self.n_bins} bins, {layers.n_neurons} neurons)"
-            )
+            needed = f"(trials, {self.n_bins} bins, {layers.n_neurons} neurons)"
+            found = f"session {session!r}: counts have shape {tuple(counts.shape)}"
+            raise ValueError(f"{found}, the model needs {needed}")
         x = counts.to(self.norm.weight.dtype)
         x = x if layers.raw else scaled(x, layers.mean)
         x = self.tokenizer(x.masked_fill(mask.hidden, 0), layers)
@@ -536,10 +537,8 @@ class MtM(nn.Module):
             if ours and (stitched or config.latents):
                 components = principal_components(np.asarray(counts), log_means.exp())
         layers = SessionLayers(n_neurons, config)
-        if counts is not None and hasattr(layers, "mean"):
-            layers.mean.copy_(log_means.exp())
-        if counts is not None and ours:
-            layers.init_from_means(log_means)
+        if counts is not None:
+            layers.init_from_means(log_means, predict=ours)
         if components is not None:
             layers.init_from_components(*components)
         if layers.token is not None:
