@@ -1,9 +1,9 @@
 """Behaviour from predicted activity: classes, numbers, and traces recorded bin by bin.
 
 A linear decoder reads the log-rates that a model predicts for every bin and neuron, or the model's
-latents, whichever cross-validates better. It is fitted on the training and validation trials, its
-penalty is chosen by cross-validation there, and it is scored on the test trials. Source of the
-choice and of traces: arXiv 2407.14668, section 4, and the authors' final code.
+latents, whichever cross-validates better. It and its penalty are fitted on the training and
+validation trials, and scored on the test trials. Source of the choice and of traces: arXiv
+2407.14668, section 4, and the authors' final code.
 """
 
 from __future__ import annotations
@@ -263,8 +263,7 @@ class Decoder:
             guess = fit.predict(stimulus[usable & self.is_test])
             found["stimulus_only"] = score(truth, guess, kind)
             found["stimulus_only_balanced"] = balanced_accuracy(truth, guess)
-        _CONTROLS[key] = found
-        return found
+        return _CONTROLS.setdefault(key, found)
 
     def target(self, behaviour: str) -> Target:
         """Values of a behaviour in the trials where it can be used."""
@@ -333,8 +332,8 @@ def fitted(grid: GridSearchCV, x: np.ndarray, y: np.ndarray) -> GridSearchCV:
 
 def score(truth: np.ndarray, guess: np.ndarray, kind: str) -> float:
     """Accuracy of classes (K,), or R2 of numbers (K,) or traces (K, T) over all trials and bins."""
-    right = np.mean(truth == guess) if kind == "classes" else r2_score(truth.ravel(), guess.ravel())
-    return float(right)
+    classes = kind == "classes"
+    return float(np.mean(truth == guess) if classes else r2_score(truth.ravel(), guess.ravel()))
 
 
 def balanced_accuracy(truth: np.ndarray, guess: np.ndarray) -> float:
@@ -346,7 +345,7 @@ def principal_axes(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.nd
     """Rotate features (K, F) and (K', F) to at most K dimensions, without changing predictions.
 
     Decoders with a squared penalty and a free intercept only use inner products of centred
-    features. Their projections on the training trials' principal axes are fewer, hence quicker.
+    features, which projections on the training trials' principal axes keep.
     """
     mean = x.mean(axis=0)
     _, singular, axes = np.linalg.svd(x - mean, full_matrices=False)

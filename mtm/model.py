@@ -469,17 +469,23 @@ class MtM(nn.Module):
         return direct
 
     def latents(
-        self, counts: ArrayLike, session: str, mask: Mask | None = None, encoder: bool = False
+        self,
+        counts: ArrayLike,
+        session: str,
+        mask: Mask | None = None,
+        encoder: bool = False,
+        train: bool = False,
     ) -> Tensor:
         """Latents of the population in each bin, given the visible counts (K, T, N).
 
         Returns (K, T, R) expected latents of the direct paths; with ``encoder``, or without them,
-        also the encoder's output, (K, T, D) averaged over the tokens of a bin. Dropout acts, and
-        gradients are kept, in training mode alone.
+        also the encoder's output, (K, T, D) averaged over the tokens of a bin. ``train`` keeps
+        gradients, and dropout in training mode.
         """
         given, layers = torch.as_tensor(counts, device=self.device), self.session_layers(session)
-        mask, found = mask or nothing_hidden(given), []
-        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+        mask, found, training = mask or nothing_hidden(given), [], self.training
+        self.train(training and train)
+        with torch.set_grad_enabled(train and torch.is_grad_enabled()):
             if layers.direct is not None and layers.direct.readout is not None:
                 x = masked_input(given, layers.mean, mask.hidden)
                 found.append(layers.direct.population_latents(x, mask.hidden)[:, 0])
@@ -487,7 +493,8 @@ class MtM(nn.Module):
                 x = self.encode(self.embed(given, None, mask, session))
                 x = x[:, -self.n_tokens(session) :].unflatten(1, (self.n_bins, -1))
                 found.append(x.mean(dim=2))
-            return torch.cat(found, dim=2)
+        self.train(training)
+        return torch.cat(found, dim=2)
 
     def predict_log_rates(
         self,

@@ -94,10 +94,9 @@ class Session:
             self.regions = _array("regions", labels, (units,)).astype(np.str_)
             self.behaviour = _columns("behaviour", behaviour, (trials,), (trials, bins))
             self.neurons = _columns("neurons", neurons, (units,))
-            self.rates = None
+            self.rates = self.observed = None
             if rates is not None:
                 self.rates = _array("rates", rates, self.counts.shape).astype("f4", copy=False)
-            self.observed = None
             if observed is not None:
                 self.observed = _array("observed", observed, (trials, units)).astype(bool)
                 if not isinstance(counts, MemoryMapped):  # else it was done before saving
@@ -144,8 +143,8 @@ class Session:
         return pd.Index(self.region_names).get_indexer(self.regions).astype(np.int64)
 
     def __repr__(self) -> str:
-        hz, sizes = self.firing_rates, pd.Series(self.regions).value_counts()
-        regions = ", ".join(f"{name} {sizes[name]}" for name in self.region_names)
+        hz, labels = self.firing_rates, self.regions.tolist()
+        regions = ", ".join(f"{name} {labels.count(name)}" for name in self.region_names)
         lines = [
             f"Session {self.name!r}" + f" of subject {self.subject}" * bool(self.subject),
             f"{self.n_trials} trials x {self.n_bins} bins x {self.n_neurons} neurons; "

@@ -1,9 +1,9 @@
 """Training: :func:`fit` is one explicit loop over batches, in :meth:`Trainer.train`.
 
 A batch has trials of one session, and a masking scheme drawn for it. Validation hides the same
-entries every time, and scores these only; the weights with the best mean over the schemes are kept.
-Every random number has a seed made of the settings' seed and its place in the run (epoch, step,
-batch), so a stopped run resumes exactly and several processes draw the masks that one would.
+entries every time; the weights with the best mean score over the schemes are kept. Random numbers
+have seeds made of the settings' seed and their place in the run (epoch, step, batch), so a stopped
+run resumes exactly and several processes draw the masks that one would.
 """
 
 from __future__ import annotations
@@ -230,8 +230,7 @@ class Trainer:
         """Save the state of the run; raise FloatingPointError if it is not finite."""
         self.read_losses()
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
-            problem = f"weights became infinite or NaN in step {self.run.step}"
-            raise diverged(problem, self.config)
+            raise diverged(f"weights became infinite or NaN in step {self.run.step}", self.config)
         self.run.save(self.model, self.optimizer)
 
 
@@ -275,10 +274,8 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
     found = distributed.all_reduce(found).cpu().double()
     gain, spikes = found.sum(dim=1).unbind(dim=1)
     if not bool((spikes > 0).any()):
-        raise SessionError(
-            "no hidden entry of the validation trials has a spike; use more trials, and check that "
-            "spikes and events are on one clock, in seconds"
-        )
+        remedy = "use more trials, and check that spikes and events are on one clock, in seconds"
+        raise SessionError(f"no hidden entry of the validation trials has a spike; {remedy}")
     return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
 
 
@@ -286,9 +283,9 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
 def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> None:
     """Set ``model.shrinkage``: session -> scheme -> the factor that suits validation trials best.
 
-    Models that overfit are too sure of what they predict, those with much dropout not enough.
-    The factor multiplies all deviations from the mean log-rates, and maximises the likelihood of
-    the hidden entries of the validation trials. Compare temperature scaling (Guo et al. 2017).
+    Models that overfit are too sure of what they predict, those with much dropout not enough. The
+    factor multiplies all deviations from the mean log-rates. Compare temperature scaling (Guo et
+    al. 2017).
     """
     for one in data:
         layers = model.session_layers(one.name)
@@ -454,10 +451,9 @@ def _settings(sessions: list[Session], start: TrainConfig | str, changes: Any) -
         warnings.warn(text, stacklevel=3)
         return replace(config, schemes=rest)
     if lacking:
-        raise SessionError(
-            f"session {lacking[0]!r}, regions: no neuron has a label, but masking by "
-            f"{' and '.join(regional)} needs regions; pass regions, or schemes={rest}"
-        )
+        problem = f"no neuron has a label, but masking by {' and '.join(regional)} needs regions"
+        remedy = f"pass regions, or train with schemes={rest}"
+        raise SessionError(f"session {lacking[0]!r}, regions: {problem}; {remedy}")
     return config
 
 
