@@ -16,7 +16,7 @@ from mtm.distributed import to_device
 from mtm.masks import Mask, MaskSampler
 from mtm.metrics import log_mean
 from mtm.recipes import TrainConfig
-from mtm.session import Session
+from mtm.session import Session, SessionError
 
 
 class SessionData:
@@ -40,6 +40,11 @@ class SessionData:
             self.unobserved = ~torch.from_numpy(session.observed).to(device)[:, None]
         fingerprints = session.fingerprints(split.train)
         self.fingerprints = fingerprints[fingerprints != 0]  # 0: too few spikes to tell
+        held_out = session.fingerprints(np.concatenate([split.val, split.test]))
+        if n := np.isin(held_out, self.fingerprints).sum():
+            problem = f"{n} trials for validation or test have the spikes of a training trial"
+            remedy = "drop duplicate trials, or pass given_split"
+            raise SessionError(f"session {self.name!r}, split: {problem}; {remedy}")
         observed = [] if session.observed is None else [session.observed]
         content = b"".join(x.tobytes() for x in (fingerprints, split.train, split.val, *observed))
         self.digest = hashlib.sha256(content).hexdigest()[:16]

@@ -53,7 +53,7 @@ class BehaviourReadout(nn.Module):
     def features(self, counts: Tensor, hidden: Tensor) -> Tensor:
         """Counts (B, T, N) to smoothed latents and output of the encoder, (B, T x F)."""
         mask = Mask(hidden, hidden)
-        z = self.model.encode_latents(counts, self.session, mask, encoder=True)
+        z = self.model.latents(counts, self.session, mask, encoder=True, train=True)
         return (self.smoothing @ z).flatten(1)
 
     def forward(self, counts: Tensor, hidden: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-# Rounding can put a spike that lies exactly on an edge slightly before it (0.1 + 0.2 is not 0.3).
-# Each edge is therefore moved earlier by this fraction of a bin, less than a recording resolves.
+# Edges are moved earlier by this fraction of a bin: rounding can put a spike that lies on an edge
+# slightly before it (0.1 + 0.2 is not 0.3).
 SNAP = 1e-6
 
 
@@ -27,10 +27,9 @@ def n_bins(window: tuple[float, float], bin_size: float) -> int:
     exact = (stop - start) / bin_size
     whole = max(1, round(exact))
     if abs(exact - whole) > SNAP:
-        raise ValueError(
-            f"window {window} holds {exact:.6g} bins of bin_size {bin_size} s; change one of them "
-            f"so that it holds a whole number, e.g. window[1] = {start + whole * bin_size:.6g}"
-        )
+        problem = f"window {window} holds {exact:.6g} bins of bin_size {bin_size} s"
+        remedy = f"take a whole number, e.g. window[1] = {start + whole * bin_size:.6g}"
+        raise ValueError(f"{problem}; {remedy}")
     return whole
 
 
@@ -45,8 +44,8 @@ def continuous_windows(
 ) -> tuple[Floats, list[NDArray[np.int64]]]:
     """Cut a recording without trials into windows, and split them by blocks of time.
 
-    Neighbouring windows are alike, so a random split would test on what it trains on. Instead, 70 %
-    of the blocks are training, 10 % validation and 20 % test blocks, with gaps in between.
+    Neighbouring windows are alike, and a random split would test on what it trains on. Here 70 % of
+    the blocks are training, 10 % validation and 20 % test blocks.
 
     Args:
         start, stop: of the recording, seconds.
@@ -87,7 +86,7 @@ def bin_spikes(
         spike_times: (S,) seconds, in any order; or with units that convert to seconds (neo, pint).
         spike_neurons: (S,) integers in [0, n_neurons), the neuron of each spike.
         align_times: (K,) seconds, the event that each trial is aligned to, in any order.
-        n_neurons: number of neurons, N; one without a spike keeps its column of zeros.
+        n_neurons: number of neurons, N.
         window, bin_size: (start, stop) around the event, and width of a bin, seconds.
 
     Returns:
@@ -127,10 +126,8 @@ def cluster_places(spike_clusters: ArrayLike, clusters: ArrayLike) -> NDArray[np
         raise ValueError(f"clusters: id {twice} twice; add an offset to the ids of one probe")
     places = index.get_indexer(pd.Index(fired)).astype(np.int64)
     if len(unknown := np.unique(fired[places < 0])):
-        raise ValueError(
-            f"spike_clusters: ids {unknown[:5].tolist()} are not among the {len(index)} clusters; "
-            "list them in `clusters` or leave their spikes out"
-        )
+        problem = f"ids {unknown[:5].tolist()} are not among the {len(index)} clusters"
+        raise ValueError(f"spike_clusters: {problem}; list them, or leave their spikes out")
     return places
 
 
@@ -224,8 +221,5 @@ def seconds(name: str, values: Any, bin_size: float) -> Floats:
     largest = np.abs(array).max(initial=0)
     if array.dtype.kind == "f" and (step := float(np.spacing(largest))) > bin_size / 10:
         problem = f"too large for {array.dtype} to resolve bin_size {bin_size} s ({step:.2g} s)"
-        remedy = (
-            "read them as float64, or subtract one offset from all times where they are computed"
-        )
-        raise ValueError(f"{name} are {problem}; {remedy}")
+        raise ValueError(f"{name} are {problem}; read them as float64, or subtract an offset")
     return vector

@@ -70,7 +70,7 @@ def from_bwb(
         heads: of attention. Any divisor of the width fits the weights, and only one is right; the
             default could not be compared with the benchmark's configuration.
         activation: of the MLPs, "gelu" or "relu"; as ``heads``.
-        direct_paths: put the direct paths of :class:`mtm.model.DirectPaths` beside the encoder.
+        direct_paths: put :class:`mtm.direct_paths.DirectPaths` beside the encoder.
             They add 0 until ``fit`` has trained them.
 
     Raises:

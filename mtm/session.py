@@ -93,18 +93,12 @@ class Session:
             labels = [""] * units if regions is None else regions
             self.regions = _array("regions", labels, (units,)).astype(np.str_)
             self.behaviour = _columns("behaviour", behaviour, (trials,), (trials, bins))
-            for key, array in self.behaviour.items():
-                if array.dtype.kind not in ("uibfU" if array.ndim == 1 else "uibf"):
-                    raise ValueError(f"behaviour {key!r}: need numbers, or a word for each trial")
             self.neurons = _columns("neurons", neurons, (units,))
-            self.rates = None
+            self.rates = self.observed = None
             if rates is not None:
                 self.rates = _array("rates", rates, self.counts.shape).astype("f4", copy=False)
-            self.observed = None
             if observed is not None:
-                self.observed = _array("observed", observed, (trials, units))
-                if self.observed.dtype != bool:
-                    raise ValueError("observed: need True or False for each trial and neuron")
+                self.observed = _array("observed", observed, (trials, units)).astype(bool)
                 if not isinstance(counts, MemoryMapped):  # else it was done before saving
                     self.counts *= self.observed[:, None]
             self.given_split = None
@@ -117,8 +111,6 @@ class Session:
             self.n_recorded = trials if n_recorded is None else int(n_recorded)
             ids = np.arange(trials) if trial_ids is None else trial_ids
             self.trial_ids = _array("trial_ids", ids, (trials,)).astype(np.int64)
-            if not self.bin_size > 0:
-                raise ValueError(f"bin_size: need seconds above 0, got {self.bin_size}")
             length = bins * self.bin_size
             start, stop = (0.0, length) if window is None else map(float, window)
             if not abs(stop - start - length) < 1e-6 * max(1.0, length):
@@ -126,8 +118,8 @@ class Session:
                 raise ValueError(f"{problem}; counts are trials x bins x neurons")
             self.window = start, stop
         if self.bin_size > 1:
-            problem = f"bins of {self.bin_size} s; it is in seconds, not milliseconds"
-            warnings.warn(f"{who} bin_size: {problem}", stacklevel=2)
+            doubt = f"bins of {self.bin_size} s; it is in seconds, not milliseconds"
+            warnings.warn(f"{who} bin_size: {doubt}", stacklevel=2)
 
     @property
     def times(self) -> np.ndarray:
@@ -138,8 +130,7 @@ class Session:
     def firing_rates(self) -> np.ndarray:
         """Mean firing rate of each neuron over all trials and bins it was observed in, (N,) Hz."""
         n = self.n_trials if self.observed is None else np.maximum(self.observed.sum(axis=0), 1)
-        seconds = n * self.n_bins * self.bin_size
-        return self.counts.sum(axis=(0, 1), dtype=np.int64) / seconds
+        return self.counts.sum(axis=(0, 1), dtype=np.int64) / (n * self.n_bins * self.bin_size)
 
     @property
     def region_names(self) -> list[str]:
@@ -152,8 +143,8 @@ class Session:
         return pd.Index(self.region_names).get_indexer(self.regions).astype(np.int64)
 
     def __repr__(self) -> str:
-        hz, sizes = self.firing_rates, pd.Series(self.regions).value_counts()
-        regions = ", ".join(f"{name} {sizes[name]}" for name in self.region_names)
+        hz, labels = self.firing_rates, self.regions.tolist()
+        regions = ", ".join(f"{name} {labels.count(name)}" for name in self.region_names)
         lines = [
             f"Session {self.name!r}" + f" of subject {self.subject}" * bool(self.subject),
             f"{self.n_trials} trials x {self.n_bins} bins x {self.n_neurons} neurons; "
@@ -165,8 +156,7 @@ class Session:
             keys = [key for key, array in sorted(self.behaviour.items()) if array.ndim == n]
             lines += [f"behaviour per {unit}: {', '.join(keys)}"] * bool(keys)
         if self.observed is not None:
-            n_partly = (~self.observed).any(axis=0).sum()
-            lines += [f"{n_partly} neurons not observed in all trials"]
+            lines += [f"{(~self.observed).any(axis=0).sum()} neurons not observed in all trials"]
         lines += ["true rates known (simulated)"] * (self.rates is not None)
         return "\n  ".join(textwrap.shorten(line, 200) for line in lines)
 
@@ -174,8 +164,8 @@ class Session:
         """Split the trials at random into 70 % training, 10 % validation and 20 % test trials.
 
         The draw depends on the session's name and the seed alone, and is made among the trials of
-        the whole recording, so that a selection keeps each trial in its part. A recording that came
-        with its own split keeps it. A part without trials is an error, but for given test trials.
+        the whole recording: a selection keeps each trial in its part. A given split is kept. A part
+        without trials is an error, but for given test trials.
         """
         split = self.given_split
         if split is None:
@@ -190,9 +180,9 @@ class Session:
             split = Split(*(np.flatnonzero(part == number) for number in (2, 1, 0)))
         for label, trials in split._asdict().items():
             if len(trials) == 0 and (label != "test" or self.given_split is None):
-                problem = f"none of its {self.n_trials} trials is in {label}; keep more trials"
-                remedy = "or pass given_split=(train, val, test), their indices"
-                raise SessionError(f"session {self.name!r}, split: {problem}, {remedy}")
+                problem = f"none of its {self.n_trials} trials is in {label}"
+                remedy = "keep more trials, or pass given_split"
+                raise SessionError(f"session {self.name!r}, split: {problem}; {remedy}")
         return split
 
     def select(self, trials: ArrayLike | None = None, neurons: ArrayLike | None = None) -> Session:
@@ -215,16 +205,15 @@ class Session:
     def filled(self, trials: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
         """Counts (K', T, N) of some trials, with a mean where a neuron was not observed.
 
-        The mean is that of the same bin in the trials ``among`` (default: these trials) in which
-        the neuron was observed, so it changes no neuron's mean; 0 if there is none.
+        The mean is that of the same bin in the trials ``among`` (default: these) in which the
+        neuron was observed, so it changes no neuron's mean; 0 if there is none.
         """
         if self.observed is None:
             return self.counts[trials]
         among = trials if among is None else among
-        n_known = self.observed[among].sum(axis=0)
-        mean = self.counts[among].sum(axis=0) / np.maximum(n_known, 1)  # unobserved counts are 0
-        known = self.observed[trials][:, None]
-        return np.where(known, self.counts[trials], mean.astype(np.float32))
+        n_known = np.maximum(self.observed[among].sum(axis=0), 1)
+        mean = (self.counts[among].sum(axis=0) / n_known).astype(np.float32)
+        return np.where(self.observed[trials][:, None], self.counts[trials], mean)
 
     def fingerprints(self, trials: np.ndarray) -> np.ndarray:
         """Hash the spikes of each of these trials, (K',) int64, whatever the session's name.
@@ -278,13 +267,13 @@ class Session:
             table = {"cluster": ids} | _columns("neurons", neurons, ids=ids, rows=clusters)
             trials = _columns("behaviour", behaviour, rows=align_times)
             counts = _count(who, recorded, ids, fields.get("given_split") is None, grid)
-            if twice := set(trials) & set(traces or {}):
-                raise ValueError(f"{min(twice)!r} is both a behaviour and a trace; rename one")
             for key, (times, values) in (traces or {}).items():
                 with _errors_of(f"{key}:"):
                     trials[key] = bin_trace(times, values, align_times, **grid)
                 if np.isnan(trials[key]).all():
-                    warnings.warn(f"{who} trace {key!r}: {NO_SAMPLES}", stacklevel=2)
+                    doubt = "NaN in every bin; its times must be seconds on the clock of the events"
+                    doubt += ", samples at most 0.2 s apart (interpolate a slower trace first)"
+                    warnings.warn(f"{who} trace {key!r}: {doubt}", stacklevel=2)
         return cls(counts, labels, name, behaviour=trials, neurons=table, **grid, **fields)
 
     @classmethod
@@ -305,9 +294,8 @@ class Session:
         """Write the session to one uncompressed ``.npz``, atomically; returns the path."""
         description = {"format": FORMAT, **{field: getattr(self, field) for field in PLAIN}}
         description |= {"shape": self.counts.shape, "firing_rates": self.firing_rates.tolist()}
-        arrays = {"regions": self.regions, "trial_ids": self.trial_ids, "counts": self.counts}
-        some = {"rates": self.rates, "observed": self.observed}
-        arrays |= {key: array for key, array in some.items() if array is not None}
+        names = ("regions", "trial_ids", "counts", "rates", "observed")
+        arrays = {key: array for key in names if (array := getattr(self, key)) is not None}
         split = self.given_split._asdict() if self.given_split else {}
         groups = {"behaviour": self.behaviour, "neurons": self.neurons, "split": split}
         for group, columns in groups.items():
@@ -435,12 +423,6 @@ def _clusters(fired: Any, clusters: Any, regions: Any) -> tuple[np.ndarray, np.n
     return ids, None if regions is None else _array("regions", regions, ids=ids, rows=clusters)
 
 
-NO_SAMPLES = (
-    "NaN in every bin; its times must be seconds on the clock of the events, and samples at most "
-    "0.2 s apart (interpolate a slower trace first)"
-)
-
-
 def _count(
     who: str, recorded: Sequence[Any], ids: np.ndarray, random_split: bool, grid: dict[str, Any]
 ) -> np.ndarray:
@@ -453,9 +435,10 @@ def _count(
         counts = bin_spikes(spikes, places, events, n_neurons=len(ids), **grid)
         if not counts.any():
             raise ValueError("none falls into any trial's window; are both on one clock, in s?")
-    window, rates = grid["window"], counts.mean(axis=(0, 1), dtype=np.float64) / grid["bin_size"]
-    length, whole = window[1] - window[0], np.ptp(np.concatenate([spikes, events]))
+    (start, stop), whole = grid["window"], np.ptp(np.concatenate([spikes, events]))
+    rates = counts.mean(axis=(0, 1), dtype=np.float64) / grid["bin_size"]
     rate = float(np.median(rates[np.unique(places)]))  # of neurons that fire at all
+    length = stop - start
     share = len(events) * length / (whole or length)
     if rate < LOWEST_RATE and share < LOWEST_SHARE:
         raise ValueError(
@@ -466,19 +449,20 @@ def _count(
     if len(again := np.flatnonzero(pd.Index(events).duplicated())):
         trials = f"trials {again[:5].tolist()} are at the time of an earlier one"
         raise ValueError(f"times: {trials}; drop duplicate rows")
-    events = np.sort(events)
-    overlap = np.maximum(length - np.diff(events), 0).sum() / (length * len(events))
-    outside = (events + window[1] < spikes.min()) | (events + window[0] > spikes.max())
-    doubts = {
-        f"{overlap:.0%} of the windows' time lies in the next window too, so a random split tests "
-        "on what it trains on; take events further apart, or pass given_split": (
-            overlap > 0.1 and random_split
-        ),
-        f"{outside.sum()} of {len(events)} trials lie before the first or after the last spike; "
-        "leave them out, or add the trial's start to spike times that count from it": (
-            0.05 < outside.mean() < 1
-        ),
-    }
-    for doubt in [text for text, holds in doubts.items() if holds]:
+    gaps = np.diff(np.sort(events))
+    overlap = np.maximum(length - gaps, 0).sum() / (length * len(events))
+    outside = (events + stop < spikes.min()) | (events + start > spikes.max())
+    doubts = []
+    if overlap > 0.1 and random_split:
+        doubts += [
+            f"{overlap:.0%} of the windows' time lies in the next window too, so a random split "
+            "tests on what it trains on; take events further apart, or pass given_split"
+        ]
+    if 0.05 < outside.mean() < 1:
+        doubts += [
+            f"{outside.sum()} of {len(events)} trials lie before the first or after the last "
+            "spike; leave them out, or add the trial's start to spike times that count from it"
+        ]
+    for doubt in doubts:
         warnings.warn(f"{who} align_times: {doubt}", stacklevel=3)
     return counts

@@ -91,8 +91,6 @@ def test_one_region_at_a_time(session):
     assert alone.score == found["DG"].score
     with pytest.raises(SessionError, match="no region 'LP'; known: CA1, DG"):
         decode(oracle(session), session, "choice", region="LP")
-    with pytest.raises(SessionError, match="no neuron has a region label"):
-        decode_by_region(session.counts, Session(session.counts), "choice")
 
 
 def test_trials_without_choice_or_with_nan_are_left_out(session):

@@ -41,6 +41,7 @@ FLOORS = (
         "batches",
         "distributed",
         "model",
+        "direct_paths",
         "recipes",
         "report",
         "session",

@@ -94,7 +94,6 @@ def test_counts_are_copied(dtype):
         ({"neurons": {"x": pd.Series(range(4)).iloc[::-1]}}, r"neurons 'x': .* \[3, 2, 1\]"),
         ({"window": (0.0, 1.0)}, "window: .0.0, 1.0. s, but 5 bins last 0.1 s"),
         ({"behaviour": {"wheel": np.zeros((20, 4))}}, "behaviour 'wheel': .* or .20, 5.*20, 4"),
-        ({"behaviour": {"x": np.full((20, 5), "a")}}, "behaviour 'x': need numbers, or a word for"),
         ({"neurons": {"depth": np.zeros(3)}}, "neurons 'depth': need shape .4,., got .3,."),
         ({"rates": np.ones((20, 5, 3))}, "rates: need shape .20, 5, 4."),
         ({"given_split": ([0], [1], [1])}, "given_split: a trial is there twice; keep parts apart"),

@@ -109,26 +109,22 @@ def batches_of(sessions, schemes=("neuron", "causal", "intra-region", "temporal"
 
 @pytest.mark.parametrize("fields", [{}, NDT2], ids=str)
 @pytest.mark.parametrize("loss", ["mean", "sum"])
-def test_the_batches_of_a_step_equal_single_batches_and_pieces(small, fields, loss):
-    """Gradients of four sessions and schemes together, of micro-batches, and by definition."""
+def test_the_batches_of_a_step_equal_single_batches(small, fields, loss):
+    """Gradients of four sessions and schemes together, and by definition."""
     config = MtMConfig.from_depth(1, heads=2, width=32, **NO_DROPOUT, **fields)
     model = MtM(config, 20, {s.name: s.n_neurons for s in small}).double()
-    batches, found = batches_of(small), []
-    for settings in ({}, {"micro_batch": 3}):
-        model.zero_grad()
-        losses = accumulate(model, batches, TrainConfig(loss=loss, **settings))
-        found.append((losses, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    batches = batches_of(small)
+    losses = accumulate(model, batches, TrainConfig(loss=loss))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     parts = [masked_loss(model(*b), b.counts, b.mask.target) for b in batches]
     if loss == "mean":
         numbers = [b.mask.target.sum() * len(batches) for b in batches]
         parts = [part / n for part, n in zip(parts, numbers, strict=True)]
     sum(parts).backward()
-    expected = torch.stack(parts).detach().float()
-    for losses, gradients in found:
-        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses, torch.stack(parts).detach(), rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_weight_decay_is_for_matrices_unless_the_recipe_says_all(small):
@@ -193,16 +189,6 @@ def test_the_learning_rate_rises_and_falls_in_each_phase(small):
     rates = [entry["lr"] for entry in tuned.history]  # 4 epochs of session layers, 16 of all
     assert rates[3] < 1e-5 and rates[19] < 1e-5
     assert max(rates[:4]) > 9e-4 and max(rates[4:]) > 9e-4 and rates[4] < max(rates[4:])
-
-
-def test_a_warm_up_of_one_step(small):
-    fit(
-        small[0],
-        **{**QUICK, "epochs": 1, "validations": 1},
-        warmup=0.5,
-        batch_size=14,
-        batches_per_step=1,
-    )
 
 
 def test_validation_scores_the_same_entries_each_time_and_every_region(small, monkeypatch):
@@ -388,6 +374,19 @@ def test_sessions_that_do_not_go_together_are_refused(small):
     ):
         result = fit(Session(counts, name="x"), **QUICK)
     assert set(result.best["validation"]) == {"neuron", "causal"}
+
+
+def test_a_trial_that_is_in_two_parts_of_the_split_is_refused_before_training(small):
+    split = small[0].split()
+    twice = small[0].counts.copy()
+    twice[split.test[0]] = twice[split.train[3]]
+    twice[split.val[0]] = twice[split.train[5]]
+    twice[split.train[1]] = twice[split.train[0]]  # within a part: no matter
+    how = {"regions": small[0].regions, "name": small[0].name, "bin_size": 0.1}
+    with pytest.raises(SessionError, match=f"{how['name']}', split: 2 trials .* drop duplicate"):
+        fit(Session(twice, **how), **QUICK)
+    kept = np.delete(np.arange(40), [split.test[0], split.val[0]])
+    assert fit(Session(twice, **how).select(kept), **QUICK)
 
 
 # --------------------------------------------------------------------------------- what a run shows
