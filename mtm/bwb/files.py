@@ -34,6 +34,7 @@ import torch
 
 from mtm.binning import n_bins
 from mtm.data import recording
+from mtm.data.recording import observed_by_probe, within
 from mtm.data.regions import LEVELS
 from mtm.files import optional
 from mtm.session import Session, SessionError
@@ -43,12 +44,12 @@ DATASET = "ibl_brain_wide_bench_2026"
 BUILDS = ("all_units", "selected_units")
 SUITES = {"all_units": "ts1", "selected_units": "ts2"}  # build -> its tasks and their split
 SPLITS = ("pretrain", "ts1", "ts2")
-_COLUMNS = {"id": "uuid", "probe_id": "probe", "cluster_id": "cluster", "depths": "depth"}
+COLUMNS = {"id": "uuid", "probe_id": "probe", "cluster_id": "cluster", "depths": "depth"}
 _TRACES = {  # behaviour -> group; the column has the behaviour's name with underscores
     **{"whisker-motion-energy": "whisker", "wheel-speed": "wheel", "licking-rate": "licks"},
     **{"left-paw-speed": "paws", "right-paw-speed": "paws"},
 }
-_TOLERANCE = 1e-9  # s, rounding error of a time
+ROUNDING = 1e-9  # seconds, of a time
 
 
 # ----------------------------------------------------------------------------- download
@@ -188,11 +189,11 @@ def load_session(
             how = {"length": window[1], "split": file.provenance["split"]}
             filled = [part for part, bounds in parts.items() if len(bounds)]
             align = np.sort(np.concatenate([ts2_windows(path, p, 1.0, **how) for p in filled]))
-        fields = _units(file, atlas)
-        fields |= _trials(file, align, window, bool(trial_filter), parts, fields["spike_times"])
-        fields |= {"traces": _traces(file), "name": file.name, "provenance": file.provenance}
-    subject = file.provenance["subject"]
-    return Session.from_spike_times(window=window, bin_size=bin_size, subject=subject, **fields)
+        spikes, units = _spikes(file), _units(file)
+        fields = _trials(file, align, window, bool(trial_filter), parts, spikes, units)
+        fields["regions"] = None if atlas is None else units[atlas.lower()]
+        fields |= {"window": window, "bin_size": bin_size, "traces": _traces(file)}
+    return file.to_session(*spikes, units, **fields)
 
 
 def ts2_windows(
@@ -288,29 +289,20 @@ def _parts(file: SessionFile, split: str | None, needed: bool) -> dict[str, np.n
     return parts | {"test": test}
 
 
-def inside(spans: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Which intervals (K, 2) lie in one of a part's (n, 2); (K,) bool."""
-    begun = spans[:, None, 0] >= part[:, 0] - _TOLERANCE
-    return np.any(begun & (spans[:, None, 1] <= part[:, 1] + _TOLERANCE), axis=1)
-
-
-def _units(file: SessionFile, atlas: str | None) -> dict[str, Any]:
-    """Arguments of `Session.from_spike_times` for spikes and units."""
-    neurons = {
-        _COLUMNS.get(key, key.removeprefix("region_")): file.column(f"units/{key}")
-        for key, column in file.file["units"].items()
-        if column.ndim == 1
-    }
-    if "probe" in neurons and "probes" in file.file:  # ids of insertions -> "probe00", ...
-        names = pd.Series(file.column("probes/name"), file.column("probes/id"))
-        neurons["probe"] = names[neurons["probe"]].to_numpy()
-    return {
-        "spike_times": file.column("spikes/timestamps"),
-        "spike_clusters": file.column("spikes/unit_index"),
-        "clusters": np.arange(len(file.column("units/id"))),
-        "regions": None if atlas is None else file.column(f"units/region_{atlas.lower()}"),
-        "neurons": neurons,
-    }
+def _units(file: SessionFile) -> pd.DataFrame:
+    """The table of the units, in the order of their numbers in the spikes."""
+    units = pd.DataFrame(
+        {
+            COLUMNS.get(key, key.removeprefix("region_")): file.column(f"units/{key}")
+            for key, column in file.file["units"].items()
+            if column.ndim == 1
+        }
+    )
+    if "probe" in units and "probes" in file.file:  # ids of insertions -> "probe00", ...
+        units["probe"] = units["probe"].map(
+            dict(zip(file.column("probes/id"), file.column("probes/name"), strict=True))
+        )
+    return units
 
 
 def _trials(
@@ -319,32 +311,24 @@ def _trials(
     window: tuple[float, float],
     valid: bool,
     parts: dict[str, np.ndarray],
-    spikes: np.ndarray,
+    spikes: tuple[np.ndarray, np.ndarray],
+    units: pd.DataFrame,
 ) -> dict[str, Any]:
     """Arguments of `Session.from_spike_times` for the trials that are kept."""
     behaviour = _behaviour(file, align)
     time = behaviour["event-time"]
-    spans = time[:, None] + np.array(window)
-    lost = {"without the event": ~np.isfinite(time)}
-    if valid:
-        lost["not valid"] = file.column("trials/is_valid") != 1
-    lost["beyond the recording"] = ~inside(spans, np.array([[spikes.min(), spikes.max()]]))
-    reason = np.select(list(lost.values()), list(lost), "")  # the first that applies
-    keep = reason == ""
-    counted = {"in the recording": len(time)} | {key: int((reason == key).sum()) for key in lost}
-    if not keep.any():
-        file.fail("trials", f"none is left ({counted}); align to other events, in seconds")
-    members = [inside(spans[keep], part) for part in parts.values()]
+    spans, whole = time[:, None] + np.array(window), [[spikes[0].min(), spikes[0].max()]]
+    probes = units.get("probe", pd.Series("", units.index)).to_numpy()
+    observed = observed_by_probe(*spikes, probes, spans)
+    observed &= within(np.array(whole), spans, ROUNDING)[:, None]
+    rejected = {"not valid": file.column("trials/is_valid") != 1} if valid else {}
+    fields = file.trials_to_use(time, behaviour, rejected, observed)
     if parts:
-        counted["in no part of the split"] = int((~np.any(members, axis=0)).sum())
-    file.provenance["trials"] = counted
-    return {
-        "align_times": time[keep],
-        "behaviour": {name: values[keep] for name, values in behaviour.items()},
-        "trial_ids": np.flatnonzero(keep),
-        "n_recorded": len(time),
-        "given_split": members if parts else None,
-    }
+        kept = spans[fields["trial_ids"]]
+        members = fields["given_split"] = [within(part, kept, ROUNDING) for part in parts.values()]
+        nowhere = ~np.any(members, axis=0)
+        file.provenance["trials"]["in no part of the split"] = int(nowhere.sum())
+    return fields
 
 
 def _behaviour(file: SessionFile, align: str | np.ndarray) -> dict[str, np.ndarray]:
