@@ -45,7 +45,11 @@ BUILDS = ("all_units", "selected_units")
 SUITES = {"all_units": "ts1", "selected_units": "ts2"}  # build -> its tasks and their split
 SPLITS = ("pretrain", "ts1", "ts2")
 COLUMNS = {"id": "uuid", "probe_id": "probe", "cluster_id": "cluster", "depths": "depth"}
-_TRACES = {  # behaviour -> group; the column has the behaviour's name with underscores
+TRIAL_COLUMNS = (
+    *("choice", "reward", "probability_left", "contrast_left", "contrast_right"),
+    *("movement_onset_time", "stim_on_time"),
+)
+TRACES = {  # behaviour -> group; the column has the behaviour's name with underscores
     **{"whisker-motion-energy": "whisker", "wheel-speed": "wheel", "licking-rate": "licks"},
     **{"left-paw-speed": "paws", "right-paw-speed": "paws"},
 }
@@ -158,7 +162,8 @@ def load_session(
     """Load a session file: its units, trials, behaviour and split.
 
     A trial belongs to the part of the split in which its whole window lies, or to none. Trials that
-    reach beyond the first or last spike are left out. ``provenance["trials"]`` counts both.
+    no probe recorded are left out; what one of several did not is not ``observed``.
+    ``provenance["trials"]`` counts them.
 
     Args:
         path: a file from `download`.
@@ -186,10 +191,8 @@ def load_session(
         file.provenance["align"] = align if named else "given times"
         parts = _parts(file, split, cut)
         if cut:
-            how = {"length": window[1], "split": file.provenance["split"]}
-            filled = [part for part, bounds in parts.items() if len(bounds)]
-            align = np.sort(np.concatenate([ts2_windows(path, p, 1.0, **how) for p in filled]))
-        spikes, units = _spikes(file), _units(file)
+            align = _windows(file, np.concatenate([*parts.values()]), 1.0, window[1])
+        spikes, units = file.spikes(), _units(file)
         fields = _trials(file, align, window, bool(trial_filter), parts, spikes, units)
         fields["regions"] = None if atlas is None else units[atlas.lower()]
         fields |= {"window": window, "bin_size": bin_size, "traces": _traces(file)}
@@ -207,8 +210,12 @@ def ts2_windows(
     equality; numpy's differ from `torch.arange`'s in the last bits.
     """
     with open_file(path) as file:
-        trials = file.intervals("task_aligned_intervals/domain")[:, None]
-        bounds, starts = file.intervals(f"{split}_{part}_domain"), [np.zeros(0)]
+        return _windows(file, file.intervals(f"{split}_{part}_domain"), stride, length)
+
+
+def _windows(file: SessionFile, bounds: np.ndarray, stride: float, length: float) -> np.ndarray:
+    """Starts (W,) of the windows in intervals ``bounds`` (n, 2)."""
+    trials, starts = file.intervals("task_aligned_intervals/domain")[:, None], [np.zeros(0)]
     first = np.maximum(trials[..., 0], bounds[:, 0]).ravel().tolist()
     last = np.minimum(trials[..., 1], bounds[:, 1]).ravel().tolist()
     for begin, end in zip(first, last, strict=True):
@@ -240,6 +247,10 @@ class SessionFile(recording.Recording):
         data = self.file[path]
         strings = data.dtype.kind in "OS"  # variable-length UTF-8, or fixed-length bytes
         return data.asstr()[()].astype(np.str_) if strings else data[()]
+
+    def spikes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Time (S,) in seconds and number of the unit (S,) of every spike."""
+        return self.column("spikes/timestamps"), self.column("spikes/unit_index")
 
     def intervals(self, path: str) -> np.ndarray:
         """Intervals (n, 2): start and end, seconds."""
@@ -291,17 +302,15 @@ def _parts(file: SessionFile, split: str | None, needed: bool) -> dict[str, np.n
 
 def _units(file: SessionFile) -> pd.DataFrame:
     """The table of the units, in the order of their numbers in the spikes."""
+    file.column("units/id")  # which says so if it is not there
+    flat = [key for key, column in file.file["units"].items() if column.ndim == 1]
+    names = [COLUMNS.get(key, key.removeprefix("region_")) for key in flat]
     units = pd.DataFrame(
-        {
-            COLUMNS.get(key, key.removeprefix("region_")): file.column(f"units/{key}")
-            for key, column in file.file["units"].items()
-            if column.ndim == 1
-        }
+        {n: file.column(f"units/{key}") for n, key in zip(names, flat, strict=True)}
     )
     if "probe" in units and "probes" in file.file:  # ids of insertions -> "probe00", ...
-        units["probe"] = units["probe"].map(
-            dict(zip(file.column("probes/id"), file.column("probes/name"), strict=True))
-        )
+        names = pd.Series(file.column("probes/name"), file.column("probes/id"))
+        units["probe"] = units["probe"].map(names)
     return units
 
 
@@ -338,27 +347,26 @@ def _behaviour(file: SessionFile, align: str | np.ndarray) -> dict[str, np.ndarr
     events = [key for key in file.file["trials"] if re.fullmatch(r"start|end|\w+_time", key)]
     if align not in events:
         file.fail(f"trials/{align}", f"no such event; there are {events}")
-    names = ("choice", "contrast_left", "contrast_right", "movement_onset_time", "stim_on_time")
-    choice, left, right, moved, shown = (file.column(f"trials/{name}") for name in names)
-    contrast = np.nan_to_num(right) - np.nan_to_num(left)  # NaN on the side without a stimulus
+    table = pd.DataFrame({name: file.column(f"trials/{name}") for name in {align, *TRIAL_COLUMNS}})
     return {
-        "event-time": file.column(f"trials/{align}"),
-        "choice": np.select([choice == 0, choice == 1, choice == 2], [-1.0, 1.0, 0.0], np.nan),
-        "block": file.column("trials/probability_left"),
-        "reward": file.column("trials/reward").astype(np.float64),
-        "contrast": np.where(np.isnan(left) & np.isnan(right), np.nan, contrast),
-        "reaction-time": moved - shown,
+        "event-time": table[align].to_numpy(),
+        "choice": table["choice"].map({0: -1.0, 1: 1.0, 2: 0.0}),
+        "block": table["probability_left"],
+        "reward": table["reward"].astype(np.float64),
+        # NaN on the side without a stimulus; unknown where both are.
+        "contrast": table["contrast_right"].sub(table["contrast_left"], fill_value=0),
+        "reaction-time": table["movement_onset_time"] - table["stim_on_time"],
     }
 
 
 def _traces(file: SessionFile) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Times and values of each continuous behaviour in the file."""
     traces = {}
-    for key, group in _TRACES.items():
+    for key, group in TRACES.items():
         name = key.replace("-", "_")
         if f"{group}/{name}" in file.file:
             times, values, known = file.trace(group, name)
             # A lick sample counts the 20 ms that begin with it: its time is their middle.
             traces[key] = times[known] + 0.01 * (group == "licks"), values[known]
-    file.provenance["absent"] = [key for key in _TRACES if key not in traces]
+    file.provenance["absent"] = [key for key in TRACES if key not in traces]
     return traces

@@ -32,12 +32,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from mtm import decoding
-from mtm.bwb.files import SUITES, inside, load_session, open_file, ts2_windows
-from mtm.data.recording import Recording
+from mtm.bwb.files import ROUNDING, SUITES, open_file, ts2_windows
+from mtm.data.recording import Recording, within
 from mtm.files import atomic_write
 from mtm.prediction import PredictorLike, Queries, predict_queries, require_unseen
 from mtm.session import Session, SessionError, Split
@@ -116,10 +114,18 @@ class BenchmarkSession(Recording):
         """Starts (W,) in seconds of the windows that the TS2 tasks score."""
         return ts2_windows(self.path, "test")
 
-    def session(self, starts: np.ndarray) -> Session:
-        """The windows of 1 s that begin at ``starts`` (W,), seconds, as trials."""
-        grid: dict[str, Any] = {"window": (0.0, LENGTH), "bin_size": BIN_SIZE, "atlas": None}
-        return load_session(self.path, align=starts, split=SUITES[self.build], **grid)
+    def session(self, starts: np.ndarray, val: Any = (), test: Any = ()) -> Session:
+        """The windows of 1 s that begin at ``starts`` (W,), seconds, then at those of val and test.
+
+        Nothing is left out, observed or not: the benchmark scores all.
+        """
+        with open_file(self.path) as file:
+            spikes = file.spikes()
+        events = np.concatenate([starts, val, test])
+        fields: dict[str, Any] = {"window": (0.0, LENGTH), "bin_size": BIN_SIZE, "name": self.name}
+        parts = np.split(np.arange(len(events)), np.cumsum([len(starts), len(val)]))
+        fields |= {"clusters": np.arange(len(self.units)), "given_split": parts}
+        return Session.from_spike_times(*spikes, events, **fields)
 
     def scored(self, task: str) -> tuple[slice, np.ndarray]:
         """Bins and units (N,) bool that a TS2 task hides and scores."""
@@ -141,12 +147,12 @@ class BenchmarkSession(Recording):
             if place not in file.file or (spec.group and series not in file.file):
                 return Trials(*[np.zeros(0, dtype=np.int64)] * 4)
             rows, bounds = file.column(f"{place}/trial_index"), file.intervals(place)
-            keep = inside(bounds, file.intervals(f"ts1_{part}_domain"))
+            keep = within(file.intervals(f"ts1_{part}_domain"), bounds, ROUNDING)
             if spec.classes:
                 values = file.column(f"{place}/{name}").astype(np.int64)[:, None]
                 trusted = np.ones((len(rows), BINS), dtype=bool)
             else:
-                keep &= inside(bounds, file.intervals(f"{spec.group}/domain"))
+                keep &= within(file.intervals(f"{spec.group}/domain"), bounds, ROUNDING)
                 times, samples, known = file.trace(spec.group, name)
                 if spec.group in ("whisker", "paws"):
                     scale = file.file[f"ts1_normalize/{series}"].attrs
@@ -231,14 +237,13 @@ def _predict_behaviour(
     """Decode a behaviour in the test trials, (K, 1, C) or (K, 50, 1) float32."""
     train, val, test = (recording.trials(task, part) for part in Split._fields)
     fit = Trials(*map(np.concatenate, zip(train, val, strict=True)))
-    session = recording.session(np.concatenate([fit.starts, test.starts]))
-    everything, n_fit = np.ones((1, session.n_neurons), dtype=bool), len(fit.starts)
-    asked = np.arange(session.n_trials), Queries(~everything, everything)
-    log_rates = predict_queries(predictor, session, TASKS[task].prompt, *asked, **options)
-    features = log_rates.reshape(session.n_trials, -1)
+    session = recording.session(train.starts, val.starts, test.starts)
+    options = {"split_seed": 0, "allow_seen": True, "batch_size": options.get("batch_size")}
+    decoder = decoding.Decoder(predictor, session, read="rates", **options)
+    every = np.ones(session.n_trials, dtype=bool)
     try:
-        x, x_test = decoding.principal_axes(features[:n_fit], features[n_fit:])
-        decoded = decode_trials(x, x_test, fit, TASKS[task])
+        features = decoder.features(("rates", TASKS[task].prompt), every)
+        decoded = decode_trials(*features, fit, TASKS[task])
     except ValueError as error:
         recording.fail(task, f"too few trials to fit a decoder ({error}); leave the task out")
     return decoded.reshape(len(test.rows), *TASKS[task].shape).astype(np.float32)
@@ -247,7 +252,7 @@ def _predict_behaviour(
 def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) -> np.ndarray:
     """Decode a behaviour from features (K', F), fitted to features (K, F) of the trials ``fit``.
 
-    Returns log-probabilities (K', C), samples (K', 50), or log-rates (K', 50) of licks.
+    Returns logits (K', C), samples (K', 50), or log-rates (K', 50) of licks.
     """
     if task.group:
         samples = np.where(fit.trusted, fit.values[..., 0], 0.0)  # mean, where not trusted
@@ -258,13 +263,10 @@ def decode_trials(x: np.ndarray, x_test: np.ndarray, fit: Trials, task: Task) ->
             found = np.log(np.maximum(found, 0.5 / len(samples)))
         return found
     classes, n_each = np.unique(fit.values, return_counts=True)
-    solver = "newton-cholesky" if len(classes) == 2 else "lbfgs"
-    logistic = LogisticRegression(solver=solver, class_weight="balanced", max_iter=1000)
-    folds = StratifiedKFold(min(decoding.FOLDS, *n_each), shuffle=True, random_state=0)
-    grid = {"C": decoding.CLASS_PENALTIES}
-    search = GridSearchCV(logistic, grid, cv=folds, scoring="balanced_accuracy")
     found = np.full((len(x_test), task.classes), -np.inf)  # of classes never seen
-    found[:, classes] = decoding.fitted(search, x, fit.values[:, 0]).predict_log_proba(x_test)
+    found[:, classes] = decoding.search(x, fit.values[:, 0], "classes").predict_log_proba(x_test)
+    # The score is balanced accuracy: as if all classes were as frequent.
+    found[:, classes] -= np.log(n_each / n_each.sum())
     return found.clip(min=LOWEST)
 
 
