@@ -47,8 +47,7 @@ def load_session(
         units: "good" keeps the clusters of quality good; None all but noise.
         sample_rate: Hz. Default: that of ``params.py``.
         regions, traces, name: as in :meth:`Session.from_spike_times`; default name the folder's.
-        behaviour: name -> (K,) or (K, T). Default: columns of numbers, except those called ``*time``
-            or ``*times``.
+        behaviour: name -> (K,) or (K, T). Default: columns of numbers not called ``*time(s)``.
 
     Returns:
         the session; ``neurons`` has ``cluster``, ``quality`` (phy's ``group``, or ``KSLabel`` for a
@@ -77,7 +76,7 @@ def _spikes(files: Folder, rate: float | None) -> tuple[np.ndarray, np.ndarray]:
         files.fail("spike_times.npy", "not whole samples; for seconds, Session.from_spike_times")
     source = "spike_clusters" if files.has("spike_clusters") else "spike_templates"
     text = "".join(path.read_text("utf-8", "replace") for path in files.path.glob("params.py"))
-    found = re.findall(r"^sample_rate\s*=\s*([\d._eE+]+)\s*(?:#.*)?$", text, re.M)
+    found = re.findall(r"^sample_rate\s*=\s*([\d._eE+]+)", text, re.M)
     if rate is None and not found:
         files.fail("params.py", "no sample_rate in it; pass sample_rate=, in Hz")
     files.provenance["sample_rate"] = rate = float(found[-1] if rate is None else rate)
