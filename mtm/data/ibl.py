@@ -8,9 +8,8 @@ A session's behaviour, NaN = missing:
 - ``choice`` (K,): -1 right, +1 left, 0 none; ``block``: probability of a stimulus on the left;
   ``reward``: 1 or 0; ``contrast``: right minus left, -1..1; ``reaction-time``: first movement
   minus stimulus onset, seconds.
-- ``wheel-speed`` (K, T) rad/s: position at 1 kHz, low-pass 20 Hz, differentiated, absolute, mean
-  of each bin.
-- ``whisker-motion-energy`` (K, T), arbitrary units: left camera, else right; averaged in each bin.
+- ``wheel-speed`` (K, T) rad/s, see `mtm.data.recording.wheel_speed`, and
+  ``whisker-motion-energy`` (K, T), arbitrary units, left camera, else right: averaged in each bin.
 """
 
 from __future__ import annotations
