@@ -1,8 +1,8 @@
 """BrainWideBench (arXiv 2609.22064): list, download and read its public session files.
 
-452 recordings of the International Brain Laboratory, one HDF5 file each: 423 to pretrain on, and 29
-of other animals to evaluate on. Each comes in two builds: ``all_units`` is all that the spike
-sorter found, ``selected_units`` the well isolated units.
+452 recordings of the International Brain Laboratory, one HDF5 file each: 423 to pretrain on, 29 of
+other animals to evaluate on. Each comes in two builds: ``all_units`` is all that the spike sorter
+found, ``selected_units`` the well isolated units.
 
 Behaviours of a session, NaN where missing:
 
@@ -37,7 +37,7 @@ from mtm.data import recording
 from mtm.data.recording import observed_by_probe, within
 from mtm.data.regions import LEVELS
 from mtm.files import optional
-from mtm.session import Session, SessionError
+from mtm.session import Session
 
 BUCKET = "https://brain-wide-bench.s3.amazonaws.com"
 DATASET = "ibl_brain_wide_bench_2026"
@@ -122,15 +122,8 @@ def fetch(
 ) -> list[Path]:
     """Download the files of some sessions, whichever regime they are of; again, it resumes.
 
-    Args:
-        sessions: uuids or their beginnings, as ``"0802ced5"``.
-        folder: see `download`.
-        build: "selected_units" or "all_units".
-        base_url: address of the bucket.
-        progress: show a bar on a terminal.
-
-    Raises:
-        ValueError: for a beginning that no session has, or several.
+    ``sessions`` are uuids or their beginnings, as ``"0802ced5"``; for the rest see `download` and
+    `list_sessions`. Raises a ValueError for a beginning that no session has, or several.
     """
     wanted = [sessions] if isinstance(sessions, str) else list(sessions)
     found: dict[str, list[Entry]] = {start: [] for start in wanted}
@@ -272,9 +265,9 @@ class SessionFile(recording.Recording):
 def open_file(path: str | Path) -> Iterator[SessionFile]:
     """Open a session file; errors in reading it become a SessionError."""
     h5py, path = optional("h5py", "bwb"), Path(path)
-    if not path.is_file():
-        raise SessionError(f"session {path.stem!r}, {path}: no such file; bwb.download fetches it")
     opened = SessionFile(path.stem, origin="BrainWideBench", file=path.name)
+    if not path.is_file():
+        opened.fail(str(path), "no such file; bwb.download fetches it")
     with opened.reading(str(path)), h5py.File(path, "r") as opened.file:
         opened.name = opened.text("session", "id") or path.stem
         opened.provenance["subject"] = opened.text("subject", "id")

@@ -210,7 +210,7 @@ def predict_task(
         predictor: as in :func:`mtm.evaluate`, except for an array.
         recording: of the task's build.
         task: one of `TASKS`.
-        **options: ``batch_size`` and ``progress`` as in :func:`mtm.evaluate`.
+        **options: ``batch_size`` and, of activity, ``progress`` as in :func:`mtm.evaluate`.
 
     Returns:
         `BenchmarkSession.index` and ``predictions``: (W, 50 or 5, n) float16 log-rates of what was
@@ -284,8 +284,7 @@ def export(
     """Write the prediction files of models that differ in their seed; returns the paths.
 
     Args:
-        models: as in `predict_task`; each for the files whose session it knows with that number of
-            units.
+        models: as in `predict_task`; each for the files whose session and units it knows.
         files: session files of either or both builds; each for the tasks of its build.
         folder: of all predictions.
         label: name of the model at the benchmark.
@@ -348,9 +347,8 @@ def require_untrained(models: dict[int, PredictorLike], recording: BenchmarkSess
     with open_file(recording.path) as file:
         test, aligned = file.intervals(f"{suite}_test_domain"), file.file["task_aligned_intervals"]
         starts = [aligned[name]["start"][()] for name in aligned if name != "domain"]
-        splits = [split for split in SUITES.values() if f"{split}_test_domain" in file.file]
-    for split in splits:
-        starts += [ts2_windows(recording.path, p, 1.0, split=split) for p in Split._fields]
+    for split, part in itertools.product(SUITES.values(), Split._fields):
+        starts.append(ts2_windows(recording.path, part, 1.0, split=split))
     every = np.unique(np.concatenate(starts))
     begin, end = every[:, None] + 1e-6, every[:, None] + LENGTH - 1e-6
     overlap = np.any((begin < test[:, 1]) & (end > test[:, 0]), axis=1)
@@ -359,11 +357,9 @@ def require_untrained(models: dict[int, PredictorLike], recording: BenchmarkSess
         try:
             require_unseen(model, windows, np.arange(windows.n_trials))
         except ValueError:
-            recording.fail(
-                f"{suite}_test_domain",
-                f"the model of seed {seed} was trained on windows of this part; "
-                f"prepare the file again with --align ts2 --split {suite}, and train another",
-            )
+            problem = f"the model of seed {seed} was trained on windows of this part; prepare"
+            remedy = f"the file again with --align ts2 --split {suite}, and train another"
+            recording.fail(f"{suite}_test_domain", f"{problem} {remedy}")
 
 
 def save(
@@ -376,9 +372,9 @@ def save(
 ) -> Path:
     """Write the tensors of `predict_task`; returns its path."""
     path = Path(folder) / label / task / recording.name / f"seed_{seed}.safetensors"
-    more = {"context_window": str(LENGTH), "bin_size": str(BIN_SIZE)}
-    more |= {"ibl_bwb_eval_version": SCORER}
-    return _write(path, tensors, recording.metadata(label, task, seed) | more)
+    metadata = recording.metadata(label, task, seed) | {"ibl_bwb_eval_version": SCORER}
+    metadata |= {"context_window": str(LENGTH), "bin_size": str(BIN_SIZE)}
+    return _write(path, tensors, metadata)
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Path:
@@ -399,8 +395,7 @@ def check(
 ) -> list[str]:
     """Find what would spoil an upload: a list of problems with file and remedy; empty when ready.
 
-    Each prediction file is compared with its session file. All sessions must have the same seeds.
-    TS3 is not checked.
+    Each prediction file is compared with its session file. TS3 is not checked.
 
     Args:
         folder: that `export` wrote to.
@@ -460,8 +455,7 @@ def _problems(
     if index is None or (lacking := sorted({"predictions", *index} - tensors.keys())):
         yield f"lacks {', '.join(lacking)}" if index else "the session has no such behaviour"
         return
-    # The order of rows (windows or trials) is free, that of units is not.
-    (key, wanted), *_ = index.items()
+    (key, wanted), *_ = index.items()  # rows in any order
     rows, predictions, events = tensors[key], tensors["predictions"], TASKS[task].events
     missing, others = len(np.setdiff1d(wanted, rows)), len(np.setdiff1d(rows, wanted))
     if missing or others or rows.shape != wanted.shape or rows.dtype != wanted.dtype:
