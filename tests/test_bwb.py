@@ -17,7 +17,7 @@ import h5py  # noqa: E402
 from bwb_files import REGIONS, SUBJECT, held_out, write_session  # noqa: E402
 
 from mtm import bwb, cli  # noqa: E402
-from mtm.bwb import files  # noqa: E402
+from mtm.bwb import files, submission  # noqa: E402
 from mtm.session import Session, SessionError  # noqa: E402
 
 SMALL = {"duration": 160.0, "chunk": 40.0, "gap": 4.0, "units": 6}
@@ -132,8 +132,8 @@ def test_given_times_and_other_bins(written):
     times = np.array([300.0, np.nan, 20.0, 1e9, -5.0, 100.25, 519.9])
     session = bwb.load_session(path, align=times, window=(0.0, 0.5), bin_size=0.1, split=None)
     assert session.trial_ids.tolist() == [0, 2, 5] and session.n_recorded == 7
-    lost = {"without the event": 1, "beyond the recording": 3}
-    assert session.provenance["trials"] == {"in the recording": 7, **lost}
+    lost = {"without the event": 1, "not observed": 3}
+    assert session.provenance["trials"] == {"recorded": 7, **lost}
     assert session.given_split is None
     np.testing.assert_array_equal(session.counts, counted(made, [300.0, 20, 100.25], 0.5, 0.1))
 
@@ -149,6 +149,22 @@ def test_trials_without_the_event_and_not_valid_ones(written):
     session = bwb.load_session(path, trial_filter="valid")
     assert session.trial_ids.tolist() == np.flatnonzero(valid).tolist()
     assert session.provenance["trials"]["not valid"] == np.sum(~valid)
+
+
+def test_what_a_probe_that_stopped_did_not_record_is_not_observed(tmp_path):
+    path = tmp_path / "s.h5"
+    made = write_session(path, rate=9.0)
+    stopped = made["units"]["probe_id"] == made["probes"]["id"][1]
+    with h5py.File(path, "r+") as file:
+        late = stopped[made["spikes"]["unit_index"]] & (made["spikes"]["timestamps"] > 300)
+        for name, values in made["spikes"].items():
+            del file[f"spikes/{name}"]
+            file[f"spikes/{name}"] = values[~late]
+    session = bwb.load_session(path)
+    after = session.behaviour["event-time"] + 1.5 > 300.2
+    np.testing.assert_array_equal(session.observed, ~(after[:, None] & stopped))
+    starts = bwb.ts2_windows(path, "test")  # the benchmark scores all
+    assert submission.BenchmarkSession(path).session(starts).observed is None
 
 
 def test_groups_may_be_absent(tmp_path):
@@ -262,7 +278,11 @@ ERRORS = {
     "no spikes": (drop("spikes"), {}, "spikes/timestamps: not in the file; download"),
     "no event": (drop("trials/stim_on_time"), {}, "no such event; there are .*'feedback_time'"),
     "no unit": (drop("units/id"), {}, "units/id: not in the file; download"),
-    "index too large": (change("spikes/unit_index", lambda v: v + 1), {}, "ids .6. are not"),
+    "index too large": (
+        change("spikes/unit_index", lambda v: v + 1),
+        {},
+        "index 6 is out of bounds",
+    ),
     "milliseconds": (change("spikes/timestamps", lambda v: v * 1e6), {}, "trials: none is left"),
 }
 
