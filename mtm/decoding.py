@@ -125,6 +125,8 @@ def decode_by_region(
     predictor: Predictors, session: Session, behaviour: str, **options: Any
 ) -> dict[str, Decoded]:
     """Decode a behaviour from each region alone, with the options of :func:`decode` (Figure 5)."""
+    if not session.region_names:
+        raise SessionError(f"session {session.name!r}: no neuron has a region label")
     return {
         region: decode(predictor, session, behaviour, region=region, **options)[behaviour]
         for region in session.region_names

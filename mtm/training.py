@@ -472,6 +472,9 @@ def _build(
         model = copy.deepcopy(start)
         for one in data:
             require_same_bins(start, one.session)
+            if start.split_seed is None and one.name in start.session_names:
+                doubt = "it is not known which of its trials the model has seen, test trials too"
+                warnings.warn(f"session {one.name!r}: {doubt}", stacklevel=4)
             model.shrinkage.pop(one.name, None)  # to be calibrated anew
     else:
         if config.tune != "all":

@@ -293,16 +293,21 @@ def export(
         **options: of `predict_task`.
 
     Raises:
-        SessionError: for a file that no model fits, or a model that was trained on windows of a
-            test part; before anything is predicted.
+        SessionError: for a file that no model fits, or a model that fits no file or was trained
+            on windows of a test part; before anything is predicted.
     """
     models = list(models) if isinstance(models, Sequence) else [models]
     tasks = list(TASKS if tasks is None else tasks)
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
     builds = {TASKS[task].build for task in tasks}
     recordings = [each for each in map(BenchmarkSession, files) if each.build in builds]
     if not recordings:
         raise SessionError(f"none of the files is of the build that the tasks need: {builds}")
     chosen = [models_for(recording, models, seeds) for recording in recordings]
+    used = [id(model) for fitting in chosen for model in fitting.values()]
+    if unused := [n for n, model in enumerate(models, start=1) if id(model) not in used]:
+        raise SessionError(f"models {unused} of {len(models)} fit none of the files")
     for recording, fitting in zip(recordings, chosen, strict=True):
         require_untrained(fitting, recording)
     paths = []

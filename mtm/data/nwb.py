@@ -342,6 +342,8 @@ def _samples(file: _NwbFile, name: str) -> dict[str, tuple[np.ndarray, np.ndarra
         data = group["data"]
         values = file.read(data).astype(np.float64) * data.attrs.get("conversion", 1.0)
         values += data.attrs.get("offset", 0.0)
+        if "channel_conversion" in group:
+            values *= file.read(group["channel_conversion"])
         if "timestamps" in group:
             times = file.read(group["timestamps"])
         else:
