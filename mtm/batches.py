@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from mtm.distributed import to_device
+from mtm.inputs import SessionError
 from mtm.masks import Mask, MaskSampler
 from mtm.metrics import log_mean
 from mtm.recipes import TrainConfig
-from mtm.session import Session, SessionError
+from mtm.session import Session
 
 
 class SessionData:

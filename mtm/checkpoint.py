@@ -8,6 +8,7 @@ is also written to ``config.json`` for people to read. The state of a training r
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import tempfile
@@ -22,11 +23,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from mtm import bwb_weights, distributed
+from mtm.batches import SessionData
 from mtm.files import atomic_write, optional
 from mtm.model import CheckpointError, MtM, MtMConfig
 from mtm.official import OfficialMtM
+from mtm.recipes import TrainConfig
 
 MODEL, CONFIG, RUN, HISTORY = "model.safetensors", "config.json", "run.safetensors", "history.jsonl"
 HEADER = "mtm"  # key of the JSON description in a file's header
@@ -233,6 +237,25 @@ model = mtm.from_pretrained("{repo_id}")
 
 class StateError(ValueError):
     """A folder in which training cannot resume; the message says why, and what to do."""
+
+
+def describe_run(
+    model: MtM, start: MtM | MtMConfig | None, data: list[SessionData], config: TrainConfig
+) -> dict[str, Any]:
+    """Return what identifies a run: a stopped run resumes only if it is the same."""
+    weights = None  # those of a new model follow from the settings
+    if isinstance(start, MtM):
+        values = parameters_to_vector(start.parameters()).detach().cpu().numpy()
+        weights = hashlib.sha256(values.tobytes()).hexdigest()[:16]
+    left_out = ("sessions", "seen", "shrinkage")
+    kind = {key: value for key, value in settings(model).items() if key not in left_out}
+    return {
+        "train": asdict(config),
+        "model": kind,
+        "sessions": {one.name: [*one.session.counts.shape, one.digest] for one in data},
+        "order of sessions": [one.name for one in data],
+        "initial weights": weights,
+    }
 
 
 class Run:

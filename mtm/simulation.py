@@ -22,7 +22,8 @@ import numpy as np
 from scipy.signal import lfilter
 
 from mtm.binning import n_bins
-from mtm.session import Session, SessionError
+from mtm.inputs import SessionError
+from mtm.session import Session
 
 CONTRASTS = np.array([0.0, 0.0625, 0.125, 0.25, 1.0])
 INPUTS = ("stimulus left", "stimulus right", "evidence", "turn", "movement", "reward")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 from mtm.data import huggingface
-from mtm.session import SessionError
+from mtm.inputs import SessionError
 
 pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402

@@ -35,7 +35,7 @@ FLOORS = (
         "training",
         "plots",
     ),
-    *("decoding", "progress", "checkpoint", "official", "bwb_weights"),
+    *("decoding", "validation", "progress", "checkpoint", "official", "bwb_weights"),
     *("prediction", "data", "simulation"),
     *(
         "batches",
@@ -48,6 +48,7 @@ FLOORS = (
         "masks",
         "metrics",
         "binning",
+        "inputs",
         "files",
     ),
 )

@@ -21,7 +21,8 @@ from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
 from mtm.data.recording import public
-from mtm.session import Session, SessionError, has_region, read_session_file
+from mtm.inputs import SessionError
+from mtm.session import Session, has_region, read_session_file
 
 SECRETS = ("password", "token")  # options that no file keeps
 

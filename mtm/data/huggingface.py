@@ -27,7 +27,8 @@ from scipy.sparse import csr_array
 
 from mtm.data.recording import Recording
 from mtm.files import optional
-from mtm.session import Session, SessionError, Split
+from mtm.inputs import SessionError
+from mtm.session import Session, Split
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 SPARSE = ("data", "indices", "indptr", "shape")

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from mtm.files import optional
-from mtm.session import Session, SessionError, has_region
+from mtm.inputs import SessionError
+from mtm.session import Session, has_region
 
 LEVELS = ("Allen", "Beryl", "Cosmos")
 

@@ -18,7 +18,8 @@ import pandas as pd
 
 from mtm.data.regions import LEVELS, allen_ids, at_level
 from mtm.files import atomic_write, optional
-from mtm.session import Session, SessionError
+from mtm.inputs import SessionError
+from mtm.session import Session
 from mtm.simulation import CONTRASTS, RESPONSE, bin_edges, generator_of, layout, spike_times
 
 CAMERA_RATE = 60.0  # Hz, as IBL's left camera
