@@ -2,8 +2,8 @@
 
 :class:`OfficialMtM` exists for their checkpoints alone: train new models with :class:`mtm.MtM`.
 
-Their checkpoints are pickles, which can run any code when they are opened the usual way. Here
-``torch.load(weights_only=True)`` opens them, with an empty dictionary for each object of theirs.
+Their checkpoints are pickles, which can run any code when they are opened the usual way;
+:func:`read_pickle` runs none.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ HELD_OUT_EIDS: tuple[str, ...] = tuple(_SESSIONS["held_out"])
 # The repeated-site sessions (`ibl_repro_ephys_eids.txt`), 83, where the paper speaks of 48.
 REPEATED_SITE_EIDS: tuple[str, ...] = tuple(_SESSIONS["repeated_site"])
 ABLATION_EID: str = _SESSIONS["ablation"]  # of the paper's Tables 1 and 3
+STATE_DICTS = ("model_state_dict", "model", "state_dict")  # keys of what holds the weights
 
 # ---------------------------------------------------------------- the model, as their code has it
 
@@ -170,7 +171,7 @@ def from_official(
     """
     attributes: dict[str, Any] = {}
     if isinstance(checkpoint, str | Path):
-        checkpoint, attributes = _read(Path(checkpoint))
+        checkpoint, attributes = read_pickle(Path(checkpoint))
     elif isinstance(checkpoint, nn.Module):
         checkpoint = checkpoint.state_dict()
     if attributes.get("use_rope"):
@@ -268,25 +269,30 @@ def their_key(key: str, model: OfficialMtM, eids: Sequence[str]) -> tuple[str | 
 # ---------------------------------------------------------------- files, without running their code
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors in a file of ``torch.save`` by name, and a few attributes of a pickled module."""
+def read_pickle(
+    path: Path, stand_in: type = OrderedDict
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state dict in a file, and what a pickled module's attention has as attributes.
+
+    ``stand_in`` takes the place of each class or function that torch does not know, and must run
+    nothing. Tensors are mapped from disk. Raises CheckpointError for a file without.
+    """
     try:
-        # An OrderedDict stands in for each class or function that torch does not know, keeps the
-        # attributes of the object, and runs nothing.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(OrderedDict, name) for name in names]):
-            found = torch.load(path, "cpu", weights_only=True)
-        found = found.get("model", found.get("state_dict", found))
+        with torch.serialization.safe_globals([(stand_in, name) for name in names]):
+            found = torch.load(path, "cpu", weights_only=True, mmap=True)
+        found = next((found[key] for key in STATE_DICTS if key in found), found)
+        attributes = {}
         if "_modules" in getattr(found, "__dict__", {}):
             attention = found
             for name in ("encoder", "layers", "0", "attn"):  # knows n_heads, use_rope
                 attention = vars(attention)["_modules"][name]
-            return dict(_tensors(found)), vars(attention)
-        if not all(isinstance(value, Tensor) for value in found.values()):
+            found, attributes = dict(_tensors(found)), vars(attention)
+        if not any(isinstance(value, Tensor) for value in found.values()):
             raise ValueError("it holds neither a state dict nor a module")
     except Exception as error:  # whatever a broken or hostile file leads to
         raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
-    return dict(found), {}
+    return found, attributes
 
 
 def _tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

