@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.model import (
@@ -80,10 +80,9 @@ class OfficialMtM(MtM):
         """As :meth:`mtm.MtM.add_session`; their NDT2 limits how many neurons a session has."""
         ndt2, size = self.config.tokenizer == "ndt2", self.config.patch_size
         if ndt2 and not size <= n_neurons <= size * self.n_places:
-            raise ValueError(
-                f"session {name!r} has {n_neurons} neurons; the authors' NDT2 takes {size} (one "
-                f"patch) to {size * self.n_places} ({self.n_places} patches)"
-            )
+            limits = f"{size} (one patch) to {size * self.n_places} ({self.n_places} patches)"
+            problem = f"has {n_neurons} neurons; the authors' NDT2 takes {limits}"
+            raise ValueError(f"session {name!r} {problem}")
         super().add_session(name, n_neurons, counts, token)
         if ndt2:
             layers = self.session_layers(name)
@@ -142,7 +141,7 @@ TIME_NDT1, PROMPT, TOKENS = (
 
 
 def from_official(
-    checkpoint: str | Path | Mapping[str, Tensor] | nn.Module,
+    checkpoint: str | Path | Mapping[str, Tensor],
     sessions: Mapping[str, int],
     *,
     heads: int | None = None,
@@ -154,7 +153,7 @@ def from_official(
     What weights do not show is taken as in their released settings.
 
     Args:
-        checkpoint: their state dict or module, or a file with one of them.
+        checkpoint: their state dict, or a file with it or with their module.
         sessions: name -> number of neurons. Names are looked up in ``eids`` for the session token.
         heads: of attention. Default: what a pickled module says, else the paper's 8.
         causal: whether it was trained with causal attention. Default: if it has prompts.
@@ -162,8 +161,7 @@ def from_official(
 
     Returns:
         on the CPU, in evaluation mode. Which trials it was trained on is not known: to evaluate it
-        pass ``split_seed=0``, and mind that its training trials may be among that split's test
-        trials, unless the session was held out.
+        pass ``split_seed=0``, whose test trials it may have seen, unless the session was held out.
 
     Raises:
         CheckpointError: for a file that cannot be read, or weights that do not fit.
@@ -172,8 +170,6 @@ def from_official(
     attributes: dict[str, Any] = {}
     if isinstance(checkpoint, str | Path):
         checkpoint, attributes = read_pickle(Path(checkpoint))
-    elif isinstance(checkpoint, nn.Module):
-        checkpoint = checkpoint.state_dict()
     if attributes.get("use_rope"):
         raise CheckpointError("the checkpoint has rotary positions, which this cannot import")
     if TOKENS in checkpoint:
@@ -181,14 +177,13 @@ def from_official(
             problem = f"{TOKENS} has {n} rows for {len(eids)} sessions"
             raise CheckpointError(f"{problem}; pass the names of the rows as eids")
         if strangers := sorted(set(sessions) - set(eids)):
-            problem = "has no row in their session embedding; see eids"
-            raise KeyError(f"session {strangers[0]!r} {problem}")
+            raise KeyError(f"session {strangers[0]!r} has no row in {TOKENS}; see eids")
     try:
         heads = heads or attributes.get("n_heads") or 8
         model = _without_weights(checkpoint, sessions, heads, causal)
-    except (ValueError, KeyError) as error:
+        model.load_state_dict(_weights(model, checkpoint, eids))
+    except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"no NDT1 (stitched) or NDT2 of the authors': {error}") from error
-    model.load_state_dict(_weights(model, checkpoint, eids))
     return model.eval()
 
 
@@ -222,33 +217,24 @@ def _without_weights(
 def _weights(
     model: OfficialMtM, checkpoint: Mapping[str, Tensor], eids: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Their weights by our names; raises or warns where the two do not fit."""
-    unused, tensors, wrong = dict(checkpoint), {}, []
-    for key, own in model.state_dict().items():
+    """Their weights by our names; warns of those that are not used."""
+    unused, tensors = dict(checkpoint), model.state_dict()
+    for key, own in tensors.items():
         theirs, row = their_key(key, model, eids)
-        if theirs is None or own.numel() == 0:  # nothing of theirs, as without prompts
-            tensors[key] = own
-            continue
-        unused.pop(theirs, None)
-        tensors[key] = value = checkpoint.get(theirs) if row is None else checkpoint[theirs][row]
-        if value is None or value.shape != own.shape:
-            found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
-            wrong.append(f"{theirs} {found}, needed: {tuple(own.shape)}")
+        if theirs is not None and own.numel():  # else nothing of theirs, as without prompts
+            unused.pop(theirs, None)
+            tensors[key] = checkpoint[theirs] if row is None else checkpoint[theirs][row]
     # Stitchers and readouts of other sessions, and a decoder that their NDT1 never uses.
     spare = (THEIRS["stitcher"], THEIRS["readout"], "decoder.0.")
-    wrong += [f"{key} is unknown" for key in unused if not key.startswith(spare)]
-    if wrong:
-        raise CheckpointError("the checkpoint does not fit: " + "; ".join(wrong))
+    if unknown := [key for key in unused if not key.startswith(spare)]:
+        raise ValueError(f"{', '.join(unknown)} unknown")
     if unused:
         warnings.warn("not used of the checkpoint: " + ", ".join(unused), stacklevel=3)
     return tensors
 
 
 def their_key(key: str, model: OfficialMtM, eids: Sequence[str]) -> tuple[str | None, int | None]:
-    """The authors' name of one of our parameters, and its row where they keep many in a table.
-
-    The bias of each neuron that our NDT2 has is not in theirs: None.
-    """
+    """The authors' name of one of our parameters (None: not in theirs), and its row in a table."""
     time = TIME if model.config.tokenizer == "ndt2" else TIME_NDT1
     tables = {"prompt_tokens": PROMPT, "tokenizer.space": SPACE, "tokenizer.time": time}
     if key in tables:
@@ -269,9 +255,7 @@ def their_key(key: str, model: OfficialMtM, eids: Sequence[str]) -> tuple[str | 
 # ---------------------------------------------------------------- files, without running their code
 
 
-def read_pickle(
-    path: Path, stand_in: type = OrderedDict
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_pickle(path: Path, stand_in: Any = OrderedDict) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state dict in a file, and what a pickled module's attention has as attributes.
 
     ``stand_in`` takes the place of each class or function that torch does not know, and must run

@@ -151,7 +151,7 @@ def test_push_and_pull(folder, server):
     assert address == "https://example.org/lab/model"
     assert made == [("lab/model", {"exist_ok": True, "private": True})]
     page = (root / "lab/model/README.md").read_text()
-    assert 'mtm.from_pretrained("lab/model")' in page and model.summary() in page
+    assert 'mtm.from_pretrained("lab/model")' in page
     assert same(from_pretrained("lab/model", revision="main"), model)
     assert same(from_pretrained(path), model)
     with pytest.raises(CheckpointError, match="no such folder is neither on disk nor found"):

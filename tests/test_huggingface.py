@@ -147,7 +147,9 @@ def test_counts_equal_brute_force(k, bins, n, entries, arrays):
         flat = np.array([pair for row in trial for pair in row], int).reshape(-1, 2)
         indptr, entries = np.cumsum([0, *map(len, trial)]), (flat[:, 1], flat[:, 0])
         values = map(kind, (*entries, indptr, (bins, n)))
-        rows.append({**dict(zip(huggingface.SPARSE, values, strict=True)), "binsize": 0.02, "eid": "x"})
+        rows.append(
+            {**dict(zip(huggingface.SPARSE, values, strict=True)), "binsize": 0.02, "eid": "x"}
+        )
     np.testing.assert_array_equal(huggingface.from_rows(rows).counts, dense)
 
 
