@@ -11,7 +11,6 @@ it from disk: layers of sessions that are not asked for are not read.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from mtm.official import read_pickle
 
 FILES = ("best.pt", "mtm.pt")
 """Names of the file on the Hugging Face Hub: the benchmark's documentation uses both."""
-BIN_SIZE = 0.02  # seconds
 
 OURS = {  # their names of our parts, in the order in which they are replaced
     "encoder.layers": "layers",
@@ -36,7 +34,6 @@ OURS = {  # their names of our parts, in the order in which they are replaced
     "linear1": "up",
     "linear2": "down",
 }
-ATTENTION = ("query", "key", "value")  # in the order in which torch keeps them in one matrix
 
 
 class Unknown(dict[Any, Any]):
@@ -86,12 +83,11 @@ def from_bwb(
     if strangers := [name for name in names if name not in found]:
         problem = f"is not among the {len(found)} of {path}; leave it out, fit(session, model)"
         raise KeyError(f"session {strangers[0]!r} {problem} adds it")
+    paths = {"own_history": True, "latents": MtMConfig.latents} if direct_paths else {}
     try:
-        config = _config(tensors, heads=heads, activation=activation)
-        if direct_paths:
-            config = replace(config, own_history=True, latents=MtMConfig.latents)
+        config = _config(tensors, heads=heads, activation=activation, **paths)
         n_bins = len(tensors["position_emb.weight"])
-        kind: dict[str, Any] = {"bin_size": BIN_SIZE, "prompts": MTM_SCHEMES, "causal": False}
+        kind: dict[str, Any] = {"bin_size": 0.02, "prompts": MTM_SCHEMES, "causal": False}
         model = MtM(config, n_bins, {name: found[name] for name in names}, **kind)
         missing, strange = model.load_state_dict(_weights(tensors, model._keys), strict=False)
         # Direct paths, which they do not have, stay as they are.
@@ -131,7 +127,9 @@ def _weights(tensors: Mapping[str, Any], sessions: Mapping[str, str]) -> dict[st
         for theirs, ours in OURS.items():
             key = key.replace(theirs, ours)
         layer, joined, kind = key.partition(".self_attn.in_proj_")
-        parts = zip(ATTENTION, value.chunk(3), strict=True) if joined else ()
-        found |= {f"{layer}.attention.{part}.{kind}": piece for part, piece in parts}
-        found |= {} if joined else {key: value}
+        if joined:
+            names = (f"{layer}.attention.{part}.{kind}" for part in ("query", "key", "value"))
+            found |= dict(zip(names, value.chunk(3), strict=True))
+        else:
+            found[key] = value
     return found

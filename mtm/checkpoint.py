@@ -180,8 +180,7 @@ def from_pretrained(name: str | Path, **options: Any) -> MtM:
         name: a folder that :func:`save` wrote, or ``"user/name"``. Or BrainWideBench's public MtM:
             ``"NerDSLab/ibl-bwb-mtm"``, or its file (``best.pt``) or folder on disk.
         **options: of ``huggingface_hub.snapshot_download``, as ``revision=...`` or ``token=...``;
-            for BrainWideBench's model also ``sessions``, ``heads``, ``activation`` and
-            ``direct_paths``, see :func:`mtm.bwb_weights.from_bwb`.
+            for BrainWideBench's model also those of :func:`mtm.bwb_weights.from_bwb`.
 
     Example:
         >>> model = from_pretrained("NerDSLab/ibl-bwb-mtm", sessions=[])  # the core, without layers

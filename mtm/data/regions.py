@@ -71,8 +71,8 @@ def _looked_up(session: Session, labels: np.ndarray, level: str) -> dict[str, np
     if not any(map(has_region, labels[known].tolist())):
         problem = f"none of {sorted(set(labels.tolist()))[:5]} is an acronym of the Allen atlas"
         raise SessionError(f"session {session.name!r}, regions: {problem}")
-    ids = ids.fillna(0)
-    return {x.lower(): np.where(known, acronyms(ids, x), labels) for x in ("Allen", level)}
+    found = {x.lower(): pd.Series(acronyms(ids.fillna(0), x)) for x in ("Allen", level)}
+    return {key: names.where(known, labels).to_numpy(np.str_) for key, names in found.items()}
 
 
 def within(region: str) -> np.ndarray:
