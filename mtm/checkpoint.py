@@ -66,7 +66,8 @@ def _read(path: Path) -> Content:
             # Cloned, because the file's memory is mapped and would change with the file.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error})") from error
+        remedy = "copy it again, or train again with restart=True (--restart)"
+        raise CheckpointError(f"{path} is damaged or cut short ({error}); {remedy}") from error
     if header is None:
         raise CheckpointError(f"{path} was not written by mtm: its header has no description")
     return tensors, json.loads(header)
@@ -220,10 +221,6 @@ model = mtm.from_pretrained("{repo_id}")
 # ----------------------------------------------------------------------------------- training runs
 
 
-class StateError(ValueError):
-    """A folder in which training cannot resume; the message says why, and what to do."""
-
-
 class Run:
     """Progress of a training run, saved in a folder so that a stopped run can resume.
 
@@ -263,15 +260,12 @@ class Run:
         remedy = "use another folder, or restart=True (--restart), which deletes what is in it"
         if not (folder / RUN).exists():
             if (folder / MODEL).exists():
-                raise StateError(f"{folder} holds a model but no run to resume; {remedy}")
+                raise CheckpointError(f"{folder} holds a model but no run to resume; {remedy}")
             return None
-        try:
-            tensors, facts = _read(folder / RUN)
-        except CheckpointError as error:
-            raise StateError(f"{error}; {remedy}") from error
+        tensors, facts = _read(folder / RUN)
         if (stored := facts.pop("description")) != self.description:
             problem = _difference(stored, self.description)
-            raise StateError(f"{folder} holds another run: {problem}; {remedy}")
+            raise CheckpointError(f"{folder} holds another run: {problem}; {remedy}")
         return tensors, facts
 
     def due(self) -> bool:

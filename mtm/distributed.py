@@ -29,13 +29,6 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device. From pinned memory, the host does not wait for the GPU."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
 def uses_bf16(device: torch.device, precision: str) -> bool:
     """Return whether to compute in bfloat16; "auto" does on GPUs since Ampere, which support it."""
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

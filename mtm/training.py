@@ -430,7 +430,7 @@ def fit(
     Raises:
         SessionError: the sessions do not go together, or lack what a scheme needs.
         FloatingPointError: the loss is no longer finite.
-        StateError: the folder holds another run, or a model without a run.
+        CheckpointError: the folder holds another run, or a model without a run.
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     config = _settings(sessions, config or "mtm", changes)

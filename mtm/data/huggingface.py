@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,15 @@ def load_session(folder: str | Path) -> Session:
     with Recording(folder.name).reading(str(folder)):
         files = _files(folder)
         tables = {split: pd.concat(map(_table, paths)) for split, paths in files.items()}
-    return _session(tables)
+    return from_tables(tables)
 
 
-def from_rows(
-    rows: Mapping[str, Iterable[Mapping[str, Any]]] | Iterable[Mapping[str, Any]],
-) -> Session:
-    """Make a session of rows, as iterating over a ``datasets.Dataset`` gives them.
+def from_tables(tables: Mapping[str, pd.DataFrame]) -> Session:
+    """Make a session of tables with a row per trial, as ``datasets.Dataset.to_pandas`` gives them.
 
     Args:
-        rows: split -> rows, of the splits train, val (or validation) and test; or the rows of one
-            split: then the session has no given split.
+        tables: one for each of the splits train, val (or validation) and test; or for one split of
+            any name: then the session has no given split.
 
     Returns:
         the session, named by the column ``eid``, trials in the order of the rows, train first. Its
@@ -73,12 +71,6 @@ def from_rows(
     Raises:
         SessionError: naming the session, the column and the remedy.
     """
-    parts = rows if isinstance(rows, Mapping) else {"train": rows}
-    return _session({split: pd.DataFrame(list(part)) for split, part in parts.items()})
-
-
-def _session(tables: Mapping[str, pd.DataFrame]) -> Session:
-    """A session of split -> table, one row per trial."""
     order = [split for split in SPLITS if split in tables] if len(tables) > 1 else list(tables)
     if len(order) < len(tables) or not any(map(len, tables.values())):
         problem = f"splits {list(tables)}; need train, val and test with rows, or one split"
