@@ -109,10 +109,11 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], losses: Tensor) -> 
     """
     if processes() == 1:
         return
+    parts = [losses]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    parts = [losses, *(parameter.grad for parameter in parameters)]
+        parts.append(parameter.grad)
     vector_to_parameters(all_reduce(parameters_to_vector(parts)), parts)  # one message for all
 
 

@@ -196,7 +196,7 @@ def prepare(
             last part without its ending, and by the folders above it where two are alike; URLs; or
             ids, named by themselves.
         out: folder of the files.
-        workers: processes; default one for each core, but at most 4. With 1, all is done in this.
+        workers: processes; default one for each core, but at most 4.
         overwrite: make again what is there.
         progress: show a bar, in a terminal.
         **options: of ``load``. The file keeps them, without ``password`` and ``token``.
