@@ -80,9 +80,8 @@ class OfficialMtM(MtM):
         """As :meth:`mtm.MtM.add_session`; their NDT2 limits how many neurons a session has."""
         ndt2, size = self.config.tokenizer == "ndt2", self.config.patch_size
         if ndt2 and not size <= n_neurons <= size * self.n_places:
-            limits = f"{size} (one patch) to {size * self.n_places} ({self.n_places} patches)"
-            problem = f"has {n_neurons} neurons; the authors' NDT2 takes {limits}"
-            raise ValueError(f"session {name!r} {problem}")
+            limits = f"the authors' NDT2 takes {size} to {size * self.n_places}"
+            raise ValueError(f"session {name!r} has {n_neurons} neurons; {limits}")
         super().add_session(name, n_neurons, counts, token)
         if ndt2:
             layers = self.session_layers(name)
