@@ -310,7 +310,7 @@ def fit(
         SessionError: the sessions do not go together, lack what a scheme needs, or hold the same
             trial in training and in another part of the split.
         FloatingPointError: the loss is no longer finite.
-        StateError: the folder holds another run, or a model without a run.
+        CheckpointError: the folder holds another run, or a model without a run.
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     config = _settings(sessions, config or "mtm", changes)

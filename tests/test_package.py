@@ -35,7 +35,7 @@ FLOORS = (
         "training",
         "plots",
     ),
-    *("decoding", "validation", "progress", "checkpoint", "official", "bwb_weights"),
+    *("decoding", "validation", "progress", "checkpoint", "bwb_weights", "official"),
     *("prediction", "data", "simulation"),
     *(
         "batches",

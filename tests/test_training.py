@@ -402,7 +402,10 @@ def test_a_log_has_a_line_at_the_start_some_on_the_way_and_one_at_the_end(
         result = fit(small[0], **QUICK | {"progress": True})
         fit(small[0], **QUICK)
     first, *epochs, last = text.getvalue().splitlines()
-    assert first == f"training on cpu, threads: {torch.get_num_threads()}, float32"
+    assert first == (
+        f"training on cpu ({torch.get_num_threads()} threads), counts on cpu, float32, "
+        "compile=none, processes=1"
+    )
     assert [line.split("  ")[0] for line in epochs] == ["epoch 1 of 2", "epoch 2 of 2"]
     assert last.startswith("4 steps in ") and last.endswith(repr(result))
 
