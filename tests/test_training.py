@@ -25,7 +25,7 @@ from mtm import (
     progress,
     save,
     simulate,
-    training,
+    validation,
 )
 from mtm.batches import SessionData, steps_of, steps_per_epoch
 from mtm.masks import MTM_SCHEMES, SCHEMES, Mask, MaskSampler, Scheme
@@ -226,7 +226,7 @@ def test_predictions_are_scaled_as_the_validation_trials_say(small, tmp_path):
     for one in prepared(small):
         mean = one.null
         for scheme in MTM_SCHEMES:
-            seen = list(training._predict_validation(plain.model, one, scheme, plain.config))
+            seen = list(validation._predict_validation(plain.model, one, scheme, plain.config))
 
             def loss(factor, seen=seen, mean=mean):
                 return sum(
