@@ -1,6 +1,7 @@
 """Small random session files in the layout of BrainWideBench (arXiv 2609.22064)."""
 
 import hashlib
+import shutil
 import uuid
 
 import h5py
@@ -82,6 +83,27 @@ def write_session(
         for name in leave_out:
             del file[name]
     return made
+
+
+EDITS = {
+    "drop": lambda v: None,
+    "empty": lambda v: v[:0],
+    "backwards": lambda v: v[::-1],
+    "text": lambda v: np.array([b"\xf0odd"] * len(v)),
+    "NaN": lambda v: np.full(len(v), np.nan),
+    "milliseconds": lambda v: np.arange(len(v)) * 1e4,
+}
+
+
+def damaged(path, name, edit):
+    """A copy of an HDF5 file in which one dataset, or group, went through one of EDITS."""
+    copy = shutil.copy(path, path.with_name(f"damaged{path.suffix}"))
+    with h5py.File(copy, "r+") as file:
+        values = file[name][()] if isinstance(file[name], h5py.Dataset) else np.arange(3)
+        del file[name]
+        if edit != "drop":
+            file[name] = EDITS[edit](values)
+    return copy
 
 
 def held_out(ids, part):

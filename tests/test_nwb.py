@@ -15,6 +15,7 @@ import pytest
 pynwb = pytest.importorskip("pynwb")
 pytest.importorskip("remfile")
 import h5py  # noqa: E402
+from bwb_files import EDITS, damaged  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from pynwb import behavior as nwb_behavior  # noqa: E402
@@ -23,6 +24,7 @@ from mtm.data import nwb  # noqa: E402
 from mtm.session import SessionError  # noqa: E402
 
 REAL = Path(__file__).parents[2] / "shared/data/A2929-200711.nwb"
+TABLE = "general/extracellular_ephys/electrodes"
 N, K, WINDOW = 6, 40, (-0.2, 0.6)
 LOCATIONS = ["CA1", "CA1", "LP", "LP", "unknown", "void"]
 ELECTRODES = [[0], [2, 0, 1], [2, 0, 3], [4, 3], [4, 5], []]  # of each unit
@@ -35,9 +37,9 @@ UNITS = [7, 3, 3, 9, 1, 0]  # ids, 3 twice
 RATES = np.array([3.0, 8.0, 20.0, 1.0, 12.0, 0.0])  # Hz; the last unit is silent
 
 
-def spikes(seed=0, end=70.0):
-    rng = np.random.default_rng(seed)
-    return [np.sort(rng.uniform(-3, end, rng.poisson(rate * end))) for rate in RATES]
+def spikes():
+    rng = np.random.default_rng(0)
+    return [np.sort(rng.uniform(-3, 70, rng.poisson(rate * 70))) for rate in RATES]
 
 
 def brute_force(trains, events, window=WINDOW, bin_size=0.02):
@@ -59,12 +61,8 @@ def add_units(file):
     for column in ("quality", "snr", "brain_area"):
         file.add_unit_column(column, "c")
     for n, train in enumerate(spikes()):
-        unit = {
-            "quality": ["good", "mua"][n % 2],
-            "snr": float(n),
-            "brain_area": f" area {n // 3} ",
-        }
-        unit |= {"electrodes": ELECTRODES[n], "waveform_mean": np.zeros((4, 2))}
+        unit = {"quality": ["good", "mua"][n % 2], "snr": float(n)}
+        unit |= {"brain_area": f" area {n // 3} ", "electrodes": ELECTRODES[n]}
         file.add_unit(id=UNITS[n], spike_times=train, electrode_group=group, **unit)
 
 
@@ -140,9 +138,7 @@ def put(path, values):
     """An edit: a dataset in place of another."""
 
     def edit(file):
-        attributes = dict(file[path].attrs) if path in file else {}
-        if path in file:
-            del file[path]
+        attributes = dict(file.pop(path).attrs)
         file[path] = values
         file[path].attrs.update(attributes)
 
@@ -166,12 +162,10 @@ def test_counts_are_those_of_brute_force(path):
     assert session.regions.tolist() == REGIONS and session.region_names == ["CA1", "LP"]
     facts = json.loads(json.dumps(session.provenance))
     assert facts["origin"] == "NWB" and facts["source"] == str(path) and facts["lab"] == "a lab"
-    assert facts["session_start_time"].startswith("2024-05-01T12")
     assert facts["regions"] == "electrodes/location" and facts["align"] == "start_time"
     neurons = {key: values.tolist() for key, values in session.neurons.items()}
     assert set(neurons) == {"cluster", "quality", "snr", "brain_area"}
-    assert neurons["cluster"] == UNITS and neurons["snr"] == [0, 1, 2, 3, 4, 5]
-    assert neurons["quality"] == ["good", "mua"] * 3
+    assert neurons["cluster"] == UNITS and neurons["quality"] == ["good", "mua"] * 3
 
 
 def test_trials_without_the_event_are_left_out_and_keep_the_split(path):
@@ -201,11 +195,11 @@ def test_behaviour(path):
     np.testing.assert_array_equal(session.behaviour["correct"], np.arange(K) % 4 < 2)
     contrast = np.array([0.5, np.nan, np.nan, 0.0] * (K // 4))
     np.testing.assert_array_equal(session.behaviour["contrast"], contrast)
-    session = nwb.load_session(path, behaviour=["side", "stop_time", "note"])
-    assert set(session.behaviour) == {"side", "stop_time", "note"}
-    np.testing.assert_array_equal(session.behaviour["side"], SIDES)
-    np.testing.assert_array_equal(session.behaviour["stop_time"], START + 1)
-    np.testing.assert_array_equal(session.behaviour["note"], NOTES)
+    expected = {"side": SIDES, "stop_time": START + 1, "note": NOTES}
+    session = nwb.load_session(path, behaviour=list(expected))
+    assert set(session.behaviour) == set(expected)
+    for key, values in expected.items():
+        np.testing.assert_array_equal(session.behaviour[key], values)
 
 
 @pytest.mark.parametrize("kind", ["EnumData", "HDF5"])
@@ -238,13 +232,10 @@ def test_traces(path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"align": []}, "none is left"),
-        ({"align": ["a"]}, "align"),
         ({"align": [1.0], "behaviour": ["choice"]}, "choice"),
         ({"behaviour": ["nope"]}, "'contrast'"),
         ({"behaviour": ["pair"]}, "pair"),
         ({"region": "electrodes/nope"}, "brain_area"),
-        ({"region": "waveform_mean"}, "brain_area"),
         ({"traces": ["nope"]}, "acquisition/cube"),
         ({"traces": ["head"]}, "processing/behavior/Position/head"),
         ({"traces": ["pupil[1]"]}, "(7000,)"),
@@ -271,18 +262,17 @@ def test_regions(path, edited):
 
         return edit
 
-    assert edited(strip()).regions.tolist() == ["area 0"] * 3 + ["area 1"] * 3
+    assert edited(strip()).provenance["regions"] == "brain_area"
     assert edited(strip("brain_area")).regions.tolist() == ["PO"] * N
     placeholders = put("units/brain_area", np.array(["N/A", "?", " tbd", "CA1", "-", "NA"], object))
     labelled = edited(placeholders, region="brain_area")
     assert labelled.region_names == ["CA1"] and (labelled.region_codes == 0).sum() == 1
-    electrodes = "general/extracellular_ephys/electrodes/location"
-    nowhere = edited(put(electrodes, np.array(["TBD"] * 6, object)))
+    nowhere = edited(put(f"{TABLE}/location", np.array(["TBD"] * 6, object)))
     assert nowhere.provenance["regions"] == "brain_area"
 
     def peaks(file):  # as the Allen Institute has it: the id of an electrode, not its row
         strip()(file)
-        file["general/extracellular_ephys/electrodes/id"][:] = 100 + np.arange(6)
+        file[f"{TABLE}/id"][:] = 100 + np.arange(6)
         file["units/peak_channel_id"] = [100, 101, 102, 103, 104, 999]
 
     assert edited(peaks).regions.tolist() == REGIONS
@@ -290,7 +280,7 @@ def test_regions(path, edited):
 
 def list_all(file, peaks=None, name="peak_electrode", ids=0):
     """Every unit lists all six electrodes, as templates do; a column says which is its peak."""
-    file["general/extracellular_ephys/electrodes/id"][:] = ids + np.arange(6)
+    file[f"{TABLE}/id"][:] = ids + np.arange(6)
     put("units/electrodes", np.tile(np.arange(6), N))(file)
     put("units/electrodes_index", 6 * np.arange(1, N + 1))(file)
     if peaks is not None:
@@ -301,16 +291,12 @@ PEAKS = np.array([0, 3, 1, 4, 2, 2])
 
 
 @pytest.mark.parametrize("name", ["peak_channel_id", "max_electrode", "maximum_amplitude_channel"])
-@pytest.mark.parametrize("ids", [0, 100])
 @pytest.mark.parametrize("holds", ["ids", "rows", "reference"])
-def test_the_peak_electrode_counts_where_many_are_listed(edited, name, ids, holds):
-    peaks = PEAKS + ids * (holds == "ids")
-
+def test_the_peak_electrode_counts_where_many_are_listed(edited, name, holds):
     def edit(file):
-        list_all(file, peaks, name, ids)
+        list_all(file, PEAKS + 100 * (holds == "ids"), name, ids=100)
         if holds == "reference":  # to rows; then the list of all electrodes is not needed
-            electrodes = file["general/extracellular_ephys/electrodes"]
-            file[f"units/{name}"].attrs["table"] = electrodes.ref
+            file[f"units/{name}"].attrs["table"] = file[TABLE].ref
             del file["units/electrodes"], file["units/electrodes_index"]
 
     assert edited(edit).regions.tolist() == ["CA1", "LP", "CA1", "", "LP", "LP"]
@@ -354,65 +340,38 @@ def test_what_is_mended(edited):
         session = edited(put("units/spike_times", bad), window=WINDOW)
     few = [spikes()[0][[1, 2, 3, 4, *range(6, len(spikes()[0]))]], *spikes()[1:]]
     np.testing.assert_array_equal(session.counts, brute_force(few, START))
-    assert edited(put("identifier", "")).name == "edited.nwb"
-
-    place = "processing/behavior/PupilTracking/pupil/starting_time"
-    shifted = put(place, np.array([1.0]))  # as some converters store it
-    session = edited(shifted, window=WINDOW, traces=["pupil"])
-    middle = START[:, None] + session.times + 0.01
-    np.testing.assert_allclose(session.behaviour["pupil"], 100 * (middle - 1), rtol=1e-5)
     mixed = np.concatenate([train[::-1] for train in spikes()])
     session = edited(put("units/spike_times", mixed), window=WINDOW)
     np.testing.assert_array_equal(session.counts, brute_force(spikes(), START))
 
 
-SECONDS = st.one_of(st.floats(-5, 70), st.sampled_from([np.nan, np.inf, 1e300, 0.0, -1e9]))
-TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=6)
+NAMES = [
+    *("units/id", "units/electrodes", "units/snr"),
+    *("units/brain_area", "units/electrodes_index", f"{TABLE}/id", f"{TABLE}/location"),
+    *("intervals/trials/id", "intervals/trials/start_time", "intervals/trials/contrast"),
+    *("intervals/trials/side", "intervals/trials/correct", "acquisition/messy/timestamps"),
+    *("processing/behavior/Position/head/data", "processing/behavior/PupilTracking/pupil/data"),
+]
+OPTIONS = [
+    {},
+    {"align": "go_time", "region": "brain_area", "traces": ["pupil"]},
+    {"align": "side", "region": None, "behaviour": ["note", "side"]},
+    {"align": [0.5, np.nan, 5.0], "traces": ["messy", "Position/head[1]"]},
+]
 
 
-@settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_any_content_gives_a_session_or_a_session_error(path, tmp_path, data):
-    trains = data.draw(st.lists(st.lists(SECONDS, max_size=12), max_size=4))
-    n, k, steps = len(trains), *data.draw(st.tuples(st.integers(0, 4), st.integers(0, 5)))
-
-    def rows(values, size):
-        kind = object if values is TEXTS else float
-        return np.array(data.draw(st.lists(values, min_size=size, max_size=size)), kind)
-
-    copy = tmp_path / "any.nwb"
-    shutil.copy(path, copy)
-    with h5py.File(copy, "r+") as file:
-        del file["units"], file["intervals/trials"]
-        units, trials = file.create_group("units"), file.create_group("intervals/trials")
-        text = {"dtype": h5py.string_dtype()}
-        units["id"], trials["id"] = np.arange(n), np.arange(k)
-        units["spike_times"] = np.array([t for train in trains for t in train], dtype=float)
-        units["spike_times_index"] = np.cumsum([len(train) for train in trains], dtype=np.uint32)
-        units.create_dataset("location", data=rows(TEXTS, n), **text)
-        trials["start_time"], trials["value"] = rows(SECONDS, k), rows(st.floats(), k)
-        trials.create_dataset("side", data=rows(TEXTS, k), **text)
-        file["acquisition/trace/data"] = rows(st.floats(), steps)
-        file["acquisition/trace/timestamps"] = rows(SECONDS, steps)
-    choices = {
-        "align": ["start_time", "value", "side", [0.5, 1.0]],
-        "behaviour": [None, ["side"], ["value"]],
-        "traces": [(), ["trace"]],
-        "region": ["auto", None, "location", "quality"],
-    }
-    options = {key: data.draw(st.sampled_from(values)) for key, values in choices.items()}
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(*map(st.sampled_from, (NAMES, sorted(EDITS), OPTIONS)))
+def test_damaged_files_give_a_session_or_a_session_error(path, name, edit, options):
+    copy = damaged(path, name, edit)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="session '")  # ours; all others are errors,
-        warnings.filterwarnings("ignore", message="overflow")  # except of samples at 1e300 s
-        nwb.describe(copy)
+        warnings.filterwarnings("ignore", message="session '")  # ours; all others are errors
         try:
             session = nwb.load_session(copy, **options)
         except SessionError as error:
             assert re.match(r"session .+, .+: ", str(error), re.DOTALL)
             return
-    assert session.n_neurons == n
-    total = sum(np.isfinite(train).sum() for train in trains)
-    assert session.counts.sum() <= total * session.n_trials
+    assert session.n_neurons == N and session.counts.sum() <= sum(map(len, spikes())) * K
 
 
 # ------------------------------------------------------------------------------- streaming
@@ -443,9 +402,6 @@ class Archive(BaseHTTPRequestHandler):
         if ranges is not None:  # without, remfile asks for the length alone, and hangs up
             self.wfile.write(self.content[first : last + 1])
 
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture
 def archive(path, serve):
@@ -469,7 +425,7 @@ def test_only_what_is_needed_is_fetched(archive, path, tmp_path):
     shutil.copy(path, big)
     with h5py.File(big, "r+") as file:
         raw = file.create_group("acquisition/raw")
-        noise = np.random.default_rng(0).integers(0, 2**15, (400_000, 16), dtype=np.int16)
+        noise = np.ones((400_000, 16), dtype=np.int16)
         raw["data"], raw["starting_time"] = noise, 0.0
         raw["starting_time"].attrs["rate"] = 30000.0
     archive.content = big.read_bytes()
@@ -511,13 +467,5 @@ def test_a_real_file():
 
 def test_describe(path):
     text = nwb.describe(path)
-    assert text.startswith(
-        "'recording 1', subject mouse 5\nunits: 6 rows; columns brain_area (text)"
-    )
-    for part in ("LP': 2, 'none': 2", "pair (many)", "trials: 40 rows", "head: shape (7000, 2)"):
+    for part in ("units: 6 rows; columns brain_area (text)", "LP': 2, 'none': 2", "pair (many)"):
         assert part in text
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(SessionError, match=r"none\.nwb does not exist"):
-        nwb.load_session(tmp_path / "none.nwb")
