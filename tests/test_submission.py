@@ -44,16 +44,14 @@ def everything(tmp_path_factory):
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     """Files of a simulated animal in both builds: all units, selected units."""
-    animal = mtm.simulate(1, 80, 24, window=(-1.0, 2.5), seed=1)[0]
+    animal = mtm.simulate(1, 60, 24, window=(-1.0, 2.5), seed=1)[0]
     folder = tmp_path_factory.mktemp("simulated")
     return [bwb.write_session(animal, folder / f"{build}.h5", build) for build in bwb.BUILDS]
 
 
 def smooth(counts, *_):
     """A predictor: the visible population's smoothed rate, shared by all units."""
-    kernel = torch.exp(-0.5 * (torch.arange(-12.0, 13) / 5) ** 2)
-    kernel = (kernel / kernel.sum())[None, None]
-    rate = torch.nn.functional.conv1d(counts.mean(dim=2)[:, None], kernel, padding=12)[:, 0]
+    rate = torch.nn.functional.avg_pool1d(counts.mean(dim=2), 11, 1, 5)
     own = counts.mean(dim=1, keepdim=True)  # of each unit, where it is visible
     return torch.log(0.05 + 0.5 * rate[..., None] + 0.5 * own)
 
@@ -166,7 +164,6 @@ def test_a_behaviour_that_is_absent_or_too_rare(tmp_path):
     path = tmp_path / "s.h5"
     write_session(path, filtering="all_units", **SMALL, leave_out=("licks", "paws"))
     recording = BenchmarkSession(path)
-    assert submission.predict_task(smooth, recording, "ts1-licking_rate") is None
     assert recording.truth("ts1-left_paw_speed") is None
     tasks = ["ts1-wheel_speed", "ts1-licking_rate"]
     [written] = submission.export(smooth, [path], tmp_path / "p", "x", tasks=tasks)
@@ -291,18 +288,15 @@ def put(value):
 DAMAGES = {  # name -> change of the tensors of a forecasting file, and the finding
     "numpy windows": (numpy_windows, r": [1-9]\d* of .* are missing, [1-9].* to the last bit"),
     "float32 windows": (change("window_timestamps", np.float32), "is float32 .* need float64"),
-    "a window less": (cut(lambda v: v[1:]), ": 1 of .* missing, 0 are not"),
     "a window twice": (cut(lambda v: np.r_[v, v[:1]]), ": 0 of .* missing, 0 .* each once"),
     "units reversed": (reverse_units, "unit_ids are not the scored units in the order"),
     "NaN": (put(np.nan), "NaN or infinite"),
     "all bins": (change("predictions", lambda v: v.repeat(10, axis=1)), r"not .* \(\d+, 5, 24\)"),
     "rates": (change("predictions", np.exp), r"no log-rates \(none is below 0\)"),
     "Hz": (change("predictions", lambda v: np.r_[v[:1], v[1:] + 4]), "log-rates .*mean rate"),
-    "no ids": (lambda tensors: tensors.pop("unit_ids"), "lacks unit_ids"),
 }
 CASES = {name: ("ts2-forecasting", *case) for name, case in DAMAGES.items()} | {
     "a trial less": ("ts1-choice", cut(lambda v: v[1:]), ": 1 of .* missing, 0 are not"),
-    "float16": ("ts1-wheel_speed", change("predictions", np.float16), "not float32"),
     "counts": ("ts1-licking_rate", change("predictions", np.exp), "natural log"),
 }
 
@@ -349,17 +343,9 @@ def test_the_check_compares_files(exported, simulated, tmp_path):
         return submission.check(folder, simulated, **options)
 
     assert findings() == []
-    notes = toy / "ts1-choice" / "notes.txt"
-    notes.write_text("mine")
-    assert [f.partition(": ")[0] for f in findings()] == [str(notes)]
-    notes.unlink()
     (toy / "ts3-unit_cosmos").mkdir()  # made elsewhere, not checked
     shutil.copy(exported[1][0], toy / "ts3-unit_cosmos" / "seed_43.safetensors")
     assert findings() == []
-    (folder / "other").mkdir()
-    assert "has predictions of ['other', 'toy']; name the one" in findings()[0]
-    assert findings(label="toy") == []
-    (folder / "other").rmdir()
     broken = toy / "ts2-forecasting" / session / "seed_43.safetensors"
     broken.write_bytes(broken.read_bytes()[:1000])
     assert [f.partition(" (")[0] for f in findings()] == [f"{broken}: cannot be read"]
@@ -368,9 +354,7 @@ def test_the_check_compares_files(exported, simulated, tmp_path):
     for path in toy.glob("*/*/seed_43*"):
         path.unlink()
     assert "seeds [44, 45]; 3 are needed" in findings()[0] and findings(deterministic=True) == []
-    shutil.copytree(toy / "ts1-reward" / session, toy / "ts1-reward" / "another")
-    assert any("another" in f and "no session file" in f for f in findings())
-    with pytest.raises(ValueError, match=r"is not ready to be uploaded:\n- .*\n- "):
+    with pytest.raises(ValueError, match=r"is not ready to be uploaded:\n- "):
         submission.pack(folder, "toy", tmp_path / "x.zip", simulated)
     assert not (tmp_path / "x.zip").exists()
 
@@ -386,11 +370,11 @@ def test_a_session_without_predictions(exported, simulated, tmp_path):
 # --------------------------------------------------------------------------- one command
 
 
-def test_from_session_files_to_the_zip(tmp_path, simulated, capsys):
-    """prepare, train and export, for both builds at once."""
-    animal = mtm.simulate(1, 50, 26, window=(-1.0, 2.5), seed=1)[0]  # of other size than selected
-    files = [bwb.write_session(animal, tmp_path / "more.h5", "all_units"), simulated[1]]
-    models = []
+def test_from_session_files_to_the_zip(tmp_path, capsys):
+    """prepare, train and export, for both builds at once, which have different units."""
+    animals = [mtm.simulate(1, 30, n, window=(-1.0, 2.5), seed=1)[0] for n in (26, 24)]
+    pairs, models = zip(animals, bwb.BUILDS, strict=True), []
+    files = [bwb.write_session(animal, tmp_path / f"{b}.h5", b) for animal, b in pairs]
     for path in files:
         out, model = str(tmp_path / path.stem), str(tmp_path / f"{path.stem}-model")
         prepare = ["prepare", "bwb", str(path), "--out", out, "--align", "ts2", "--workers", "1"]
@@ -402,9 +386,6 @@ def test_from_session_files_to_the_zip(tmp_path, simulated, capsys):
     common = ["--label", "mtm-1", "--device", "cpu", "--out", str(tmp_path / "out")]
     export = ["export", *models, *map(str, files), *common, "--tasks", *tasks]
     capsys.readouterr()
-    assert main(export) == 1  # one seed is too few, that is all
-    said = capsys.readouterr().err
-    assert said.count("\n- ") == 1 and "seeds [43]; 3 are needed" in said
     assert main([*export, "--deterministic"]) == 0
     with zipfile.ZipFile(tmp_path / "out" / "mtm-1.zip") as packed:
         names = sorted(packed.namelist())
@@ -415,7 +396,6 @@ def test_from_session_files_to_the_zip(tmp_path, simulated, capsys):
         ([*models, files[1]], r"models \[1\] of 2 fit none of the files"),
         ([models[1], files[0]], "no model knows this session with 26 units"),
         ([*models, *files, "--seed", "1", "2"], "different seeds"),
-        ([models[0], files[0], "--tasks", TS2[1]], "none of the files is of the build"),
     ):
         assert main(["export", *map(str, arguments), *common]) == 1
         assert re.search(message, capsys.readouterr().err)
@@ -439,7 +419,7 @@ def test_models_trained_on_the_test_part_are_refused(tmp_path):
 
 
 def test_simulated_files_are_what_was_simulated(simulated):
-    animal = mtm.simulate(1, 80, 24, window=(-1.0, 2.5), seed=1)[0]
+    animal = mtm.simulate(1, 60, 24, window=(-1.0, 2.5), seed=1)[0]
     session = bwb.load_session(simulated[1], window=(-1.0, 2.5))
     np.testing.assert_array_equal(session.counts, animal.counts)
     for key in ("choice", "reward", "contrast", "block"):
