@@ -2,7 +2,7 @@
 
 import os
 import threading
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -36,13 +36,26 @@ def trained(sessions):
     return fit(sessions, depth=1, epochs=12, validations=2, progress=False)
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Answers requests with bytes, and logs nothing."""
+
+    def answer(self, body, status=200, **headers):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
 @pytest.fixture
 def serve():
     """A function that serves a handler's class until the test ends, and returns the address."""
     servers = []
 
     def start(handler):
-        handler.log_message = lambda *_: None
         servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handler))
         threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}"

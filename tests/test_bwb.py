@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 import warnings
-from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("h5py")
 import h5py  # noqa: E402
 from bwb_files import EDITS, REGIONS, SUBJECT, damaged, held_out, write_session  # noqa: E402
+from conftest import Handler  # noqa: E402
 
 from mtm import bwb, cli  # noqa: E402
 from mtm.bwb import files  # noqa: E402
@@ -320,7 +320,7 @@ IDS = [f"{i:08x}-0000-4000-8000-000000000000" for i in range(5)]
 PREFIX = "brainsets/selected_units/ibl_brain_wide_bench_2026/eval/"
 
 
-class Bucket(BaseHTTPRequestHandler):
+class Bucket(Handler):
     """The part of S3 that is used: lists of two entries a page, and the files."""
 
     body, log_in, asked = b"content", False, []
@@ -344,13 +344,6 @@ class Bucket(BaseHTTPRequestHandler):
         text = '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
         text += f"{items}{more}</ListBucketResult>"
         self.answer(b"<html>please log in" if self.log_in else text.encode())
-
-    def answer(self, body, **headers):
-        self.send_response(200)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body)
 
 
 @pytest.fixture

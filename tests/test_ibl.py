@@ -6,7 +6,6 @@ import re
 import shutil
 import uuid
 import warnings
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,6 +15,7 @@ import pytest
 pytest.importorskip("one")
 pytest.importorskip("iblatlas")
 import pandas as pd  # noqa: E402
+from conftest import Handler  # noqa: E402
 
 from mtm.data import ibl  # noqa: E402
 from mtm.data.ibl import LOCATIONS  # noqa: E402
@@ -455,7 +455,7 @@ def test_prepare_writes_what_load_session_gives(tree, read, tmp_path):
     assert written.provenance["eid"] == EID
 
 
-class Alyx(BaseHTTPRequestHandler):
+class Alyx(Handler):
     """As much of IBL's server as ONE asks for: log-in, schema, one session, its files."""
 
     tree = None
@@ -464,22 +464,22 @@ class Alyx(BaseHTTPRequestHandler):
         if self.path.startswith("/public/"):
             path = Path(unquote(self.path.removeprefix("/public/")))
             name = re.sub(r"\.[0-9a-f-]{36}(?=\.\w+$)", "", path.name)
-            return self.answer(200, (self.tree / path.parent / name).read_bytes())
+            return self.answer((self.tree / path.parent / name).read_bytes())
         if self.headers.get("Authorization") != "Token t0ken":
-            return self.answer(403, {"detail": "Invalid credentials"})
+            return self.say(403, {"detail": "Invalid credentials"})
         if self.path == "/me":
-            return self.answer(200, {"username": "someone"})
+            return self.say(200, {"username": "someone"})
         if self.path == "/api/schema":
             paths = {"/sessions/{id}": {"get": {}}, "/sessions": {"get": {}}}
-            return self.answer(200, {"paths": paths})
+            return self.say(200, {"paths": paths})
         if self.path.startswith(f"/sessions/{EID}"):
-            return self.answer(200, self.session())
-        return self.answer(404, {"detail": "Not found."})
+            return self.say(200, self.session())
+        return self.say(404, {"detail": "Not found."})
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         right = self.path == "/auth-token" and body == "username=someone&password=secret"
-        self.answer(*(200, {"token": "t0ken"}) if right else (400, {"detail": "no"}))
+        self.say(*(200, {"token": "t0ken"}) if right else (400, {"detail": "no"}))
 
     def session(self):
         table = pd.read_parquet(self.tree / "datasets.pqt").loc[EID]
@@ -493,12 +493,8 @@ class Alyx(BaseHTTPRequestHandler):
         found |= {"start_time": "2026-01-02T12:00:00", "number": 1, "task_protocol": ""}
         return found | {"projects": [], "data_dataset_session_related": files}
 
-    def answer(self, status, body):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    def say(self, status, facts):
+        self.answer(json.dumps(facts).encode(), status)
 
 
 @pytest.fixture

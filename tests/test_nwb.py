@@ -6,7 +6,6 @@ import re
 import shutil
 import warnings
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ pynwb = pytest.importorskip("pynwb")
 pytest.importorskip("remfile")
 import h5py  # noqa: E402
 from bwb_files import EDITS, damaged  # noqa: E402
+from conftest import Handler  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from pynwb import behavior as nwb_behavior  # noqa: E402
@@ -377,7 +377,7 @@ def test_damaged_files_give_a_session_or_a_session_error(path, name, edit, optio
 # ------------------------------------------------------------------------------- streaming
 
 
-class Archive(BaseHTTPRequestHandler):
+class Archive(Handler):
     """``/file`` with ranges, ``/moved`` to it, ``/whole`` without ranges."""
 
     content, sent = b"", 0
@@ -385,22 +385,16 @@ class Archive(BaseHTTPRequestHandler):
     def do_GET(self):
         place, ranges = self.path.partition("?")[0], self.headers.get("Range")
         if place == "/moved":
-            self.send_response(302)
-            self.send_header("Location", "/file?signature=secret")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        first, last = 0, len(self.content) - 1
-        if ranges is None or place == "/whole":
-            self.send_response(200)
-        else:
-            first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", ranges).groups())
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(self.content)}")
-            type(self).sent += last + 1 - first
-        self.send_header("Content-Length", str(last + 1 - first))
-        self.end_headers()
-        if ranges is not None:  # without, remfile asks for the length alone, and hangs up
-            self.wfile.write(self.content[first : last + 1])
+            return self.answer(b"", 302, Location="/file?signature=secret")
+        size = len(self.content)
+        if ranges is None:  # remfile asks for the length alone, and hangs up
+            return self.answer(b"", **{"Content-Length": str(size)})
+        if place == "/whole":
+            return self.answer(self.content)
+        first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", ranges).groups())
+        type(self).sent += last + 1 - first
+        where = {"Content-Range": f"bytes {first}-{last}/{size}"}
+        self.answer(self.content[first : last + 1], 206, **where)
 
 
 @pytest.fixture
