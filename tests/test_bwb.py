@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("h5py")
 import h5py  # noqa: E402
-from bwb_files import EDITS, REGIONS, SUBJECT, damaged, held_out, write_session  # noqa: E402
+from bwb_files import EDITS, REGIONS, SUBJECT, counted, damaged, held_out, write_session  # noqa: E402
 from conftest import Handler  # noqa: E402
 
 from mtm import bwb, cli  # noqa: E402
@@ -42,18 +42,6 @@ def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("bwb") / "small.h5"
     write_session(path, **SMALL)
     return path
-
-
-def counted(made, starts, length, bin_size=0.02):
-    """Spikes of each bin, one window and unit after the other: the benchmark's formula."""
-    times, unit = made["spikes"]["timestamps"], made["spikes"]["unit_index"]
-    bins = round(length / bin_size)
-    counts = np.zeros((len(starts), bins, len(made["units"]["id"])), dtype=int)
-    for k, start in enumerate(starts):
-        inside = (times >= start) & (times < start + length)
-        place = np.floor((times[inside] - start) * round(1 / bin_size)).astype(int)
-        np.add.at(counts[k], (place, unit[inside]), 1)
-    return counts
 
 
 # ------------------------------------------------------------------------------ reading
@@ -234,6 +222,8 @@ def test_windows_as_trials(written):
         np.testing.assert_array_equal(starts[trials], windows(made, part, 1.0))
     assert sum(map(len, session.given_split)) == session.n_trials
     np.testing.assert_array_equal(session.counts, counted(made, starts, 1.0))
+    with pytest.raises(ValueError, match="a window that starts at 0"):
+        bwb.load_session(path, align="ts2", window=(-1.0, 1.0))
     longer = bwb.load_session(path, align="ts2", window=(0, 2.0), bin_size=0.04)
     assert longer.counts.shape[1] == 50 and 0 < longer.n_trials < session.n_trials
 
@@ -300,18 +290,6 @@ def test_damaged_files_give_a_session_or_a_session_error(small, name, edit, opti
         return
     assert len(session.neurons["uuid"]) == session.n_neurons
     assert np.isfinite(session.behaviour["event-time"]).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"trial_filter": "good"}, "trial_filter is None"),
-        ({"align": "ts2", "window": (-1.0, 1.0)}, "a window that starts at 0"),
-    ],
-)
-def test_options_that_are_unknown(written, options, message):
-    with pytest.raises(ValueError, match=message):
-        bwb.load_session(written[0], **options)
 
 
 # ------------------------------------------------------------------------------ download

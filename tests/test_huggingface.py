@@ -150,19 +150,12 @@ def test_counts_equal_brute_force(k, bins, n, entries, arrays):
     np.testing.assert_array_equal(huggingface.from_rows(rows).counts, dense)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("spikes_sparse_data", [1], "session 'an-eid', spikes_sparse: cannot be read"),
-        ("eid", "another", "no column eid, or several sessions"),
-        ("wheel-speed", [1.0] * (T - 1), "session 'an-eid', wheel-speed: cannot be read"),
-    ],
-)
-def test_bad_values_in_a_row_are_named(key, value, message):
-    rows = make_rows()
-    rows["train"][3][key] = value
-    with pytest.raises(SessionError, match=message):
-        huggingface.from_rows(rows)
+def test_bad_values_in_a_row_are_named():
+    for key, value in (("spikes_sparse_data", [1]), ("wheel-speed", [1.0] * (T - 1))):
+        rows = make_rows()
+        rows["train"][3][key] = value
+        with pytest.raises(SessionError, match=f"session 'an-eid', {key[:12]}.*: cannot be read"):
+            huggingface.from_rows(rows)
 
 
 def test_folders_that_are_incomplete(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import brute_force
 
 from mtm import Session, SessionError
 from mtm.cli import main
@@ -40,12 +41,9 @@ def folder(tmp_path):
     return path
 
 
-def brute_force(ids, events=EVENTS, rate=RATE):
+def expected(ids, events=EVENTS, rate=RATE):
     samples, clusters = spikes()
-    starts = np.asarray(events)[:, None, None] + WINDOW[0] + BIN * np.arange(20)[:, None]
-    trains = [samples[clusters == cluster] / rate for cluster in ids]
-    counts = [((t >= starts) & (t < starts + BIN)).sum(axis=-1) for t in trains]
-    return np.stack(counts, axis=-1)
+    return brute_force([samples[clusters == i] / rate for i in ids], events, WINDOW, BIN)
 
 
 def load(folder, events=EVENTS, **options):
@@ -54,14 +52,14 @@ def load(folder, events=EVENTS, **options):
 
 def test_clusters_and_counts(folder):
     session = load(folder, regions={3: "CA1", 10: "CA1", 99: "LP"})
-    np.testing.assert_array_equal(session.counts, brute_force([3, 17, 24, 99]))
+    np.testing.assert_array_equal(session.counts, expected([3, 17, 24, 99]))
     assert session.name == "kilosort4" and session.regions.tolist() == ["CA1", "", "", "LP"]
     assert session.neurons["cluster"].tolist() == [3, 17, 24, 99]
     assert session.neurons["quality"].tolist() == ["good", "mua", "", "good"]
     np.testing.assert_array_equal(session.neurons["depth"], [120.5, 40, np.nan, np.nan])
     assert (session.provenance["clusters"], session.provenance["sample_rate"]) == (5, RATE)
     few = load(folder, units="good", name="a", sample_rate=30000.0)
-    np.testing.assert_array_equal(few.counts, brute_force([3, 99], rate=30000.0))
+    np.testing.assert_array_equal(few.counts, expected([3, 99], rate=30000.0))
     assert few.name == "a" and few.neurons["cluster"].tolist() == [3, 99]
 
 
@@ -74,12 +72,12 @@ def test_a_folder_before_phy(folder):
     session = load(folder)
     assert session.neurons["cluster"].tolist() == [0, 1, 2, 3, 14]
     assert session.neurons["quality"].tolist() == [""] * 5
-    np.testing.assert_array_equal(session.counts, brute_force(IDS, rate=30000.0))
+    np.testing.assert_array_equal(session.counts, expected(IDS, rate=30000.0))
 
 
 def test_events_from_files(folder, tmp_path):
     events = np.where(np.arange(30) == 4, np.nan, EVENTS)
-    kept, good = np.delete(np.arange(30), 4), brute_force([3, 99], np.delete(EVENTS, 4))
+    kept, good = np.delete(np.arange(30), 4), expected([3, 99], np.delete(EVENTS, 4))
     columns = {"trial": np.arange(30), "go": events, "move_time": events, "side": ["a", "b"] * 15}
     pd.DataFrame(columns).to_csv(folder / "trials.csv", index=False)
     np.save(tmp_path / "events.npy", events[:, None])
