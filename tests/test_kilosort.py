@@ -103,7 +103,6 @@ def test_events_from_files(folder, tmp_path):
         ("cluster_*.tsv", {"units": "good"}, "no cluster is left of 5; pass units="),
         ("", {"behaviour": {"a": [1, 2]}}, "behaviour 'a': 2 values of 30 events"),
         ("", {"events": "two.csv"}, r"name the column of the event, one of \['a', 'b'\]"),
-        ("", {"events": EVENTS + 900}, "none falls into any trial"),
     ],
 )
 def test_what_is_missing_is_named(folder, change, options, message):

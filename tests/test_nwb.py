@@ -155,6 +155,8 @@ def test_counts_are_those_of_brute_force(path):
     neurons = {key: values.tolist() for key, values in session.neurons.items()}
     assert set(neurons) == {"cluster", "quality", "snr", "brain_area"}
     assert neurons["cluster"] == UNITS and neurons["quality"] == ["good", "mua"] * 3
+    text = nwb.describe(path)
+    assert "units: 6 rows; columns brain_area (text)" in text and "pair (many)" in text
 
 
 def test_trials_without_the_event_are_left_out_and_keep_the_split(path):
@@ -167,15 +169,6 @@ def test_trials_without_the_event_are_left_out_and_keep_the_split(path):
     whole = nwb.load_session(path).split()
     for part, all_of_it in zip(go.split(), whole, strict=True):
         assert rows[part].tolist() == [row for row in all_of_it if row in rows]
-
-
-def test_given_times(path):
-    times = np.arange(0.0, 60.0, 2.0)
-    session = nwb.load_session(path, times, window=(0, 2))
-    np.testing.assert_array_equal(session.counts, brute_force(spikes(), times, (0, 2), 0.02))
-    assert session.behaviour == {} and session.provenance["align"] == "given times"
-    some = nwb.load_session(path, [1.0, np.nan, 5.0])
-    assert some.trial_ids.tolist() == [0, 2] and some.n_recorded == 3
 
 
 def test_behaviour(path):
@@ -267,23 +260,19 @@ def test_regions(path, edited):
     assert edited(peaks).regions.tolist() == REGIONS
 
 
-def list_all(file, peaks=None, name="peak_electrode", ids=0):
-    """Every unit lists all six electrodes, as templates do; a column says which is its peak."""
-    file[f"{TABLE}/id"][:] = ids + np.arange(6)
+def list_all(file):
+    """Every unit lists all six electrodes, as templates do."""
     put("units/electrodes", np.tile(np.arange(6), N))(file)
     put("units/electrodes_index", 6 * np.arange(1, N + 1))(file)
-    if peaks is not None:
-        file[f"units/{name}"] = peaks
-
-
-PEAKS = np.array([0, 3, 1, 4, 2, 2])
 
 
 @pytest.mark.parametrize("name", ["peak_channel_id", "max_electrode", "maximum_amplitude_channel"])
 @pytest.mark.parametrize("holds", ["ids", "rows", "reference"])
 def test_the_peak_electrode_counts_where_many_are_listed(edited, name, holds):
     def edit(file):
-        list_all(file, PEAKS + 100 * (holds == "ids"), name, ids=100)
+        list_all(file)
+        file[f"{TABLE}/id"][:] = 100 + np.arange(6)
+        file[f"units/{name}"] = np.array([0, 3, 1, 4, 2, 2]) + 100 * (holds == "ids")
         if holds == "reference":  # to rows; then the list of all electrodes is not needed
             file[f"units/{name}"].attrs["table"] = file[TABLE].ref
             del file["units/electrodes"], file["units/electrodes_index"]
@@ -296,9 +285,6 @@ def test_a_unit_that_lists_a_whole_probe_has_no_region(edited, monkeypatch):
     with pytest.warns(UserWarning, match="6 units list over 5 electrodes of several regions"):
         session = edited(list_all, region="electrodes/location")
     assert session.region_names == []
-    # Numbers that are none of the listed electrodes are no peaks.
-    with pytest.warns(UserWarning, match="none as the peak"):
-        edited(lambda file: list_all(file, 50 + PEAKS), region="electrodes/location")
 
 
 def test_times_relative_to_the_trials_are_not_taken_in_silence(edited):
@@ -363,9 +349,6 @@ def test_damaged_files_give_a_session_or_a_session_error(path, name, edit, optio
     assert session.n_neurons == N and session.counts.sum() <= sum(map(len, spikes())) * K
 
 
-# ------------------------------------------------------------------------------- streaming
-
-
 class Archive(Handler):
     """``/file`` with ranges, ``/moved`` to it, ``/whole`` without ranges."""
 
@@ -424,9 +407,6 @@ def test_servers_that_do_not_serve(archive):
     assert "cannot be read" in refusal(nwb.load_session, f"{archive.url}/file")
 
 
-# ----------------------------------------------------------------------------- a real file
-
-
 @pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is absent")
 def test_a_real_file():
     times = np.arange(700.0, 1200.0, 20.0)
@@ -445,10 +425,3 @@ def test_a_real_file():
     assert head.shape == (25, 100) and np.isfinite(head).mean() > 0.99
     centres = times[:, None] + session.times + 0.01
     assert np.nanmedian(np.abs(head - np.interp(centres, at, values))) < 0.01
-    assert "units: 15 rows" in nwb.describe(REAL)
-
-
-def test_describe(path):
-    text = nwb.describe(path)
-    for part in ("units: 6 rows; columns brain_area (text)", "LP': 2, 'none': 2", "pair (many)"):
-        assert part in text

@@ -70,9 +70,6 @@ def exported(simulated, tmp_path_factory):
     return folder, paths
 
 
-# ------------------------------------------------------------------ windows and targets
-
-
 @pytest.mark.parametrize("task", TS2)
 def test_what_is_hidden_and_what_is_scored(selected, task):
     """The counts that a predictor gets, and the place of its answers in the file."""
@@ -183,9 +180,6 @@ def test_decoders_of_traces_and_classes():
     assert balanced_accuracy_score((x_test[:, 0] > 0.8) * 3, found.argmax(axis=1)) > 0.8
 
 
-# ------------------------------------------------------------------------- the scorer
-
-
 @pytest.fixture(scope="module")
 def scores(exported, simulated):
     pytest.importorskip("ibl_bwb_eval", reason=NO_SCORER)
@@ -225,9 +219,6 @@ def test_the_scorers_ids_and_seeds(exported):
     encoded = ids.encode_entity_ids(ids.decode_entity_ids(torch.from_numpy(rows)))
     np.testing.assert_array_equal(encoded, rows)
     assert (submission.FIRST_SEED, submission.SCORER) == (EVAL_SEEDS[0], __version__)
-
-
-# ---------------------------------------------------------------------------------- check
 
 
 def numpy_windows(tensors):
@@ -334,17 +325,6 @@ def test_the_check_compares_files(exported, simulated, tmp_path):
     with pytest.raises(ValueError, match=r"is not ready to be uploaded:\n- "):
         submission.pack(folder, "toy", tmp_path / "x.zip", simulated)
     assert not (tmp_path / "x.zip").exists()
-
-
-def test_a_session_without_predictions(exported, simulated, tmp_path):
-    other = tmp_path / "other.h5"
-    write_session(other, seed=9, filtering="all_units", leave_out=("licks",), **SMALL)
-    found = submission.check(exported[0], [*simulated, other])
-    missing = {f.split("/")[-2] for f in found if "has seeds []" in f}
-    assert missing == set(TS1) - {"ts1-licking_rate"} and len(found) == len(missing)
-
-
-# --------------------------------------------------------------------------- one command
 
 
 def test_from_session_files_to_the_zip(tmp_path, capsys):
