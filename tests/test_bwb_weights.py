@@ -99,9 +99,8 @@ def test_runs_nothing_of_the_file_and_reads_whatever_a_trainer_saves(theirs, tmp
     }
     path = theirs.write(tmp_path / "best.pt", **extra)
     assert from_pretrained(path, heads=4).session_names == list(N)
-    whole = path.read_bytes()
     assert not (tmp_path / "ran").exists()
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="best.pt is not a readable checkpoint"):
         from_pretrained(path)
 

@@ -249,24 +249,18 @@ def reverse_units(tensors):
     tensors["unit_ids"] = np.ascontiguousarray(tensors["unit_ids"][::-1])
 
 
-def put(value):
-    return lambda tensors: tensors["predictions"].__setitem__((3, 0, 0), value)
-
-
-DAMAGES = {  # name -> change of the tensors of a forecasting file, and the finding
-    "numpy windows": (numpy_windows, r": [1-9]\d* of .* are missing, [1-9].* to the last bit"),
-    "float32 windows": (change("window_timestamps", np.float32), "is float32 .* need float64"),
-    "a window twice": (cut(lambda v: np.r_[v, v[:1]]), ": 0 of .* missing, 0 .* each once"),
-    "units reversed": (reverse_units, "unit_ids are not the scored units in the order"),
-    "NaN": (put(np.nan), "NaN or infinite"),
-    "all bins": (change("predictions", lambda v: v.repeat(10, axis=1)), r"not .* \(\d+, 5, 24\)"),
-    "rates": (change("predictions", np.exp), r"no log-rates \(none is below 0\)"),
-    "Hz": (change("predictions", lambda v: np.r_[v[:1], v[1:] + 4]), "log-rates .*mean rate"),
-}
-CASES = {name: ("ts2-forecasting", *case) for name, case in DAMAGES.items()} | {
-    "a trial less": ("ts1-choice", cut(lambda v: v[1:]), ": 1 of .* missing, 0 are not"),
-    "counts": ("ts1-licking_rate", change("predictions", np.exp), "natural log"),
-}
+CASES = [  # task, change of its tensors, finding
+    (TS2[1], numpy_windows, r": [1-9]\d* of .* are missing, [1-9].* to the last bit"),
+    (TS2[1], change("window_timestamps", np.float32), "is float32 .* need float64"),
+    (TS2[1], cut(lambda v: np.r_[v, v[:1]]), ": 0 of .* missing, 0 .* each once"),
+    (TS2[1], reverse_units, "unit_ids are not the scored units in the order"),
+    (TS2[1], change("predictions", lambda v: v * np.nan), "NaN or infinite"),
+    (TS2[1], change("predictions", lambda v: v.repeat(10, axis=1)), r"not .* \(\d+, 5, 24\)"),
+    (TS2[1], change("predictions", np.exp), r"no log-rates \(none is below 0\)"),
+    (TS2[1], change("predictions", lambda v: np.r_[v[:1], v[1:] + 4]), "log-rates .*mean rate"),
+    ("ts1-choice", cut(lambda v: v[1:]), ": 1 of .* missing, 0 are not"),
+    ("ts1-licking_rate", change("predictions", np.exp), "natural log"),
+]
 
 
 @pytest.fixture
@@ -275,8 +269,6 @@ def spoil(exported, simulated, tmp_path):
 
     def run(task, damage=None, said=None):
         folder = shutil.copytree(exported[0], tmp_path / "predictions")
-        for other in set((folder / "toy").iterdir()) - {folder / "toy" / task}:
-            shutil.rmtree(other)
         [path] = (folder / "toy" / task).glob("*/seed_44.safetensors")
         content = load_file(path)
         with safe_open(path, framework="np") as file:
@@ -289,9 +281,8 @@ def spoil(exported, simulated, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_check_finds(spoil, case):
-    task, damage, message = CASES[case]
+@pytest.mark.parametrize(("task", "damage", "message"), CASES)
+def test_the_check_finds(spoil, task, damage, message):
     path, [finding] = spoil(task, damage)
     assert finding.startswith(f"{path}: ") and re.search(message, finding)
 
@@ -310,7 +301,6 @@ def test_the_check_compares_files(exported, simulated, tmp_path):
     def findings(**options):
         return submission.check(folder, simulated, **options)
 
-    assert findings() == []
     (toy / "ts3-unit_cosmos").mkdir()  # made elsewhere, not checked
     shutil.copy(exported[1][0], toy / "ts3-unit_cosmos" / "seed_43.safetensors")
     assert findings() == []
