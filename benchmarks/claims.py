@@ -56,9 +56,6 @@ class Claim(NamedTuple):
     task: str
 
 
-# ---------------------------------------------------------------------- schemes, session by session
-
-
 def schemes(depth: int, epochs: int) -> dict[str, common.Method]:
     """Models that differ in what was hidden while they were trained."""
     rows: dict[str, dict[str, Any]] = {"MtM": {}, "MtM, no prompt": {"prompt": False}}
@@ -73,20 +70,15 @@ def schemes(depth: int, epochs: int) -> dict[str, common.Method]:
     return found | {"temporal": common.Method(temporal, settings, seeded=True)}
 
 
-# ----------------------------------------------------------------------------------- other animals
-
-
 def held_out(sessions: list[mtm.Session]) -> dict[str, list[mtm.Session]]:
     """The first session of each animal -> all sessions of the others, animals in turn."""
+    by_animal: dict[str, list[mtm.Session]] = {}
+    for session in sessions:
+        by_animal.setdefault(session.subject, []).append(session)
     found = {}
-    for animal in dict.fromkeys(session.subject for session in sessions):
-        [first, *_] = [session for session in sessions if session.subject == animal]
-        others = {s.subject: [] for s in sessions if s.subject != animal}
-        for session in sessions:
-            if session.subject != animal:
-                others[session.subject].append(session)
-        turns = [s for turn in zip_longest(*others.values()) for s in turn if s is not None]
-        found[first.name] = turns
+    for animal, own in by_animal.items():
+        others = [theirs for name, theirs in by_animal.items() if name != animal]
+        found[own[0].name] = [s for turn in zip_longest(*others) for s in turn if s is not None]
     return found
 
 
@@ -136,9 +128,6 @@ def pretrained(
     return mtm.fit(others, **how).model
 
 
-# ------------------------------------------------------------------------------------- what is said
-
-
 def claims() -> dict[str, list[Claim]]:
     """The paper's claims, each as comparisons that can come out either way."""
     own = {scheme: task for task, scheme in TASKS.items()}
@@ -167,12 +156,8 @@ def claims() -> dict[str, list[Claim]]:
             (more, fewer, task) for fewer, more in pairwise(AFTER) for task in common.FOUR
         ],
     }
-    return {
-        text: [
-            Claim("animals" if a in (*AFTER, FEW_AFTER) else "schemes", a, b, c) for a, b, c in of
-        ]
-        for text, of in pairs.items()
-    }
+    part = dict.fromkeys((*AFTER, FEW_AFTER), "animals")
+    return {text: [Claim(part.get(c[0], "schemes"), *c) for c in of] for text, of in pairs.items()}
 
 
 Scores = dict[str, dict[str, dict[str, list[float]]]]  # session -> method -> task -> seeds' means

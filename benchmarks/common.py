@@ -42,9 +42,6 @@ CONTROLS = {  # rows of the table that decoders bring along
 Scores = dict[str, dict[str, Mean]]  # task -> method -> mean and error
 
 
-# --------------------------------------------------------------------------- clocks and files
-
-
 def timed(act: Callable[[], Any], device: torch.device) -> tuple[Any, tuple[float, float]]:
     """What a function returns, and its wall and CPU seconds, work on the device included."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -74,6 +71,22 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
+def speed_parser(text: str) -> argparse.ArgumentParser:
+    """Options of all scripts that measure a device."""
+    made = argparse.ArgumentParser(description=text.splitlines()[0])
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
+    made.add_argument("--json", type=Path)
+    return made
+
+
+def speed_path(name: str, options: argparse.Namespace) -> Path:
+    """Where the numbers go: a file for the CPU, and one for each kind of GPU."""
+    cuda = str(options.device).startswith("cuda")
+    end = f"_{machine(options.device)['device']}".replace(" ", "_").lower() if cuda else ""
+    return options.json or RESULTS / f"{name}{end}.json"
+
+
 def in_process(script: str, *arguments: object) -> dict[str, Any]:
     """The JSON that a script prints last, in a process (and memory) of its own."""
     command = [sys.executable, script, *map(str, arguments)]
@@ -95,9 +108,6 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plain(facts), indent=1, allow_nan=False) + "\n")
-
-
-# --------------------------------------------------------------------------------- recordings
 
 
 def steinmetz(path: Path) -> mtm.Session:
@@ -170,9 +180,6 @@ def same_bins(sessions: list[mtm.Session]) -> list[list[mtm.Session]]:
     for session in sessions:
         groups.setdefault((session.n_bins, session.bin_size), []).append(session)
     return list(groups.values())
-
-
-# ------------------------------------------------------------------------------------ studies
 
 
 class Method(NamedTuple):
@@ -309,9 +316,6 @@ def described(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[
     device = mtm.distributed.pick_device()
     facts = machine(device) | {"device": str(device), "machine": machine(device)["device"]}
     return {"train": train, **facts, "sessions": about}
-
-
-# ------------------------------------------------------------------------- tables and pictures
 
 
 def best_of(scores: dict[str, Mean]) -> float:

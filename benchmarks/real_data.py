@@ -54,32 +54,6 @@ def methods(depth: int, epochs: int) -> dict[str, common.Method]:
     }
 
 
-def winners(whole: dict[str, common.Scores]) -> list[str]:
-    """A sentence for each session and task: the best method, and how MtM compares."""
-    lines = []
-    for session, tasks in whole.items():
-        for task, scores in tasks.items():
-            values = {
-                name: mean.value
-                for name, mean in scores.items()
-                if not (name.startswith("no activity") or np.isnan(mean.value))
-            }
-            ours = {n: value for n, value in values.items() if n.startswith("MtM")}
-            others = {n: value for n, value in values.items() if n not in ours}
-            if not values:
-                continue
-            best = max(values, key=values.get)
-            line = f"{session}, {task}: {best} {values[best]:.3f}"
-            if best in ours and others:
-                second = max(others, key=others.get)
-                line += f"; ahead of {second} by {values[best] - others[second]:.3f}"
-            elif ours:
-                mine = max(ours, key=ours.get)
-                line += f"; the best of MtM ({mine}) is behind by {values[best] - ours[mine]:.3f}"
-            lines.append(line)
-    return lines
-
-
 def main() -> None:
     """Read the command line, run, write the table."""
     arguments = common.parser(__doc__, "real_data")
@@ -107,9 +81,6 @@ def main() -> None:
         common.markdown("Mean over recordings (± standard error over recordings)", means),
         common.markdown(f"Mean over the {title}", together),
         *[common.markdown(name, tasks) for name, tasks in whole.items()],
-        "## Who wins\n",
-        *[f"- {line}" for line in winners(whole)],
-        "",
     ]
     figure = common.draw(together, f"{title}, mean ± standard error over recordings")
     figure.savefig(options.pictures / "real_data.png", dpi=110)

@@ -21,12 +21,11 @@ import json
 import math
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, in_process, machine, peak_bytes, timed, write_json
+from common import in_process, machine, peak_bytes, speed_parser, speed_path, timed, write_json
 from torch import Tensor, nn
 
 from mtm.masks import MTM_SCHEMES, MaskSampler
@@ -54,12 +53,10 @@ def main() -> None:
         "repeats": options.repeats,
         "small": options.small,
         "ceiling_tflops": round(ceiling(torch.device(options.device), options.small), 3),
-        "models": {name: {} for name in options.models},
+        "models": {name: {} for name in MODELS},
     }
-    cuda = options.device.startswith("cuda")
-    name = f"_{report['device'].replace(' ', '_').lower()}.json" if cuda else ".json"
-    path = options.json or RESULTS / f"train_step{name}"
-    for name in options.models:
+    path = speed_path("train_step", options)
+    for name in MODELS:
         for batch in options.batches:
             numbers = in_process(__file__, *sys.argv[1:], "--cell", name, batch)
             share = numbers["step_tflop"] / numbers["step_s"] / report["ceiling_tflops"]
@@ -71,21 +68,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Options; the batches differ between a CPU and a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser = speed_parser(__doc__)
     parser.add_argument("--batches", nargs="+", type=int, help="trials")
     parser.add_argument("--repeats", type=int, default=8, help="of each session; 4 = each scheme")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)  # model, batch
     options = parser.parse_args()
     cuda = options.device.startswith("cuda")
     options.batches = options.batches or ((16, 64, 256, 512) if cuda else (16, 64, 512))
     return options
-
-
-# ------------------------------------------------------------------------------------- the steps
 
 
 class Bench:
@@ -158,8 +148,6 @@ def measure(bench: Bench) -> dict[str, Any]:
     rounded = {key: float(f"{value:.5g}") for key, value in numbers.items()}
     return {"model": bench.name, "batch": bench.batch} | rounded
 
-
-# -------------------------------------------------------------------------- matrix products alone
 
 Shape = tuple[int, int, int, int]  # matrices, rows, inner, columns
 

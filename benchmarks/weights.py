@@ -129,10 +129,7 @@ def main() -> None:
         specialists(options.out or SHIPPED / "specialists", options.work)
         return
     simulated = options.folder == "simulated"
-    if simulated:
-        sessions = mtm.simulate(3, 200, 96, seed=0)
-    else:
-        sessions = recordings(Path(options.folder), "steinmetz")
+    sessions = recordings(Path(options.folder), "steinmetz")
     name = "simulated" if simulated else "steinmetz"
     out = options.out or (SHIPPED / name if simulated else options.work / f"{name}-model")
     how = {"depth": options.depth, "epochs": options.epochs, "folder": options.work / name}
