@@ -4,13 +4,11 @@
 
 FOLDER is that of real_data.py, or the word "simulated". Two parts:
 
-- schemes: on every session alone, MtM, temporal masking (with settings that suit it and the share
-  that validation trials choose, see `mtm.baselines`; and with MtM's settings), each of MtM's
-  schemes by itself, and MtM without its prompt. Six tasks.
+- schemes: on every session alone, MtM, temporal masking (with its own settings, see
+  `mtm.baselines`, and with MtM's), each of MtM's schemes by itself, and MtM without its prompt.
 - animals: one animal after the other is left out. A model learns from 1, 3 and all sessions of the
   others, is fine-tuned to a session of the one left out, and is compared with a model of that
-  session alone. The same with a quarter of its training trials, each model with that of two
-  learning rates which suits it. Four tasks.
+  session alone; also with a quarter of its training trials. Activity tasks only.
 
 Differences are taken session by session, on test trials and neurons of at least 1 Hz: a claim holds
 if the 95 % interval of the mean difference over sessions (Student's t) lies above 0, and fails if
@@ -80,13 +78,6 @@ def held_out(sessions: list[mtm.Session]) -> dict[str, list[mtm.Session]]:
         others = [theirs for name, theirs in by_animal.items() if name != animal]
         found[own[0].name] = [s for turn in zip_longest(*others) for s in turn if s is not None]
     return found
-
-
-def truth(sessions: list[mtm.Session]) -> dict[str, common.Method]:
-    """The oracle, where the true rates are known."""
-    if any(session.rates is None for session in sessions):
-        return {}
-    return {"oracle": common.Method(lambda sessions, seed: mtm.oracle(sessions[0]), {})}
 
 
 def animals(
@@ -277,11 +268,13 @@ def measured(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[s
         "schemes": (dict.fromkeys(by_name, schemes(**how)), None),
         "animals": (of_animals, common.FOUR),
     }
+    known = all(session.rates is not None for session in sessions)
+    oracle = {"oracle": common.Method(lambda some, seed: mtm.oracle(some[0]), {})} if known else {}
     scores: dict[str, Scores] = {}
     for part, (methods, tasks) in parts.items():
         scores[part] = {}
         for name in [n for n in methods if n in (options.recordings or methods)]:
-            session, rows = by_name[name], methods[name] | truth(sessions)
+            session, rows = by_name[name], methods[name] | oracle
             if options.part in (None, part):
                 common.run([session], rows, options.seeds, options.work / part, tasks=tasks)
             scores[part][name] = collected(session, rows, options.seeds, options.work / part)
@@ -290,13 +283,11 @@ def measured(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[s
 
 def judge(scores: dict[str, Scores]) -> dict[str, list[tuple[Claim, Mean]]]:
     """Each claim's comparisons, as far as they were measured."""
-    judged: dict[str, list[tuple[Claim, Mean]]] = {}
+    judged = {}
     for text, comparisons in claims().items():
-        for claim in comparisons:
-            mean = difference(claim, scores[claim.part])
-            if mean is not None:
-                judged.setdefault(text, []).append((claim, mean))
-    return judged
+        pairs = [(claim, difference(claim, scores[claim.part])) for claim in comparisons]
+        judged[text] = [(claim, mean) for claim, mean in pairs if mean is not None]
+    return {text: pairs for text, pairs in judged.items() if pairs}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -55,12 +56,10 @@ def peak_bytes(device: torch.device | None = None) -> int:
     """Peak memory of this process so far, or of what was allocated on the GPU."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux, ru_maxrss also counts the process that started this one
-        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # On Linux, ru_maxrss also counts the process that started this one.
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -240,9 +239,7 @@ def run(
 ) -> None:
     """Fit and score what is not done yet, on the ``part``'s trials.
 
-    The history of a training run is kept with the first session's report. Several processes may
-    share ``work``, with different methods or seeds. After a change of the package, begin with
-    another ``work``.
+    Several processes may share ``work``. After a change of the package, begin with another.
     """
     for seed, (name, method) in product(seeds, chosen.items()):
         if seed != seeds[0] and not method.seeded:
@@ -308,11 +305,10 @@ def averages(whole: dict[str, Scores]) -> Scores:
 def described(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[str, Any]:
     """What was measured, and on what."""
     train = {"depth": options.depth, "epochs": options.epochs, "seeds": options.seeds}
-    names = ("trials", "bins", "neurons", "scored", "regions")
     about = {}
     for s in sessions:
-        numbers = (*s.counts.shape, len(busy(s)), len(s.region_names))
-        about[s.name] = dict(zip(names, numbers, strict=True))
+        about[s.name] = dict(zip(("trials", "bins", "neurons"), s.counts.shape, strict=True))
+        about[s.name] |= {"scored": len(busy(s)), "regions": len(s.region_names)}
     device = mtm.distributed.pick_device()
     facts = machine(device) | {"device": str(device), "machine": machine(device)["device"]}
     return {"train": train, **facts, "sessions": about}

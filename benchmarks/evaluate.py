@@ -40,8 +40,7 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     report = machine(options.device) | {"small": options.small, "repeats": REPEATS}
-    own = sys.argv[1:]
-    report["models"] = {m: in_process(__file__, *own, "--model", m) for m in DEPTHS}
+    report["models"] = {m: in_process(__file__, *sys.argv[1:], "--model", m) for m in DEPTHS}
     report["whole report, small model"] = whole_report(options)
     print(json.dumps(report, indent=1))
     if options.json or not options.small:

@@ -5,9 +5,8 @@
 No network is needed, and no recordings. In order:
 
 - steps: `mtm.fit` with the paper's NDT1 and NDT2 on 600 neurons x 100 bins, batches of 16, 128 and
-  512 trials; in float32, in bf16 and in bf16 with `torch.compile`. Speeds are those of the history,
-  in the last of three epochs. Beside each stands its share of the bf16 ceiling, the rate of
-  a large matrix product, measured before and after;
+  512 trials; in float32, bf16 and compiled bf16. Speeds are those of the last of three epochs,
+  beside their share of the ceiling, the rate of a large bf16 matrix product;
 - evaluation: co-smoothing of 700 neurons in 120 trials of 100 bins;
 - training: recipe `paper` on a simulated animal, and when it first was within 0.005 bits per spike
   of its last validation;

@@ -8,9 +8,9 @@ FOLDER holds recordings as plain arrays (they are no part of this project):
 - ibl_*.npz (one session of the International Brain Laboratory, CC-BY 4.0): `spikes` (K, N, 50) in
   20 ms bins, -0.2 to 0.8 s around stimulus onset; its first and last bin are dropped.
 
-Every method is fitted to the training trials, tuned on the validation trials and scored on the test
-trials; scores are means over the neurons that fire at least 1 Hz in the training trials. The table
-is written to results/real_data.json and .md, the picture to book/_assets/real_data.png.
+Every method is fitted to training trials, tuned on validation trials and scored on test trials,
+over the neurons of at least 1 Hz. Out come results/real_data.json and .md, and a picture for the
+book.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def methods(depth: int, epochs: int) -> dict[str, common.Method]:
 def main() -> None:
     """Read the command line, run, write the table."""
     arguments = common.parser(__doc__, "real_data")
-    arguments.add_argument(
-        "--methods", nargs="*", default=[], help="default all; of the others, what is in --work"
-    )
+    arguments.add_argument("--methods", nargs="*", default=[], help="to run; default all")
     options = arguments.parse_args()
     known = methods(options.depth, options.epochs)
     sessions = common.recordings(options.folder, options.recordings)

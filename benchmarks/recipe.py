@@ -4,9 +4,8 @@
 
 FOLDER is that of real_data.py. Two parts, on different recordings:
 
-- search: our recipe, but hiding the paper's shares, with one thing changed at a time. All take the
-  same steps on the same trials, unless the change is of just that, and are scored on validation
-  trials: bits per spike in the four activity tasks, mean over neurons of at least 1 Hz.
+- search: our recipe, but hiding the paper's shares, with one thing changed at a time, scored on
+  validation trials: bits per spike in the activity tasks, mean over neurons of at least 1 Hz.
 - test: our recipe and the paper's, on test trials of recordings that the search never saw; the
   paper's with as many epochs as ours, and with all of its 1,000. And after how many steps ours
   validates as well as the paper's does at best.
