@@ -38,7 +38,7 @@ def write_session(
     duration=520.0,
     chunk=100.0,
     gap=20.0,
-    strings="table",
+    strings=True,
     irregular=(),
     leave_out=(),
 ):
@@ -49,7 +49,7 @@ def write_session(
         filtering: "selected_units" or "all_units" (no held-out units).
         units, rate, duration: how many, at how many Hz, for how many seconds.
         chunk, gap: of the splits, seconds; 300 and 20 in the benchmark.
-        strings: "table" (variable length, UTF-8) or "array" (fixed length).
+        strings: of variable length, UTF-8; else of fixed length.
         irregular: behaviour groups to store with timestamps.
         leave_out: groups or datasets to remove at the end.
     """
@@ -222,13 +222,12 @@ def _write(file, made, filtering, strings, irregular):
         _interval(file, f"{group}/domain", columns["times"][None, [0, -1]])
 
 
-def _table(file, name, columns, strings="table"):
+def _table(file, name, columns, strings=True):
     group = file.require_group(name)
     for key, values in columns.items():
-        if values.dtype.kind == "U" and strings == "table":
-            group.create_dataset(key, data=values.astype(object), dtype=h5py.string_dtype())
-        else:
-            group[key] = np.char.encode(values, "utf-8") if values.dtype.kind == "U" else values
+        if values.dtype.kind == "U":
+            values = values.astype(object) if strings else np.char.encode(values, "utf-8")
+        group[key] = values
     return group
 
 

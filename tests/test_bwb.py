@@ -44,12 +44,10 @@ def small(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("strings", ["table", "array"])
 @pytest.mark.parametrize("regime", ["eval", "pretrain"])
-def test_what_was_written_is_read(tmp_path, strings, regime):
+def test_what_was_written_is_read(tmp_path, regime):
     path = tmp_path / "any name.h5"
-    irregular = ("whisker",) if strings == "array" else ()
-    made = write_session(path, seed=4, regime=regime, strings=strings, irregular=irregular)
+    made = write_session(path, seed=4, regime=regime, strings=regime == "eval")
     session = bwb.load_session(path)
     assert (session.name, session.subject) == (made["id"], SUBJECT)
     assert (session.window, session.bin_size) == ((-0.5, 1.5), 0.02)
@@ -254,13 +252,6 @@ def test_errors_name_session_dataset_and_remedy(small, tmp_path, damage, message
     with h5py.File(path, "r+") as file:
         damage(file)
     with pytest.raises(SessionError, match=f"^session '[-0-9a-z]+', .*{message}"):
-        bwb.load_session(path)
-
-
-def test_truncated_files(small, tmp_path):
-    whole, path = small.read_bytes(), tmp_path / "cut.h5"
-    path.write_bytes(whole[: len(whole) - 1])
-    with pytest.raises(SessionError, match="'cut', .*cannot be .*download it again"):
         bwb.load_session(path)
 
 

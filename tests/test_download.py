@@ -7,7 +7,7 @@ import pytest
 from conftest import Handler
 
 from mtm.data import recording
-from mtm.data.recording import download, public
+from mtm.data.recording import download
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 WANTED = {"size": len(CONTENT), "etag": "v1", "progress": False}
@@ -80,8 +80,3 @@ def test_a_file_that_changed_and_one_that_is_not_there(server, tmp_path):
     with pytest.raises(ConnectionError, match="404"):  # it is not asked for twice
         download(f"{server.url}/other", tmp_path / "file", **WANTED)
     assert len(server.asked) == 1 and not (tmp_path / "file").exists()
-
-
-def test_public_addresses_have_no_secrets():
-    assert public("https://me:pw@host/a?signature=s#t") == "https://host/a"
-    assert public("OSError: https://host/a?token=s failed") == "OSError: https://host/a"

@@ -365,12 +365,6 @@ def test_units_without_a_channel_have_no_region(variant):
     assert read.regions.tolist() == [*REGIONS[:6], "void", "void", *REGIONS[8:]]
 
 
-def test_an_unknown_session(tree):
-    one = ibl.connect(tree)
-    with pytest.raises(SessionError, match=r"5dcee0eb.*ibl\.search"):
-        ibl.load_session(one, "5dcee0eb-b34d-4652-acc3-d10afc6eae68")
-
-
 def test_connect_says_what_it_needs(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"index_alf.*username.*token.*/signup"):
         ibl.connect(tmp_path)
@@ -385,8 +379,6 @@ def test_search(tree, tmp_path):
     write_alf(other, root / "other")
     shutil.move(root / "other/simlab", root / "otherlab")
     shutil.rmtree(write_alf(make_session("third", "MOUSE-3"), root) / "alf/probe00")
-    for folder in (write_alf(make_session("bare", "MOUSE-4"), root) / "alf").glob("probe*"):
-        shutil.rmtree(folder)
     subject = {eid: path.parts[-3] for eid, path in index_alf(root).items()}
     one = ibl.connect(root)
 
@@ -402,6 +394,8 @@ def test_search(tree, tmp_path):
     assert found(region="VISp") == ["MOUSE-2"] and found(region="CB") == []
     with pytest.raises(ValueError, match="region 'V1' is not an acronym"):
         ibl.search(one, region="V1")
+    with pytest.raises(SessionError, match=r"5dcee0eb.*ibl\.search"):
+        ibl.load_session(one, "5dcee0eb-b34d-4652-acc3-d10afc6eae68")
 
 
 class Alyx(Handler):

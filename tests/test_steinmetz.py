@@ -11,10 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bwb_files import EDITS
 from conftest import brute_force
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from mtm.data import steinmetz
 from mtm.data.steinmetz import load_bundle
@@ -196,22 +193,6 @@ def test_bad_files_are_named(variant, changes, message):
         variant(changes)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(sorted(make_arrays())), st.sampled_from(sorted(EDITS)))
-def test_damaged_files_give_a_session_or_a_session_error(folder, name, edit):
-    path = folder / f"{name}.npy"
-    whole, array = path.read_bytes(), np.load(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            np.save(path, EDITS[edit](array))
-            assert steinmetz.load_session(folder, bin_size=0.1).counts.shape[1:] == (20, N)
-    except SessionError as error:
-        assert NAME in str(error)
-    finally:
-        path.write_bytes(whole)
-
-
 def make_entry(name="Cori", date="2016-12-14", k=5, n=4):
     """A session as steinmetz_NMA.ipynb makes one."""
     rng = np.random.default_rng(1)
@@ -306,10 +287,7 @@ def test_signs_and_units_of_a_real_recording(tmp_path):
     assert 0.1 < np.nanmedian(found["reaction-time"]) < 1
 
 
-def test_bad_bundles_and_options_are_named(tmp_path):
-    (tmp_path / "text.npz").write_text("hello")
-    with pytest.raises(SessionError, match="text.npz', dat: cannot be read"):
-        load_bundle(tmp_path / "text.npz")
+def test_a_window_that_a_bundle_lacks(tmp_path):
     path = write_bundle(tmp_path / "b.npz", make_entry())
     with pytest.raises(ValueError, match="multiples of 0.01 s, and the window within"):
         load_bundle(path, window=(0.2, 2.2))
@@ -339,7 +317,6 @@ def test_no_pickle_runs_anything(tmp_path):
         assert not mark.exists()
     for content in (  # names asked for by other ways
         b"cnumpy\ndtype.__class__\n.",
-        b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.tofile\x93.",
         b"\x80\x02\x82\x01.",  # the extension registry
         b"cnumpy._core.multiarray\n_reconstruct\nN}X\x08\x00\x00\x00__code__Ns\x86b.",
     ):
