@@ -26,8 +26,8 @@ def parity():
 
 @pytest.fixture(scope="session")
 def sessions():
-    """Two simulated animals: 120 trials, 50 bins, 36 neurons of 6 regions."""
-    return simulate(2, 120, 36, seed=3, mean_rate=30.0, bin_size=0.04)
+    """Two simulated animals: 100 trials, 25 bins, 24 neurons of 6 regions."""
+    return simulate(2, 100, 24, seed=3, mean_rate=30.0, bin_size=0.08)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,6 @@
 
 import copy
 import functools
-import io
-import json
-import subprocess
-import sys
-from contextlib import redirect_stderr
 
 import numpy as np
 import pytest
@@ -18,17 +13,15 @@ from mtm import (
     MtMConfig,
     Session,
     SessionError,
-    evaluate,
     fit,
     load,
     plots,
-    progress,
     save,
     simulate,
     training,
 )
 from mtm.batches import SessionData, steps_of, steps_per_epoch
-from mtm.masks import MTM_SCHEMES, SCHEMES, Mask, MaskSampler, Scheme
+from mtm.masks import MTM_SCHEMES, MaskSampler
 from mtm.model import Batch
 from mtm.recipes import RECIPES, TrainConfig, recipe
 from mtm.training import accumulate, make_optimizer, masked_loss, model_config, validate
@@ -207,16 +200,6 @@ def test_validation_scores_the_same_entries_each_time_and_every_region(small, mo
     assert regions == {tuple(small[0].regions == r) for r in small[0].region_names}
 
 
-def test_a_scheme_of_ones_own_that_needs_two_regions_is_validated(small, monkeypatch):
-    def one_from_another(counts, regions, ratio=1.0, generator=None):
-        assert len(set(regions.tolist())) > 1
-        hidden = (regions == regions[0]).expand(counts.shape)
-        return Mask(hidden, hidden)
-
-    monkeypatch.setitem(SCHEMES, "between", Scheme(one_from_another, 1.0, needs_regions=True))
-    assert np.isfinite(fit(small[0], schemes=("between",), **QUICK).best["mean"])
-
-
 def test_predictions_are_scaled_as_the_validation_trials_say(small, tmp_path):
     result = fit(small, depth=1, epochs=4, validations=1, progress=False)
     plain = fit(small, depth=1, epochs=4, validations=1, calibrate=False, progress=False)
@@ -286,14 +269,6 @@ def test_what_the_caller_froze_stays_frozen(small):
         assert same(before, result.layers.state_dict())
         frozen = {key for key, p in result.named_parameters() if not p.requires_grad}
         assert frozen == {f"layers.{key}" for key in before}
-
-
-def test_a_model_whose_split_is_not_known_can_be_evaluated_after_fine_tuning(small):
-    model = fit(small[0], **QUICK).model
-    model.split_seed, model.seen = None, {}  # as those of an imported model
-    tuned = fit(small[0], model, **ON, split_seed=3)
-    assert tuned.model.split_seed == 3 and model.split_seed is None
-    assert evaluate(tuned, small[0], tasks=["forward-prediction"])
 
 
 @pytest.mark.parametrize(
@@ -392,19 +367,6 @@ def test_a_trial_that_is_in_two_parts_of_the_split_is_refused_before_training(sm
 # --------------------------------------------------------------------------------- what a run shows
 
 
-def test_a_log_has_a_line_at_the_start_some_on_the_way_and_one_at_the_end(
-    small, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(progress, "LOG_INTERVAL", 0.0)
-    with redirect_stderr(io.StringIO()) as text:
-        result = fit(small[0], **QUICK | {"progress": True})
-        fit(small[0], **QUICK)
-    first, *epochs, last = text.getvalue().splitlines()
-    assert first == f"training on cpu, threads: {torch.get_num_threads()}, float32"
-    assert [line.split("  ")[0] for line in epochs] == ["epoch 1 of 2", "epoch 2 of 2"]
-    assert last.startswith("4 steps in ") and last.endswith(repr(result))
-
-
 def test_bf16_is_used_and_weights_stay_exact(small):
     rough, exact = (fit(small[0], **QUICK, precision=p) for p in ("bf16", "float32"))
     assert rough.model.norm.weight.dtype == torch.float32
@@ -462,24 +424,3 @@ def test_a_live_drawing_follows(small, monkeypatch):
     fit(small[0], **QUICK | {"epochs": 3, "validations": 3}, on_validation=plots.live())
     assert [max(update) for update in updates] == [2, 2, 3]  # the line at 0 has two points
     assert all(len(update) == 6 for update in updates)  # four schemes, their mean, and 0
-
-
-RUN = """
-import json
-import torch
-torch.set_num_threads(1)
-import mtm
-
-[session] = mtm.simulate(1, 40, 12, seed=5, bin_size=0.1)
-fit = mtm.fit(session, depth=1, epochs=2, validations=2, progress=False, device="cpu", seed=11)
-weights = [float(p.double().abs().sum()) for p in fit.model.state_dict().values()]
-print(json.dumps([[part.tolist() for part in session.split(3)], weights, fit.best["mean"]]))
-"""
-
-
-def test_the_same_seed_gives_the_same_numbers_in_every_process(capsys):
-    threads = torch.get_num_threads()
-    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True)
-    exec(RUN, {})
-    torch.set_num_threads(threads)
-    assert json.loads(capsys.readouterr().out) == json.loads(done.stdout)
