@@ -22,15 +22,6 @@ def small():
     return first, second
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Fewer ranks and steps than a real recording deserves."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RANKS", (6,)), ("LBFGS_STEPS", 12), ("COMPONENTS", (4,))):
-            patch.setattr(baselines, name, value)
-        yield
-
-
 @pytest.fixture(scope="module")
 def fitted(small):
     fitted = {name.lower(): fit_baseline(name, small[0]) for name in ("PSTH", "ridge")}
