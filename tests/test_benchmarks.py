@@ -22,7 +22,6 @@ import claims  # noqa: E402
 import common  # noqa: E402
 import evaluate  # noqa: E402
 import gpu  # noqa: E402
-import prompts  # noqa: E402
 import real_data  # noqa: E402
 import recipe  # noqa: E402
 import train_step  # noqa: E402
@@ -32,7 +31,7 @@ import weights  # noqa: E402
 @pytest.fixture(scope="module")
 def small():
     """Two animals, so small that every method takes a moment."""
-    sessions = simulate(2, 40, 12, seed=0, mean_rate=40.0, bin_size=0.1)
+    sessions = simulate(2, 36, 7, seed=0, mean_rate=40.0, bin_size=0.2)
     for session in sessions:
         del session.behaviour["wheel-speed"], session.behaviour["whisker-motion-energy"]
     return sessions
@@ -87,7 +86,7 @@ def test_a_study_resumes_where_it_was_stopped(small, tmp_path):
     assert (
         kept.stat().st_mtime_ns == before and len(list(tmp_path.glob("*/MtM-?-????????.json"))) == 4
     )
-    other = small[0].select(trials=np.arange(39))  # other data of the same name
+    other = small[0].select(trials=np.arange(35))  # other data of the same name
     assert common.kept(tmp_path, "MtM", some["MtM"], [other], 0) != [kept]
     longer = claims.schemes(1, 2)  # other settings
     assert not common.table(small, {"MtM": longer["MtM"]}, [0, 1], tmp_path)[small[0].name]
@@ -101,14 +100,12 @@ def test_a_study_resumes_where_it_was_stopped(small, tmp_path):
 def test_every_method_is_one_command(small, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "recordings", lambda *_: small)
     places = ["--seeds", 0, "--epochs", 1, "--out", tmp_path, "--pictures", tmp_path, "--work"]
-    names = ["mean rate", "ridge", "MtM", "MtM, sessions together"]
+    names = ["mean rate", "MtM", "MtM, sessions together"]
     options(monkeypatch, real_data, *places, tmp_path / "a", "--methods", *names, "--", tmp_path)
     real_data.main()
     scores = json.loads((tmp_path / "real_data.json").read_text())["mean"]
     assert list(scores["co-smoothing"]) == names
     monkeypatch.setattr(common, "recordings", lambda *_: small[:1])
-    options(monkeypatch, prompts, *places, tmp_path / "b", "folder")
-    prompts.main()
     options(monkeypatch, behaviour, *places, tmp_path / "e", "folder")
     behaviour.main()
     rows = json.loads((tmp_path / "behaviour.json").read_text())["scores"]

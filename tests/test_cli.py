@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -206,8 +206,9 @@ def test_a_folder_of_another_run_is_left_alone(folder, tmp_path, capsys):
     assert main([*train, "--epochs", "2", "--restart"]) == 0 and model.read_bytes() != before
 
 
-def test_it_runs_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "mtm", "--help"], capture_output=True, text=True, check=True
-    )
-    assert all(word in done.stdout for word in ("simulate", "prepare", "train", "evaluate"))
+def test_it_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mtm", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("mtm", run_name="__main__")
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("simulate", "prepare", "train", "evaluate"))

@@ -130,7 +130,7 @@ assert mtm.plots and mtm.bwb and dict(os.environ) == before
 
 (session,) = mtm.simulate(1, 30, 8, seed=0)
 model = mtm.fit(session, depth=1, epochs=1, progress=False).model
-print(mtm.evaluate(model, session))
+print(mtm.evaluate(model, session, tasks=["co-smoothing"]))
 """
 
 
