@@ -241,28 +241,6 @@ def test_latents_of_the_model_are_those_of_the_path_or_of_the_encoder():
     torch.testing.assert_close(found[..., 3:], x.mean(dim=2))
 
 
-def test_predicting_takes_numpy():
-    model, counts = small(**VARIANTS[4]), counts_of()
-    expected = model.predict_log_rates(counts, "neuron", None, "a")
-    found = model.predict_log_rates(counts.numpy().astype(np.uint8), "neuron", None, "a")
-    assert torch.equal(found, expected)
-    assert torch.equal(model.latents(counts.numpy(), "a"), model.latents(counts, "a"))
-
-
-def test_direct_paths_start_at_zero():
-    training = np.random.default_rng(0).poisson(1.0, (30, N_BINS, N_NEURONS))
-    models = [
-        MtM(MtMConfig.from_depth(1, **fields), N_BINS).eval()
-        for fields in ({}, {"own_history": False, "latents": 0})
-    ]
-    for model in models:
-        model.add_session("a", N_NEURONS, training)
-    models[1].load_state_dict(models[0].state_dict(), strict=False)
-    counts = counts_of().float()
-    same, other = (model(counts, "neuron", None, "a") for model in models)
-    assert torch.equal(same, other)
-
-
 # ---------------------------------------------------------------- how a model starts, and sessions
 
 
@@ -277,23 +255,6 @@ def test_a_new_model_predicts_the_mean_counts(fields):
     expected = np.maximum(training.sum((0, 1)), 0.5) / (200 * N_BINS)
     np.testing.assert_allclose(rates.detach(), expected, rtol=0.3)
     assert model.prompt_tokens.std() < 0.1 and small().prompt_tokens.std() > 0.5
-
-
-def test_a_stitcher_starts_with_the_components_in_turn_and_with_both_signs():
-    training = np.random.default_rng(0).poisson(1.0, (30, N_BINS, N_NEURONS))
-    model = small(init="mtm", stitch_width=25, input_counts="scaled")
-    model.add_session("new", N_NEURONS, training)
-    weight = model.session_layers("new").stitcher.weight
-    model.add_session("plain", N_NEURONS)
-    layers = model.session_layers("plain")
-    before = layers.stitcher.weight.detach().clone()
-    with torch.no_grad():
-        layers.init_from_components(torch.eye(N_NEURONS)[:, :10], torch.ones(10))
-    gained = (layers.stitcher.weight - before).detach() / 3.0
-    identity = torch.eye(10).to(gained)
-    expected = torch.cat([identity, -identity, identity[:5]])
-    torch.testing.assert_close(gained, expected, atol=1e-6, rtol=0)
-    assert weight.std() > 3 * before.std()
 
 
 def test_components_are_what_the_neurons_share():
@@ -332,15 +293,6 @@ def test_places_grow_with_the_largest_session():
     assert model.tokenizer.space.shape == (11, 16)
     assert torch.equal(model.tokenizer.space[:3], before) and model.tokenizer.space is parameter
     assert {p.dtype for p in model.parameters()} == {torch.float64}  # added in its precision
-
-
-def test_a_model_never_trained_causally_is_not_used_causally():
-    model, counts = small(causal=False), counts_of()
-    full, causal = (
-        model.predict_log_rates(counts, "causal", nothing_hidden(counts, causal=c), "a")
-        for c in (False, True)
-    )
-    assert torch.equal(full, causal)
 
 
 # ---------------------------------------------------------------- sizes, settings, errors

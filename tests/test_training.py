@@ -260,17 +260,6 @@ def test_what_is_trained_in_fine_tuning(small, tune):
     assert not any(torch.equal(new[key], after[key]) for key in own)
 
 
-def test_what_the_caller_froze_stays_frozen(small):
-    model = fit(small[0], **QUICK).model
-    model.layers.requires_grad_(False)
-    before = copy.deepcopy(model.layers.state_dict())
-    for settings in ({}, {"tune": "session-layers-then-all"}):
-        result = fit(small[1], model, **ON, **settings).model
-        assert same(before, result.layers.state_dict())
-        frozen = {key for key, p in result.named_parameters() if not p.requires_grad}
-        assert frozen == {f"layers.{key}" for key in before}
-
-
 @pytest.mark.parametrize(
     ("trained_with", "settings", "problem"),
     [
