@@ -65,30 +65,6 @@ def test_readme_example_runs(capsys):
     assert made.region_names == ["CA1", "DG"] and set(made.behaviour) == {"choice", "wheel"}
 
 
-@pytest.mark.parametrize("package", ["pynapple", "spikeinterface", "neo"])
-def test_recipes_for_other_packages(package):
-    """Lines that the chapter of recipes shows without running them."""
-    other = pytest.importorskip(package if package != "spikeinterface" else "spikeinterface.core")
-    samples = [np.arange(7, 900_000, 1_700), np.arange(11, 900_000, 5_300)]  # at 30 kHz
-    a, b = (train / 30_000 for train in samples)
-    events = np.arange(2.0, 26.0, 3.0)
-    given = {"mtm": mtm, "events": events}
-    if package == "pynapple":
-        given["tsgroup"] = other.TsGroup({3: other.Ts(a), 7: other.Ts(b)})
-    elif package == "spikeinterface":
-        units = {"3": samples[0], "7": samples[1]}
-        given["sorting"] = other.NumpySorting.from_unit_dict([units], sampling_frequency=30_000)
-    else:
-        trains = [other.SpikeTrain(1000 * train, units="ms", t_stop=30_000) for train in (a, b)]
-        given["segment"] = other.Segment()
-        given["segment"].spiketrains.extend(trains)
-    page = (BOOK / "25_recipes.md").read_text("utf-8")
-    [lines] = re.findall(rf"```python\n# {package}:.*?\n(.*?)```", page, re.S | re.I)
-    exec(compile(lines, "25_recipes.md", "exec"), given)
-    expected = mtm.Session.from_spike_trains([a, b], events)
-    np.testing.assert_array_equal(given["session"].counts, expected.counts)
-
-
 def test_readme_command_lines_are_understood():
     """Every `-m mtm ...` of the README and the book parses, whatever files it names."""
     texts = [page.read_text("utf-8") for page in [ROOT / "README.md", *PAGES]]

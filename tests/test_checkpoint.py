@@ -12,7 +12,6 @@ from safetensors.torch import save as to_bytes
 
 from mtm import Mask, MtM, MtMConfig, Session, checkpoint, evaluate, fit, simulate
 from mtm.checkpoint import MODEL, RUN, StateError, describe, from_pretrained, load, save, settings
-from mtm.masks import MTM_SCHEMES
 from mtm.model import CheckpointError
 from mtm.official import OfficialMtM
 from mtm.training import Trainer
@@ -280,15 +279,3 @@ def test_patience(sessions, tmp_path):
     means = [entry["mean"] for entry in result.history]
     assert len(means) == means.index(max(means)) + 1 + 3 < 40
     assert fit(sessions[0], **settings, folder=tmp_path).history == result.history
-
-
-def test_history_is_written_as_it_grows(sessions, tmp_path):
-    def listen(history):
-        lines = (tmp_path / "history.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in lines] == history
-
-    entry = fit(sessions[0], **DEPTH1, folder=tmp_path, on_validation=listen).history[-1]
-    assert set(entry["losses"]) <= set(entry["validation"]) == set(MTM_SCHEMES)
-    assert entry["trials_per_second"] * 20 == pytest.approx(entry["tokens_per_second"])
-    assert 0 < entry["memory_gb"] < 100
-    assert checkpoint.without_nan({"a": [float("nan"), 0.5]}) == {"a": [None, 0.5]}

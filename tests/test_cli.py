@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtm import Session, TrainConfig, checkpoint, load
-from mtm.cli import READERS, main, parse
+from mtm.cli import main, parse
 from mtm.data import synthetic
 from mtm.recipes import RECIPES
 
@@ -184,26 +184,6 @@ def test_every_setting_of_training_can_be_given():
             flags += [flag, str(value).lower()]
     options = vars(parse(["train", "s.npz", "--out", "x", *flags]))
     assert {name: options[name] for name in expected} == expected
-
-
-COMMANDS = ["simulate", "train", "evaluate", "export", *(f"prepare {o}" for o in READERS)]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_every_command(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([*command.split(), "--help"])
-    assert stop.value.code == 0 and "usage: " in capsys.readouterr().out
-
-
-def test_a_folder_of_another_run_is_left_alone(folder, tmp_path, capsys):
-    train = ["train", str(folder / "sim-0.npz"), "--out", str(tmp_path), "--depth", "1"]
-    model = tmp_path / "model.safetensors"
-    assert main([*train, "--epochs", "1"]) == 0
-    before = model.read_bytes()
-    assert main([*train, "--epochs", "2"]) == 1 and "epochs" in capsys.readouterr().err
-    assert model.read_bytes() == before
-    assert main([*train, "--epochs", "2", "--restart"]) == 0 and model.read_bytes() != before
 
 
 def test_it_runs_as_a_module(capsys, monkeypatch):

@@ -62,27 +62,6 @@ def test_what_activity_carries_is_decoded_and_controls_are_not(session):
     assert list(one) == ["choice"] and str(one["choice"]) == str(choice)
 
 
-def test_activity_is_predicted_once_and_controls_computed_once(session, monkeypatch):
-    counts = session.counts.copy()
-    counts[0, 0, 0] += 1  # a session of its own, not decoded by other tests
-    behaviour = session.behaviour | {"other": session.behaviour["trace"] ** 2}
-    several = Session(counts, session.regions, "s", behaviour=behaviour)
-    prompts, searches = [], []
-    monkeypatch.setattr(decoding, "fitted", lambda s, x, y: searches.append(1) or s.fit(x, y))
-
-    def predict(counts, scheme, mask, name):
-        prompts.append(scheme)
-        return counts * 1.0
-
-    first = decode(predict, several)
-    assert prompts == ["neuron", "causal"]  # one pass for both traces
-    n_first = len(searches)
-    second = decode(lambda *given: -predict(*given), several)
-    assert len(searches) - n_first == 3 * 2  # the decoder and its shuffled control; no counts
-    assert first["trace"].others["raw_counts"] == second["trace"].others["raw_counts"]
-    assert decode(predict, several, "other")["other"].score == first["other"].score
-
-
 def test_one_region_at_a_time(session):
     found = decode_by_region(oracle(session), session, "trace")
     assert list(found) == ["CA1", "DG"]

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from mtm import MtM, MtMConfig, Sessions, distributed, fit, load, simulate
+from mtm import MtM, MtMConfig, Sessions, fit, load, simulate
 from mtm.masks import MaskSampler
 from mtm.model import Batch
 from mtm.recipes import TrainConfig
@@ -65,13 +65,6 @@ def test_several_processes_train_what_one_does_and_resume_what_it_began(folder, 
     found = load(tmp_path / "two").state_dict()
     for key, value in whole.model.state_dict().items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
-
-
-def test_more_processes_than_batches_are_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "processes", lambda: 2)
-    with pytest.raises(ValueError, match="=1 leaves some of 2 processes without a batch"):
-        fit(Sessions(folder), depth=1, batches_per_step=1, folder=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("schemes", [("neuron", "causal"), ("temporal",), ("neuron", "temporal")])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtm import Session, SessionError, Sessions, evaluate, fit, mean_rates, metrics, oracle
+from mtm import Session, SessionError, evaluate, fit, mean_rates, metrics, oracle
 from mtm.prediction import TASKS
 
 
@@ -139,22 +139,6 @@ def test_training_trials_are_refused(sessions, trained):
             evaluate(trained, again, tasks=tasks)
 
 
-def test_going_on_with_a_model_remembers_what_it_saw(sessions):
-    first, second = (s.select(neurons=np.arange(4)) for s in sessions)
-    options = {"epochs": 1, "progress": False, "schemes": ["neuron"]}
-    model = fit(second, fit(first, depth=1, **options).model, **options).model
-    assert set(model.seen) == {first.name, second.name}
-    seen = set(model.seen[first.name].tolist())
-    assert seen == {x for x in first.fingerprints(first.split().train).tolist() if x}
-
-
-def test_fingerprints_do_not_depend_on_the_type_of_counts():
-    counts = np.random.default_rng(0).poisson(1.0, (6, 5, 8))
-    marks = Session(counts, name="a").fingerprints(np.arange(1, 6))
-    counts[0, 0, 0] = 300
-    assert (Session(counts, name="b").fingerprints(np.arange(1, 6)) == marks).all()
-
-
 # ------------------------------------------------------------------- many sessions
 
 
@@ -171,21 +155,6 @@ def test_all_six_tasks_of_many_sessions(sessions):
     assert whole.tasks["wheel-speed"].mean("time_course") < whole.tasks["wheel-speed"].mean()
     for text in ("2 sessions", "± over sessions", "choice from rates: accuracy"):
         assert text in str(whole)
-
-
-def test_sessions_on_disk_are_read_once(sessions, tmp_path, monkeypatch):
-    for session in sessions:
-        session.select(neurons=np.arange(5)).save(tmp_path / f"{session.name}.npz")
-    loaded, load = [], Session.load
-    kept = lambda path, **how: loaded.append(str(path)) or load(path, **how)  # noqa: E731
-    monkeypatch.setattr(Session, "load", kept)
-    predictors = {s.name: mean_rates(s.select(neurons=np.arange(5))) for s in sessions}
-    on_disk = Sessions(tmp_path)
-    loaded.clear()
-    report = evaluate(predictors, on_disk, tasks=["co-smoothing"])
-    assert len(loaded) == len(set(loaded)) == 2
-    in_memory = [s.select(neurons=np.arange(5)) for s in sessions]
-    assert str(report) == str(evaluate(predictors, in_memory, tasks=["co-smoothing"]))
 
 
 def test_what_only_some_sessions_have():

@@ -142,14 +142,6 @@ def test_their_attention_against_a_loop(tokenizer, n_prefix, causal):
                 assert bool(found[trial, 0, query, key]) == expected, (trial, query, key)
 
 
-def test_what_weights_do_not_tell_about_a_model():
-    assert not quietly(theirs(tokens=False), {"x": 3}, heads=4).causal
-    assert quietly(theirs(tokens=False), {"x": 3}, heads=4, causal=True).causal
-    assert quietly(theirs(), heads=4).split_seed is None
-    with pytest.raises(CheckpointError, match="40 rows for 2 sessions; pass the names"):
-        quietly(theirs(), {"a": 3}, heads=4, eids=["a", "b"])
-
-
 class Bomb:
     """Runs a function where it is unpickled the usual way."""
 

@@ -10,7 +10,6 @@ from mtm import Mask, MtM, MtMConfig, Session, SessionError, mean_rates, oracle
 from mtm.prediction import (
     TASKS,
     as_predictor,
-    choose_split,
     forward_bins,
     predict_held_out,
 )
@@ -208,19 +207,6 @@ def test_arrays_and_tensors_are_used_as_they_are(session):
     train = session.counts[session.split().train]
     np.testing.assert_allclose(np.exp(means[0, 0, :4]), train.mean((0, 1))[:4])
     np.testing.assert_allclose(np.exp(means[0, 0, 4]), 0.5 / train[:, :, 4].size)
-
-
-def test_the_split_of_a_predictor(session):
-    model = small_model(session)
-    with pytest.raises(ValueError, match="not known which trials.*pass split_seed=0"):
-        choose_split(model, session)
-    assert choose_split(model, session, 3).test.tolist() == session.split(3).test.tolist()
-    model.split_seed = 3
-    assert choose_split(model, session).test.tolist() == session.split(3).test.tolist()
-    with pytest.raises(ValueError, match="trained on the split of seed 3, not 0"):
-        choose_split(model, session, 0)
-    seen = choose_split(model, session, 0, allow_seen=True)
-    assert seen.test.tolist() == session.split(0).test.tolist()
 
 
 def test_errors(session):

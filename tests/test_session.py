@@ -68,14 +68,6 @@ def test_axes_with_names_must_be_in_order(tmp_path):
         assert Session(file.create_dataset("x", data=np.ones((7, 5, 4)))).n_neurons == 4
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
-def test_counts_are_copied(dtype):
-    counts = np.arange(24, dtype=dtype).reshape(4, 3, 2)
-    session = Session(counts)
-    counts[:] = 0
-    np.testing.assert_array_equal(session.counts.ravel(), np.arange(24))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
