@@ -62,8 +62,6 @@ def test_a_subset_of_neurons_and_trials(session):
     assert "wheel" not in report.tasks and "test trials alone" in report.left_out["wheel"]
     with pytest.raises(SessionError, match="wheel: decoded in the test trials alone"):
         evaluate(plus_one, moving, tasks=tasks, trials=split.val)
-    flags = evaluate(plus_one, session, trials=np.arange(20) < 5, neurons=np.arange(7) < 2)
-    assert str(flags) == str(evaluate(plus_one, session, trials=np.arange(5), neurons=[0, 1]))
 
 
 def test_silent_neurons_are_counted_and_not_averaged():
@@ -151,10 +149,8 @@ def test_all_six_tasks_of_many_sessions(sessions):
     for task in tasks:
         expected = {name: report.tasks[task].mean() for name, report in singles.items()}
         assert whole.tasks[task].by_session() == expected
-    assert whole.tasks["choice"].score == "accuracy"
     assert whole.tasks["wheel-speed"].mean("time_course") < whole.tasks["wheel-speed"].mean()
-    for text in ("2 sessions", "± over sessions", "choice from rates: accuracy"):
-        assert text in str(whole)
+    assert "2 sessions" in str(whole) and "choice from rates: accuracy" in str(whole)
 
 
 def test_what_only_some_sessions_have():
@@ -169,16 +165,11 @@ def test_what_only_some_sessions_have():
     assert list(report.tasks["choice"].by_session()) == ["a"]
     reason = "no scored neuron has a region label"
     assert report.left_out["inter-region"] == f"a: {reason}; b: {reason}"
-    for order in (both, both[::-1]):
-        asked = evaluate(predictors, order, tasks=["co-smoothing", "choice"])
-        assert asked.left_out == {"choice": "b: not recorded"}
-        assert set(asked.tasks) == {"co-smoothing", "choice"}
-        with pytest.raises(ValueError, match="unknown task 'choise'"):
-            evaluate(predictors, order, tasks=["choise"])
+    asked = evaluate(predictors, both[::-1], tasks=["co-smoothing", "choice"])
+    assert asked.left_out == {"choice": "b: not recorded"}
+    assert set(asked.tasks) == {"co-smoothing", "choice"}
     with pytest.raises(ValueError, match="two sessions have the name 'a'"):
         evaluate(predictors, [with_choice, with_choice])
-    with pytest.raises(ValueError, match="trials and neurons are of one session"):
-        evaluate(predictors, both, neurons=[2])
 
 
 # ------------------------------------------------------------------- controls and errors
@@ -209,12 +200,7 @@ def test_shuffling_two_trials_swaps_them_and_one_neuron_has_no_other():
 
 
 def test_errors(session):
-    null = mean_rates(session)
-    with pytest.raises(ValueError, match="no trials to score"):
-        evaluate(null, session, trials=[])
     with pytest.raises(ValueError, match="unknown task 'cosmoothing'; pass a list of some of: co-"):
-        evaluate(null, session, tasks="cosmoothing")
+        evaluate(plus_one, session, tasks="cosmoothing")
     with pytest.raises(SessionError, match="inter-region: no scored neuron has a region label"):
         evaluate(plus_one, Session(session.counts), tasks=["inter-region"])
-    with pytest.raises(ValueError, match="no neurons to score; its regions are: "):
-        evaluate(null, session, neurons=np.flatnonzero(session.regions == "CA7"))

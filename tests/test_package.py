@@ -21,34 +21,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 SECRET = "s3cr3t-0123456789"
 
 # A module imports only from those after it.
-FLOORS = (
-    *(
-        "__main__",
-        "cli",
-        "__init__",
-        "bwb",
-        "baselines",
-        "behaviour",
-        "evaluation",
-        "training",
-        "plots",
-    ),
-    *("decoding", "progress", "checkpoint", "official", "bwb_weights"),
-    *("prediction", "data", "simulation"),
-    *(
-        "batches",
-        "distributed",
-        "model",
-        "direct_paths",
-        "recipes",
-        "report",
-        "session",
-        "masks",
-        "metrics",
-        "binning",
-        "files",
-    ),
-)
+FLOORS = """
+    __main__ cli __init__ bwb baselines behaviour evaluation training plots
+    decoding progress checkpoint official bwb_weights
+    prediction data simulation
+    batches distributed model direct_paths recipes report session masks metrics binning files
+""".split()
 CORE = {"session", "binning", "masks", "model", "metrics", "training", "evaluation", "decoding"}
 
 
@@ -89,8 +67,7 @@ def test_all_of_it_is_shipped():
     assert "py.typed" in settings["package-data"]["mtm"] and (PACKAGE / "py.typed").is_file()
 
 
-# Functions that run code found in a file. A pickle is read only by an unpickler of ours, whose
-# `find_class` returns nothing but arrays, tensors and stand-ins.
+# Functions that run code found in a file; a pickle is read only by an unpickler of ours.
 UNSAFE = {
     *("eval", "exec", "compile", "joblib.load", "os.system", "pickle.load", "pickle.loads"),
     *("pd.read_pickle", "torch.jit.load"),
