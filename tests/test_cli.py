@@ -124,20 +124,14 @@ def test_prepare_from_files(tmp_path, capsys):
     assert session.provenance["prepared"]["options"] == options
     assert main(["prepare", "steinmetz", str(tmp_path / "empty"), *how]) == 1
     assert "none of the 1 recordings could be read" in capsys.readouterr().err
-    url = "http://user:secret@127.0.0.1:9/asset/download/?signature=secret"
-    assert main(["prepare", "nwb", url, "--out", str(out), "--workers", "1"]) == 1
-    text = "".join(capsys.readouterr())
-    assert "http-127-0-0-1-9-asset-download" in text and "secret" not in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "absent.npz", "--out", "x"], "absent.npz"),
-        (["evaluate", "{root}/nowhere", "{root}/sim-0.npz"], "nowhere"),
         (["evaluate", "{root}/m", "{root}/other.npz"], "other"),
         (["simulate", "{root}/x", "--neurons", "3"], "a neuron for each of the 6 regions"),
-        (["evaluate", "{root}/m", "{root}/sim-0.npz", "--tasks", "cosmoothing"], "cosmoothing"),
         (["evaluate", "{root}/m", "{root}/sim-0.npz", "--device", "nonsense"], "nonsense"),
         (["train", "{root}/sim-0.npz", "--out", "x", "--lr", "-1"], "lr must be above 0"),
         (["train", "{root}/sim-0.npz", "{root}/sim-0.npz", "--out", "x"], "both hold a session"),
@@ -152,18 +146,10 @@ def test_bad_input_is_one_line_and_status_1(folder, capsys, arguments, message, 
     assert error.count("\n") == 1 and "Traceback" not in error
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["trian"], "invalid choice: 'trian'"),
-        (["train", "s.npz", "--out", "x", "--epochs", "none"], "invalid int value: 'none'"),
-        (["train", "s.npz", "--out", "x", "--loss", "median"], "invalid choice: 'median'"),
-    ],
-)
-def test_a_wrong_command_line_is_status_2(capsys, arguments, message):
+def test_a_wrong_command_line_is_status_2(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+        main(["train", "s.npz", "--out", "x", "--loss", "median"])
+    assert stop.value.code == 2 and "invalid choice: 'median'" in capsys.readouterr().err
 
 
 def test_every_setting_of_training_can_be_given():

@@ -8,11 +8,7 @@ import sys
 import pytest
 import torch
 
-from mtm import MtM, MtMConfig, Sessions, fit, load, simulate
-from mtm.masks import MaskSampler
-from mtm.model import Batch
-from mtm.recipes import TrainConfig
-from mtm.training import accumulate, parameters_of
+from mtm import MtMConfig, Sessions, fit, load, simulate
 
 SETTINGS = {"epochs": 4, "validations": 4, "batch_size": 8, "batches_per_step": 5}
 SETTINGS |= {"schemes": ("neuron", "temporal"), "device": "cpu", "progress": False}
@@ -65,25 +61,3 @@ def test_several_processes_train_what_one_does_and_resume_what_it_began(folder, 
     found = load(tmp_path / "two").state_dict()
     for key, value in whole.model.state_dict().items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("schemes", [("neuron", "causal"), ("temporal",), ("neuron", "temporal")])
-@pytest.mark.parametrize("fields", [{}, {"tokenizer": "ndt2", "patch_size": 5}], ids=str)
-def test_parameters_of_a_step_are_those_with_a_gradient(schemes, fields):
-    """All processes must send the same parameters, and none that one process would not move."""
-    sessions = simulate(3, 10, 12, seed=3, bin_size=0.1)
-    prompts = tuple(name for name in schemes if name != "temporal")
-    sizes = MtMConfig.from_depth(1, **fields)
-    model = MtM(sizes, 20, {s.name: s.n_neurons for s in sessions}, prompts=prompts)
-    for name in schemes:
-        model.zero_grad(set_to_none=True)
-        batches = []
-        for session in sessions[:2]:
-            counts = torch.from_numpy(session.counts).float()
-            regions = torch.from_numpy(session.region_codes)
-            mask = MaskSampler([name]).draw(name, counts, regions)
-            batches.append(Batch(counts, name, mask, session.name))
-        accumulate(model, batches, TrainConfig())
-        found = parameters_of(model, [(batch.session, name) for batch in batches])
-        expected = {id(p) for p in model.parameters() if p.grad is not None}
-        assert {id(p) for p in found} == expected

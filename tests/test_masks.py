@@ -156,13 +156,3 @@ def test_a_scheme_of_ones_own(register):
     register("small", lambda *_: masks.Mask(counts[0] > 0, counts[0] > 0))
     with pytest.raises(ValueError, match="must have the shape of counts"):
         MaskSampler(["small"])(counts, regions)
-
-
-@pytest.mark.parametrize("name", ["inter-region", "intra-region"])
-def test_regions_of_a_selection_may_have_any_codes(name):
-    counts, regions = torch.zeros(2, 3, 3), torch.tensor([9, -1, 614454277])
-    found = set()
-    for seed in range(20):
-        target = draw_mask(name, counts, regions, seed).target
-        found |= set(regions[target.any(0).any(0)].tolist())
-    assert found == {9, 614454277}

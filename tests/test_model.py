@@ -155,21 +155,6 @@ def test_one_neuron_of_each_trial_is_read_out_as_from_all(fields):
     torch.testing.assert_close(found, every[torch.arange(3), :, neurons])
 
 
-@pytest.mark.parametrize("fields", [{}, NDT2, VARIANTS[-1]], ids=str)
-def test_many_batches_in_one_pass_equal_one_after_the_other(fields):
-    model = small(**fields)
-    model.add_session("small", 5)
-    draw, batches = torch.Generator().manual_seed(0), []
-    kinds = [("a", "neuron", 3), ("b", "causal", 2), ("small", "causal", 4), ("b", "temporal", 1)]
-    for session, name, trials in [*kinds, ("a", "causal", 2)]:
-        n_neurons = model.session_layers(session).n_neurons
-        counts = counts_of(batch=trials)[..., :n_neurons]
-        mask = scheme(name).draw(counts, REGIONS[:n_neurons], 0.5, draw)
-        batches.append(Batch(counts, name, mask, session))
-    for batch, log_rates in zip(batches, model.forward_many(batches), strict=True):
-        torch.testing.assert_close(log_rates, model(*batch))
-
-
 def test_dropout_acts_in_training_alone():
     model, counts = small(dropout=0.3, embed_dropout=0.3).float().train(), counts_of().float()
     tokens = torch.stack([model.embed(counts, "neuron", None, "a").x for _ in range(100)])

@@ -1,12 +1,11 @@
 """What was not observed is not silence: it is hidden from models and never scored."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
 import mtm
-from mtm import metrics, plots
+from mtm import metrics
 from mtm.baselines import fit_baseline
 from mtm.prediction import predict_held_out
 from mtm.session import Session
@@ -105,17 +104,6 @@ def test_decoders_leave_out_trials_in_which_nothing_was_observed(two, fits):
     hidden = ~two[0].observed[:2, None]
     shown = [tuned.readout.predict(each.counts[:2] + 5 * hidden, hidden) for each in two]
     np.testing.assert_array_equal(*shown)
-
-
-def test_plots_do_not_draw_it_as_silence(two):
-    session = two[0]
-    ax = plots.psth(session, 0, by="reward")
-    rates = session.counts[session.observed[:, 0] & (session.behaviour["reward"] == 1), :, 0]
-    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}["reward 1"]
-    np.testing.assert_allclose(drawn, rates.mean(0) / session.bin_size, rtol=1e-6)
-    image = plots.raster(session, 0, plt.figure().subplots()).images[0].get_array()
-    assert np.ma.getmaskarray(image).any(axis=1).sum() == HALF
-    plt.close("all")
 
 
 def test_it_is_selected_saved_and_shown(two, tmp_path):

@@ -169,16 +169,11 @@ def test_no_code_of_a_checkpoint_runs(tmp_path):
 
 def test_files_that_are_no_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    with pytest.raises(CheckpointError, match="checkpoint.pt is not a readable .*No such file"):
-        from_official(path, TWO)
     torch.save(theirs().state_dict(), path)
     for content in (pickle.dumps({"a": 1}), path.read_bytes()[:1000]):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="checkpoint.pt is not a readable"):
             from_official(path, TWO)
-    torch.save({"epoch": torch.ones(1)}, path)
-    with pytest.raises(CheckpointError):
-        from_official(path, TWO)
 
 
 def test_weights_that_do_not_fit_are_named():
@@ -197,10 +192,6 @@ def test_weights_that_do_not_fit_are_named():
         quietly(state, {"mine": 3}, heads=4)
     eids = ["mine", *PAPER_EIDS[1:]]
     assert quietly(state, {"mine": 3}, heads=4, eids=eids).session_names == ["mine"]
-    with pytest.raises(CheckpointError, match="stitcher_dict.5.weight is missing"):
-        quietly(state, {PAPER_EIDS[0]: 5}, heads=4)
-    with pytest.raises(CheckpointError, match="7 neurons; the authors' NDT2"):
-        quietly(theirs(ndt2=True), {PAPER_EIDS[0]: 7}, heads=4)
 
 
 def test_the_papers_sessions():

@@ -81,14 +81,6 @@ def test_scatter_shows_every_scored_neuron_once(ax, sessions):
         plots.score_scatter(reports[0], fewer, "inter-region", ax=ax)
 
 
-def test_region_bars_stand_at_the_means(ax, sessions, reports):
-    plots.region_bars({"oracle": reports["oracle"]}, ax=ax)
-    names, by_region = sessions[0].region_names, reports["oracle"].tasks["co-smoothing"].by_region()
-    heights = [bar.get_height() for bar in ax.patches]
-    assert heights == pytest.approx([by_region[name].value for name in names])
-    assert [t.get_text().split("\n")[0] for t in ax.get_xticklabels()] == names
-
-
 def test_psths_and_single_trials_are_those_of_the_trials(ax, sessions):
     session, trials = sessions[0], sessions[0].split().test
     rates, counts = session.rates[trials], session.counts[trials]
