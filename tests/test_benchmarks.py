@@ -48,15 +48,6 @@ def test_spikes_are_binned_as_by_a_loop():
     assert binning.measure_loop(arrays, counts, 60.0)["trials_run"] == 5
 
 
-def test_a_session_is_prepared_stage_by_stage(tmp_path):
-    pytest.importorskip("one")
-    import prepare
-
-    prepare.make_recording(tmp_path, 2_000, 20, 8)
-    found = prepare.measure(tmp_path)
-    assert all(seconds > 0 for seconds in found["stages"].values()), found["stages"]
-
-
 def test_steps_and_evaluation_are_timed(monkeypatch):
     options(monkeypatch, train_step, "--small", "--device", "cpu", "--repeats", 4)
     found = train_step.measure(train_step.Bench(train_step.parse(), "ndt1", 2))

@@ -40,12 +40,6 @@ def test_twins_are_in_step_with_their_pages():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_pages_and_table_of_contents_agree():
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
-    chapters = [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
-    assert sorted([toc["root"], *chapters]) == sorted(page.stem for page in PAGES)
-
-
 def test_readme_example_runs(capsys):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     times = np.arange(0, 60, 0.01)

@@ -216,9 +216,6 @@ def test_a_folder_of_another_run_is_refused(sessions, tmp_path, whole):
         with pytest.raises(StateError, match=f"another run: {problem}.* restart=True"):
             fit(session, start, **SHORT | changes, folder=tmp_path)
     assert contents(tmp_path) == before
-    save(whole, tmp_path / "model")
-    with pytest.raises(StateError, match="holds a model but no run to resume"):
-        fit(sessions[0], **DEPTH1, folder=tmp_path / "model")
 
 
 def test_restarting_deletes_the_old_model_at_once(sessions, tmp_path):

@@ -83,7 +83,7 @@ def test_a_model_of_patches_and_one_to_fine_tune(folder, capsys):
         assert wrong[-2][2:] in capsys.readouterr().err
 
 
-def test_prepare_reads_an_alf_tree(folder, capsys):
+def test_prepare_reads_an_alf_tree(folder):
     for i in range(2):
         synthetic.write_alf(Session.load(folder / f"sim-{i}.npz"), folder / "alf")
     synthetic.index_alf(folder / "alf")
@@ -94,8 +94,6 @@ def test_prepare_reads_an_alf_tree(folder, capsys):
     for i in range(2):
         original = Session.load(folder / f"sim-{i}.npz")
         np.testing.assert_array_equal(prepared[original.subject].counts, original.counts)
-    assert main([*command, "--eids", "paper", "--workers", "1"]) == 1
-    assert "none of the 40 recordings could be read" in capsys.readouterr().err
 
 
 def test_prepare_from_files(tmp_path, capsys):
@@ -122,8 +120,6 @@ def test_prepare_from_files(tmp_path, capsys):
     assert session.counts.shape == (18, 10, 4) and session.window == (0, 1)
     options = {"align": "goCue_times", "window": [0, 1], "bin_size": 0.1}
     assert session.provenance["prepared"]["options"] == options
-    assert main(["prepare", "steinmetz", str(tmp_path / "empty"), *how]) == 1
-    assert "none of the 1 recordings could be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

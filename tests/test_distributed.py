@@ -25,17 +25,11 @@ with process_group(torch.device("cpu")) as device:
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Session files of three animals, 28 training trials each: 12 batches, 3 steps an epoch."""
-    folder = tmp_path_factory.mktemp("sessions")
+def test_several_processes_train_what_one_does_and_resume_what_it_began(tmp_path):
+    """Schemes with and without a prompt; shares, and last steps, of different sizes."""
+    folder = tmp_path / "sessions"  # 28 training trials each: 12 batches, 3 steps an epoch
     for session in simulate(3, 40, 12, seed=3, mean_rate=30.0, bin_size=0.1):
         session.save(folder / f"{session.name}.npz")
-    return folder
-
-
-def test_several_processes_train_what_one_does_and_resume_what_it_began(folder, tmp_path):
-    """Schemes with and without a prompt; shares, and last steps, of different sizes."""
 
     def stop(history):
         raise KeyboardInterrupt

@@ -47,8 +47,6 @@ def test_scores_are_those_of_the_metrics(task, session):
 def test_a_subset_of_neurons_and_trials(session):
     report = evaluate(plus_one, session, trials=np.array([0, 5]), neurons=[1, 3, 5])
     assert report.n_trials == 2
-    assert report.tasks["co-smoothing"].neurons.tolist() == [1, 3, 5]
-    assert report.tasks["intra-region"].neurons.tolist() == [1, 3]
     whole = evaluate(plus_one, session, trials=np.array([0, 5]))
     for task in TASKS:
         part, all_of = report.tasks[task], whole.tasks[task]
@@ -56,12 +54,8 @@ def test_a_subset_of_neurons_and_trials(session):
         np.testing.assert_allclose(part.table["trial_r2"], all_of.table["trial_r2"][keep])
     behaviour = {"wheel": np.random.default_rng(1).random((20, 20))}
     moving = Session(session.counts, name="s", behaviour=behaviour)
-    split, tasks = moving.split(), ["co-smoothing", "wheel"]
-    assert "wheel" in evaluate(plus_one, moving, trials=split.test[::-1]).tasks
-    report = evaluate(plus_one, moving, trials=split.val)
+    report = evaluate(plus_one, moving, trials=moving.split().val)
     assert "wheel" not in report.tasks and "test trials alone" in report.left_out["wheel"]
-    with pytest.raises(SessionError, match="wheel: decoded in the test trials alone"):
-        evaluate(plus_one, moving, tasks=tasks, trials=split.val)
 
 
 def test_silent_neurons_are_counted_and_not_averaged():
@@ -186,17 +180,6 @@ def test_shuffled_trials_keep_the_time_course_and_neurons_do_not(sessions):
     }.items():  # fmt: skip
         table = evaluate(log_rates, session, tasks=["co-smoothing"]).tasks["co-smoothing"].table
         np.testing.assert_allclose(table[column], table["bits_per_spike"], atol=1e-12)
-
-
-def test_shuffling_two_trials_swaps_them_and_one_neuron_has_no_other():
-    rng = np.random.default_rng(0)
-    session = Session(rng.poisson(1.0, (12, 6, 1)), name="s")
-    log_rates = rng.normal(0, 0.5, (12, 6, 1))
-    report = evaluate(log_rates, session, tasks=["co-smoothing"], trials=[3, 8])
-    table = report.tasks["co-smoothing"].table
-    swapped = metrics.bits_per_spike(log_rates[[8, 3]], session.counts[[3, 8]])
-    np.testing.assert_allclose(table["shuffled_trials"], swapped)
-    assert np.isnan(table["shuffled_neurons"]).all()
 
 
 def test_errors(session):

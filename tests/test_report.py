@@ -89,8 +89,6 @@ def test_what_has_no_score_is_nan():
     with_silent = Report.join([report("a", [np.nan], ["DG"]), report("b", [1.0, 2.0], ["", ""])])
     scores = with_silent.tasks["co-smoothing"]
     assert [scores.over(what).value for what in ("neurons", "sessions", "seeds")] == [1.5] * 3
-    with pytest.raises(ValueError, match="over 'sessions', 'seeds' or"):
-        scores.over("trials")
 
 
 def test_a_behaviour_has_no_neurons():

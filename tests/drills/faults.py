@@ -1,13 +1,11 @@
-"""Fault drills: what is left when a process is killed or a disk is full.
+"""Fault drill: what is left when a process is killed.
 
     python tests/drills/faults.py [--kills 30] [--json OUT]
 
-The tests hold a case of each kind; a drill repeats it at random moments, and counts. POSIX only.
-Exits with 1 where there are problems.
-
-kills    SIGKILL while training, saving and preparing: every file under its final name is whole, and
-         a run that goes on ends with the weights of a run that nobody disturbed.
-disk     a file that does not fit: the old file stays, the error names file and remedy.
+SIGKILL while training, saving and preparing: every file under its final name is whole, and a run
+that goes on ends with the weights of a run that nobody disturbed. The tests hold a case of each;
+the drill repeats them at random moments, and counts. POSIX only. Exits with 1 where there are
+problems.
 """
 
 import argparse
@@ -15,7 +13,6 @@ import json
 import multiprocessing
 import platform
 import random
-import resource
 import signal
 import sys
 import tempfile
@@ -68,7 +65,7 @@ def same_tensors(one, other):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def drill_kills(folder, kills, check):
+def drill(folder, kills, check):
     """Kill training, saving and preparing at random moments."""
     chance = random.Random(0)
     torch.set_num_threads(1)
@@ -116,57 +113,23 @@ def drill_kills(folder, kills, check):
     check("preparing goes on", len(list((folder / "out").glob("*.npz"))) == N_RECORDINGS)
 
 
-def drill_disk(folder, kills, check):
-    """Write files of which no more than half a megabyte fits, over smaller ones."""
-    small, large = (
-        mtm.MtM(mtm.MtMConfig(depth=1, **SIZES | {"mlp_width": width}), 20, {"a": 12})
-        for width in (32, 20_000)
-    )
-    session, path = animals()[0], folder / "session.npz"
-    session.save(path)
-    mtm.save(small, folder / "model")
-    many = mtm.Session(np.random.default_rng(0).poisson(1.0, (200, 100, 100)))
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of the end of the process
-    for name, write in (
-        (path.name, lambda: many.save(path)),
-        (checkpoint.MODEL, lambda: mtm.save(large, folder / "model")),
-    ):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, unlimited[1]))
-        try:
-            write()
-            problem = ""
-        except OSError as error:
-            problem = str(error)
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        named = name in problem and "free some space" in problem
-        check("the error of a full disk names file and remedy", named)
-    fine = np.array_equal(mtm.Session.load(path).counts, session.counts)
-    fine &= same_tensors(mtm.load(folder / "model"), small)
-    check("where the disk is full, the old files stay", fine)
-    check("nothing half written is left", not list(folder.rglob(".*.part")))
-
-
 def main():
-    """Run the drills; returns the exit status."""
+    """Run the drill; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=30, help="of each kind")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    found, problems = {"machine": platform.machine(), "torch": torch.__version__}, []
-    for drill in (drill_kills, drill_disk):
-        counts, start = Counter(), time.perf_counter()
+    counts, problems, start = Counter(), [], time.perf_counter()
 
-        def check(what, fine=True, counts=counts):
-            counts[what] += 1
-            problems.extend([] if fine else [what])
+    def check(what, fine=True):
+        counts[what] += 1
+        problems.extend([] if fine else [what])
 
-        with tempfile.TemporaryDirectory() as folder:
-            drill(Path(folder), options.kills, check)
-        seconds = round(time.perf_counter() - start)
-        found[drill.__name__.removeprefix("drill_")] = {**counts, "seconds": seconds}
-    found["problems"] = problems
+    with tempfile.TemporaryDirectory() as folder:
+        drill(Path(folder), options.kills, check)
+    found = {"machine": platform.machine(), "torch": torch.__version__, **counts}
+    found |= {"problems": problems, "seconds": round(time.perf_counter() - start)}
     print(json.dumps(found, indent=1))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
