@@ -16,6 +16,8 @@ The core, to be read in this order::
 
 Around it::
 
+    inputs        arrays, tables and times as users have them, checked
+    validation    scores of what a scheme hides, calibration
     files         files written as a whole, arrays on disk, optional packages
     recipes       settings of training: ours and the paper's
     batches       batches of trials for training, and their order
@@ -54,13 +56,14 @@ from mtm.data.collection import Prepared, Sessions, prepare
 from mtm.data.regions import at_level
 from mtm.decoding import decode, decode_by_region
 from mtm.evaluation import evaluate
+from mtm.inputs import SessionError
 from mtm.masks import Mask, MaskSampler, register
 from mtm.model import MtM, MtMConfig
 from mtm.official import from_official
 from mtm.prediction import mean_rates, oracle
 from mtm.recipes import TrainConfig
 from mtm.report import Report, score_table
-from mtm.session import Session, SessionError, Split
+from mtm.session import Session, Split
 from mtm.simulation import simulate
 from mtm.training import Fit, fit
 

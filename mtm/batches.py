@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtm.distributed import to_device
+from mtm.inputs import SessionError
 from mtm.masks import Mask, MaskSampler
 from mtm.metrics import log_mean
 from mtm.recipes import TrainConfig
-from mtm.session import Session, SessionError
+from mtm.session import Session
 
 
 class SessionData:
@@ -51,8 +51,8 @@ class SessionData:
 
     def batch(self, trials: Tensor | np.ndarray) -> Tensor:
         """Return the counts of some trials, (B, T, N) float32, on the training device."""
-        counts = self.counts[to_device(torch.as_tensor(trials), self.counts.device)]
-        return to_device(counts, self.device).float()
+        counts = self.counts[torch.as_tensor(trials, device=self.counts.device)]
+        return counts.to(self.device).float()
 
     def mask(
         self, sampler: MaskSampler, scheme: str, counts: Tensor, trials: Any, regions: Any = None

@@ -6,13 +6,10 @@ Both use the same half-open bins: bin b of trial k starts at
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-Floats = NDArray[np.float64]
+from mtm.inputs import Floats, plain, seconds
 
 # Edges are moved earlier by this fraction of a bin: rounding can put a spike that lies on an edge
 # slightly before it (0.1 + 0.2 is not 0.3).
@@ -115,22 +112,6 @@ def bin_spikes(
     return counts
 
 
-def cluster_places(spike_clusters: ArrayLike, clusters: ArrayLike) -> NDArray[np.int64]:
-    """Index in ``clusters`` (N,) of each spike's cluster id, (S,).
-
-    An id that is listed twice, or a spike of a cluster that is not listed, is a ValueError.
-    """
-    index, fired = pd.Index(plain(clusters)), plain(spike_clusters)
-    if not index.is_unique:
-        twice = index[index.duplicated()][0]
-        raise ValueError(f"clusters: id {twice} twice; add an offset to the ids of one probe")
-    places = index.get_indexer(pd.Index(fired)).astype(np.int64)
-    if len(unknown := np.unique(fired[places < 0])):
-        problem = f"ids {unknown[:5].tolist()} are not among the {len(index)} clusters"
-        raise ValueError(f"spike_clusters: {problem}; list them, or leave their spikes out")
-    return places
-
-
 def bin_trace(
     times: ArrayLike,
     values: ArrayLike,
@@ -190,36 +171,3 @@ def _edges(align: Floats, bins: int, start: float, bin_size: float) -> tuple[Flo
     edges: Floats = align[:, None] + (start + np.arange(bins + 1) * bin_size)
     rounding = 4 * float(np.spacing(np.abs(edges).max(initial=0.0)))
     return edges, max(SNAP * bin_size, rounding)
-
-
-def plain(values: Any) -> NDArray[Any]:
-    """Values as an array of numbers or words; NaN or "" where they are masked, None or NaN.
-
-    ``np.asarray`` would show what is under a mask.
-    """
-    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
-        values = np.ma.filled(values.astype(object), np.nan)
-    array = np.asarray(values)
-    if array.dtype.kind not in "OST":
-        return array
-    items = [x.decode() if isinstance(x, bytes) else x for x in array.ravel().tolist()]
-    column = pd.Series(items, dtype=object).convert_dtypes()
-    if pd.api.types.is_numeric_dtype(column):
-        return column.to_numpy(np.float64, na_value=np.nan).reshape(array.shape)
-    return column.astype(object).fillna("").to_numpy().astype(np.str_).reshape(array.shape)
-
-
-def seconds(name: str, values: Any, bin_size: float) -> Floats:
-    """Times as finite float64 (n,) seconds, from numbers or quantities with units."""
-    if hasattr(values, "magnitude"):  # it has a unit, of neo and quantities or else of pint
-        values = (values.rescale if hasattr(values, "rescale") else values.to)("s").magnitude
-    array = plain(values)
-    vector: Floats = array.astype(np.float64)
-    if (bad := ~np.isfinite(vector)).any() or vector.ndim != 1:
-        found = f"{bad.shape} with {bad.sum()} NaN or infinite, the first at index {bad.argmax()}"
-        raise ValueError(f"{name} must be (n,) finite numbers, not {found}")
-    largest = np.abs(array).max(initial=0)
-    if array.dtype.kind == "f" and (step := float(np.spacing(largest))) > bin_size / 10:
-        problem = f"too large for {array.dtype} to resolve bin_size {bin_size} s ({step:.2g} s)"
-        raise ValueError(f"{name} are {problem}; read them as float64, or subtract an offset")
-    return vector

@@ -26,12 +26,12 @@ from mtm.data import huggingface, ibl, kilosort, nwb, steinmetz
 from mtm.data.collection import Sessions, prepare
 from mtm.decoding import decode_by_region
 from mtm.evaluation import evaluate
+from mtm.inputs import SessionError
 from mtm.masks import SCHEMES
 from mtm.model import CHOICES as MODEL_CHOICES
 from mtm.prediction import mean_rates, oracle
 from mtm.recipes import RECIPES, TrainConfig
 from mtm.report import Report, score_table
-from mtm.session import SessionError
 from mtm.simulation import simulate
 from mtm.training import fit, model_config
 

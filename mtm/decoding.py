@@ -25,8 +25,9 @@ from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from mtm import prediction
+from mtm.inputs import SessionError
 from mtm.prediction import PredictorLike, Predictors, Queries
-from mtm.session import Session, SessionError
+from mtm.session import Session
 
 FOLDS = 4
 MOST_CLASSES = 10  # of whole numbers; with more different values they are decoded as numbers
@@ -92,8 +93,9 @@ def decode(
     """Decode behaviours of a session: name -> scores and controls.
 
     Classes are decoded with logistic regression, numbers and traces with ridge regression, all bins
-    of a trace at once. Trials without a value (NaN, or an empty word) are left out, and so is a
-    choice of 0 beside -1 and +1, which means no response.
+    of a trace at once. Cross-validation is by the log-likelihood of classes, and by squared errors.
+    Trials without a value (NaN, or an empty word) are left out, and so is a choice of 0 beside -1
+    and +1, which means no response.
 
     Args:
         predictor, session, split_seed, batch_size, allow_seen: as in :func:`mtm.evaluate`.
@@ -319,17 +321,13 @@ def search(x: np.ndarray, y: np.ndarray, kind: str) -> GridSearchCV:
         # Newton's line search warns of features that never vary, as those of the mean rates.
         solver = "newton-cholesky" if np.ptp(x, axis=0).max() > 1e-9 else "lbfgs"
         decoder, grid = LogisticRegression(solver=solver, max_iter=1000), {"C": CLASS_PENALTIES}
-        folds, scoring = StratifiedKFold(FOLDS, shuffle=True, random_state=0), "accuracy"
+        # The accuracy of few trials is a coarse score, and often chooses too weak a penalty.
+        folds, scoring = StratifiedKFold(FOLDS, shuffle=True, random_state=0), "neg_log_loss"
     else:
         decoder, grid = Ridge(), {"alpha": RIDGE_PENALTIES}
         folds, scoring = KFold(FOLDS, shuffle=True, random_state=0), "neg_mean_squared_error"
-    return fitted(GridSearchCV(decoder, grid, cv=folds, scoring=scoring), x, y)
-
-
-def fitted(grid: GridSearchCV, x: np.ndarray, y: np.ndarray) -> GridSearchCV:
-    """Fit on one thread: in the many small problems of a search, threads wait for each other."""
-    with threadpool_limits(1):
-        return grid.fit(x, y)
+    with threadpool_limits(1):  # in many small problems, threads wait for each other
+        return GridSearchCV(decoder, grid, cv=folds, scoring=scoring).fit(x, y)
 
 
 def score(truth: np.ndarray, guess: np.ndarray, kind: str) -> float:

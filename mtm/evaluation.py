@@ -15,10 +15,12 @@ from scipy.special import logsumexp
 
 from mtm import metrics, prediction
 from mtm.decoding import Decoder, decodable
-from mtm.masks import scheme
+from mtm.inputs import SessionError
+from mtm.masks import SCHEMES, scheme
 from mtm.prediction import TASKS, PredictorLike, Predictors, Queries
 from mtm.report import Report, TaskScores
-from mtm.session import Session, SessionError
+from mtm.session import Session
+from mtm.validation import score_scheme
 
 UNASKED = "decoded if `tasks` names it"
 CONDITIONS = ("choice", "reward", "block")
@@ -43,8 +45,9 @@ def evaluate(
         predictor: a model or :class:`mtm.Fit`; a function ``(counts, scheme, mask, session) ->
             log-rates``; log-rates broadcastable to (K, T, N); or a mapping from session names.
         sessions: one recording or several. :class:`mtm.Sessions` are read from disk one by one.
-        tasks: some of :data:`mtm.prediction.TASKS`, and names of behaviours; those that some of
-            several sessions lack are left out there. Default: all that can be scored.
+        tasks: some of :data:`mtm.prediction.TASKS`, of masking schemes (such as one of yours: what
+            it hides is scored), and of behaviours; those that some of several sessions lack are
+            left out there. Default: all activity tasks and behaviours that can be scored.
         trials: indices of the scored trials, of one session only. Default: the test trials of
             ``session.split``. Behaviour is left out with other trials: :func:`mtm.decode` fits its
             decoders to all but the test trials.
@@ -83,7 +86,8 @@ def _one_by_one(
     for session in sessions:
         if session.name in names:
             raise ValueError(f"two sessions have the name {session.name!r}; rename one")
-        missing = [t for t in tasks or () if t not in TASKS and t not in session.behaviour]
+        known = {*TASKS, *SCHEMES, *session.behaviour}
+        missing = [task for task in tasks or () if task not in known]
         if missing and not names:  # a misspelt name is in no session: say so before any work
             _require_known(missing, {name for each in sessions for name in each.behaviour})
         names.add(session.name)
@@ -99,7 +103,7 @@ def _one_by_one(
 
 def _require_known(tasks: Iterable[str], behaviours: Iterable[str]) -> None:
     """Refuse names that are neither of a task nor of a behaviour."""
-    known = [*TASKS, *behaviours]
+    known = [*TASKS, *SCHEMES, *behaviours]
     for task in [task for task in tasks if task not in known]:
         raise ValueError(f"unknown task {task!r}; pass a list of some of: {', '.join(known)}")
 
@@ -131,7 +135,7 @@ def _evaluate(
     left_out = _unscorable(predictor, session, wanted, asked)
     if not np.array_equal(np.sort(trials), split.test):
         reason = "decoded in the test trials alone, which `trials` are not"
-        left_out |= {task: reason for task in asked if task not in TASKS}
+        left_out |= {task: reason for task in asked if task not in {**TASKS, **SCHEMES}}
     if tasks is not None and left_out:
         reasons = "; ".join(f"{task}: {why}" for task, why in left_out.items())
         raise SessionError(f"session {session.name!r}, {reasons}")
@@ -144,6 +148,10 @@ def _evaluate(
             given = predictor, session, TASKS[task], trials, queries
             log_rates = prediction.predict_queries(*given, **how)
             scores[task] = _score(log_rates, session, queries, trials, train_null)
+            continue
+        if task in SCHEMES:
+            table = score_scheme(predictor, session, task, trials, train_null)
+            scores[task] = TaskScores(table[wanted[table["neuron"]]].reset_index(drop=True))
             continue
         try:
             decoder = decoder or Decoder(predictor, session, batch_size=how["batch_size"], **seen)
@@ -164,11 +172,12 @@ def _unscorable(
 ) -> dict[str, str]:
     """Activity tasks that cannot be scored, and why."""
     reasons = {}
-    schemes = getattr(predictor, "schemes", TASKS.values())
-    for task in [task for task in tasks if task in TASKS]:
-        if scheme(TASKS[task]).needs_regions and not (session.region_codes[wanted] >= 0).any():
+    schemes = getattr(predictor, "schemes", SCHEMES)
+    for task in [task for task in tasks if task in {**TASKS, **SCHEMES}]:
+        name = TASKS.get(task, task)
+        if scheme(name).needs_regions and not (session.region_codes[wanted] >= 0).any():
             reasons[task] = "no scored neuron has a region label"
-        elif TASKS[task] not in schemes:
+        elif name not in schemes:
             reasons[task] = "the predictor does not do it"
     return reasons
 

@@ -28,6 +28,11 @@ def poisson_nll(log_rates: Values, counts: Values) -> Values:
     return exp(log_rates) - counts * log_rates
 
 
+def masked_nll(log_rates: Tensor, counts: Tensor, target: Tensor) -> Tensor:
+    """NLL summed over the entries of ``target``, bool; all are (B, T, N)."""
+    return torch.where(target, poisson_nll(log_rates, counts), 0.0).sum()
+
+
 def log_mean(counts: ArrayLike) -> np.ndarray:
     """Log of each neuron's mean count per bin, (..., N) -> (N,): the null model."""
     entries = np.asarray(counts).reshape(-1, np.shape(counts)[-1])

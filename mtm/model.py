@@ -507,7 +507,7 @@ class MtM(nn.Module):
         """Log-rates as from :meth:`forward`, without dropout and gradients, and calibrated.
 
         Calibration multiplies their deviations from the mean by ``shrinkage[session][scheme]``, see
-        :func:`mtm.training.calibrate`. A model never trained causally predicts without causality.
+        :func:`mtm.validation.calibrate`. A model never trained causally predicts without causality.
         """
         if mask is not None and not self.causal:
             mask = replace(mask, causal=False)

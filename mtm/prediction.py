@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtm import metrics
+from mtm.inputs import SessionError
 from mtm.masks import Mask, scheme
-from mtm.session import Session, SessionError, Split
+from mtm.session import Session, Split
 
 TASKS = {
     "co-smoothing": "neuron",

@@ -48,7 +48,7 @@ class TrainConfig:
         validations: number of validations, evenly spread over the epochs.
         patience: stop after this many validations without improvement, or None.
         calibrate: at the end, scale how far predictions are from the mean rates so that they suit
-            the validation trials best (temperature scaling), see ``mtm.training.calibrate``.
+            the validation trials best (temperature scaling), see ``mtm.validation.calibrate``.
         seed: of initial weights, masks, dropout and the order of batches.
         split_seed: of ``Session.split``.
         init: preset of a new model, "mtm" or "paper": its initial weights and, unless a model is

@@ -9,11 +9,10 @@ run resumes exactly and several processes draw the masks that one would.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,30 +21,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mtm import distributed
 from mtm.batches import SessionData, Step, counts_device, steps_of, steps_per_epoch
-from mtm.checkpoint import History, Run, best_entry, settings, without_nan
+from mtm.checkpoint import History, Run, best_entry, describe_run, without_nan
 from mtm.direct_paths import init_direct_paths
 from mtm.distributed import autocast, compiled, peak_memory, pick_device, setup_line
-from mtm.masks import MTM_SCHEMES, NO_REGION, Mask, MaskSampler, scheme
-from mtm.metrics import LOG2, poisson_nll
+from mtm.inputs import SessionError
+from mtm.masks import scheme
+from mtm.metrics import masked_nll
 from mtm.model import Batch, MtM, MtMConfig
 from mtm.prediction import require_same_bins
 from mtm.progress import Progress, TensorBoard
 from mtm.recipes import TrainConfig, recipe
-from mtm.session import Session, SessionError, require_alike
-
-VALIDATION_BATCH = 64  # validation trials that share a mask, whatever the batch size of training
-SHRINKAGES = [step / 20 for step in range(10, 31)]  # 0.5 to 1.5
-VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
-
-
-def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor) -> Tensor:
-    """Return the Poisson NLL, without log(count!), summed over the targets; all are (B, T, N)."""
-    return torch.where(target, poisson_nll(log_rates, counts), 0.0).sum()
+from mtm.session import Session, require_alike
+from mtm.validation import calibrate, make_sampler, seed_of, validate
 
 
 def accumulate(
@@ -65,7 +57,7 @@ def accumulate(
         log_rates = model.forward_many(batches)
     losses = []
     for out, batch in zip(log_rates, batches, strict=True):
-        loss = masked_loss(out.float(), batch.counts, batch.mask.target)
+        loss = masked_nll(out.float(), batch.counts, batch.mask.target)
         if config.loss == "mean":
             loss = 1 / batch.mask.target.sum().clamp(min=1) / (n_batches or len(batches)) * loss
         losses.append(loss)
@@ -82,17 +74,6 @@ def make_optimizer(model: MtM, config: TrainConfig) -> torch.optim.AdamW:
     pairs = [(decayed, config.weight_decay), (rest, 0.0)]
     groups = [{"params": part, "weight_decay": decay} for part, decay in pairs if part]
     return torch.optim.AdamW(groups, lr=config.lr, fused=model.device.type in ("cpu", "cuda"))
-
-
-def make_sampler(model: MtM, config: TrainConfig) -> MaskSampler:
-    """Return the sampler of the schemes that are trained."""
-    kind = config.schemes, config.ratios, config.seed, model.device, model.config.patch_size
-    return MaskSampler(*kind)
-
-
-def seed_of(*place: int | str) -> int:
-    """Return a seed for a place in the run, which is given as numbers and words."""
-    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "little") >> 1
 
 
 class Trainer:
@@ -254,74 +235,6 @@ def parameters_of(model: MtM, places: Sequence[tuple[str, str]]) -> list[torch.n
     return [parameter for parameter in found if parameter.requires_grad]
 
 
-@torch.no_grad()
-def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> dict[str, float]:
-    """Return bits per spike of each scheme on hidden entries of the validation trials.
-
-    The null model is each neuron's mean in the training trials. Every call scores the same entries;
-    NaN where none of them has a spike. Several processes share the sessions.
-    """
-    model.eval()
-    found = torch.zeros(len(config.schemes), len(data), 2, device=model.device)  # gain, spikes
-    for i in range(distributed.rank(), len(data), distributed.processes()):
-        for s, name in enumerate(config.schemes):
-            # Summed on the device, without waiting for it.
-            for counts, mask, log_rates in _predict_validation(model, data[i], name, config):
-                null = data[i].null.expand_as(counts)
-                found[s, i, 0] += masked_loss(null, counts, mask.target)
-                found[s, i, 0] -= masked_loss(log_rates, counts, mask.target)
-                found[s, i, 1] += (counts * mask.target).sum()
-    found = distributed.all_reduce(found).cpu().double()
-    gain, spikes = found.sum(dim=1).unbind(dim=1)
-    if not bool((spikes > 0).any()):
-        remedy = "use more trials, and check that spikes and events are on one clock, in seconds"
-        raise SessionError(f"no hidden entry of the validation trials has a spike; {remedy}")
-    return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
-
-
-@torch.no_grad()
-def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> None:
-    """Set ``model.shrinkage``: session -> scheme -> the factor that suits validation trials best.
-
-    Models that overfit are too sure of what they predict, those with much dropout not enough. The
-    factor multiplies all deviations from the mean log-rates. Compare temperature scaling (Guo et
-    al. 2017).
-    """
-    for one in data:
-        layers = model.session_layers(one.name)
-        if not hasattr(layers, "mean"):  # with raw counts and no direct paths
-            continue
-        mean = layers.mean.log()
-        model.shrinkage[one.name] = {}
-        for name in config.schemes:
-            losses = torch.zeros(len(SHRINKAGES), device=model.device)
-            for counts, mask, log_rates in _predict_validation(model, one, name, config):
-                for i, factor in enumerate(SHRINKAGES):
-                    scaled = mean + factor * (log_rates - mean)
-                    losses[i] += masked_loss(scaled, counts, mask.target)
-            model.shrinkage[one.name][name] = SHRINKAGES[int(losses.argmin())]
-
-
-def _predict_validation(
-    model: MtM, one: SessionData, name: str, config: TrainConfig
-) -> Iterator[tuple[Tensor, Mask, Tensor]]:
-    """Yield counts, mask and predicted log-rates of validation trials, the same in every call."""
-    sampler = make_sampler(model, config)
-    sampler.reseed(seed_of("validation", one.name, name))
-    labels = [one.regions] * VALIDATION_MASKS
-    # Label one region at a time, so that each is masked once. Schemes of users may need several.
-    if scheme(name).needs_regions and name in MTM_SCHEMES:
-        codes = range(len(one.session.region_names))
-        labels = [torch.where(one.regions == code, 0, NO_REGION) for code in codes]
-    for trials in one.val.split(VALIDATION_BATCH):
-        counts = one.batch(trials)
-        for regions in labels:
-            mask = one.mask(sampler, name, counts, trials, regions)
-            with autocast(model.device, config.precision):
-                log_rates = model(counts, name, mask, one.name).float()
-            yield counts, mask, log_rates
-
-
 @dataclass(repr=False)
 class Fit:
     """Result of training.
@@ -397,7 +310,7 @@ def fit(
         SessionError: the sessions do not go together, lack what a scheme needs, or hold the same
             trial in training and in another part of the split.
         FloatingPointError: the loss is no longer finite.
-        StateError: the folder holds another run, or a model without a run.
+        CheckpointError: the folder holds another run, or a model without a run.
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     config = _settings(sessions, config or "mtm", changes)
@@ -409,7 +322,7 @@ def fit(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)  # the caller's generators keep their state
         network = _build(start, data, config, depth).to(device)
-        run = Run(folder, _description(network, start, data, config), save_every, restart)
+        run = Run(folder, describe_run(network, start, data, config), save_every, restart)
         setup += f", resuming after step {run.step}" if run.step else ""
         with Progress(config.epochs, progress and distributed.rank() == 0, setup) as display:
             with compiled(network, config.compile):
@@ -507,22 +420,3 @@ def _check_start(model: MtM, prompts: tuple[str, ...], causal: bool, config: Tra
         seeds = f"split_seed={model.split_seed}, not {config.split_seed}"
         risk = "its training trials would become test trials"
         raise ValueError(f"the model was trained with {seeds}: {risk}")
-
-
-def _description(
-    model: MtM, start: MtM | MtMConfig | None, data: list[SessionData], config: TrainConfig
-) -> dict[str, Any]:
-    """Return what identifies a run; a stopped run resumes only if it is the same."""
-    weights = None  # those of a new model follow from the settings
-    if isinstance(start, MtM):
-        values = parameters_to_vector(start.parameters()).detach().cpu().numpy()
-        weights = hashlib.sha256(values.tobytes()).hexdigest()[:16]
-    left_out = ("sessions", "seen", "shrinkage")
-    kind = {key: value for key, value in settings(model).items() if key not in left_out}
-    return {
-        "train": asdict(config),
-        "model": kind,
-        "sessions": {one.name: [*one.session.counts.shape, one.digest] for one in data},
-        "order of sessions": [one.name for one in data],
-        "initial weights": weights,
-    }

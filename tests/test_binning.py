@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mtm
-from mtm.binning import bin_spikes, bin_trace, n_bins, plain, seconds
+from mtm.binning import bin_spikes, bin_trace, n_bins
+from mtm.inputs import plain, seconds
 
 FIVE_BINS = {"window": (-0.04, 0.06), "bin_size": 0.02}
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save as to_bytes
 
 from mtm import Mask, MtM, MtMConfig, Session, checkpoint, evaluate, fit, simulate
-from mtm.checkpoint import MODEL, RUN, StateError, describe, from_pretrained, load, save, settings
+from mtm.checkpoint import MODEL, RUN, describe, from_pretrained, load, save, settings
 from mtm.model import CheckpointError
 from mtm.official import OfficialMtM
 from mtm.training import Trainer
@@ -142,7 +142,7 @@ def test_push_and_pull(folder, tmp_path, monkeypatch):
     assert address == "https://example.org/lab/model"
     assert made == [("lab/model", {"exist_ok": True, "private": True})]
     page = (root / "lab/model/README.md").read_text()
-    assert 'mtm.from_pretrained("lab/model")' in page and model.summary() in page
+    assert 'mtm.from_pretrained("lab/model")' in page
     assert same(from_pretrained("lab/model", revision="main"), model)
     assert same(from_pretrained(path), model)
 
@@ -213,7 +213,7 @@ def test_a_folder_of_another_run_is_refused(sessions, tmp_path, whole):
         (louder, a, {}, "sessions sim-3-0 was .* and is now"),
         (sessions[0], b, {}, "initial weights was"),
     ):
-        with pytest.raises(StateError, match=f"another run: {problem}.* restart=True"):
+        with pytest.raises(CheckpointError, match=f"another run: {problem}.* restart=True"):
             fit(session, start, **SHORT | changes, folder=tmp_path)
     assert contents(tmp_path) == before
 
@@ -221,7 +221,7 @@ def test_a_folder_of_another_run_is_refused(sessions, tmp_path, whole):
 def test_restarting_deletes_the_old_model_at_once(sessions, tmp_path):
     fit(sessions[0], **DEPTH1, folder=tmp_path)
     (tmp_path / RUN).write_bytes(b"damaged")
-    with pytest.raises(StateError, match="damaged or cut short .* restart=True"):
+    with pytest.raises(CheckpointError, match="damaged or cut short .* restart=True"):
         fit(sessions[0], **DEPTH1, folder=tmp_path)
     with pytest.raises(FloatingPointError, match="lower lr .now 1e.30. or set clip"):
         fit(sessions[0], **DEPTH1, lr=1e30, clip=None, folder=tmp_path, restart=True)

@@ -127,7 +127,7 @@ def test_prepare_from_files(tmp_path, capsys):
     [
         (["train", "absent.npz", "--out", "x"], "absent.npz"),
         (["evaluate", "{root}/m", "{root}/other.npz"], "other"),
-        (["simulate", "{root}/x", "--neurons", "3"], "a neuron for each of the 6 regions"),
+        (["evaluate", "{root}/m", "{root}/sim-0.npz", "--tasks", "cosmoothing"], "cosmoothing"),
         (["evaluate", "{root}/m", "{root}/sim-0.npz", "--device", "nonsense"], "nonsense"),
         (["train", "{root}/sim-0.npz", "--out", "x", "--lr", "-1"], "lr must be above 0"),
         (["train", "{root}/sim-0.npz", "{root}/sim-0.npz", "--out", "x"], "both hold a session"),

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from mtm import Session, SessionError, evaluate, fit, mean_rates, metrics, oracle
+from mtm import (
+    Session,
+    SessionError,
+    evaluate,
+    evaluation,
+    fit,
+    masks,
+    mean_rates,
+    metrics,
+    oracle,
+)
 from mtm.prediction import TASKS
 
 
@@ -187,3 +197,30 @@ def test_errors(session):
         evaluate(plus_one, session, tasks="cosmoothing")
     with pytest.raises(SessionError, match="inter-region: no scored neuron has a region label"):
         evaluate(plus_one, Session(session.counts), tasks=["inter-region"])
+
+
+def test_what_a_scheme_hides_can_be_scored(session, monkeypatch):
+    """One of a user's, which hides all of three neurons in the late bins."""
+    monkeypatch.setattr(masks, "SCHEMES", dict(masks.SCHEMES))
+    monkeypatch.setattr(evaluation, "SCHEMES", masks.SCHEMES)
+
+    def late(counts, regions, ratio=0.5, generator=None):
+        hidden = torch.zeros(counts.shape, dtype=torch.bool)
+        hidden[:, 12:, :3] = True
+        return masks.Mask(hidden, hidden)
+
+    masks.register("late", late)
+    scores = evaluate(plus_one, session, tasks=["late"], neurons=[0, 2, 5]).tasks["late"]
+    counts = session.counts[session.split().test][:, 12:, [0, 2]]
+    assert scores.neurons.tolist() == [0, 2]
+    expected = metrics.bits_per_spike(np.full(counts.shape, -1.0), counts)
+    np.testing.assert_allclose(scores.table["bits_per_spike"], expected, atol=1e-6)
+    array = np.full(session.counts.shape, -1.0)
+    same = evaluate(array, session, tasks=["late"]).tasks["late"]
+    np.testing.assert_allclose(
+        same.table["gain_train_null"][[0, 2]], scores.table["gain_train_null"]
+    )
+    twice = [evaluate(plus_one, session, tasks=["neuron"]).tasks["neuron"].table for _ in "ab"]
+    assert twice[0].equals(twice[1])
+    with pytest.raises(ValueError, match="unknown task 'early'"):
+        evaluate(plus_one, session, tasks=["early"])

@@ -492,7 +492,7 @@ def test_prepare_writes_what_load_session_gives(tree, read, tmp_path):
     one = ibl.connect(root)
     done = ibl.prepare(one, ibl.search(one), tmp_path / "out", workers=2, progress=False)
     assert sorted(path.stem for path in done.paths) == sorted([eids["MOUSE-1.a"], eids["MOUSE-3"]])
-    (reason,) = done.skipped.values()
+    (reason,) = [o.note for o in done.outcomes if o.status == "skipped"]
     assert eids["MOUSE-2"] in reason and "spikes.clusters: no such dataset" in reason
     assert "no behaviour 'whisker-motion-energy'" in str(done)
     written = Session.load(tmp_path / "out" / f"{EID}.npz")

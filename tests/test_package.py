@@ -23,9 +23,10 @@ SECRET = "s3cr3t-0123456789"
 # A module imports only from those after it.
 FLOORS = """
     __main__ cli __init__ bwb baselines behaviour evaluation training plots
-    decoding progress checkpoint official bwb_weights
+    decoding validation progress checkpoint bwb_weights official
     prediction data simulation
-    batches distributed model direct_paths recipes report session masks metrics binning files
+    batches distributed model direct_paths recipes report session masks metrics binning
+    inputs files
 """.split()
 CORE = {"session", "binning", "masks", "model", "metrics", "training", "evaluation", "decoding"}
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtm.session import Session, SessionError, Split
+from mtm.inputs import SessionError
+from mtm.session import Session, Split
 
 ARRAYS = ("counts", "rates", "regions", "trial_ids")
 

@@ -19,12 +19,15 @@ from mtm import (
     save,
     simulate,
     training,
+    validation,
 )
 from mtm.batches import SessionData, steps_of, steps_per_epoch
 from mtm.masks import MTM_SCHEMES, MaskSampler
+from mtm.metrics import masked_nll
 from mtm.model import Batch
 from mtm.recipes import RECIPES, TrainConfig, recipe
-from mtm.training import accumulate, make_optimizer, masked_loss, model_config, validate
+from mtm.training import accumulate, make_optimizer, model_config
+from mtm.validation import validate
 
 CPU = torch.device("cpu")
 ON = {"epochs": 2, "validations": 2, "progress": False, "device": "cpu"}  # with a given model
@@ -63,7 +66,7 @@ def test_loss_is_the_poisson_likelihood_of_the_targets_alone():
     target = rng.random((2, 3, 4)) < 0.4
     total = sum(np.exp(r) - c * r for r, c in zip(log_rates[target], counts[target], strict=True))
     tensors = [torch.from_numpy(x) for x in (log_rates, counts.astype(float), target)]
-    assert masked_loss(*tensors).item() == pytest.approx(total)
+    assert masked_nll(*tensors).item() == pytest.approx(total)
 
 
 @pytest.mark.parametrize("per_step", [1, 2, 4])
@@ -116,7 +119,7 @@ def test_the_batches_of_a_step_equal_single_batches(small, fields, loss):
     losses = accumulate(model, batches, TrainConfig(loss=loss))
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    parts = [masked_loss(model(*b), b.counts, b.mask.target) for b in batches]
+    parts = [masked_nll(model(*b), b.counts, b.mask.target) for b in batches]
     if loss == "mean":
         numbers = [b.mask.target.sum() * len(batches) for b in batches]
         parts = [part / n for part, n in zip(parts, numbers, strict=True)]
@@ -213,7 +216,7 @@ def test_predictions_are_scaled_as_the_validation_trials_say(small, tmp_path):
     for one in prepared(small[:2]):
         mean = one.null
         for scheme in MTM_SCHEMES:
-            seen = list(training._predict_validation(plain.model, one, scheme, plain.config))
+            seen = list(validation._predict_validation(plain.model, one, scheme, plain.config))
 
             def loss(factor, seen=seen, mean=mean):
                 return sum(

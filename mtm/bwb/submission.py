@@ -35,8 +35,9 @@ from mtm import decoding
 from mtm.bwb.files import ROUNDING, SUITES, open_file, ts2_windows
 from mtm.data.recording import Recording, within
 from mtm.files import atomic_write
+from mtm.inputs import SessionError
 from mtm.prediction import PredictorLike, Queries, predict_queries, require_unseen
-from mtm.session import Session, SessionError, Split
+from mtm.session import Session, Split
 
 BINS, BIN_SIZE, LENGTH = 50, 0.02, 1.0  # of a window; seconds
 AHEAD = 5  # bins that forecasting predicts

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from mtm.data import nwb
-from mtm.session import Session, SessionError
+from mtm.inputs import SessionError
+from mtm.session import Session
 
 API = "https://api.dandiarchive.org/api"
 BEFORE = {  # events

@@ -29,7 +29,8 @@ from mtm.data.collection import prepare as prepare_all
 from mtm.data.recording import Recording, observed_by_probe, ordered_samples, wheel_speed
 from mtm.data.regions import LEVELS, acronyms, within
 from mtm.files import optional
-from mtm.session import Session, SessionError
+from mtm.inputs import SessionError
+from mtm.session import Session
 
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
 TRIAL_COLUMNS = [f"{event}_times" for event in ("stimOn", "goCue", "firstMovement", "feedback")]

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from mtm.binning import plain
 from mtm.data.recording import Folder, is_event
+from mtm.inputs import plain
 from mtm.session import Session
 
 

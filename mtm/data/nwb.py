@@ -27,9 +27,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from mtm.binning import plain
 from mtm.data.recording import Recording, is_event, ordered_samples, public, within
 from mtm.files import optional
+from mtm.inputs import plain
 from mtm.session import Session, has_region
 
 REGION_SOURCES = (

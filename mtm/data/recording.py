@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike
 from scipy import signal
 from tqdm import tqdm
 
-from mtm.binning import Floats, plain
-from mtm.session import Session, SessionError
+from mtm.inputs import Floats, SessionError, plain
+from mtm.session import Session
 
 LONGEST = 1e5  # seconds; no recording lasts longer (a day has 86,400)
 WAITS = (2, 4, 8)  # seconds until a download that was cut is resumed
