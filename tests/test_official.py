@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pickle
 import sys
 import types
 import warnings
@@ -143,14 +142,6 @@ def test_their_attention_against_a_loop(tokenizer, n_prefix, causal):
                 assert bool(found[trial, 0, query, key]) == expected, (trial, query, key)
 
 
-def test_what_weights_do_not_tell_about_a_model():
-    assert not quietly(theirs(tokens=False).state_dict(), {"x": 3}, heads=4).causal
-    assert quietly(theirs(tokens=False).state_dict(), {"x": 3}, heads=4, causal=True).causal
-    assert quietly(theirs().state_dict(), heads=4).split_seed is None
-    with pytest.raises(CheckpointError, match="40 rows for 2 sessions; pass the names"):
-        quietly(theirs().state_dict(), {"a": 3}, heads=4, eids=["a", "b"])
-
-
 class Bomb:
     """Runs a function where it is unpickled the usual way."""
 
@@ -172,19 +163,8 @@ def test_no_code_of_a_checkpoint_runs(tmp_path):
         assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists()  # the bomb is a real one
-
-
-def test_files_that_are_no_checkpoint(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    with pytest.raises(CheckpointError, match="checkpoint.pt is not a readable .*No such file"):
-        from_official(path, TWO)
-    torch.save(theirs().state_dict(), path)
-    for content in (pickle.dumps({"a": 1}), path.read_bytes()[:1000]):
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match="checkpoint.pt is not a readable"):
-            from_official(path, TWO)
-    torch.save({"epoch": torch.ones(1)}, path)
-    with pytest.raises(CheckpointError):
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="checkpoint.pt is not a readable"):
         from_official(path, TWO)
 
 
@@ -204,10 +184,6 @@ def test_weights_that_do_not_fit_are_named():
         quietly(state, {"mine": 3}, heads=4)
     eids = ["mine", *PAPER_EIDS[1:]]
     assert quietly(state, {"mine": 3}, heads=4, eids=eids).session_names == ["mine"]
-    with pytest.raises(CheckpointError, match="stitcher_dict.5.weight"):
-        quietly(state, {PAPER_EIDS[0]: 5}, heads=4)
-    with pytest.raises(CheckpointError, match="7 neurons; the authors' NDT2"):
-        quietly(theirs(ndt2=True).state_dict(), {PAPER_EIDS[0]: 7}, heads=4)
 
 
 def test_the_papers_sessions():
