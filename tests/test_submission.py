@@ -16,7 +16,7 @@ pytest.importorskip("h5py")
 from bwb_files import NORMALIZE, WINDOWS, counted, write_session  # noqa: E402
 
 import mtm  # noqa: E402
-from mtm import bwb, metrics  # noqa: E402
+from mtm import bwb, decoding, metrics  # noqa: E402
 from mtm.bwb import submission  # noqa: E402
 from mtm.bwb.submission import TASKS, BenchmarkSession, Trials  # noqa: E402
 from mtm.cli import main  # noqa: E402
@@ -171,7 +171,8 @@ def test_decoders_of_traces_and_classes():
         return submission.decode_trials(x, x_test, fit, TASKS[task])
 
     whole = decode(y[..., None], np.ones_like(trusted), "ts1-left_paw_speed")
-    np.testing.assert_allclose(whole, Ridge(alpha=1e-3).fit(x, y).predict(x_test))
+    ridge = Ridge(alpha=decoding.RIDGE_PENALTIES[0]).fit(x, y)
+    np.testing.assert_allclose(whole, ridge.predict(x_test))
     spoiled = np.where(trusted, y, 1e3)  # what is not trusted is not used
     part = decode(spoiled[..., None], trusted, "ts1-left_paw_speed")
     assert r2_score((x_test @ weights).ravel(), part.ravel()) > 0.7
