@@ -45,7 +45,7 @@ test: .venv/installed lint ## check style and twins, run the tests, run every no
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2
 	$(INSIDE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n 2 book
 
-drills: .venv/installed ## kill processes, fill disks and damage files, many times; some minutes
+drills: .venv/installed ## kill processes many times over; some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/drills/faults.py --json benchmarks/results/faults.json
 
 pair: .venv/installed ## write the .ipynb twins of the book's pages

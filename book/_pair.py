@@ -24,7 +24,7 @@ from pathlib import Path
 
 if "google.colab" in sys.modules and not Path("../benchmarks").exists():
     !test -d mtm-book || git clone -q --depth 1 --branch {BRANCH} {URL} mtm-book
-    %pip install -q "./mtm-book[data,nwb,bwb]"
+    %pip install -q "./mtm-book[data,nwb,bwb]" pynwb
     %cd -q mtm-book/book
     %env GOMP_SPINCOUNT=1000"""
 SCORER = """

@@ -1,13 +1,11 @@
 """Baselines: the methods a user would otherwise pick, with the same interface as the model.
 
-=======================  =======================================================================
-PSTH                     mean time course of the training trials, smoothed and shrunk
-ridge                    linear regression of each neuron on the others, of its future on the past
-low-rank GLM             Poisson regression through a few latent variables
-reduced-rank regression  the low-rank GLM of several sessions, which share temporal filters
-temporal NDT1            our transformer, trained with temporal masking only
-random-token NDT2        our transformer on patches, trained with random-token masking only
-=======================  =======================================================================
+- PSTH: mean time course of the training trials, smoothed and shrunk
+- ridge: linear regression of each neuron on the others, of its future on the past
+- low-rank GLM: Poisson regression through a few latent variables
+- reduced-rank regression: the low-rank GLM of several sessions, which share temporal filters
+- temporal NDT1: our transformer, trained with temporal masking only
+- random-token NDT2: our transformer on patches, trained with random-token masking only
 
 Parameters are fitted on training trials, hyperparameters chosen on validation trials. Inputs of the
 regressions are residuals, ``(count - PSTH) / sqrt(mean + population mean)``, summed over windows.
@@ -20,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from math import inf
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +25,6 @@ import torch
 from torch import Tensor
 
 from mtm import metrics
-from mtm.checkpoint import save
 from mtm.evaluation import evaluate
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.model import MtMConfig
@@ -53,9 +49,9 @@ LBFGS_STEPS = 40  # at each penalty of the low-rank GLM
 MIN_SPIKES = 5  # expected in the validation trials, for a neuron to count in a choice
 
 # Settings of the transformers; they suit temporal masking better than the recipe "mtm".
-RATIOS = (0.1, 0.3)
-SETTINGS: dict[str, Any] = {"epochs": 100, "batch_size": 16, "batches_per_step": 1}
-SETTINGS |= {"weight_decay": 0.01}
+SETTINGS: dict[str, Any] = dict(epochs=100, batch_size=16, batches_per_step=1, weight_decay=0.01)
+
+Truth = tuple[Tensor, Tensor, Tensor]  # counts, log of the mean (N,), and what was observed
 
 
 def validation_score(log_rates: Tensor, counts: Tensor, null: Tensor, known: Tensor) -> float:
@@ -131,16 +127,14 @@ class Link(NamedTuple):
         return ((counts - self.rates) / self.scale).clamp(max=LARGEST_INPUT)
 
 
-def tune(
-    delta: Tensor, link: Link, counts: Tensor, null: Tensor, known: Tensor
-) -> tuple[float, Link]:
+def tune(delta: Tensor, link: Link, truth: Truth) -> tuple[float, Link]:
     """Choose gain (less for low rates) and floor; returns the score of the predicted changes."""
 
     def best(links: Iterable[Link]) -> tuple[float, Link]:
-        scored = [(validation_score(link(delta), counts, null, known), link) for link in links]
+        scored = [(validation_score(link(delta), *truth), link) for link in links]
         return max(scored, key=itemgetter(0))
 
-    mean = null.exp()
+    mean = truth[1].exp()
     gains = [
         strength * mean / (mean + prior * mean.mean())
         for prior in (0.0, 0.03, 0.1, 0.3, 1.0)
@@ -169,6 +163,7 @@ class Data:
         self.counts = {part: each.to(dtype) for part, each in counts.items()}
         self.link = Link(self.rates, self.counts["train"].amax((0, 1)).clamp(min=1), scale)
         self.inputs = {k: self.link.residuals(c) * self.known[k] for k, c in self.counts.items()}
+        self.truth = self.counts["val"], self.null, self.known["val"]
         codes, places = torch.from_numpy(session.region_codes), torch.arange(session.n_neurons)
         codes = torch.where(codes < 0, len(codes) + places, codes)  # no region: one of its own
         self.regions = [places[codes == code] for code in codes.unique()]
@@ -205,28 +200,28 @@ class Regression:
     chosen: str = ""  # hyperparameters
     causal: bool = False
 
-    def __call__(self, counts: Tensor, first: Tensor, neurons: Tensor | None) -> Tensor:
-        """Log-rates (B, T, N); with ``neurons`` (B,), only those of theirs are valid.
-
-        ``counts`` (B, T, N) are hidden everywhere from bin ``first`` (B,) on.
-        """
-        x = self.link.residuals(counts.to(self.bias))
-        trial, bins = torch.arange(len(x)), torch.arange(x.shape[1])
+    @torch.no_grad()
+    def predict(self, counts: Tensor, hidden: Tensor, neurons: Tensor | None) -> Tensor:
+        """Log-rates (B, T, N), or with ``neurons`` (B,), one a trial, (B, T)."""
+        # At the PSTH, the input of a hidden neuron is 0; 0 spikes would be an observation.
+        visible = torch.where(hidden, self.link.rates.to(counts), counts)
+        x = self.link.residuals(visible.to(self.bias))
+        trial, bins, delta = torch.arange(len(x)), torch.arange(x.shape[1]), torch.zeros_like(x)
         if neurons is not None and not self.causal:  # much faster than all neurons
             parts = torch.bmm(x, self.weights[0][..., neurons].permute(2, 0, 1))  # (B, T, L)
-            delta = torch.zeros_like(x)
             delta[trial, :, neurons] = torch.einsum("lts,bsl->bt", self.windows, parts)
-            return self.link(delta + self.bias[0])
+            return self.link(delta + self.bias[0]).float()[trial, :, neurons]
         sums = window_sums(x, self.windows)  # (B, T, N L)
         ahead = torch.zeros(x.shape[:2], dtype=torch.long)
         if self.causal:  # take the sums of the last visible bin, zeros where there is none
-            known = torch.minimum(bins, first[:, None])  # (B, T): visible bins before each bin
+            seen = (~hidden.all(-1)).long().cumprod(1)
+            known = seen.cumsum(1) - seen  # (B, T): visible bins before each bin
             sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)[trial[:, None], known]
             ahead = (bins - known).clamp(max=len(self.weights) - 1)
-        delta = torch.empty_like(x)
         for i, (weights, bias) in enumerate(zip(self.weights, self.bias, strict=True)):
             delta[ahead == i] = sums[ahead == i] @ weights.flatten(0, 1) + bias
-        return self.link(delta)
+        log_rates = self.link(delta).float()
+        return log_rates if neurons is None else log_rates[trial, :, neurons]
 
 
 Found = Iterator[tuple[str, str, Regression]]  # session, scheme, map
@@ -237,11 +232,9 @@ Ranked = tuple[float, float, int, list[Regression]]  # mean score, penalty, rank
 def fit_psth(data: Data) -> Found:
     """The PSTH, whatever is visible."""
     counts, n = data.counts["val"], data.n_neurons
-    score = validation_score(
-        data.link(torch.zeros_like(counts)), counts, data.null, data.known["val"]
-    )
     windows = counts.new_zeros(0, data.n_bins, data.n_bins)
     weights, bias = counts.new_zeros(1, n, 0, n), counts.new_zeros(1, n)
+    score = validation_score(data.link(torch.zeros_like(counts)), *data.truth)
     found = Regression(windows, weights, bias, data.link, score)
     yield from ((data.name, scheme, found) for scheme in MTM_SCHEMES)
 
@@ -301,7 +294,7 @@ def fit_ridge(data: Data) -> Found:
             found = torch.stack([ridge_weights(*known, *part) for part in parts[scheme]]).sum(0)
             weights[:, pattern == i] = found[:, pattern == i]
         delta = window_sums(data.inputs["val"], windows[chosen]) @ weights
-        score, link = tune(delta, data.link, data.counts["val"], data.null, data.known["val"])
+        score, link = tune(delta, data.link, data.truth)
         weights = weights.view(1, data.n_neurons, -1, data.n_neurons)
         text = f"{name}; penalty {penalty:.3g}; floor {link.floor:g}"
         bias = torch.zeros_like(weights[:, 0, 0])
@@ -378,8 +371,7 @@ class LowRank:
     def fitted(self, chosen: str) -> Regression:
         """The map as a matrix from neuron to neuron."""
         data, bias = self.data, (self.bias * self.gain)[None]
-        log_rates = data.link(self.delta(data.inputs["val"]))
-        score = validation_score(log_rates, data.counts["val"], data.null, data.known["val"])
+        score = validation_score(data.link(self.delta(data.inputs["val"])), *data.truth)
         filters, outputs = self.filters / self.filters.norm(dim=0), self.outputs * self.gain
         weights = torch.einsum("mr,lr,rn->mln", self.inputs, filters, outputs)
         weights = weights * data.visible[self.scheme][:, None]
@@ -457,9 +449,8 @@ class Past(NamedTuple):
         windows = window_matrices(data.n_bins, PAST, past=True).to(x.dtype)[:, :-horizon]
         population = window_sums(x @ components, windows).flatten(0, 1)
         own = (windows[:, None] @ x).flatten(1, 2)
-        later = [data.rates.expand_as(counts), counts, data.known[part].expand_as(counts)]
-        later = [each[:, horizon:] for each in later]
-        return cls(own, population, *(each.flatten(0, 1) for each in later))
+        later = data.rates.expand_as(counts), counts, data.known[part].expand_as(counts)
+        return cls(own, population, *(each[:, horizon:].flatten(0, 1) for each in later))
 
     def predict(self, own: Tensor, population: Tensor, bias: Tensor) -> Tensor:
         """Changes (S, N) for weights (L, N), (C L, N) and bias (N,)."""
@@ -520,14 +511,10 @@ def fit_forward(data: Data, solve: Callable[[Past, float], Coefficients]) -> Reg
 
     def attempt(components: Tensor, train: Past, val: Past, penalty: float) -> tuple[Any, ...]:
         delta, link = val.predict(*solve(train, penalty)), data.link._replace(rates=val.rates)
+        truth = val.counts, data.null, val.known
         if solve is ridge_regression:
-            return *tune(delta, link, val.counts, data.null, val.known), penalty, components
-        return (
-            validation_score(link(delta), val.counts, data.null, val.known),
-            link,
-            penalty,
-            components,
-        )
+            return *tune(delta, link, truth), penalty, components
+        return validation_score(link(delta), *truth), link, penalty, components
 
     tried = []
     for components in (directions[:, :n] for n in COMPONENTS):
@@ -542,9 +529,9 @@ def fit_forward(data: Data, solve: Callable[[Past, float], Coefficients]) -> Reg
         maps[-1].diagonal(dim1=0, dim2=2).add_(own)  # each neuron from itself
         biases.append(bias)
     windows = window_matrices(data.n_bins, PAST, past=True).to(own)
-    link = link._replace(rates=data.rates)
+    fitted = windows, torch.stack(maps), torch.stack(biases), link._replace(rates=data.rates)
     text = f"{n} components of the population; penalty {penalty:.3g}"
-    return Regression(windows, torch.stack(maps), torch.stack(biases), link, score, text, True)
+    return Regression(*fitted, score, text, causal=True)
 
 
 class Baseline:
@@ -555,12 +542,11 @@ class Baseline:
         name: str,
         solve: Callable[..., Found],
         dtype: torch.dtype,
-        sessions: Session | Sequence[Session],
+        sessions: Sequence[Session],
         split_seed: int = 0,
         together: bool = False,
         **settings: Any,
     ) -> None:
-        sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
         require_alike(sessions)
         self.name, self.split_seed, self.bin_size = name, split_seed, sessions[0].bin_size
         # Fingerprints of training trials, which evaluation refuses to score:
@@ -579,7 +565,6 @@ class Baseline:
             lines.append(f"  {session}  {scheme:<12}  {found.score:6.3f}  {found.chosen}")
         return "\n".join(lines)
 
-    @torch.no_grad()
     def predict_log_rates(
         self, counts: Tensor, scheme: str, mask: Mask, session: str, neurons: Tensor | None = None
     ) -> Tensor:
@@ -591,53 +576,40 @@ class Baseline:
         if (session, scheme) not in self.maps:
             what = f"not fitted on session {session!r}, scheme {scheme!r}"
             raise ValueError(f"{self.name} was {what}; it predicts {list(self.maps)}")
-        hidden = mask.hidden.all(-1)  # (B, T): bins that are hidden in all neurons
-        first = torch.where(hidden.any(1), hidden.int().argmax(1), counts.shape[1])
-        fitted = self.maps[session, scheme]
-        # At the PSTH, the input of a hidden neuron is 0; 0 spikes would be an observation.
-        visible = torch.where(mask.hidden, fitted.link.rates.to(counts), counts)
-        log_rates = fitted(visible, first, neurons).float()
-        return log_rates if neurons is None else log_rates[torch.arange(len(counts)), :, neurons]
+        return self.maps[session, scheme].predict(counts, mask.hidden, neurons)
 
 
 def temporal_ndt1(
-    sessions: Session | Sequence[Session],
+    sessions: Sequence[Session],
     split_seed: int = 0,
-    ratios: Sequence[float] = RATIOS,
+    ratios: Sequence[float] = (0.1, 0.3),
     depth: int = 2,
     *,
     tokenizer: str = "ndt1",
     scheme: str = "temporal",
-    folder: str | Path | None = None,
     **changes: Any,
 ) -> Fit:
     """Transformer trained with temporal masking only, the paper's first baseline.
 
     With "ndt2" and "random-token", it is the second. Of the models of all ``ratios`` (shares that
     are hidden), the one with the best mean over the activity tasks in the validation trials is
-    returned, and saved in ``folder`` beside the folders of all runs. ``changes`` are settings of
-    :func:`mtm.fit`.
+    returned. ``changes`` are settings of :func:`mtm.fit`.
     """
-    sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     config = MtMConfig.published(depth, tokenizer=tokenizer)
     settings = {**SETTINGS, "schemes": (scheme,), "prompt": False, "split_seed": split_seed}
     runs = []
     for ratio in ratios:
         changes |= {"ratios": {scheme: ratio}}
-        changes |= {"folder": Path(folder) / f"{scheme}-{ratio:g}"} if folder else {}
         run, scores = fit(sessions, config, **settings | changes), [0.0]
         for session in sessions if len(ratios) > 1 else ():
             tasks = [t for t in TASKS if session.region_names or not t.endswith("region")]
             report = evaluate(run, session, tasks=tasks, trials=session.split(split_seed).val)
             scores += [s.mean("bits_per_spike_train_null") for s in report.tasks.values()]
         runs.append((sum(scores), run))  # as many scores for each ratio
-    best = max(runs, key=itemgetter(0))[1]
-    if folder:
-        save(best, folder)
-    return best
+    return max(runs, key=itemgetter(0))[1]
 
 
-# Name -> function of (sessions, split_seed=0, ...) that returns a fitted predictor.
+# Name -> function of (sessions, split_seed=0, ...) that returns a fitted predictor
 BASELINES: dict[str, Callable[..., Any]] = {
     "PSTH": partial(Baseline, "PSTH", fit_psth, torch.float64),
     "ridge": partial(Baseline, "ridge", fit_ridge, torch.float64),
@@ -661,4 +633,5 @@ def fit_baseline(name: str, sessions: Session | Sequence[Session], **settings: A
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
+    sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     return BASELINES[name](sessions, **settings)

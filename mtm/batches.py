@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtm.distributed import to_device
+from mtm.inputs import SessionError
 from mtm.masks import Mask, MaskSampler
 from mtm.metrics import log_mean
 from mtm.recipes import TrainConfig
@@ -40,14 +40,19 @@ class SessionData:
             self.unobserved = ~torch.from_numpy(session.observed).to(device)[:, None]
         fingerprints = session.fingerprints(split.train)
         self.fingerprints = fingerprints[fingerprints != 0]  # 0: too few spikes to tell
+        held_out = session.fingerprints(np.concatenate([split.val, split.test]))
+        if n := np.isin(held_out, self.fingerprints).sum():
+            problem = f"{n} trials for validation or test have the spikes of a training trial"
+            remedy = "drop duplicate trials, or pass given_split"
+            raise SessionError(f"session {self.name!r}, split: {problem}; {remedy}")
         observed = [] if session.observed is None else [session.observed]
         content = b"".join(x.tobytes() for x in (fingerprints, split.train, split.val, *observed))
         self.digest = hashlib.sha256(content).hexdigest()[:16]
 
     def batch(self, trials: Tensor | np.ndarray) -> Tensor:
         """Return the counts of some trials, (B, T, N) float32, on the training device."""
-        counts = self.counts[to_device(torch.as_tensor(trials), self.counts.device)]
-        return to_device(counts, self.device).float()
+        counts = self.counts[torch.as_tensor(trials, device=self.counts.device)]
+        return counts.to(self.device).float()
 
     def mask(
         self, sampler: MaskSampler, scheme: str, counts: Tensor, trials: Any, regions: Any = None

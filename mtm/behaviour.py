@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mtm.decoding import ENCODER_WIDTH, Decoded, Decoder, decodable, search, smoothed
 from mtm.masks import Mask
-from mtm.model import MtM, nothing_hidden
+from mtm.model import MtM
 from mtm.prediction import unobserved
 from mtm.session import Session
 from mtm.training import Fit
@@ -50,29 +50,28 @@ class BehaviourReadout(nn.Module):
         self.scale = 1.0  # of the values, for which outputs are of order 1
         self.penalty = 0.0  # of the squared weights, as of the decoder that they start from
 
-    def features(self, counts: Tensor, mask: Mask | None = None) -> Tensor:
+    def features(self, counts: Tensor, hidden: Tensor) -> Tensor:
         """Counts (B, T, N) to smoothed latents and output of the encoder, (B, T x F)."""
-        mask = mask or nothing_hidden(counts)
-        z = self.model.encode_latents(counts, self.session, mask, encoder=True)
+        mask = Mask(hidden, hidden)
+        z = self.model.latents(counts, self.session, mask, encoder=True, train=True)
         return (self.smoothing @ z).flatten(1)
 
-    def forward(self, counts: Tensor, mask: Mask | None = None) -> Tensor:
+    def forward(self, counts: Tensor, hidden: Tensor) -> Tensor:
         """Counts (B, T, N) to logits (B, C), or values (B, 1) or (B, T) in units of the scale."""
-        return self.linear(self.features(counts, mask))
+        return self.linear(self.features(counts, hidden))
 
     def loss(self, output: Tensor, values: Tensor) -> Tensor:
         """Cross-entropy of classes (B,), or mean squared error of values."""
         return F.cross_entropy(output, values) if self.classes else F.mse_loss(output, values)
 
     @torch.no_grad()
-    def init_from_decoder(self, counts: Tensor, mask: Mask, values: Tensor, kind: str) -> None:
+    def init_from_decoder(self, counts: Tensor, hidden: Tensor, values: Tensor, kind: str) -> None:
         """Start at the linear decoder of counts (K, T, N) whose penalty cross-validates best."""
         self.eval()
-        parts = zip(counts.split(4 * BATCH), mask.hidden.split(4 * BATCH), strict=True)
-        x = torch.cat([self.features(part, Mask(h, h)) for part, h in parts]).double().cpu()
-        axes, y = PCA().fit(x.numpy()), values.cpu().numpy()
-        # Search in the dimensions that the trials span.
-        found = search(axes.transform(x.numpy()), y, kind)
+        parts = map(self.features, counts.split(4 * BATCH), hidden.split(4 * BATCH))
+        x, y = torch.cat([*parts]).double().cpu().numpy(), values.cpu().numpy()
+        axes = PCA().fit(x)  # search in the dimensions that the trials span
+        found = search(axes.transform(x), y, kind)
         decoder, [(name, penalty)] = found.best_estimator_, found.best_params_.items()
         weight, bias = decoder.coef_, decoder.intercept_
         if len(self.classes) == 2:  # scikit-learn has one output, the difference of two logits
@@ -93,8 +92,7 @@ class BehaviourReadout(nn.Module):
         self.eval()
         given = torch.as_tensor(counts, dtype=torch.float32, device=self.model.device)
         hide = torch.as_tensor(hidden, device=given.device).expand_as(given)
-        parts = zip(given.split(4 * BATCH), hide.split(4 * BATCH), strict=True)
-        output = torch.cat([self(part, Mask(h, h)) for part, h in parts])
+        output = torch.cat([*map(self, given.split(4 * BATCH), hide.split(4 * BATCH))])
         if self.classes:
             return np.array(self.classes)[output.argmax(dim=1).cpu().numpy()]
         values = self.scale * output.double().cpu().numpy()
@@ -157,10 +155,9 @@ def _fit(decoder: Decoder, model: MtM, behaviour: str, epochs: int, seed: int) -
     if not classes:
         readout.scale = float(y.std())
         values = (values / readout.scale).float().reshape(len(y), -1)
-    n_train = int(usable[: decoder.n_train].sum())  # before the validation trials
-    train, val, test = counts[:n_train], counts[n_train : len(y)], counts[is_test]
-    never, val_never = absent[:n_train], absent[n_train : len(y)]
-    readout.init_from_decoder(train, Mask(never, never), values[:n_train], kind)
+    n_train = int(usable[: decoder.n_train].sum())
+    train, val = slice(n_train), slice(n_train, len(y))
+    readout.init_from_decoder(counts[train], absent[train], values[train], kind)
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(readout.parameters(), lr=LEARNING_RATE)
     val_loss: list[float] = []
@@ -169,9 +166,9 @@ def _fit(decoder: Decoder, model: MtM, behaviour: str, epochs: int, seed: int) -
         for some in torch.randperm(n_train).split(BATCH) if epoch > 0 else ():
             # Hide some neurons of each trial.
             share = HIDDEN_SHARE * torch.rand(len(some), 1, 1)
-            hidden = torch.rand(len(some), 1, train.shape[2]) < share
-            hidden = hidden.to(train.device) | never[some]
-            output = readout(train[some].masked_fill(hidden, 0), Mask(hidden, hidden))
+            hidden = torch.rand(len(some), 1, counts.shape[2]) < share
+            hidden = hidden.to(counts.device) | absent[some]
+            output = readout(counts[some].masked_fill(hidden, 0), hidden)
             penalty = readout.penalty * readout.linear.weight.square().sum()
             optimizer.zero_grad()
             (readout.loss(output, values[some]) + penalty).backward()
@@ -179,15 +176,15 @@ def _fit(decoder: Decoder, model: MtM, behaviour: str, epochs: int, seed: int) -
             optimizer.step()
         readout.eval()
         with torch.no_grad():
-            output = readout(val, Mask(val_never, val_never))
-            val_loss.append(float(readout.loss(output, values[n_train:])))
+            output = readout(counts[val], absent[val])
+            val_loss.append(float(readout.loss(output, values[val])))
         best_epoch = int(np.nanargmin(val_loss))
         if best_epoch == epoch:
             best = copy.deepcopy(readout.state_dict())
         if epoch - best_epoch >= PATIENCE:
             break
     readout.load_state_dict(best)
-    guess = readout.predict(test, absent[is_test])
+    guess = readout.predict(counts[is_test], absent[is_test])
     guess = np.searchsorted(classes, guess) if classes else guess
     decoded = decoder.scored(behaviour, target, guess.reshape(truth.shape), "fine-tuned", {})
     return BehaviourFit(readout, decoded, val_loss)

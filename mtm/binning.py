@@ -6,16 +6,13 @@ Both use the same half-open bins: bin b of trial k starts at
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-Floats = NDArray[np.float64]
+from mtm.inputs import Floats, plain, seconds
 
-# Rounding can put a spike that lies exactly on an edge slightly before it (0.1 + 0.2 is not 0.3).
-# Each edge is therefore moved earlier by this fraction of a bin, less than a recording resolves.
+# Edges are moved earlier by this fraction of a bin: rounding can put a spike that lies on an edge
+# slightly before it (0.1 + 0.2 is not 0.3).
 SNAP = 1e-6
 
 
@@ -27,10 +24,9 @@ def n_bins(window: tuple[float, float], bin_size: float) -> int:
     exact = (stop - start) / bin_size
     whole = max(1, round(exact))
     if abs(exact - whole) > SNAP:
-        raise ValueError(
-            f"window {window} holds {exact:.6g} bins of bin_size {bin_size} s; change one of them "
-            f"so that it holds a whole number, e.g. window[1] = {start + whole * bin_size:.6g}"
-        )
+        problem = f"window {window} holds {exact:.6g} bins of bin_size {bin_size} s"
+        remedy = f"take a whole number, e.g. window[1] = {start + whole * bin_size:.6g}"
+        raise ValueError(f"{problem}; {remedy}")
     return whole
 
 
@@ -45,8 +41,8 @@ def continuous_windows(
 ) -> tuple[Floats, list[NDArray[np.int64]]]:
     """Cut a recording without trials into windows, and split them by blocks of time.
 
-    Neighbouring windows are alike, so a random split would test on what it trains on. Instead, 70 %
-    of the blocks are training, 10 % validation and 20 % test blocks, with gaps in between.
+    Neighbouring windows are alike, and a random split would test on what it trains on. Here 70 % of
+    the blocks are training, 10 % validation and 20 % test blocks.
 
     Args:
         start, stop: of the recording, seconds.
@@ -87,7 +83,7 @@ def bin_spikes(
         spike_times: (S,) seconds, in any order; or with units that convert to seconds (neo, pint).
         spike_neurons: (S,) integers in [0, n_neurons), the neuron of each spike.
         align_times: (K,) seconds, the event that each trial is aligned to, in any order.
-        n_neurons: number of neurons, N; one without a spike keeps its column of zeros.
+        n_neurons: number of neurons, N.
         window, bin_size: (start, stop) around the event, and width of a bin, seconds.
 
     Returns:
@@ -114,24 +110,6 @@ def bin_spikes(
             counts = counts.astype(np.uint16)
         counts[trial] = found.reshape(bins, n_neurons)
     return counts
-
-
-def cluster_places(spike_clusters: ArrayLike, clusters: ArrayLike) -> NDArray[np.int64]:
-    """Index in ``clusters`` (N,) of each spike's cluster id, (S,).
-
-    An id that is listed twice, or a spike of a cluster that is not listed, is a ValueError.
-    """
-    index, fired = pd.Index(plain(clusters)), plain(spike_clusters)
-    if not index.is_unique:
-        twice = index[index.duplicated()][0]
-        raise ValueError(f"clusters: id {twice} twice; add an offset to the ids of one probe")
-    places = index.get_indexer(pd.Index(fired)).astype(np.int64)
-    if len(unknown := np.unique(fired[places < 0])):
-        raise ValueError(
-            f"spike_clusters: ids {unknown[:5].tolist()} are not among the {len(index)} clusters; "
-            "list them in `clusters` or leave their spikes out"
-        )
-    return places
 
 
 def bin_trace(
@@ -193,39 +171,3 @@ def _edges(align: Floats, bins: int, start: float, bin_size: float) -> tuple[Flo
     edges: Floats = align[:, None] + (start + np.arange(bins + 1) * bin_size)
     rounding = 4 * float(np.spacing(np.abs(edges).max(initial=0.0)))
     return edges, max(SNAP * bin_size, rounding)
-
-
-def plain(values: Any) -> NDArray[Any]:
-    """Values as an array of numbers or words; NaN or "" where they are masked, None or NaN.
-
-    ``np.asarray`` would show what is under a mask.
-    """
-    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
-        values = np.ma.filled(values.astype(object), np.nan)
-    array = np.asarray(values)
-    if array.dtype.kind not in "OST":
-        return array
-    items = [x.decode() if isinstance(x, bytes) else x for x in array.ravel().tolist()]
-    column = pd.Series(items, dtype=object).convert_dtypes()
-    if pd.api.types.is_numeric_dtype(column):
-        return column.to_numpy(np.float64, na_value=np.nan).reshape(array.shape)
-    return column.astype(object).fillna("").to_numpy().astype(np.str_).reshape(array.shape)
-
-
-def seconds(name: str, values: Any, bin_size: float) -> Floats:
-    """Times as finite float64 (n,) seconds, from numbers or quantities with units."""
-    if hasattr(values, "magnitude"):  # it has a unit, of neo and quantities or else of pint
-        values = (values.rescale if hasattr(values, "rescale") else values.to)("s").magnitude
-    array = plain(values)
-    vector: Floats = array.astype(np.float64)
-    if (bad := ~np.isfinite(vector)).any() or vector.ndim != 1:
-        found = f"{bad.shape} with {bad.sum()} NaN or infinite, the first at index {bad.argmax()}"
-        raise ValueError(f"{name} must be (n,) finite numbers, not {found}")
-    largest = np.abs(array).max(initial=0)
-    if array.dtype.kind == "f" and (step := float(np.spacing(largest))) > bin_size / 10:
-        problem = f"too large for {array.dtype} to resolve bin_size {bin_size} s ({step:.2g} s)"
-        remedy = (
-            "read them as float64, or subtract one offset from all times where they are computed"
-        )
-        raise ValueError(f"{name} are {problem}; {remedy}")
-    return vector

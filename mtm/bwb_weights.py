@@ -4,27 +4,24 @@ It was pretrained on 423 recordings of the International Brain Laboratory: windo
 trials, 50 bins of 20 ms; its masks use the regions of the level "Cosmos". Attention is full in
 causal mode, too (``model.config.causal`` is False).
 
-Its file is a pickle, which can run any code when it is opened the usual way. Here
-``torch.load(weights_only=True)`` opens it, with a stand-in for each object that torch does not
-know, and maps it from disk: layers of sessions that are not asked for are not read.
+Its file is a pickle, read by :func:`mtm.official.read_pickle`, which runs none of its code and maps
+it from disk: layers of sessions that are not asked for are not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mtm.masks import MTM_SCHEMES
 from mtm.model import CheckpointError, MtM, MtMConfig
+from mtm.official import read_pickle
 
 FILES = ("best.pt", "mtm.pt")
 """Names of the file on the Hugging Face Hub: the benchmark's documentation uses both."""
-BIN_SIZE = 0.02  # seconds
 
 OURS = {  # their names of our parts, in the order in which they are replaced
     "encoder.layers": "layers",
@@ -37,13 +34,12 @@ OURS = {  # their names of our parts, in the order in which they are replaced
     "linear1": "up",
     "linear2": "down",
 }
-ATTENTION = ("query", "key", "value")  # in the order in which torch keeps them in one matrix
 
 
 class Unknown(dict[Any, Any]):
     """Stands in for an object that torch does not know; runs nothing."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: Any) -> None:
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
@@ -60,8 +56,8 @@ def from_bwb(
 ) -> MtM:
     """Read the benchmark's checkpoint; on the CPU, in evaluation mode.
 
-    What weights do not show are the arguments, and dropout, which is this package's (it matters to
-    fine-tuning alone). ``mtm.from_pretrained`` fetches the file and calls this.
+    What weights do not show are the arguments, and dropout, which is this package's.
+    ``mtm.from_pretrained`` fetches the file and calls this.
 
     Args:
         path: the file, one of ``FILES``.
@@ -70,14 +66,14 @@ def from_bwb(
         heads: of attention. Any divisor of the width fits the weights, and only one is right; the
             default could not be compared with the benchmark's configuration.
         activation: of the MLPs, "gelu" or "relu"; as ``heads``.
-        direct_paths: put the direct paths of :class:`mtm.model.DirectPaths` beside the encoder.
+        direct_paths: put :class:`mtm.direct_paths.DirectPaths` beside the encoder.
             They add 0 until ``fit`` has trained them.
 
     Raises:
         CheckpointError: for a file that cannot be read, or weights that do not fit.
         KeyError: for a session that is not in the file.
     """
-    tensors = _read(Path(path))
+    tensors = read_pickle(Path(path), Unknown)[0]
     found = {
         key.split(".")[1]: len(tensor)
         for key, tensor in tensors.items()
@@ -85,16 +81,13 @@ def from_bwb(
     }
     names = list(found) if sessions is None else list(sessions)
     if strangers := [name for name in names if name not in found]:
-        raise KeyError(
-            f"session {strangers[0]!r} is not among the {len(found)} of {path}; leave it out, "
-            "fit(session, model) adds it"
-        )
+        problem = f"is not among the {len(found)} of {path}; leave it out, fit(session, model)"
+        raise KeyError(f"session {strangers[0]!r} {problem} adds it")
+    paths = {"own_history": True, "latents": MtMConfig.latents} if direct_paths else {}
     try:
-        config = _config(tensors, heads=heads, activation=activation)
-        if direct_paths:
-            config = replace(config, own_history=True, latents=MtMConfig.latents)
+        config = _config(tensors, heads=heads, activation=activation, **paths)
         n_bins = len(tensors["position_emb.weight"])
-        kind: dict[str, Any] = {"bin_size": BIN_SIZE, "prompts": MTM_SCHEMES, "causal": False}
+        kind: dict[str, Any] = {"bin_size": 0.02, "prompts": MTM_SCHEMES, "causal": False}
         model = MtM(config, n_bins, {name: found[name] for name in names}, **kind)
         missing, strange = model.load_state_dict(_weights(tensors, model._keys), strict=False)
         # Direct paths, which they do not have, stay as they are.
@@ -134,18 +127,9 @@ def _weights(tensors: Mapping[str, Any], sessions: Mapping[str, str]) -> dict[st
         for theirs, ours in OURS.items():
             key = key.replace(theirs, ours)
         layer, joined, kind = key.partition(".self_attn.in_proj_")
-        parts = zip(ATTENTION, value.chunk(3), strict=True) if joined else ()
-        found |= {f"{layer}.attention.{part}.{kind}": piece for part, piece in parts}
-        found |= {} if joined else {key: value}
+        if joined:
+            names = (f"{layer}.attention.{part}.{kind}" for part in ("query", "key", "value"))
+            found |= dict(zip(names, value.chunk(3), strict=True))
+        else:
+            found[key] = value
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The state dict in the file, mapped from disk."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(Unknown, name) for name in names]):
-            found = torch.load(path, "cpu", weights_only=True, mmap=True)["model_state_dict"]
-        return dict(found)
-    except Exception as error:  # whatever a broken or hostile file leads to
-        raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error

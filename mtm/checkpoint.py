@@ -8,11 +8,13 @@ is also written to ``config.json`` for people to read. The state of a training r
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import tempfile
 import time
 from base64 import b64decode, b64encode
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from mtm import bwb_weights, distributed
+from mtm.batches import SessionData
 from mtm.files import atomic_write, optional
 from mtm.model import CheckpointError, MtM, MtMConfig
 from mtm.official import OfficialMtM
+from mtm.recipes import TrainConfig
 
 MODEL, CONFIG, RUN, HISTORY = "model.safetensors", "config.json", "run.safetensors", "history.jsonl"
 HEADER = "mtm"  # key of the JSON description in a file's header
@@ -47,11 +52,7 @@ def best_entry(history: History) -> dict[str, Any]:
 
 def without_nan(value: Any) -> Any:
     """Return a copy of nested lists and dicts with None for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_nan(inner) for inner in value]
-    return None if value != value else value
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -61,16 +62,16 @@ def _write(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) 
         partial.write_bytes(to_bytes(tensors, metadata={HEADER: json.dumps(description)}))
 
 
-def _read(path: Path, with_tensors: bool = True) -> Content:
-    """Read what :func:`_write` wrote, or its description alone."""
+def _read(path: Path) -> Content:
+    """Read what :func:`_write` wrote."""
     try:
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get(HEADER)
             # Cloned, because the file's memory is mapped and would change with the file.
-            names = file.keys() if with_tensors else []
-            tensors = {name: file.get_tensor(name).clone() for name in names}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error})") from error
+        remedy = "copy it again, or train again with restart=True (--restart)"
+        raise CheckpointError(f"{path} is damaged or cut short ({error}); {remedy}") from error
     if header is None:
         raise CheckpointError(f"{path} was not written by mtm: its header has no description")
     return tensors, json.loads(header)
@@ -114,14 +115,14 @@ def load(folder: str | Path) -> MtM:
 
 def describe(folder: str | Path) -> dict[str, Any]:
     """Return the description of a saved model: its settings as ``model``, and ``info``."""
-    return _read_model(folder, with_tensors=False)[1]
+    return _read_model(folder)[1]
 
 
-def _read_model(folder: str | Path, with_tensors: bool = True) -> Content:
+def _read_model(folder: str | Path) -> Content:
     path = Path(folder) / MODEL
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no model: there is no {path}")
-    tensors, description = _read(path, with_tensors)
+    tensors, description = _read(path)
     if (version := description.get("version")) != VERSION:
         known = f"this version of mtm reads {VERSION}; use the version that wrote it"
         raise CheckpointError(f"{path} has format version {version}, {known}")
@@ -149,8 +150,8 @@ def from_settings(described: dict[str, Any]) -> MtM:
     kind, split_seed, seen = (given.pop(key) for key in ("class", "split_seed", "seen"))
     window, shrinkage = given.pop("window", None), given.pop("shrinkage")
     model = CLASSES[kind](**given)
-    model.split_seed, model.window = split_seed, window and tuple(window)
-    model.shrinkage = shrinkage
+    model.split_seed, model.shrinkage = split_seed, shrinkage
+    model.window = window and tuple(window)
     model.seen = {name: np.frombuffer(b64decode(each), np.int64) for name, each in seen.items()}
     return model
 
@@ -172,9 +173,7 @@ def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
     api.create_repo(repo_id, exist_ok=True, **options)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
-        network = model if isinstance(model, MtM) else model.model
-        page = MODEL_PAGE.format(repo_id=repo_id, summary=network.summary())
-        (Path(folder) / "README.md").write_text(page)
+        (Path(folder) / "README.md").write_text(MODEL_PAGE.format(repo_id=repo_id))
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="mtm model")
     return str(commit)
 
@@ -186,8 +185,7 @@ def from_pretrained(name: str | Path, **options: Any) -> MtM:
         name: a folder that :func:`save` wrote, or ``"user/name"``. Or BrainWideBench's public MtM:
             ``"NerDSLab/ibl-bwb-mtm"``, or its file (``best.pt``) or folder on disk.
         **options: of ``huggingface_hub.snapshot_download``, as ``revision=...`` or ``token=...``;
-            for BrainWideBench's model also ``sessions``, ``heads``, ``activation`` and
-            ``direct_paths``, see :func:`mtm.bwb_weights.from_bwb`.
+            for BrainWideBench's model also those of :func:`mtm.bwb_weights.from_bwb`.
 
     Example:
         >>> model = from_pretrained("NerDSLab/ibl-bwb-mtm", sessions=[])  # the core, without layers
@@ -202,9 +200,9 @@ def from_pretrained(name: str | Path, **options: Any) -> MtM:
             path = Path(hub.snapshot_download(str(name), allow_patterns=wanted, **options))
         except (hub.errors.HFValidationError, hub.errors.LocalEntryNotFoundError) as error:
             raise CheckpointError(f"{name} is neither on disk nor found on the Hub") from error
-    files = [path, *(path / file for file in bwb_weights.FILES)]
-    if not (path / MODEL).exists() and any(file.is_file() for file in files):
-        return bwb_weights.from_bwb(next(file for file in files if file.is_file()), **theirs)
+    files = [file for file in (path, *map(path.joinpath, bwb_weights.FILES)) if file.is_file()]
+    if files and not (path / MODEL).exists():
+        return bwb_weights.from_bwb(files[0], **theirs)
     if theirs:
         raise ValueError(f"{', '.join(theirs)}: of BrainWideBench's model, and {name} is another")
     return load(path)
@@ -221,18 +219,29 @@ import mtm
 
 model = mtm.from_pretrained("{repo_id}")
 ```
-
-```text
-{summary}
-```
 """
 
 
 # ----------------------------------------------------------------------------------- training runs
 
 
-class StateError(ValueError):
-    """A folder in which training cannot resume; the message says why, and what to do."""
+def describe_run(
+    model: MtM, start: MtM | MtMConfig | None, data: list[SessionData], config: TrainConfig
+) -> dict[str, Any]:
+    """Return what identifies a run: a stopped run resumes only if it is the same."""
+    weights = None  # those of a new model follow from the settings
+    if isinstance(start, MtM):
+        values = parameters_to_vector(start.parameters()).detach().cpu().numpy()
+        weights = hashlib.sha256(values.tobytes()).hexdigest()[:16]
+    left_out = ("sessions", "seen", "shrinkage")
+    kind = {key: value for key, value in settings(model).items() if key not in left_out}
+    return {
+        "train": asdict(config),
+        "model": kind,
+        "sessions": {one.name: [*one.session.counts.shape, one.digest] for one in data},
+        "order of sessions": [one.name for one in data],
+        "initial weights": weights,
+    }
 
 
 class Run:
@@ -258,13 +267,11 @@ class Run:
         self.history: History = []
         self.losses: dict[str, list[float]] = {}  # scheme -> sum, number since the last validation
         self.best: dict[str, Tensor] = {}  # weights of the best validation
+        self.groups: Any = None  # of the optimizer
         state = self._open(self.folder, restart) if self.folder is not None else None
         found: Content = distributed.broadcast_object(state) or ({}, {})
-        self._tensors, facts = found
-        self._groups = facts.pop("groups", None)
+        self.tensors, facts = found  # of a run that resumes
         vars(self).update(facts)
-        if facts:
-            self.saved_at = time.monotonic()
 
     def _open(self, folder: Path, restart: bool) -> Content | None:
         """Return what the folder holds of this run, if anything."""
@@ -273,19 +280,15 @@ class Run:
         # At once: a run that fails before its first validation must not leave the old model.
         for name in (MODEL, CONFIG, HISTORY, RUN) if restart else ():
             (folder / name).unlink(missing_ok=True)
-        remedy = "use another folder, or restart=True (--restart), which deletes what is in "
-        remedy += f"{folder}; to go on from its model, fit(sessions, mtm.load({str(folder)!r}))"
+        remedy = "use another folder, or restart=True (--restart), which deletes what is in it"
         if not (folder / RUN).exists():
             if (folder / MODEL).exists():
-                raise StateError(f"{folder} holds a model but no run to resume; {remedy}")
+                raise CheckpointError(f"{folder} holds a model but no run to resume; {remedy}")
             return None
-        try:
-            tensors, facts = _read(folder / RUN)
-        except CheckpointError as error:
-            raise StateError(f"{error}; {remedy}") from error
+        tensors, facts = _read(folder / RUN)
         if (stored := facts.pop("description")) != self.description:
             problem = _difference(stored, self.description)
-            raise StateError(f"{folder} holds another run: {problem}; {remedy}")
+            raise CheckpointError(f"{folder} holds another run: {problem}; {remedy}")
         return tensors, facts
 
     def due(self) -> bool:
@@ -302,29 +305,26 @@ class Run:
         for number, entry in adam["state"].items():
             tensors |= {f"optimizer/{number}/{key}": value for key, value in entry.items()}
         names = ("step", "seconds", "history", "losses", "description")
-        facts = {name: getattr(self, name) for name in names}
+        facts = {name: getattr(self, name) for name in names} | {"groups": adam["param_groups"]}
         with atomic_write(self.folder / HISTORY) as partial:
-            lines = [json.dumps(entry) + "\n" for entry in without_nan(self.history)]
+            lines = (json.dumps(entry) + "\n" for entry in without_nan(self.history))
             partial.write_text("".join(lines))
-        _write(self.folder / RUN, tensors, facts | {"groups": adam["param_groups"]})
+        _write(self.folder / RUN, tensors, facts)
         self.saved_at = time.monotonic()
 
     def restore(self, model: MtM, optimizer: torch.optim.Optimizer) -> None:
         """Load the saved weights and optimizer state, if there are any."""
-        if self._groups is None:
+        if not self.tensors:
             return
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}}
-        moments: dict[int, dict[str, Tensor]] = {}  # of the optimizer
-        for name, tensor in self._tensors.items():
+        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in self.tensors.items():
             part, key = name.rsplit("/", 1)
-            if part.startswith("optimizer/"):
-                moments.setdefault(int(part[10:]), {})[key] = tensor
-            else:
-                parts[part][key] = tensor
-        model.load_state_dict(parts["model"])
-        self.best = {key: value.to(model.device) for key, value in parts["best"].items()}
-        optimizer.load_state_dict({"state": moments, "param_groups": self._groups})
-        self._tensors = {}
+            parts[part][key] = tensor
+        self.tensors = {}
+        model.load_state_dict(parts.pop("model"))
+        self.best = {key: value.to(model.device) for key, value in parts.pop("best", {}).items()}
+        moments = {int(part.removeprefix("optimizer/")): found for part, found in parts.items()}
+        optimizer.load_state_dict({"state": moments, "param_groups": self.groups})
 
     def add(self, entry: dict[str, Any], model: MtM) -> bool:
         """Append a validation to the history; if it is the best, keep the weights, return True."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,19 @@ import torch
 from mtm import bwb, checkpoint, distributed, official, recipes
 from mtm.baselines import BASELINES, fit_baseline
 from mtm.bwb import submission
-from mtm.data import huggingface, ibl, kilosort, nwb, steinmetz, synthetic
+from mtm.data import huggingface, ibl, kilosort, nwb, steinmetz
 from mtm.data.collection import Sessions, prepare
 from mtm.decoding import decode_by_region
 from mtm.evaluation import evaluate
+from mtm.inputs import SessionError
 from mtm.masks import SCHEMES
 from mtm.model import CHOICES as MODEL_CHOICES
 from mtm.prediction import mean_rates, oracle
 from mtm.recipes import RECIPES, TrainConfig
 from mtm.report import Report, score_table
-from mtm.session import SessionError
 from mtm.simulation import simulate
 from mtm.training import fit, model_config
 
-EXAMPLE = """example, from nothing to scores in a few minutes:
-  python -m mtm simulate sessions --sessions 3
-  python -m mtm train sessions/*.npz --out model --depth 1
-  python -m mtm evaluate model sessions/sim-0.npz --json scores.json
-"""
 GRID = ("align", "window", "bin_size")
 READERS: dict[str, tuple[str, Any, tuple[str, ...]]] = {  # what is read, module, its options
     "ibl": ("IBL recordings through ONE", ibl, (*GRID, "atlas", "trial_filter", "units")),
@@ -57,7 +52,6 @@ EIDS = {
 HELP = {  # of the arguments of all commands
     "build": "of the sessions to download: selected_units (default) or all_units",
     "download": "download these: ids of sessions, or their beginnings",
-    "alf": "also write OUT/alf, a folder tree as the International Brain Laboratory publishes",
     "align": "the event in each trial at which the window has its 0",
     "align_times": "file of event times (.npy, or .csv of trials), in each folder or for all",
     "atlas": "how finely regions are named: Allen, Beryl or Cosmos",
@@ -79,7 +73,6 @@ HELP = {  # of the arguments of all commands
     "patch_size": "neurons in a patch of ndt2 (default 128)",
     "recipe": "ours, or the paper's settings",
     "recordings": "files, folders or URLs; for ibl, ONE's folder",
-    "report": "file for the tables, by neuron, as JSON",
     "restart": "begin anew, and replace what OUT holds",
     "save_every": "seconds between two saved states of the run",
     "seed": "same seed, same data; for export, of each model, else 43, 44, ...",
@@ -133,8 +126,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m mtm",
         description="Multi-task masking: recordings in, a trained model and honest scores out.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for run in (run_simulate, run_train, run_evaluate, run_export):
@@ -164,15 +155,10 @@ def _command(commands: Any, name: str, run: Callable[..., None], what: str = "")
             _add(parser, argument, HELP[argument.name], argument.kind is not argument.KEYWORD_ONLY)
     if run is run_train:
         group = parser.add_argument_group("settings of training", "'none' stands for no value.")
-        docs = inspect.getdoc(TrainConfig) or ""
+        docs = str(inspect.getdoc(TrainConfig)).replace("``", "").replace("%", "%%")
         texts = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", docs, re.M))
         for name, setting in inspect.signature(TrainConfig).parameters.items():
-            text = (
-                " ".join(texts.get(name, "").split())
-                .replace("``", "")
-                .replace("%", "%%")
-                .rstrip(".")
-            )
+            text = " ".join(texts[name].split()).rstrip(".")
             ours, paper = (_shown(getattr(RECIPES[key], name)) for key in ("mtm", "paper"))
             default = ours if ours == paper else f"{ours}, paper {paper}"
             _add(group, setting.replace(default=None), f"{text} (default {default})")
@@ -211,21 +197,14 @@ def run_simulate(
     trials: int = 200,
     neurons: int = 96,
     seed: int = 0,
-    alf: bool = False,
 ) -> None:
     """Make sessions of simulated animals, with known firing rates.
 
     Write OUT/sim-0.npz, OUT/sim-1.npz, ...: animals that share a circuit and a task but have their
     own neurons. Their true rates are kept, so scores have a ceiling.
     """
-    made = simulate(sessions, trials, neurons, seed=seed)
-    for session in made:
+    for session in simulate(sessions, trials, neurons, seed=seed):
         print(session.save(out / f"{session.name}.npz"))
-    if alf:
-        for session in made:
-            synthetic.write_alf(session, out / "alf")
-        for eid, path in synthetic.index_alf(out / "alf").items():
-            print(f"{path}  eid {eid}")
 
 
 def run_prepare(
@@ -293,10 +272,7 @@ def run_train(
     sizes: dict[str, Any] = {"depth": depth, "tokenizer": tokenizer, "patch_size": patch_size}
     sizes = {key: value for key, value in sizes.items() if value is not None}
     if start and sizes:
-        flag = min(sizes).replace("_", "-")
-        raise ValueError(f"--{flag}: the model of --start has its sizes already")
-    if config.tune != "all" and not start:
-        raise ValueError("--tune: there is no trained model to tune; name one with --start")
+        raise ValueError("--start: a trained model keeps its --depth, --tokenizer and --patch-size")
     if patch_size and tokenizer != "ndt2":
         raise ValueError("--patch-size: only --tokenizer ndt2 has patches")
     with distributed.process_group(torch.device(device) if device else None) as place:
@@ -324,7 +300,6 @@ def run_evaluate(
     split_seed: int | None = None,
     batch_size: int | None = None,
     json: Path | None = None,
-    report: Path | None = None,
     device: str | None = None,
 ) -> None:
     """Score a model on the test trials of sessions.
@@ -334,9 +309,9 @@ def run_evaluate(
     task and behaviour (bits per spike, accuracy, R2), and everything else under 'details'.
     """
     trained, data = checkpoint.load(model).to(_device(device)), Sessions(sessions)
-    for path in filter(None, (json, report)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()  # what cannot be written should fail now
+    if json:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.open("a").close()  # what cannot be written should fail now
     how: dict[str, Any] = {"split_seed": split_seed, "batch_size": batch_size}
     reports = {"MtM": evaluate(trained, data, tasks=tasks, progress=True, **how)}
     how["split_seed"] = seed = split_seed if split_seed is not None else trained.split_seed or 0
@@ -355,34 +330,28 @@ def run_evaluate(
         decoded = decode_by_region(trained, session, str(by_region), **how)
         print("\n".join(f"  {region:<12} {result}" for region, result in decoded.items()))
         regions[session.name] = {region: result.to_dict() for region, result in decoded.items()}
-    if report:
-        reports["MtM"].to_json(report)
-        print(f"\nneuron by neuron in {report}")
     if json:
-        _write_scores(json, reports, {"model": str(model), "by_region": regions})
+        ours, found = reports["MtM"], {name: each.to_dict() for name, each in reports.items()}
+        details: dict[str, Any] = {"model": str(model), "by_region": regions}
+        details |= {"sessions": ours.sessions, "test_trials": ours.n_trials}
+        details |= {"reports": found, "left_out": ours.left_out}
+        scores = {task: found["MtM"][task][s.score] for task, s in ours.tasks.items()}
+        json.write_text(dumps(scores | {"details": details}, indent=1, allow_nan=False) + "\n")
         print(f"\nscores in {json}")
 
 
 def _print(reports: dict[str, Report]) -> None:
     """Print the model's report, and the tables of all."""
+    null = "bits_per_spike_train_null"
     print(f"\n{reports['MtM']}\n")
     print("beside others (activity: over each neuron's mean in the scored test entries):")
     print(score_table(reports))
     if any("spikes" in scores.table for scores in reports["MtM"].tasks.values()):
         print("\nactivity over each neuron's mean in the training trials:")
-        print(score_table(reports, "bits_per_spike_train_null"))
+        print(score_table(reports, null))
         if "oracle" in reports:
-            shares = reports["MtM"].share(reports["oracle"]).items()
-            print("\nof the oracle's: " + ", ".join(f"{t} {share:.0%}" for t, share in shares))
-
-
-def _write_scores(path: Path, reports: dict[str, Report], details: dict[str, Any]) -> None:
-    """JSON of a number per task and behaviour, and of all else under "details"; NaN = null."""
-    ours, found = reports["MtM"], {name: report.to_dict() for name, report in reports.items()}
-    scores: dict[str, Any] = {t: found["MtM"][t][s.score] for t, s in ours.tasks.items()}
-    details |= {"sessions": ours.sessions, "test_trials": ours.n_trials}
-    scores["details"] = details | {"reports": found, "left_out": ours.left_out}
-    path.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
+            ours, best = (reports[name].means(null) for name in ("MtM", "oracle"))
+            print("\nof the oracle's: " + ", ".join(f"{t} {ours[t] / best[t]:.0%}" for t in ours))
 
 
 def run_export(

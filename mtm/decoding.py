@@ -1,9 +1,9 @@
 """Behaviour from predicted activity: classes, numbers, and traces recorded bin by bin.
 
 A linear decoder reads the log-rates that a model predicts for every bin and neuron, or the model's
-latents, whichever cross-validates better. It is fitted on the training and validation trials, its
-penalty is chosen by cross-validation there, and it is scored on the test trials. Source of the
-choice and of traces: arXiv 2407.14668, section 4, and the authors' final code.
+latents, whichever cross-validates better. It and its penalty are fitted on the training and
+validation trials, and scored on the test trials. Source of the choice and of traces: arXiv
+2407.14668, section 4, and the authors' final code.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from mtm import prediction
+from mtm.inputs import SessionError
 from mtm.prediction import PredictorLike, Predictors, Queries
-from mtm.session import Session, SessionError
+from mtm.session import Session
 
 FOLDS = 4
 MOST_CLASSES = 10  # of whole numbers; with more different values they are decoded as numbers
@@ -92,8 +93,9 @@ def decode(
     """Decode behaviours of a session: name -> scores and controls.
 
     Classes are decoded with logistic regression, numbers and traces with ridge regression, all bins
-    of a trace at once. Trials without a value (NaN, or an empty word) are left out, and so is a
-    choice of 0 beside -1 and +1, which means no response.
+    of a trace at once. Cross-validation is by the log-likelihood of classes, and by squared errors.
+    Trials without a value (NaN, or an empty word) are left out, and so is a choice of 0 beside -1
+    and +1, which means no response.
 
     Args:
         predictor, session, split_seed, batch_size, allow_seen: as in :func:`mtm.evaluate`.
@@ -118,8 +120,7 @@ def decode(
     options = region, prompt, features, kinds, split_seed, batch_size, allow_seen
     decoder = Decoder(prediction.as_predictor(predictor, session), session, *options)
     names = decodable(session) if behaviours is None else behaviours
-    names = [names] if isinstance(names, str) else names
-    return {name: decoder.decode(name) for name in names}
+    return {name: decoder.decode(name) for name in ([names] if isinstance(names, str) else names)}
 
 
 def decode_by_region(
@@ -165,17 +166,19 @@ class Decoder:
     allow_seen: bool = False
 
     def __post_init__(self) -> None:
-        session, region, seen = self.session, self.region, self.allow_seen
-        split = prediction.choose_split(self.predictor, session, self.split_seed, allow_seen=seen)
+        given, seen = (self.predictor, self.session), self.allow_seen
+        split = prediction.choose_split(*given, self.split_seed, allow_seen=seen)
         if not seen:
-            prediction.require_unseen(self.predictor, session, split.test)
+            prediction.require_unseen(*given, split.test)
         self.trials = np.concatenate(split)  # (K,) training, validation, then test trials
         self.n_train = len(split.train)
         self.is_test = np.isin(self.trials, split.test)
-        self.inside = np.array([region in (None, label) for label in session.regions])  # (N,)
+        regions = self.session.regions
+        self.inside = (regions == self.region) | (self.region is None)  # (N,)
         if not self.inside.any():
-            known = f"known: {', '.join(session.region_names) or 'none'}"
-            raise SessionError(f"session {session.name!r} has no region {region!r}; {known}")
+            known = ", ".join(self.session.region_names) or "none"
+            problem = f"session {self.session.name!r} has no region {self.region!r}"
+            raise SessionError(f"{problem}; known: {known}")
         self.read = self.read or ("auto" if prediction.has_latents(self.predictor) else "rates")
         self._latents: dict[str, np.ndarray] = {}  # "latents", "encoder" -> (K, T, R)
         self._features: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
@@ -185,8 +188,8 @@ class Decoder:
         target = self.target(behaviour)
         kind, _, _, y, truth = target
         default = "intra-region" if self.region else "causal" if kind == "trace" else "neuron"
-        sources: list[Source] = [("rates", self.prompt or default), ("encoder", ENCODER_WIDTH)]
-        sources[1:1] = [("latents", width) for width in WIDTHS]
+        sources: list[Source] = [("rates", self.prompt or default)]
+        sources += [*(("latents", width) for width in WIDTHS), ("encoder", ENCODER_WIDTH)]
         sources = [source for source in sources if self.read in ("auto", source[0])]
         fits = [self.fit(source, target, y) for source in sources]
         best = int(np.argmax([value for value, _ in fits]))
@@ -264,8 +267,7 @@ class Decoder:
             guess = fit.predict(stimulus[usable & self.is_test])
             found["stimulus_only"] = score(truth, guess, kind)
             found["stimulus_only_balanced"] = balanced_accuracy(truth, guess)
-        _CONTROLS[key] = found
-        return found
+        return _CONTROLS.setdefault(key, found)
 
     def target(self, behaviour: str) -> Target:
         """Values of a behaviour in the trials where it can be used."""
@@ -275,9 +277,8 @@ class Decoder:
             raise SessionError(f"{title}: there is none; there are: {', '.join(known)}")
         values = known[behaviour][self.trials]
         empty = values == "" if values.dtype.kind == "U" else ~np.isfinite(values)
-        usable = ~empty.reshape(len(values), -1).any(axis=1)
         absent = prediction.unobserved(self.session, self.trials)[:, 0, self.inside]
-        usable &= ~absent.all(axis=1)
+        usable = ~empty.reshape(len(values), -1).any(axis=1) & ~absent.all(axis=1)
         found, possible = np.unique(values[usable]), ["number", "classes"]
         if values.ndim == 2:
             possible = ["trace"]
@@ -320,23 +321,19 @@ def search(x: np.ndarray, y: np.ndarray, kind: str) -> GridSearchCV:
         # Newton's line search warns of features that never vary, as those of the mean rates.
         solver = "newton-cholesky" if np.ptp(x, axis=0).max() > 1e-9 else "lbfgs"
         decoder, grid = LogisticRegression(solver=solver, max_iter=1000), {"C": CLASS_PENALTIES}
-        folds, scoring = StratifiedKFold(FOLDS, shuffle=True, random_state=0), "accuracy"
+        # The accuracy of few trials is a coarse score, and often chooses too weak a penalty.
+        folds, scoring = StratifiedKFold(FOLDS, shuffle=True, random_state=0), "neg_log_loss"
     else:
         decoder, grid = Ridge(), {"alpha": RIDGE_PENALTIES}
         folds, scoring = KFold(FOLDS, shuffle=True, random_state=0), "neg_mean_squared_error"
-    return fitted(GridSearchCV(decoder, grid, cv=folds, scoring=scoring), x, y)
-
-
-def fitted(grid: GridSearchCV, x: np.ndarray, y: np.ndarray) -> GridSearchCV:
-    """Fit on one thread: in the many small problems of a search, threads wait for each other."""
-    with threadpool_limits(1):
-        return grid.fit(x, y)
+    with threadpool_limits(1):  # in many small problems, threads wait for each other
+        return GridSearchCV(decoder, grid, cv=folds, scoring=scoring).fit(x, y)
 
 
 def score(truth: np.ndarray, guess: np.ndarray, kind: str) -> float:
     """Accuracy of classes (K,), or R2 of numbers (K,) or traces (K, T) over all trials and bins."""
-    right = np.mean(truth == guess) if kind == "classes" else r2_score(truth.ravel(), guess.ravel())
-    return float(right)
+    classes = kind == "classes"
+    return float(np.mean(truth == guess) if classes else r2_score(truth.ravel(), guess.ravel()))
 
 
 def balanced_accuracy(truth: np.ndarray, guess: np.ndarray) -> float:
@@ -348,7 +345,7 @@ def principal_axes(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.nd
     """Rotate features (K, F) and (K', F) to at most K dimensions, without changing predictions.
 
     Decoders with a squared penalty and a free intercept only use inner products of centred
-    features. Their projections on the training trials' principal axes are fewer, hence quicker.
+    features, which projections on the training trials' principal axes keep.
     """
     mean = x.mean(axis=0)
     _, singular, axes = np.linalg.svd(x - mean, full_matrices=False)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from mtm.model import MtM
 from mtm.recipes import TrainConfig
@@ -26,13 +27,6 @@ def pick_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device. From pinned memory, the host does not wait for the GPU."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
 
 
 def uses_bf16(device: torch.device, precision: str) -> bool:
@@ -63,14 +57,11 @@ def compiled(model: MtM, mode: str) -> Iterator[None]:
 
 def setup_line(device: torch.device, counts_on: torch.device, config: TrainConfig) -> str:
     """Return a line that says on what a run computes."""
-    if device.type == "cuda":
-        name = f"{device} ({torch.cuda.get_device_name(device)}), counts on {counts_on}"
-    else:
-        name = f"{device}, threads: {torch.get_num_threads()}"
-    parts = [f"training on {name}", "bf16" if uses_bf16(device, config.precision) else "float32"]
-    parts += [f"torch.compile {config.compile}"] * (config.compile != "none")
-    parts += [f"{processes()} processes"] * (processes() > 1)
-    return ", ".join(parts)
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
+    precision = "bf16" if uses_bf16(device, config.precision) else "float32"
+    run = f"{precision}, compile={config.compile}, processes={processes()}"
+    return f"training on {device} ({name}), counts on {counts_on}, {run}"
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -87,7 +78,7 @@ def peak_memory(device: torch.device) -> float | None:
 
 def processes() -> int:
     """Return the number of processes; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -98,14 +89,13 @@ def rank() -> int:
 @contextmanager
 def process_group(device: torch.device | None = None) -> Iterator[torch.device | None]:
     """Join the other processes if ``torchrun`` started this one, and yield the device to use."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
+    if not dist.is_torchelastic_launched():
         yield device
         return
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":  # each process uses the GPU of its own number
-        if device.index is not None and os.environ["LOCAL_WORLD_SIZE"] != "1":
-            raise ValueError(f"all processes would use {device}; pass cuda without a number")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        if device.index is None:  # each process uses the GPU of its own number
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield device
@@ -124,9 +114,7 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], losses: Tensor) -> 
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         parts.append(parameter.grad)
-    flat = all_reduce(torch.cat([part.reshape(-1) for part in parts]))  # one message for all
-    for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-        part.copy_(summed.view_as(part))
+    vector_to_parameters(all_reduce(parameters_to_vector(parts)), parts)  # one message for all
 
 
 def all_reduce(numbers: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ from scipy.special import logsumexp
 
 from mtm import metrics, prediction
 from mtm.decoding import Decoder, decodable
-from mtm.masks import scheme
+from mtm.inputs import SessionError
+from mtm.masks import SCHEMES, scheme
 from mtm.prediction import TASKS, PredictorLike, Predictors, Queries
 from mtm.report import Report, TaskScores
-from mtm.session import Session, SessionError
+from mtm.session import Session
+from mtm.validation import score_scheme
 
 UNASKED = "decoded if `tasks` names it"
 CONDITIONS = ("choice", "reward", "block")
@@ -43,8 +45,9 @@ def evaluate(
         predictor: a model or :class:`mtm.Fit`; a function ``(counts, scheme, mask, session) ->
             log-rates``; log-rates broadcastable to (K, T, N); or a mapping from session names.
         sessions: one recording or several. :class:`mtm.Sessions` are read from disk one by one.
-        tasks: some of :data:`mtm.prediction.TASKS`, and names of behaviours; those that some of
-            several sessions lack are left out there. Default: all that can be scored.
+        tasks: some of :data:`mtm.prediction.TASKS`, of masking schemes (such as one of yours: what
+            it hides is scored), and of behaviours; those that some of several sessions lack are
+            left out there. Default: all activity tasks and behaviours that can be scored.
         trials: indices of the scored trials, of one session only. Default: the test trials of
             ``session.split``. Behaviour is left out with other trials: :func:`mtm.decode` fits its
             decoders to all but the test trials.
@@ -64,35 +67,32 @@ def evaluate(
             the model was trained on.
     """
     tasks = [tasks] if isinstance(tasks, str) else tasks
-    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    seen: dict[str, Any] = {"split_seed": split_seed, "allow_seen": allow_seen}
+    seen = {"split_seed": split_seed, "allow_seen": allow_seen}
+    how: dict[str, Any] = {"seen": seen, "batch_size": batch_size, "progress": progress}
     if isinstance(sessions, Session):
-        return _evaluate(predictor, sessions, tasks, trials, neurons, seen, how)
+        return _evaluate(predictor, sessions, tasks, trials, neurons, **how)
     if trials is not None or neurons is not None:
         raise ValueError("trials and neurons are of one session; join reports with Report.join")
-    reports = list(_one_by_one(predictor, sessions, tasks, seen, how))
-    if not reports:
+    if not (reports := list(_one_by_one(predictor, sessions, tasks, how))):
         raise ValueError("no session to evaluate")
     return Report.join(reports)
 
 
 def _one_by_one(
-    predictor: Predictors,
-    sessions: Iterable[Session],
-    tasks: Sequence[str] | None,
-    *how: dict[str, Any],
+    predictor: Predictors, sessions: Iterable[Session], tasks: Any, how: dict[str, Any]
 ) -> Iterator[Report]:
     """Evaluate several sessions, each read once; behaviours that one lacks are left out there."""
     names: set[str] = set()
     for session in sessions:
         if session.name in names:
             raise ValueError(f"two sessions have the name {session.name!r}; rename one")
-        missing = [t for t in tasks or () if t not in TASKS and t not in session.behaviour]
+        known = {*TASKS, *SCHEMES, *session.behaviour}
+        missing = [task for task in tasks or () if task not in known]
         if missing and not names:  # a misspelt name is in no session: say so before any work
             _require_known(missing, {name for each in sessions for name in each.behaviour})
         names.add(session.name)
         able = None if tasks is None else [task for task in tasks if task not in missing]
-        report = _evaluate(predictor, session, able, None, None, *how)
+        report = _evaluate(predictor, session, able, **how)
         left_out = report.left_out | dict.fromkeys(missing, "not recorded")
         report.left_out = {
             task: why if why == UNASKED else f"{session.name}: {why}"
@@ -103,7 +103,7 @@ def _one_by_one(
 
 def _require_known(tasks: Iterable[str], behaviours: Iterable[str]) -> None:
     """Refuse names that are neither of a task nor of a behaviour."""
-    known = [*TASKS, *behaviours]
+    known = [*TASKS, *SCHEMES, *behaviours]
     for task in [task for task in tasks if task not in known]:
         raise ValueError(f"unknown task {task!r}; pass a list of some of: {', '.join(known)}")
 
@@ -112,10 +112,11 @@ def _evaluate(
     predictor: Predictors,
     session: Session,
     tasks: Sequence[str] | None,
-    trials: np.ndarray | None,
-    neurons: np.ndarray | None,
+    trials: np.ndarray | None = None,
+    neurons: np.ndarray | None = None,
+    *,
     seen: dict[str, Any],
-    how: dict[str, Any],
+    **how: Any,
 ) -> Report:
     """Evaluate one session."""
     predictor = prediction.as_predictor(predictor, session)
@@ -124,10 +125,9 @@ def _evaluate(
     wanted = prediction.selected(neurons, session.n_neurons)
     wanted &= ~prediction.unobserved(session, trials)[:, 0].all(axis=0)
     if len(trials) == 0 or not wanted.any():
-        what, regions = "neurons" if len(trials) else "trials", ", ".join(session.region_names)
-        raise ValueError(
-            f"session {session.name!r}: no {what} to score; its regions are: {regions or 'none'}"
-        )
+        known = ", ".join(session.region_names) or "none"
+        problem = f"no {'neurons' if len(trials) else 'trials'} to score"
+        raise ValueError(f"session {session.name!r}: {problem}; its regions are: {known}")
     if not seen["allow_seen"]:
         prediction.require_unseen(predictor, session, trials)
     _require_known(tasks or (), session.behaviour)
@@ -135,7 +135,7 @@ def _evaluate(
     left_out = _unscorable(predictor, session, wanted, asked)
     if not np.array_equal(np.sort(trials), split.test):
         reason = "decoded in the test trials alone, which `trials` are not"
-        left_out |= {task: reason for task in asked if task not in TASKS}
+        left_out |= {task: reason for task in asked if task not in {**TASKS, **SCHEMES}}
     if tasks is not None and left_out:
         reasons = "; ".join(f"{task}: {why}" for task, why in left_out.items())
         raise SessionError(f"session {session.name!r}, {reasons}")
@@ -148,6 +148,10 @@ def _evaluate(
             given = predictor, session, TASKS[task], trials, queries
             log_rates = prediction.predict_queries(*given, **how)
             scores[task] = _score(log_rates, session, queries, trials, train_null)
+            continue
+        if task in SCHEMES:
+            table = score_scheme(predictor, session, task, trials, train_null)
+            scores[task] = TaskScores(table[wanted[table["neuron"]]].reset_index(drop=True))
             continue
         try:
             decoder = decoder or Decoder(predictor, session, batch_size=how["batch_size"], **seen)
@@ -168,11 +172,12 @@ def _unscorable(
 ) -> dict[str, str]:
     """Activity tasks that cannot be scored, and why."""
     reasons = {}
-    schemes = getattr(predictor, "schemes", TASKS.values())
-    for task in [task for task in tasks if task in TASKS]:
-        if scheme(TASKS[task]).needs_regions and not (session.region_codes[wanted] >= 0).any():
+    schemes = getattr(predictor, "schemes", SCHEMES)
+    for task in [task for task in tasks if task in {**TASKS, **SCHEMES}]:
+        name = TASKS.get(task, task)
+        if scheme(name).needs_regions and not (session.region_codes[wanted] >= 0).any():
             reasons[task] = "no scored neuron has a region label"
-        elif TASKS[task] not in schemes:
+        elif name not in schemes:
             reasons[task] = "the predictor does not do it"
     return reasons
 
@@ -181,52 +186,38 @@ def _score(
     log_rates: np.ndarray, session: Session, queries: Queries, trials: np.ndarray, null: np.ndarray
 ) -> TaskScores:
     """Score the predictions (K', T, N) of a task, neuron by neuron, where it was observed."""
-    neurons = np.flatnonzero(queries.wanted.any(axis=0))
+    hidden, scored, bins = queries
+    # Neurons that could be seen; in forward prediction, whose first bins are visible, all of them.
+    n_visible = (~hidden | (bins.start > 0)).sum(axis=1)[scored.argmax(axis=0)]
+    known = [k for k in CONDITIONS if k in session.behaviour and session.behaviour[k].ndim == 1]
+    neurons = np.flatnonzero(scored.any(axis=0))
     seen = ~prediction.unobserved(session, trials)[:, 0]
     # Together: neurons that were observed in the same trials.
     patterns, group = np.unique(seen[:, neurons], axis=1, return_inverse=True)
-    tables = [
-        _score_alike(log_rates[seen], session, queries, trials[seen], null, neurons[group == i])
-        for i, seen in enumerate(patterns.T)
-    ]
+    tables = []
+    for i, pattern in enumerate(patterns.T):
+        some, places = neurons[group == i], trials[pattern]
+        predicted = log_rates[pattern][:, bins, some]
+        counts = session.counts[places][:, bins, some]
+        table = {
+            "session": session.name,
+            "seed": 0,
+            "neuron": some,
+            "region": session.regions[some],
+            "bits_per_spike": metrics.bits_per_spike(predicted, counts),
+            "bits_per_spike_train_null": metrics.bits_per_spike(predicted, counts, null[some]),
+            "poisson_d2": metrics.poisson_d2(predicted, counts),
+            "trial_r2": metrics.trial_r2(predicted, counts),
+        }
+        if known:
+            conditions = pd.DataFrame({key: session.behaviour[key][places] for key in known})
+            table["psth_r2"] = metrics.psth_r2(predicted, counts, conditions)
+        table |= _shuffled(predicted, counts)
+        table["gain"] = metrics.gain(predicted, counts)
+        table["gain_train_null"] = metrics.gain(predicted, counts, null[some])
+        table["spikes"] = counts.sum(axis=(0, 1), dtype=np.int64)
+        tables.append(pd.DataFrame(table | {"visible": n_visible[some]}))
     return TaskScores(pd.concat(tables).sort_values("neuron", ignore_index=True))
-
-
-def _score_alike(
-    log_rates: np.ndarray,
-    session: Session,
-    queries: Queries,
-    trials: np.ndarray,
-    train_null: np.ndarray,
-    neurons: np.ndarray,
-) -> pd.DataFrame:
-    """Score some neurons in trials in which all of them were observed."""
-    hidden, scored, bins = queries
-    predicted = log_rates[:, bins, neurons]
-    counts = session.counts[trials][:, bins, neurons]
-    null = train_null[neurons]
-    # Neurons that could be seen; in forward prediction, whose first bins are visible, all of them.
-    n_visible = (~hidden | (bins.start > 0)).sum(axis=1)
-    table = {
-        "session": session.name,
-        "seed": 0,
-        "neuron": neurons,
-        "region": session.regions[neurons],
-        "bits_per_spike": metrics.bits_per_spike(predicted, counts),
-        "bits_per_spike_train_null": metrics.bits_per_spike(predicted, counts, null),
-        "poisson_d2": metrics.poisson_d2(predicted, counts),
-        "trial_r2": metrics.trial_r2(predicted, counts),
-    }
-    known = [k for k in CONDITIONS if k in session.behaviour and session.behaviour[k].ndim == 1]
-    if known:
-        conditions = pd.DataFrame({key: session.behaviour[key][trials] for key in known})
-        table["psth_r2"] = metrics.psth_r2(predicted, counts, conditions)
-    table |= _shuffled(predicted, counts)
-    table["gain"] = metrics.gain(predicted, counts)
-    table["gain_train_null"] = metrics.gain(predicted, counts, null)
-    table["spikes"] = counts.sum(axis=(0, 1), dtype=np.int64)
-    table["visible"] = n_visible[scored.argmax(axis=0)[neurons]]
-    return pd.DataFrame(table)
 
 
 def _shuffled(log_rates: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:

@@ -26,9 +26,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Yields a path beside it, which replaces ``path`` at the end. Folders are created.
     """
     path = Path(path)
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())  # before the move, or a power cut could leave an empty file
@@ -46,8 +46,8 @@ def write_arrays(
     path: str | Path, description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> Path:
     """Write arrays and a JSON description to an uncompressed ``.npz``, atomically."""
+    content: dict[str, Any] = {"description": np.array(json.dumps(description)), **arrays}
     with atomic_write(path) as partial, open(partial, "wb") as file:
-        content: dict[str, Any] = {"description": np.array(json.dumps(description)), **arrays}
         np.savez(file, **content)
     return Path(path)
 
@@ -62,19 +62,16 @@ def read_arrays(
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            description = json.loads(str(file["description"]))
-            names = [name for name in file.files if name != "description"]
             arrays = {
                 name: _memory_map(Path(path), file.zip, name) if name in mmap else file[name]
-                for name in (names if only is None else only)
+                for name in (file.files if only is None else ("description", *only))
             }
+        return json.loads(str(arrays.pop("description"))), arrays
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # of numpy, zip, json: no list of them is complete
-        reason = f"{type(error).__name__}: {error}"[:160]
-        problem = f"{path} is damaged or of another kind ({reason})"
+        problem = f"{path} is damaged or of another kind ({type(error).__name__}: {error})"
         raise ValueError(f"{problem}; Session.save writes session files") from error
-    return description, arrays
 
 
 class MemoryMapped(np.ndarray):

@@ -1,8 +1,7 @@
 """Masking schemes as pure functions of a batch, and the sampler that alternates them.
 
-A scheme decides for each entry of a batch of counts (B, T, N) whether it is *hidden*, and whether
-it is a *target*. Targets are always hidden, or the model could copy them. Source: arXiv 2407.14668,
-section 3.1 and appendix A.4.
+A scheme decides which entries of a batch of counts (B, T, N) are *hidden*, and which of these are
+*targets*, to be scored. Source: arXiv 2407.14668, section 3.1 and appendix A.4.
 
 ============  ==============================================  =================  =========
 scheme        hidden                                          target             attention
@@ -161,10 +160,9 @@ MTM_SCHEMES = ("neuron", "causal", "inter-region", "intra-region")
 
 
 def register(name: str, draw: Callable[..., Mask], ratio: float = 0.3, **kind: bool) -> None:
-    """Make a scheme of your own known by a new ``name`` to training, validation and plots.
+    """Make a scheme of your own known by a new ``name``; the rest are fields of :class:`Scheme`.
 
-    ``draw`` is a function of (counts (B, T, N), regions (N,), ratio, generator) -> :class:`Mask`;
-    ``kind`` sets further fields of :class:`Scheme`.
+    ``draw`` is a function of (counts (B, T, N), regions (N,), ratio, generator) -> :class:`Mask`.
     """
     if name in SCHEMES:
         raise ValueError(f"masking scheme {name!r} exists already; choose another name")

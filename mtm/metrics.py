@@ -19,7 +19,6 @@ from scipy.special import xlogy
 from torch import Tensor
 
 LOG2 = np.log(2.0)
-
 Values = TypeVar("Values", np.ndarray, Tensor)
 
 
@@ -27,6 +26,11 @@ def poisson_nll(log_rates: Values, counts: Values) -> Values:
     """NLL of each count in nats without log(count!); arrays, or tensors with gradients."""
     exp = torch.exp if isinstance(log_rates, Tensor) else np.exp
     return exp(log_rates) - counts * log_rates
+
+
+def masked_nll(log_rates: Tensor, counts: Tensor, target: Tensor) -> Tensor:
+    """NLL summed over the entries of ``target``, bool; all are (B, T, N)."""
+    return torch.where(target, poisson_nll(log_rates, counts), 0.0).sum()
 
 
 def log_mean(counts: ArrayLike) -> np.ndarray:
@@ -43,8 +47,8 @@ def gain(
     f, y = _check(log_rates, counts)
     null = _mean_nll(y)
     if null_log_rates is not None:
-        given = np.broadcast_to(null_log_rates, np.shape(counts))
-        null = poisson_nll(*_check(given, counts)).sum(axis=0)
+        given, _ = _check(np.broadcast_to(null_log_rates, np.shape(counts)), counts)
+        null = poisson_nll(given, y).sum(axis=0)
     return (null - poisson_nll(f, y).sum(axis=0)) / LOG2
 
 
@@ -54,9 +58,8 @@ def bits_per_spike(
     """Gain in log-likelihood over a null model in bits per spike, (N,).
 
     ``null_log_rates`` are the null model's, broadcastable to (..., N). Default: each neuron's mean
-    over these entries, the convention of the Neural Latents Benchmark and of the paper. It uses the
-    scored data, so the training mean scores below 0 against it. The honest alternative is
-    ``log_mean(training counts)``.
+    over these entries, as in the Neural Latents Benchmark and the paper, against which the training
+    mean scores below 0. The honest alternative is ``log_mean(training counts)``.
     """
     total = gain(log_rates, counts, null_log_rates)
     spikes = np.asarray(counts, np.float64).reshape(-1, len(total)).sum(axis=0)

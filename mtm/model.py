@@ -16,14 +16,13 @@ first. Differences from the authors' code:
    mean rather than like silence;
 2. in causal mode nothing flows from later to earlier bins;
 3. a new model predicts the mean rates (``init="paper"`` starts as theirs does);
-4. :class:`DirectPaths` add a linear map from counts to log-rates that bypasses the encoder.
+4. :class:`mtm.direct_paths.DirectPaths` add linear maps from counts to log-rates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
@@ -34,6 +33,13 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from mtm.direct_paths import (
+    DirectPaths,
+    masked_input,
+    principal_components,
+    scaled,
+    stitcher_weights,
+)
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.masks import scheme as known_scheme
 from mtm.metrics import log_mean
@@ -41,13 +47,6 @@ from mtm.metrics import log_mean
 TOKEN_STD = 0.05  # initial standard deviation of session and prompt tokens
 POSITION_SCALE = 0.3  # initial amplitude of time and space embeddings
 READOUT_SCALE = 0.1  # factor on initial readout weights: predictions start near the mean rates
-SOFTENING = 0.1  # added to a mean count, so that rare spikes are not scaled up without bound
-COMPONENTS = 32  # principal components that a new stitcher starts with
-SCALES = (1.0, 3.0, 10.0, math.inf)  # of the kernels of the direct paths, bins; inf: whole trial
-LATENT_NOISE = (1.0, 0.5, 0.3, 0.15, 0.08)  # initial variance: a bin, then each kernel's average
-LARGEST_INPUT = 4.0  # of the direct paths: through an exponential, bursts would overshoot
-COMPONENTS_SCALE = 3.0  # their factor in its weights
-COMPONENT_BINS = 20_000  # most bins of training trials from which they are computed
 
 # The authors' options.
 PUBLISHED = dict(positions="learned", input_counts="raw", own_history=False, latents=0)
@@ -60,7 +59,7 @@ CHOICES = {
 
 
 class CheckpointError(ValueError):
-    """A file or folder that does not hold a readable model; the message says why."""
+    """A file or folder that does not hold a readable model."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,6 @@ class MtMConfig:
         unit = self.heads * (2 if self.positions == "rotary" else 1)  # rotation acts on pairs
         if self.width % unit:
             raise ValueError(f"width {self.width} must be a multiple of {unit} (heads, rotation)")
-
-    @property
-    def direct_paths(self) -> bool:
-        """Whether sessions have :class:`DirectPaths`, of either kind."""
-        return self.own_history or self.latents > 0
 
     @classmethod
     def from_depth(cls, depth: int, **fields: Any) -> Self:
@@ -133,125 +127,28 @@ class SessionLayers(nn.Module):
             self.n_patches = math.ceil(n_neurons / config.patch_size)
             self.bias = nn.Parameter(torch.zeros(n_neurons))
         self.token = nn.Parameter(torch.zeros(config.width)) if config.session_token else None
+        paths = config.own_history, config.latents, config.latent_dropout
+        self.direct = DirectPaths(n_neurons, *paths) if any(paths[:2]) else None
         self.raw = config.input_counts == "raw"
-        if config.direct_paths or not self.raw:
+        if self.direct is not None or not self.raw:
             self.register_buffer("mean", torch.zeros(n_neurons))
-        self.direct = DirectPaths(n_neurons, config) if config.direct_paths else None
 
-    def init_from_means(self, log_means: Tensor) -> None:
-        """Predict log mean counts (N,) to begin with."""
-        if hasattr(self, "bias"):  # ndt2
+    def init_from_means(self, log_means: Tensor, predict: bool) -> None:
+        """Scale the input by mean counts, of which (N,) are the logs, and predict them at first."""
+        if hasattr(self, "mean"):
+            self.mean.copy_(log_means.exp())
+        if predict and hasattr(self, "bias"):  # ndt2
             self.bias.copy_(log_means)
-        else:
+        elif predict:
             self.readout.weight.mul_(READOUT_SCALE)
             self.readout.bias.copy_(log_means)
 
     def init_from_components(self, directions: Tensor, variances: Tensor) -> None:
-        """Start maps of the input at :func:`principal_components`, (N, R) and (R,)."""
-        if self.direct is not None and self.direct.readout is not None:
-            # Poisson noise of scaled counts has variance 1, averaged over 5 bins 1/5.
-            strength = (variances - 0.2).clamp(min=0.02).sqrt()
-            n = min(len(self.direct.loadings), len(strength))
-            self.direct.loadings[:n] = (strength[:, None] * directions.T)[:n]
-        if hasattr(self, "stitcher") and not self.raw:  # components are of scaled counts
-            # Outputs 0 to R-1 start at the R components in turn, R to 2R-1 at their negatives, ...
-            turn, component = divmod(np.arange(len(self.stitcher.weight)), directions.shape[1])
-            sign = torch.from_numpy(1.0 - 2.0 * (turn % 2)).float()
-            self.stitcher.weight += COMPONENTS_SCALE * sign[:, None] * directions.T[component]
-
-
-def principal_components(counts: np.ndarray, means: Tensor) -> tuple[Tensor, Tensor]:
-    """Principal components (N, R) of scaled training counts (K, T, N), and variances (R,)."""
-    n_trials, n_bins, _ = counts.shape
-    some = counts[:: math.ceil(n_trials * n_bins / COMPONENT_BINS)]  # every so many-th trial
-    x = (torch.from_numpy(some.astype(np.float32)) - means) * (means + SOFTENING).rsqrt()
-    # What neurons share changes more slowly than their spikes: average over 5 bins.
-    x = F.avg_pool1d(x.transpose(1, 2), 5, stride=1, padding=2, count_include_pad=False)
-    x = x.transpose(1, 2).flatten(0, 1)  # (K T, N)
-    _, singular, components = torch.pca_lowrank(x, min(COMPONENTS, *x.shape), niter=4)
-    return components, singular.square() / len(x)
-
-
-# ---------------------------------------------------------------- from counts to log-rates directly
-
-
-class DirectPaths(nn.Module):
-    """Linear paths of one session, from its counts to its log-rates.
-
-    The encoder sees all neurons through a bottleneck, which a neuron's own history hardly passes,
-    and needs more data than a linear map. Two terms, 0 at the start, are added to its log-rates:
-
-    - own history: each neuron's visible counts in other bins, averaged by kernels
-      ``exp(-|lag| / scale)``, with a weight for each kernel and neuron;
-    - the population: latents of a factor analysis, of the bin and averaged by the same kernels,
-      with a linear map to all log-rates. With loadings L (R, N) and V = diag(share of bins in which
-      a neuron is visible), their posterior mean is ``(L V L' + noise I)^-1 L x``, where x is 0 at
-      hidden entries. It shrinks as more neurons are hidden: its scale is right for any mask.
-
-    In causal mode kernels average strictly earlier bins. Compare POCO (arXiv 2506.14957).
-    """
-
-    def __init__(self, n_neurons: int, config: MtMConfig) -> None:
-        super().__init__()
-        self.own = nn.Parameter(torch.zeros(len(SCALES), n_neurons)) if config.own_history else None
-        self.readout: nn.Linear | None = None
-        if n := config.latents:
-            self.loadings = nn.Parameter(torch.randn(n, n_neurons) / math.sqrt(n_neurons))  # L
-            self.log_noise = nn.Parameter(torch.tensor(LATENT_NOISE).log())
-            self.dropout = nn.Dropout(config.latent_dropout)
-            self.readout = nn.Linear((1 + len(SCALES)) * n, n_neurons, bias=False)
-            nn.init.zeros_(self.readout.weight)
-
-    def forward(
-        self, x: Tensor, hidden: Tensor, causal: Tensor, neurons: Tensor | None = None
-    ) -> Tensor:
-        """Masked input (B, T, N) to terms of log-rates (B, T, N), or (B, T) of ``neurons`` (B,)."""
-        x = x.clamp(max=LARGEST_INPUT)
-        kernels = history_kernels((~hidden).any(dim=2), causal, x.dtype)  # (B, scales, T, T)
-        found = torch.zeros_like(x if neurons is None else x[..., 0])
-        if self.own is not None and neurons is None:
-            averages = (kernels.flatten(1, 2) @ x).unflatten(1, kernels.shape[1:3])
-            for i in range(len(SCALES)):  # quicker on a CPU than one product and a sum
-                found = torch.addcmul(found, averages[:, i], self.own[i])
-        elif self.own is not None:
-            alone = x[torch.arange(len(x), device=x.device), :, neurons]  # (B, T)
-            averages = (kernels @ alone[:, None, :, None])[..., 0]  # (B, scales, T)
-            found = torch.einsum("bst,sb->bt", averages, self.own[:, neurons])
-        if self.readout is None:
-            return found
-        z = self.dropout(self.population_latents(x, hidden, kernels).transpose(1, 2).flatten(2))
-        if neurons is None:
-            return found + self.readout(z)
-        return found + (z @ self.readout.weight[neurons][..., None])[..., 0]
-
-    def population_latents(self, x: Tensor, hidden: Tensor, kernels: Tensor) -> Tensor:
-        """Expected latents of each bin, alone and averaged, (B, 1 + scales, T, R)."""
-        # Linear, so it does not matter that kernels average after the projection.
-        z = (x @ self.loadings.T)[:, None]
-        z = torch.cat([z, kernels @ z], dim=1)
-        # V: for each neuron, in how many of the bins that are not hidden whole it is visible.
-        n_bins = (~hidden).any(dim=2).sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
-        visible = (~hidden).sum(dim=1) / n_bins  # (B, N)
-        precision = (visible[:, None] * self.loadings) @ self.loadings.T  # (B, R, R)
-        noise = self.log_noise[: z.shape[1]].exp()[:, None]  # (1 + scales, 1)
-        noise = torch.diag_embed(noise.expand(-1, len(self.loadings)))
-        # solve_ex, unlike solve, does not wait for the device's errors.
-        return torch.linalg.solve_ex(precision[:, None] + noise, z.mT)[0].mT
-
-
-def history_kernels(visible: Tensor, causal: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weights of other ``visible`` (B, T) bins in averages for each bin, (B, scales, T, T)."""
-    bins = torch.arange(visible.shape[1], device=visible.device, dtype=dtype)
-    lag = bins[:, None] - bins
-    kernels = torch.stack([torch.exp(-lag.abs() / scale) for scale in SCALES])
-    # Not the bin itself, nor, in trials that are ``causal`` (B,), later ones.
-    allowed = torch.where(causal[:, None, None], lag > 0, lag != 0) & visible[:, None]  # (B, T, T)
-    kernels = kernels * allowed[:, None]
-    # The total weight plus 1 shrinks averages over few bins towards 0.
-    return kernels / (kernels.sum(dim=3, keepdim=True) + 1)
-
-
-# ---------------------------------------------------------------- from counts to tokens, and back
+        """Start maps of the input at principal components of scaled counts, (N, R) and (R,)."""
+        if self.direct is not None:
+            self.direct.init_from_components(directions, variances)
+        if hasattr(self, "stitcher") and not self.raw:
+            self.stitcher.weight += stitcher_weights(directions, len(self.stitcher.weight))
 
 
 class BinTokenizer(nn.Module):
@@ -326,15 +223,11 @@ def time_embedding(config: MtMConfig, n_bins: int, init: str) -> nn.Parameter | 
         return None
     if init == "paper":  # random: the model first has to find out which bins are neighbours
         return nn.Parameter(torch.randn(n_bins, config.width))
-    return nn.Parameter(POSITION_SCALE * waves(n_bins, config.width))
-
-
-def waves(n_bins: int, width: int) -> Tensor:
-    """Sines and cosines of the bin's number, (n_bins, width): near bins get similar embeddings."""
-    half = torch.arange((width + 1) // 2) / ((width + 1) // 2)
-    periods = 4.0 * (n_bins / 2.0) ** half  # geometric, from 4 bins to twice the trial
+    half = (config.width + 1) // 2
+    periods = 4.0 * (n_bins / 2.0) ** (torch.arange(half) / half)  # 4 bins to twice the trial
     angle = 2 * math.pi * torch.arange(n_bins)[:, None] / periods
-    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
+    waves = torch.cat([angle.sin(), angle.cos()], dim=1)[:, : config.width]
+    return nn.Parameter(POSITION_SCALE * waves)
 
 
 def rotation(bins: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -350,9 +243,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-# ---------------------------------------------------------------- the encoder
 
 
 class Tokens(NamedTuple):
@@ -407,9 +297,6 @@ class Layer(nn.Module):
         return tokens._replace(x=x)
 
 
-# ---------------------------------------------------------------- the model
-
-
 class Batch(NamedTuple):
     """Trials of one session with a mask: the arguments of ``MtM.forward``."""
 
@@ -423,18 +310,6 @@ def nothing_hidden(counts: Tensor) -> Mask:
     """The mask that hides nothing of counts (B, T, N)."""
     nothing = torch.zeros_like(counts, dtype=torch.bool)
     return Mask(nothing, nothing)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout; afterwards each part is in the mode in which it was."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 class MtM(nn.Module):
@@ -464,8 +339,6 @@ class MtM(nn.Module):
         init: str = "mtm",
     ) -> None:
         super().__init__()
-        if init not in ("mtm", "paper"):
-            raise ValueError(f"init must be 'mtm' or 'paper', got {init!r}")
         self.config, self.n_bins, self.bin_size = config, n_bins, bin_size
         self.prompts, self.causal, self.init = tuple(prompts), causal, init
         # What it was trained on; None: not known. Fingerprints of training trials, by session.
@@ -518,11 +391,12 @@ class MtM(nn.Module):
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
         layers, mask = self.session_layers(session), mask or nothing_hidden(counts)
         if tuple(counts.shape[1:]) != (self.n_bins, layers.n_neurons):
-            raise ValueError(
-                f"session {session!r}: counts have shape {tuple(counts.shape)}, the model needs "
-                f"(trials, {self.n_bins} bins, {layers.n_neurons} neurons)"
-            )
-        x = self.tokenizer(self.masked_input(counts, mask, layers), layers)
+            needed = f"(trials, {self.n_bins} bins, {layers.n_neurons} neurons)"
+            found = f"session {session!r}: counts have shape {tuple(counts.shape)}"
+            raise ValueError(f"{found}, the model needs {needed}")
+        x = counts.to(self.norm.weight.dtype)
+        x = x if layers.raw else scaled(x, layers.mean)
+        x = self.tokenizer(x.masked_fill(mask.hidden, 0), layers)
         x = x.to(self.norm.weight.dtype)  # residuals keep full precision under autocast
         prefix = self.prefix(scheme, layers)  # (0 to 2, D)
         x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, L, D)
@@ -536,15 +410,6 @@ class MtM(nn.Module):
         # Tokens are in order of time, so causal attention is lower-triangular. The prefix comes
         # first and attends to no bin: nothing passes through it from later to earlier bins.
         return Tokens(x, bins, causal)
-
-    def masked_input(
-        self, counts: Tensor, mask: Mask, layers: SessionLayers, direct: bool = False
-    ) -> Tensor:
-        """Counts as the tokenizer or the direct paths get them, (B, T, N): 0 where hidden."""
-        x = counts.to(self.norm.weight.dtype)
-        if direct or self.config.input_counts == "scaled":  # as in `principal_components`
-            x = (x - layers.mean) * (layers.mean + SOFTENING).rsqrt()
-        return x.masked_fill(mask.hidden, 0)
 
     def prefix(self, scheme: str | None, layers: SessionLayers) -> Tensor:
         """Session token and prompt token, as far as there are any, (0 to 2, D)."""
@@ -578,17 +443,12 @@ class MtM(nn.Module):
             if layers.direct is None:
                 continue
             places = [i for i, batch in enumerate(batches) if batch.session == session]
-            inputs, hidden, causal = [], [], []
-            for counts, _, mask, _ in (batches[i] for i in places):
-                inputs.append(self.masked_input(counts, mask, layers, direct=True))
-                hidden.append(mask.hidden)
-                attends = mask.causal and self.config.causal
-                causal.append(torch.full_like(counts[:, 0, 0], attends, dtype=torch.bool))
-            # Without autocast: bfloat16 has too few digits to solve linear equations.
-            with torch.autocast(self.device.type, enabled=False):
-                added = layers.direct(*map(torch.cat, (inputs, hidden, causal)), neurons)
-            for i, part in zip(places, added.split([len(x) for x in inputs]), strict=True):
-                found[i] = part
+            some = [
+                (counts, mask.hidden, mask.causal and self.config.causal)
+                for counts, _, mask, _ in (batches[i] for i in places)
+            ]
+            for i, added in zip(places, layers.direct(some, layers.mean, neurons), strict=True):
+                found[i] = added
         return found
 
     def forward_many(self, batches: list[Batch]) -> list[Tensor]:
@@ -608,32 +468,34 @@ class MtM(nn.Module):
                 direct[i] = self.read_out(part, batches[i].session) + direct[i]
         return direct
 
-    @torch.no_grad()
     def latents(
-        self, counts: ArrayLike, session: str, mask: Mask | None = None, encoder: bool = False
+        self,
+        counts: ArrayLike,
+        session: str,
+        mask: Mask | None = None,
+        encoder: bool = False,
+        train: bool = False,
     ) -> Tensor:
         """Latents of the population in each bin, given the visible counts (K, T, N).
 
-        Returns (K, T, R) expected latents of :class:`DirectPaths`; with ``encoder``, or without
-        them, also the encoder's output, (K, T, D) averaged over the tokens of a bin.
+        Returns (K, T, R) expected latents of the direct paths; with ``encoder``, or without them,
+        also the encoder's output, (K, T, D) averaged over the tokens of a bin. ``train`` keeps
+        gradients, and dropout in training mode.
         """
-        with evaluating(self):
-            given = torch.as_tensor(counts, device=self.device)
-            return self.encode_latents(given, session, mask or nothing_hidden(given), encoder)
-
-    def encode_latents(self, counts: Tensor, session: str, mask: Mask, encoder: bool) -> Tensor:
-        """Latents as from :meth:`latents`, with gradients, and dropout in training."""
-        layers, found = self.session_layers(session), []
-        if (direct := layers.direct) is not None and direct.readout is not None:
-            x = self.masked_input(counts, mask, layers, direct=True).clamp(max=LARGEST_INPUT)
-            none = x.new_zeros(len(x), 0, self.n_bins, self.n_bins)  # no kernel: each bin alone
-            found.append(direct.population_latents(x, mask.hidden, none)[:, 0])
-        if encoder or not found:
-            x = self.encode(self.embed(counts, None, mask, session))[:, -self.n_tokens(session) :]
-            found.append(x.unflatten(1, (self.n_bins, -1)).mean(dim=2))
+        given, layers = torch.as_tensor(counts, device=self.device), self.session_layers(session)
+        mask, found, training = mask or nothing_hidden(given), [], self.training
+        self.train(training and train)
+        with torch.set_grad_enabled(train and torch.is_grad_enabled()):
+            if layers.direct is not None and layers.direct.readout is not None:
+                x = masked_input(given, layers.mean, mask.hidden)
+                found.append(layers.direct.population_latents(x, mask.hidden)[:, 0])
+            if encoder or not found:
+                x = self.encode(self.embed(given, None, mask, session))
+                x = x[:, -self.n_tokens(session) :].unflatten(1, (self.n_bins, -1))
+                found.append(x.mean(dim=2))
+        self.train(training)
         return torch.cat(found, dim=2)
 
-    @torch.no_grad()
     def predict_log_rates(
         self,
         counts: ArrayLike,
@@ -645,13 +507,14 @@ class MtM(nn.Module):
         """Log-rates as from :meth:`forward`, without dropout and gradients, and calibrated.
 
         Calibration multiplies their deviations from the mean by ``shrinkage[session][scheme]``, see
-        :func:`mtm.training.calibrate`. A model never trained causally predicts without causality.
+        :func:`mtm.validation.calibrate`. A model never trained causally predicts without causality.
         """
         if mask is not None and not self.causal:
             mask = replace(mask, causal=False)
-        with evaluating(self):
-            given = torch.as_tensor(counts, device=self.device)
-            log_rates: Tensor = self(given, scheme, mask, session, neurons)
+        given, training = torch.as_tensor(counts, device=self.device), self.training
+        with torch.no_grad():
+            log_rates: Tensor = self.eval()(given, scheme, mask, session, neurons)
+        self.train(training)
         if (factor := self.shrinkage.get(session, {}).get(scheme or "", 1.0)) != 1:
             mean = self.session_layers(session).mean.log()  # (N,)
             mean = mean if neurons is None else mean[neurons, None]
@@ -668,14 +531,12 @@ class MtM(nn.Module):
             name: a name that no other session has.
             n_neurons: N.
             counts: (K, T, N) spike counts of its training trials. Their means scale the input.
-                Unless ``init="paper"``, predictions start at the means, and the stitcher of scaled
-                counts at the principal components. Default: means of 0, and a random start.
+                Unless ``init="paper"``, predictions start at the means, and maps of scaled counts
+                at the principal components. Default: means of 0, and a random start.
             token: the session token starts ``"new"``, at random, or at the ``"mean"`` of others.
         """
         if name in self._keys:
             raise ValueError(f"session {name!r} is in the model already")
-        if token != "new" and (token != "mean" or not self.sessions):
-            raise ValueError(f"token must be 'new', or 'mean' of others if any; got {token!r}")
         config, ours, components = self.config, self.init != "paper", None
         if counts is not None:
             log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike
@@ -683,10 +544,8 @@ class MtM(nn.Module):
             if ours and (stitched or config.latents):
                 components = principal_components(np.asarray(counts), log_means.exp())
         layers = SessionLayers(n_neurons, config)
-        if counts is not None and hasattr(layers, "mean"):
-            layers.mean.copy_(log_means.exp())
-        if counts is not None and ours:
-            layers.init_from_means(log_means)
+        if counts is not None:
+            layers.init_from_means(log_means, predict=ours)
         if components is not None:
             layers.init_from_components(*components)
         if layers.token is not None:
@@ -701,30 +560,12 @@ class MtM(nn.Module):
         self._keys[name] = "session:" + quote(name, safe=" ").replace(".", "%2E")
         self.sessions[self._keys[name]] = layers.to(self.norm.weight)
 
-    @torch.no_grad()
-    def init_direct_paths(self, name: str, counts: np.ndarray) -> None:
-        """Start direct paths that were put on an imported session, at its training trials.
-
-        Does nothing where there are none, or they have started. They add 0 until they are trained.
-
-        Args:
-            name: of the session.
-            counts: (K, T, N) spike counts of its training trials.
-        """
-        layers = self.session_layers(name)
-        if layers.raw and layers.direct is not None and not layers.mean.any():
-            means = torch.from_numpy(log_mean(np.asarray(counts))).float().exp()
-            layers.mean.copy_(means)
-            layers.init_from_components(*principal_components(np.asarray(counts), means))
-
     def session_layers(self, name: str) -> SessionLayers:
         """The layers of one session; raises KeyError with the names that are known."""
         if name not in self._keys:
             known = ", ".join(self._keys) or "none"
-            raise KeyError(
-                f"the model does not know session {name!r}; it knows: {known}. Training on the "
-                "session, fit(session, model), adds it"
-            )
+            remedy = "Training on the session, fit(session, model), adds it"
+            raise KeyError(f"the model does not know session {name!r}; it knows: {known}. {remedy}")
         layers: Any = self.sessions[self._keys[name]]
         return layers
 

@@ -2,8 +2,8 @@
 
 :class:`OfficialMtM` exists for their checkpoints alone: train new models with :class:`mtm.MtM`.
 
-Their checkpoints are pickles, which can run any code when they are opened the usual way. Here
-``torch.load(weights_only=True)`` opens them, with an empty dictionary for each object of theirs.
+Their checkpoints are pickles, which can run any code when they are opened the usual way;
+:func:`read_pickle` runs none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.model import (
@@ -40,6 +40,7 @@ HELD_OUT_EIDS: tuple[str, ...] = tuple(_SESSIONS["held_out"])
 # The repeated-site sessions (`ibl_repro_ephys_eids.txt`), 83, where the paper speaks of 48.
 REPEATED_SITE_EIDS: tuple[str, ...] = tuple(_SESSIONS["repeated_site"])
 ABLATION_EID: str = _SESSIONS["ablation"]  # of the paper's Tables 1 and 3
+STATE_DICTS = ("model_state_dict", "model", "state_dict")  # keys of what holds the weights
 
 # ---------------------------------------------------------------- the model, as their code has it
 
@@ -79,10 +80,8 @@ class OfficialMtM(MtM):
         """As :meth:`mtm.MtM.add_session`; their NDT2 limits how many neurons a session has."""
         ndt2, size = self.config.tokenizer == "ndt2", self.config.patch_size
         if ndt2 and not size <= n_neurons <= size * self.n_places:
-            raise ValueError(
-                f"session {name!r} has {n_neurons} neurons; the authors' NDT2 takes {size} (one "
-                f"patch) to {size * self.n_places} ({self.n_places} patches)"
-            )
+            limits = f"the authors' NDT2 takes {size} to {size * self.n_places}"
+            raise ValueError(f"session {name!r} has {n_neurons} neurons; {limits}")
         super().add_session(name, n_neurons, counts, token)
         if ndt2:
             layers = self.session_layers(name)
@@ -141,7 +140,7 @@ TIME_NDT1, PROMPT, TOKENS = (
 
 
 def from_official(
-    checkpoint: str | Path | Mapping[str, Tensor] | nn.Module,
+    checkpoint: str | Path | Mapping[str, Tensor],
     sessions: Mapping[str, int],
     *,
     heads: int | None = None,
@@ -153,7 +152,7 @@ def from_official(
     What weights do not show is taken as in their released settings.
 
     Args:
-        checkpoint: their state dict or module, or a file with one of them.
+        checkpoint: their state dict, or a file with it or with their module.
         sessions: name -> number of neurons. Names are looked up in ``eids`` for the session token.
         heads: of attention. Default: what a pickled module says, else the paper's 8.
         causal: whether it was trained with causal attention. Default: if it has prompts.
@@ -161,8 +160,7 @@ def from_official(
 
     Returns:
         on the CPU, in evaluation mode. Which trials it was trained on is not known: to evaluate it
-        pass ``split_seed=0``, and mind that its training trials may be among that split's test
-        trials, unless the session was held out.
+        pass ``split_seed=0``, whose test trials it may have seen, unless the session was held out.
 
     Raises:
         CheckpointError: for a file that cannot be read, or weights that do not fit.
@@ -170,9 +168,7 @@ def from_official(
     """
     attributes: dict[str, Any] = {}
     if isinstance(checkpoint, str | Path):
-        checkpoint, attributes = _read(Path(checkpoint))
-    elif isinstance(checkpoint, nn.Module):
-        checkpoint = checkpoint.state_dict()
+        checkpoint, attributes = read_pickle(Path(checkpoint))
     if attributes.get("use_rope"):
         raise CheckpointError("the checkpoint has rotary positions, which this cannot import")
     if TOKENS in checkpoint:
@@ -180,14 +176,13 @@ def from_official(
             problem = f"{TOKENS} has {n} rows for {len(eids)} sessions"
             raise CheckpointError(f"{problem}; pass the names of the rows as eids")
         if strangers := sorted(set(sessions) - set(eids)):
-            problem = "has no row in their session embedding; see eids"
-            raise KeyError(f"session {strangers[0]!r} {problem}")
+            raise KeyError(f"session {strangers[0]!r} has no row in {TOKENS}; see eids")
     try:
         heads = heads or attributes.get("n_heads") or 8
         model = _without_weights(checkpoint, sessions, heads, causal)
-    except (ValueError, KeyError) as error:
+        model.load_state_dict(_weights(model, checkpoint, eids))
+    except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"no NDT1 (stitched) or NDT2 of the authors': {error}") from error
-    model.load_state_dict(_weights(model, checkpoint, eids))
     return model.eval()
 
 
@@ -221,33 +216,24 @@ def _without_weights(
 def _weights(
     model: OfficialMtM, checkpoint: Mapping[str, Tensor], eids: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Their weights by our names; raises or warns where the two do not fit."""
-    unused, tensors, wrong = dict(checkpoint), {}, []
-    for key, own in model.state_dict().items():
+    """Their weights by our names; warns of those that are not used."""
+    unused, tensors = dict(checkpoint), model.state_dict()
+    for key, own in tensors.items():
         theirs, row = their_key(key, model, eids)
-        if theirs is None or own.numel() == 0:  # nothing of theirs, as without prompts
-            tensors[key] = own
-            continue
-        unused.pop(theirs, None)
-        tensors[key] = value = checkpoint.get(theirs) if row is None else checkpoint[theirs][row]
-        if value is None or value.shape != own.shape:
-            found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
-            wrong.append(f"{theirs} {found}, needed: {tuple(own.shape)}")
+        if theirs is not None and own.numel():  # else nothing of theirs, as without prompts
+            unused.pop(theirs, None)
+            tensors[key] = checkpoint[theirs] if row is None else checkpoint[theirs][row]
     # Stitchers and readouts of other sessions, and a decoder that their NDT1 never uses.
     spare = (THEIRS["stitcher"], THEIRS["readout"], "decoder.0.")
-    wrong += [f"{key} is unknown" for key in unused if not key.startswith(spare)]
-    if wrong:
-        raise CheckpointError("the checkpoint does not fit: " + "; ".join(wrong))
+    if unknown := [key for key in unused if not key.startswith(spare)]:
+        raise ValueError(f"{', '.join(unknown)} unknown")
     if unused:
         warnings.warn("not used of the checkpoint: " + ", ".join(unused), stacklevel=3)
     return tensors
 
 
 def their_key(key: str, model: OfficialMtM, eids: Sequence[str]) -> tuple[str | None, int | None]:
-    """The authors' name of one of our parameters, and its row where they keep many in a table.
-
-    The bias of each neuron that our NDT2 has is not in theirs: None.
-    """
+    """The authors' name of one of our parameters (None: not in theirs), and its row in a table."""
     time = TIME if model.config.tokenizer == "ndt2" else TIME_NDT1
     tables = {"prompt_tokens": PROMPT, "tokenizer.space": SPACE, "tokenizer.time": time}
     if key in tables:
@@ -268,25 +254,28 @@ def their_key(key: str, model: OfficialMtM, eids: Sequence[str]) -> tuple[str | 
 # ---------------------------------------------------------------- files, without running their code
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors in a file of ``torch.save`` by name, and a few attributes of a pickled module."""
+def read_pickle(path: Path, stand_in: Any = OrderedDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state dict in a file, and what a pickled module's attention has as attributes.
+
+    ``stand_in`` takes the place of each class or function that torch does not know, and must run
+    nothing. Tensors are mapped from disk. Raises CheckpointError for a file without.
+    """
     try:
-        # An OrderedDict stands in for each class or function that torch does not know, keeps the
-        # attributes of the object, and runs nothing.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(OrderedDict, name) for name in names]):
-            found = torch.load(path, "cpu", weights_only=True)
-        found = found.get("model", found.get("state_dict", found))
+        with torch.serialization.safe_globals([(stand_in, name) for name in names]):
+            found = torch.load(path, "cpu", weights_only=True, mmap=True)
+        found = next((found[key] for key in STATE_DICTS if key in found), found)
+        attributes = {}
         if "_modules" in getattr(found, "__dict__", {}):
             attention = found
             for name in ("encoder", "layers", "0", "attn"):  # knows n_heads, use_rope
                 attention = vars(attention)["_modules"][name]
-            return dict(_tensors(found)), vars(attention)
-        if not all(isinstance(value, Tensor) for value in found.values()):
+            found, attributes = dict(_tensors(found)), vars(attention)
+        if not any(isinstance(value, Tensor) for value in found.values()):
             raise ValueError("it holds neither a state dict nor a module")
     except Exception as error:  # whatever a broken or hostile file leads to
         raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
-    return dict(found), {}
+    return found, attributes
 
 
 def _tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -4,8 +4,9 @@ Colours mean the same in all figures: dark grey is a visible spike, white a visi
 is hidden, blue hidden and scored; each region and each method has one colour. The palette is that
 of Okabe and Ito, which colour-blind readers can tell apart.
 
-Arguments in common: ``neuron`` and ``trial`` are indices; ``by`` is a behaviour with one value per
-trial; ``ax`` is where to draw, by default the current Axes.
+Arguments in common: ``neuron`` and ``trial`` are indices; ``rates`` (K', T, N) are the predicted
+counts of ``trials`` (K',); ``by`` is a behaviour with one value per trial; ``ax`` is where to draw,
+by default the current Axes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, PowerNorm, to_hex
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.transforms import ScaledTranslation
@@ -36,7 +39,6 @@ REGION_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW)
 METHOD_COLOURS = {
     "MtM": BLUE,
     "oracle": GREEN,
-    "true rate": GREEN,
     "mean rate": "0.6",
     "PSTH": ORANGE,
     "ridge": PINK,
@@ -46,11 +48,7 @@ METHOD_COLOURS = {
     "random-token NDT2": "0.3",
 }
 TIME = "time from the event (s)"
-Extent = tuple[float, float, float, float]  # left, right, bottom, top
 IMAGE: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
-
-
-# ------------------------------------------------------------------------------- recordings
 
 
 def region_colours(session: Session) -> dict[str, str]:
@@ -61,16 +59,12 @@ def region_colours(session: Session) -> dict[str, str]:
 
 
 def raster(session: Session, trial: int, ax: Axes | None = None) -> Axes:
-    """Spike counts of one trial: time across, neurons down, sorted by region.
-
-    Neurons that were not observed in the trial are light blue.
-    """
+    """Spike counts of a trial, neurons sorted by region; light blue: not observed in the trial."""
     ax = ax or plt.gca()
-    order = np.argsort(session.regions, kind="stable")
-    counts = _observed(session, [trial])[0][:, order].T  # (N, T)
+    counts = _observed(session, [trial])[0]
     highest = max(3, np.nanquantile(counts, 0.99))
     greys = plt.colormaps["Greys"].with_extremes(bad="lightblue")
-    ax.imshow(counts, cmap=greys, extent=_extent(session), vmin=0, vmax=highest, **IMAGE)
+    _image(session, counts, ax, cmap=greys, vmin=0, vmax=highest)
     ax.axvline(0, color=RED, lw=1)
     _mark_regions(session, ax)
     ax.set(xlabel=TIME, title=f"trial {trial}")
@@ -95,10 +89,7 @@ def psth_grid(
     trials: np.ndarray,
     by: str = "choice",
 ) -> Figure:
-    """PSTHs of several neurons, observed (thin) and predicted (thick), for each value of ``by``.
-
-    ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',).
-    """
+    """PSTHs of several neurons, observed (thin) and predicted (thick), for each value of ``by``."""
     columns, rows = min(4, len(neurons)), -(-len(neurons) // 4)
     figure = plt.figure(figsize=(2.6 * columns, 2.2 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
@@ -119,27 +110,21 @@ def psth_grid(
 def before_and_after(
     session: Session, rates: np.ndarray, neuron: int, trials: np.ndarray, by: str = "choice"
 ) -> Figure:
-    """Single trials of one neuron: its spikes, and the rates predicted while it was hidden.
-
-    ``rates`` (K', T, N) are the predicted expected counts of ``trials`` (K',), sorted by ``by``.
-    """
+    """Trials of one neuron, sorted by ``by``: spikes, and rates predicted while it was hidden."""
     figure = plt.figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     order = np.argsort(session.behaviour[by][trials], kind="stable")
+    style = IMAGE | {"cmap": "Greys", "extent": (*session.window, len(trials), 0), "vmin": 0}
     images = {"spikes": _observed(session, trials), "predicted while hidden": rates}
     for ax, (title, source) in zip(axes, images.items(), strict=True):
         image = source[order, :, neuron] / session.bin_size
-        style = IMAGE | {"cmap": "Greys", "extent": (*session.window, len(trials), 0)}
-        shown = ax.imshow(image, vmin=0, vmax=max(np.nanquantile(image, 0.995), 1e-9), **style)
+        shown = ax.imshow(image, vmax=max(np.nanquantile(image, 0.995), 1e-9), **style)
         ax.axvline(0, color=RED, lw=1)
         ax.set(title=title, xlabel=TIME)
         figure.colorbar(shown, ax=ax, label="Hz")
     axes[0].set_ylabel(f"trials, sorted by {by}")
     figure.suptitle(_name(session, neuron), fontsize=10)
     return figure
-
-
-# ------------------------------------------------------------------------- masks and predictions
 
 
 def mask(
@@ -153,15 +138,14 @@ def mask(
 ) -> Axes:
     """Draw a mask over the spikes of a few trials, side by side: what is hidden, what is scored.
 
-    One mask is drawn for all trials, as for a batch in training. Arrows above a trial lead
-    from the attended bins to the bin in the middle. ``patch_size`` is for schemes that hide
-    patches of neurons; ``bins`` shows the first bins of each trial only.
+    One mask is drawn for all trials, as for a batch in training. Arrows lead from the attended bins
+    to the bin in the middle. ``patch_size`` is for schemes that hide patches of neurons; ``bins``
+    shows the first bins of each trial only.
     """
     ax = ax or plt.gca()
     drawn = _draw_mask(session, name, trials, seed, patch_size)
-    shown = slice(None), slice(bins)
-    spikes, extent = session.counts[list(trials)], (0, len(trials), session.n_neurons, 0)
-    _show_mask(session, spikes[shown], Mask(drawn.hidden[shown], drawn.target[shown]), ax, extent)
+    shown = Mask(drawn.hidden[:, :bins], drawn.target[:, :bins])
+    _show_mask(session, session.counts[list(trials), :bins], shown, ax, 0, len(trials))
     for i in range(len(trials)):
         _show_attention(ax, drawn.causal, i / len(trials), (i + 1) / len(trials))
         if i:
@@ -181,12 +165,10 @@ def mask_legend(figure: Figure) -> None:
         PALE_BLUE: "hidden and scored",
         PALE_ORANGE: "hidden, not scored",
     }
-    handles: list[Any] = [
-        Patch(facecolor=colour, edgecolor="0.5", label=label) for colour, label in labels.items()
-    ]
-    arrow: dict[str, Any] = {"color": "black", "marker": ">", "markevery": [1]}
-    handles.append(Line2D([0, 1], [0, 0], label="attention: reads these bins", **arrow))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    patches = [Patch(facecolor=c, edgecolor="0.5", label=label) for c, label in labels.items()]
+    arrow = Line2D([0, 1], [0, 0], color="black", marker=">", markevery=[1])
+    arrow.set_label("attention: reads these bins")
+    figure.legend(handles=[*patches, arrow], loc="outside lower center", ncols=3, frameon=False)
 
 
 def filled_in(
@@ -194,10 +176,9 @@ def filled_in(
 ) -> Figure:
     """One trial in four panels: recorded, input, prediction and (if known) the true rates.
 
-    The input shows hidden entries without their spikes, as the model sees them, and arrows
-    lead from the attended bins to the bin in the middle. The last two panels show only the
-    scored entries, in the same colours. ``predictor`` is a model or a function, see
-    :func:`mtm.evaluate`; ``seed`` is of the mask.
+    The input shows hidden entries without their spikes, as the model sees them. The last two panels
+    show only the scored entries. ``predictor`` is a model or a function, see :func:`mtm.evaluate`;
+    ``seed`` is of the mask.
     """
     drawn = _draw_mask(session, name, [trial], seed)
     counts = torch.from_numpy(session.counts[[trial]].astype(np.float32))
@@ -212,16 +193,15 @@ def filled_in(
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     raster(session, trial, axes[0, 0]).set_title("1. recorded", pad=16)
     visible = np.where(drawn.hidden.numpy(), 0, session.counts[[trial]])
-    order = _show_mask(session, visible, drawn, axes[0, 1], _extent(session))
+    _show_mask(session, visible, drawn, axes[0, 1])
     axes[0, 1].set_title("2. input: what the model sees", pad=16)
     _show_attention(axes[0, 1], drawn.causal)
     for ax, (title, image) in zip(axes[1], images.items(), strict=False):
-        scored = np.where(target, image / session.bin_size, np.nan)[:, order].T
-        picture = ax.imshow(scored, extent=_extent(session), norm=norm, **IMAGE)
-        ax.set(title=title, facecolor="0.9")  # grey: not scored
+        scored = np.where(target, image / session.bin_size, np.nan)
+        picture = _image(session, scored, ax, norm=norm)
+        ax.set(title=title, xlabel=TIME, facecolor="0.9")  # grey: not scored
     axes[1, 1].set_visible(len(images) > 1)
-    for ax in axes.flat:
-        ax.set_xlabel("" if ax in axes[0] else TIME)
+    axes[0, 0].set_xlabel("")
     _mark_regions(session, axes[1, 0])
     figure.colorbar(picture, ax=axes[1], label="firing rate (Hz)")
     return figure
@@ -236,27 +216,11 @@ def predicted(
     ax.bar(times, session.counts[trial, :, neuron] / width, width, color="0.85", label="spikes")
     if session.rates is not None:
         true = session.rates[trial, :, neuron] / width
-        ax.plot(times, true, color=METHOD_COLOURS["true rate"], label="true rate")
-    ax.plot(times, np.exp(log_rates) / width, color=METHOD_COLOURS["MtM"], label="predicted rate")
+        ax.plot(times, true, color=GREEN, label="true rate")
+    ax.plot(times, np.exp(log_rates) / width, color=BLUE, label="predicted rate")
     ax.set(xlabel=TIME, ylabel="firing rate (Hz)")
     ax.set_title(f"{_name(session, neuron)}, trial {trial}")
     return _tidy(ax)
-
-
-def rate_scatter(
-    true: np.ndarray, log_rates: np.ndarray, bin_size: float, ax: Axes | None = None
-) -> Axes:
-    """Predicted against true rates: log-rates against expected counts of a bin, any shape."""
-    ax = ax or plt.gca()
-    x, y = np.ravel(true) / bin_size, np.exp(np.ravel(log_rates)) / bin_size
-    ax.hexbin(x, y, gridsize=60, bins="log", xscale="log", yscale="log", cmap="Blues", mincnt=1)
-    ends = [min(x.min(), y.min()), max(x.max(), y.max())]
-    ax.plot(ends, ends, color=RED, lw=1)
-    ax.set(xlabel="true rate (Hz)", ylabel="predicted rate (Hz)")
-    return _tidy(ax)
-
-
-# ------------------------------------------------------------------------------------- training
 
 
 def history(entries: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Axes:
@@ -289,16 +253,10 @@ def live() -> Callable[[Sequence[Mapping[str, Any]]], None]:
     return draw
 
 
-# --------------------------------------------------------------------------------------- scores
-
-
 def score_bars(
     reports: Mapping[str, Report], column: str = "bits_per_spike", ax: Axes | None = None
 ) -> Axes:
-    """Mean of each predictor in each task that has the column, with its standard error.
-
-    The error is over sessions where there are several, else over neurons.
-    """
+    """Mean of each predictor in each task, with its error over sessions or, of one, neurons."""
     ax = ax or plt.gca()
     several = any(len(report.sessions) > 1 for report in reports.values())
     bars: dict[str, dict[str, Mean]] = {name: {} for name in reports}
@@ -364,9 +322,6 @@ def score_scatter(
     return _tidy(ax)
 
 
-# -------------------------------------------------------------------------------------- helpers
-
-
 def _draw_bars(bars: Mapping[str, Mapping[str, Mean]], ax: Axes) -> None:
     """Draw bars side by side: method -> group -> mean and error."""
     groups = list(dict.fromkeys(group for means in bars.values() for group in means))
@@ -410,11 +365,6 @@ def _observed(session: Session, trials: Any) -> np.ndarray:
     return np.where(unobserved(session, trials), np.nan, session.counts[trials])
 
 
-def _extent(session: Session) -> Extent:
-    """Edges of an image of neurons (rows) by time."""
-    return (*session.window, session.n_neurons, 0)
-
-
 def _name(session: Session, neuron: int) -> str:
     return f"neuron {neuron}, {session.regions[neuron] or 'no region'}"
 
@@ -429,17 +379,21 @@ def _draw_mask(
     return drawn.leave_out(torch.from_numpy(unobserved(session, np.asarray(trials))))
 
 
-def _show_mask(
-    session: Session, counts: np.ndarray, drawn: Mask, ax: Axes, extent: Extent
-) -> np.ndarray:
-    """Show a mask over counts (K', T, N), trials side by side; return the order of the neurons."""
-    order = np.argsort(session.regions, kind="stable")
+def _show_mask(session: Session, counts: np.ndarray, drawn: Mask, ax: Axes, *edges: float) -> None:
+    """Show a mask over counts (K', T, N), trials side by side."""
     state = (drawn.hidden.long() + drawn.target.long()).numpy()  # 0 visible, 1 hidden, 2 scored
-    codes = (2 * state + (counts > 0))[:, :, order]
+    codes = np.concatenate(list(2 * state + (counts > 0)))
     palette = ListedColormap(["white", "0.35", PALE_ORANGE, ORANGE, PALE_BLUE, BLUE])
-    image = np.concatenate(list(codes), axis=0).T
-    ax.imshow(image, cmap=palette, vmin=-0.5, vmax=5.5, extent=extent, **IMAGE)
-    return order
+    _image(session, codes, ax, *edges, cmap=palette, vmin=-0.5, vmax=5.5)
+
+
+def _image(
+    session: Session, values: np.ndarray, ax: Axes, *edges: float, **style: Any
+) -> AxesImage:
+    """Show values (T, N) with neurons down, sorted by region; edges are left and right."""
+    order = np.argsort(session.regions, kind="stable")
+    extent = (*(edges or session.window), session.n_neurons, 0)
+    return ax.imshow(values[:, order].T, extent=extent, **IMAGE, **style)
 
 
 def _show_attention(ax: Axes, causal: bool, left: float = 0.0, right: float = 1.0) -> None:
@@ -460,9 +414,9 @@ def _mark_regions(session: Session, ax: Axes) -> None:
     ax.set_yticks((starts + stops) / 2, [label or "no region" for label in labels])
     ax.tick_params(axis="y", length=0, pad=9)
     strip = ax.get_yaxis_transform() + ScaledTranslation(-5 / 72, 0, ax.figure.dpi_scale_trans)
-    style: dict[str, Any] = {"lw": 4, "clip_on": False, "solid_capstyle": "butt"}
-    for label, start, stop in zip(labels, starts, stops, strict=True):
-        ax.plot([0, 0], [start, stop], transform=strip, color=colours[label], **style)
+    pieces = [[(0, start), (0, stop)] for start, stop in zip(starts, stops, strict=True)]
+    shown = [colours[label] for label in labels]
+    ax.add_artist(LineCollection(pieces, colors=shown, lw=4, transform=strip, clip_on=False))
 
 
 def _tidy(ax: Axes) -> Axes:

@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtm import metrics
+from mtm.inputs import SessionError
 from mtm.masks import Mask, scheme
-from mtm.session import Session, SessionError, Split
+from mtm.session import Session, Split
 
 TASKS = {
     "co-smoothing": "neuron",
@@ -42,8 +43,7 @@ class Predictor(Protocol):
 
     It may also take ``neurons`` (B,) and return the log-rates (B, T) of one neuron of each trial.
     Optional attributes: ``device``; ``n_bins``, ``bin_size``, ``window``, ``split_seed`` and
-    ``seen`` (session name -> fingerprints of training trials), which are checked; ``schemes``,
-    those that it can predict.
+    ``seen`` (session name -> fingerprints of training trials), which are checked; ``schemes``.
     """
 
     def predict_log_rates(self, counts: Tensor, scheme: str, mask: Mask, session: str) -> Tensor:
@@ -72,14 +72,12 @@ def require_same_bins(predictor: PredictorLike, session: Session) -> None:
     A session has other neurons, or the same in another order, if the predictor was trained on one
     of this name and knows none of its trials. (Or all its trials are new, which cannot be told.)
     """
-    found = session.n_bins, session.bin_size, session.window[0]
-    window = _attribute(predictor, "window", None) or session.window  # None: not known
-    n_bins, bin_size = (
-        _attribute(predictor, k, getattr(session, k)) for k in ("n_bins", "bin_size")
-    )
-    if not np.allclose(found, trained := (n_bins, bin_size, window[0])):
+    n = _attribute(predictor, "n_bins", session.n_bins)
+    size = _attribute(predictor, "bin_size", session.bin_size)
+    start = (_attribute(predictor, "window", None) or session.window)[0]  # None: not known
+    found, trained = (session.n_bins, session.bin_size, session.window[0]), (n, size, start)
+    if not np.allclose(found, trained):
         one, other = ("{} bins of {:g} s from {:g} s".format(*bins) for bins in (found, trained))
-        n, size, start = trained
         call = f"load_session(..., window=({start:g}, {start + n * size:g}), bin_size={size:g})"
         problem = f"has {one}, the model was trained on {other}; bin it alike, with {call}"
         raise SessionError(f"session {session.name!r} {problem}")
@@ -103,14 +101,15 @@ def choose_split(
     Raises ValueError when it was trained with another, or none is asked for and its own unknown.
     """
     trained = _attribute(predictor, "split_seed", split_seed or 0)
-    if split_seed is None and trained is None:
+    seed = trained if split_seed is None else split_seed
+    if seed is None:
         raise ValueError(
             "it is not known which trials this model was trained on; pass split_seed=0 for test "
             "trials some of which may be its training trials"
         )
-    if split_seed is not None and trained not in (None, split_seed) and not allow_seen:
-        raise ValueError(f"the model was trained on the split of seed {trained}, not {split_seed}")
-    return session.split(trained if split_seed is None else split_seed)
+    if trained not in (None, seed) and not allow_seen:
+        raise ValueError(f"the model was trained on the split of seed {trained}, not {seed}")
+    return session.split(seed)
 
 
 def require_unseen(predictor: PredictorLike, session: Session, trials: np.ndarray) -> None:
@@ -145,9 +144,6 @@ def _method(predictor: PredictorLike) -> Any:
     return getattr(predictor, "predict_log_rates", predictor)
 
 
-# ---------------------------------------------------------------- hiding and predicting
-
-
 def predict_masked(
     predictor: PredictorLike, counts: Tensor, mask: Mask, scheme: str, session: str, **asked: Tensor
 ) -> Tensor:
@@ -161,9 +157,8 @@ def predict_masked(
     with torch.no_grad():
         log_rates = _method(predictor)(visible, scheme, mask, session, **asked)
     log_rates = torch.as_tensor(log_rates, device=counts.device).detach().float()
-    expected = counts.shape[: 2 if asked else 3]
-    if log_rates.shape != expected:
-        shapes = f"the predictor returned shape {tuple(log_rates.shape)}, not {tuple(expected)}"
+    if (shape := tuple(log_rates.shape)) != (expected := tuple(counts.shape[: 2 if asked else 3])):
+        shapes = f"the predictor returned shape {shape}, not {expected}"
         raise ValueError(f"{shapes}; it must return a log-rate for every entry")
     return log_rates
 
@@ -188,7 +183,7 @@ def predict_queries(
 
     Args:
         predictor: as :func:`as_predictor` returns it.
-        session: the recording, and ``trials`` (K',) of it.
+        session, trials: the recording, and (K',) indices of its trials.
         name: masking scheme whose prompt a model gets; it decides whether attention is causal.
         queries: what to hide and predict.
         **options: ``batch_size`` and ``progress`` of :func:`mtm.evaluate`.
@@ -238,14 +233,13 @@ def _in_batches(
     with tqdm(total=len(query), desc=name, disable=disable, leave=False) as bar:
         while start < len(query):
             some = slice(start, start + max(1, batch_size))
-            of = on_device(query[some])
+            of, shown = on_device(query[some]), on_device(trial[some])
             mask = Mask(hide[of, None] & inside, target[of, None] & inside, scheme(name).causal)
-            mask = mask.leave_out(absent[on_device(trial[some])])
+            mask = mask.leave_out(absent[shown])
             neurons = on_device(wanted.argmax(axis=1)[query[some]])
             asked = {"neurons": neurons} if one_each else {}
-            shown = counts[on_device(trial[some])]
             try:
-                rates = predict_masked(predictor, shown, mask, name, session.name, **asked)
+                rates = predict_masked(predictor, counts[shown], mask, name, session.name, **asked)
             except (RuntimeError, MemoryError) as error:
                 # torch has no exception of its own for this on a CPU, nor for cuBLAS.
                 known = any(text in str(error) for text in OUT_OF_MEMORY)
@@ -286,9 +280,6 @@ def unobserved(session: Session, trials: np.ndarray) -> np.ndarray:
     if session.observed is None:
         return np.zeros((len(trials), 1, session.n_neurons), dtype=bool)
     return ~session.observed[trials][:, None]
-
-
-# ---------------------------------------------------------------- the activity tasks
 
 
 def forward_bins(n_bins: int) -> tuple[int, int]:

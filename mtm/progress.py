@@ -8,6 +8,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
+import pandas as pd
 from tqdm import tqdm
 
 from mtm.checkpoint import History, Run
@@ -70,6 +71,4 @@ class TensorBoard:
 
 def flat(entry: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a history entry, with names as ``validation/neuron``."""
-    groups = {k: v if isinstance(v, dict) else {"": v} for k, v in entry.items()}
-    numbers = {f"{k}/{name}".rstrip("/"): x for k, v in groups.items() for name, x in v.items()}
-    return {name: x for name, x in numbers.items() if x is not None}
+    return pd.json_normalize(entry, sep="/").dropna(axis=1).to_dict("records")[0]

@@ -18,7 +18,7 @@ CHOICES = {
     "precision": ("auto", "float32", "bf16"),
     "compile": ("none", "default", "reduce-overhead", "max-autotune"),
 }
-POSITIVE = {"epochs", "batch_size", "batches_per_step", "micro_batch", "validations", "patience"}
+POSITIVE = {"epochs", "batch_size", "batches_per_step", "validations", "patience"}
 POSITIVE |= {"lr", "clip"}
 
 
@@ -31,8 +31,6 @@ class TrainConfig:
         batch_size: trials per batch. A batch has one session and one masking scheme.
         batches_per_step: batches per optimizer step, of different sessions where possible. With
             several processes (see ``mtm.distributed``), each computes a share of them.
-        micro_batch: trials per forward pass, to save memory, or None for all batches of a step at
-            once. The loss does not change.
         tune: parameters to train: "all", "session-layers" (the layers and tokens of the given
             sessions; the shared layers stay fixed), or "session-layers-then-all", the first fifth
             of the epochs.
@@ -50,7 +48,7 @@ class TrainConfig:
         validations: number of validations, evenly spread over the epochs.
         patience: stop after this many validations without improvement, or None.
         calibrate: at the end, scale how far predictions are from the mean rates so that they suit
-            the validation trials best (temperature scaling), see ``mtm.training.calibrate``.
+            the validation trials best (temperature scaling), see ``mtm.validation.calibrate``.
         seed: of initial weights, masks, dropout and the order of batches.
         split_seed: of ``Session.split``.
         init: preset of a new model, "mtm" or "paper": its initial weights and, unless a model is
@@ -64,7 +62,6 @@ class TrainConfig:
     epochs: int = 200
     batch_size: int = 4
     batches_per_step: int = 4
-    micro_batch: int | None = None
     tune: str = "all"
     token: str = "new"
     lr: float = 1e-3

@@ -19,7 +19,6 @@ import pandas as pd
 from mtm.files import atomic_write
 
 LABELS = ("session", "seed", "neuron", "region", "features")  # columns that identify a row
-COUNTED = ("neurons", "of them silent", "not scored", "with nothing visible")
 COUNTS = ("spikes", "visible", "train_trials", "test_trials")
 POOLED = {"bits_per_spike": "gain", "bits_per_spike_train_null": "gain_train_null"}
 
@@ -49,18 +48,15 @@ class TaskScores:
     """Scores of one task.
 
     Attributes:
-        table: of an activity task, a row for each neuron (and session, and seed): ``session``,
-            ``seed`` (0, 1, ... of the runs of a session), ``neuron``, ``region``;
-            ``bits_per_spike`` (null: the neuron's mean over the scored test entries, as in the
-            paper), ``bits_per_spike_train_null`` (null: its mean over the training trials),
-            ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known); the controls
-            ``shuffled_trials`` (each trial gets another one's prediction, which keeps the mean time
-            course) and ``shuffled_neurons`` (each neuron gets another one's, scaled to its own
-            mean); ``gain`` and ``gain_train_null``, in bits; ``spikes`` scored; ``visible``,
-            neurons that could be seen (0: it is a guess).
-
-            Of a behaviour, a row for each session (and seed): its score, its controls,
-            ``train_trials`` and ``test_trials``. NaN = no score, as of a silent neuron.
+        table: of an activity task, a row for each neuron, session and seed (0, 1, ... of the runs
+            of a session): ``bits_per_spike`` (null: the neuron's mean over the scored test entries,
+            as in the paper), ``bits_per_spike_train_null`` (null: its mean over the training
+            trials), ``poisson_d2``, ``trial_r2``, ``psth_r2`` (where conditions are known); the
+            controls ``shuffled_trials`` (each trial gets another one's prediction, which keeps the
+            mean time course) and ``shuffled_neurons`` (each neuron gets another one's, scaled to
+            its own mean); ``gain`` and ``gain_train_null``, in bits; ``spikes`` scored;
+            ``visible``, neurons that could be seen. Of a behaviour, a row for each session and
+            seed: its score and controls. NaN = no score, as of a silent neuron.
         score: the column that is the task's score.
     """
 
@@ -74,7 +70,7 @@ class TaskScores:
 
     @property
     def each_neuron(self) -> pd.DataFrame:
-        """A row of each neuron of an activity task, whatever the seeds."""
+        """A row of each neuron, whatever the seeds."""
         return self.table.drop_duplicates(["session", "neuron"])
 
     @property
@@ -92,9 +88,9 @@ class TaskScores:
 
         Args:
             column: of the table. Default: the task's score.
-            pooled: for bits per spike, the total gain over the total spikes of a session instead of
-                the mean over its neurons: busy neurons weigh more, and rates predicted for silent
-                ones lower it, as in the Neural Latents Benchmark.
+            pooled: for bits per spike, the total gain over the total spikes of a session, as in the
+                Neural Latents Benchmark: busy neurons weigh more, and rates predicted for silent
+                ones lower it.
         """
         return self.over("sessions", column, pooled).value
 
@@ -102,8 +98,8 @@ class TaskScores:
         """The mean, and its standard error over ``"neurons"``, ``"sessions"`` or ``"seeds"``.
 
         Over neurons: their scores are averaged over seeds; the errors of several sessions add up as
-        those of independent means do; a behaviour has no error. Over seeds: of the means over
-        sessions, for the seeds that every session has.
+        those of independent means do. Over seeds: of the means over sessions, for the seeds that
+        every session has.
         """
         column = column or self.score
         runs = self.table.groupby(["session", "seed"], sort=False)
@@ -119,8 +115,6 @@ class TaskScores:
             return mean_of(means.unstack("session").dropna().mean(axis=1))
         if what != "neurons" or pooled:
             raise ValueError(f"over 'sessions', 'seeds' or, unless pooled, 'neurons'; got {what!r}")
-        if not self.per_neuron:
-            return Mean(self.mean(column), np.nan, 0)
         each = self._by_neuron(column).groupby("session").agg(["mean", "sem", "count"])
         each = each[each["count"] > 0]
         error = np.linalg.norm(each["sem"]) / len(each) if len(each) else np.nan
@@ -182,30 +176,21 @@ class Report:
                 joined.left_out[task] = known if reason in known else f"{known}; {reason}"
         return joined
 
-    def share(self, ceiling: Report, column: str = "bits_per_spike_train_null") -> dict[str, float]:
-        """Task -> score as a share of another report's on the same sessions, such as the oracle's.
-
-        With the honest null, the default, the mean rates have a share of 0 by construction.
-        """
-        if set(self.sessions) != set(ceiling.sessions):
-            raise ValueError(f"not the same sessions: {[*self.sessions]} and {[*ceiling.sessions]}")
-        best = {task: s.mean(column) for task, s in ceiling.tasks.items() if column in s.table}
-        return {
-            task: scores.mean(column) / best[task] if best[task] else np.nan
-            for task, scores in self.tasks.items()
-            if task in best and column in scores.table
-        }
+    def means(self, column: str | None = None) -> dict[str, float]:
+        """Task -> mean of a column, by default of the task's score, where the task has it."""
+        having = {t: s for t, s in self.tasks.items() if (column or s.score) in s.table}
+        return {task: scores.mean(column) for task, scores in having.items()}
 
     def to_frame(self) -> pd.DataFrame:
         """One table of all tasks, with a column ``task``; NaN where a task lacks a column."""
-        tables = {task: scores.table for task, scores in self.tasks.items()}
-        return pd.concat(tables, names=["task"]).reset_index("task").reset_index(drop=True)
+        tables = [scores.table.assign(task=task) for task, scores in self.tasks.items()]
+        return pd.concat(tables, ignore_index=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Task -> means, errors and counts for JSON (NaN = None).
+        """Task -> column -> mean, for JSON (NaN = None).
 
-        Of a task: means; ``pooled_...``; ``errors``, over what -> column -> the standard error;
-        counts of neurons; ``regions``, region -> [mean, error, neurons].
+        Also ``pooled_...``; ``errors``, over what -> column -> the standard error; counts of
+        neurons; ``regions``, region -> [mean, error, neurons].
         """
         summary = {}
         for task, scores in self.tasks.items():
@@ -232,8 +217,8 @@ class Report:
             "neurons_with_nothing_visible": int((scores.each_neuron["visible"] == 0).sum()),
         }
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """All of it as JSON, to six decimals; also written to ``path``, if there is one."""
+    def to_json(self, path: str | Path) -> None:
+        """Write all of it as JSON, to six decimals."""
         content = {
             "summary": self.to_dict(),
             "sessions": self.sessions,
@@ -241,17 +226,13 @@ class Report:
             "left_out": self.left_out,
             "tables": {task: s.table.to_dict("list") for task, s in self.tasks.items()},
         }
-        text = json.dumps(_plain(content), allow_nan=False) + "\n"
-        if path is not None:
-            with atomic_write(path) as partial:
-                partial.write_text(text)
-        return text
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps(_plain(content), allow_nan=False) + "\n")
 
     @classmethod
-    def from_json(cls, source: str | Path) -> Report:
-        """Read what :meth:`to_json` wrote: a file, or its text."""
-        text = str(source) if str(source).startswith("{") else Path(source).read_text()
-        content, tasks = json.loads(text), {}
+    def from_json(cls, path: str | Path) -> Report:
+        """Read a file that :meth:`to_json` wrote."""
+        content, tasks = json.loads(Path(path).read_text()), {}
         for task, columns in content["tables"].items():
             nan = {k: [np.nan if v is None else v for v in values] for k, values in columns.items()}
             tasks[task] = TaskScores(pd.DataFrame(nan), content["scores"][task])
@@ -270,7 +251,7 @@ class Report:
                 "all spikes pooled": s.mean(pooled=True),
                 "trials shuffled": s.mean("shuffled_trials"),
                 "neurons shuffled": s.mean("shuffled_neurons"),
-                **dict(zip(COUNTED, self._counted(s).values(), strict=True)),
+                **{key.replace("_", " "): n for key, n in self._counted(s).items()},
             }
             for task, s in self.tasks.items()
             if s.per_neuron
@@ -283,9 +264,7 @@ class Report:
             read = " or ".join(scores.table["features"].unique())
             text = f"{task} from {read}: {scores.score} {value} ({beside})"
             lines.append(textwrap.fill(text, 79, subsequent_indent="    "))
-        for reason in dict.fromkeys(self.left_out.values()):
-            tasks = [task for task, why in self.left_out.items() if why == reason]
-            lines.append(f"{', '.join(tasks)}: left out, {reason}")
+        lines += [f"{task}: left out, {reason}" for task, reason in self.left_out.items()]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -294,12 +273,9 @@ class Report:
 def score_table(reports: Mapping[str, Report], column: str | None = None) -> str:
     """A text table: a row for each predictor, a column for each task; "-" where there is no score.
 
-    Its scores are those of a ``column`` of the tables, by default each task's own.
+    ``column`` is of the tables of scores; default: each task's own score.
     """
-    means = {
-        name: {t: s.mean(column) for t, s in r.tasks.items() if (column or s.score) in s.table}
-        for name, r in reports.items()
-    }
+    means = {name: report.means(column) for name, report in reports.items()}
     if not any(means.values()):
         raise ValueError(f"no report has a column {column!r}")
     return _text(pd.DataFrame.from_dict(means, orient="index"))
@@ -327,11 +303,6 @@ def _text(table: pd.DataFrame) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value for JSON: numbers rounded to six decimals, None for NaN."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    if isinstance(value, float):
-        return round(value, 6) if np.isfinite(value) else None
-    return value
+    """A value as JSON holds it, with numbers rounded to six decimals and None for NaN."""
+    text = json.dumps(value)
+    return json.loads(text, parse_float=lambda x: round(float(x), 6), parse_constant=lambda _: None)

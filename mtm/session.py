@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,8 +14,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from mtm.binning import bin_spikes, bin_trace, cluster_places, plain, seconds
+from mtm import inputs
+from mtm.binning import bin_spikes, bin_trace
 from mtm.files import MemoryMapped, read_arrays, write_arrays
+from mtm.inputs import SessionError, checked_array, checked_columns, errors_of
 
 FORMAT = "mtm-session 3"
 PLAIN = ("name", "subject", "bin_size", "window", "n_recorded", "provenance")  # not arrays
@@ -27,12 +27,6 @@ UNLABELLED = (
     *("n/a", "na", "tbd", "?", "-"),
 )
 """Labels (any case) that mean "no region": such neurons are kept, but never form a region."""
-AXES = ("trial|presentation", "time|bin", "neuron|unit|cluster|cell")  # as xarray may name them
-LOWEST_RATE, LOWEST_SHARE = 0.1, 0.01  # below both, times are not seconds: see `_count`
-
-
-class SessionError(ValueError):
-    """A recording that cannot be used as it is; the message names session, field and remedy."""
 
 
 class Split(NamedTuple):
@@ -87,24 +81,20 @@ class Session:
     ) -> None:
         self.name, self.subject, self.bin_size = str(name), str(subject), float(bin_size)
         who, self.provenance = f"session {self.name!r},", provenance or {}
-        with _errors_of(who):
-            self.counts = _check_counts(who, counts)
+        with errors_of(who):
+            self.counts = inputs.check_counts(who, counts)
             self.n_trials, self.n_bins, self.n_neurons = trials, bins, units = self.counts.shape
             labels = [""] * units if regions is None else regions
-            self.regions = _array("regions", labels, (units,)).astype(np.str_)
-            self.behaviour = _columns("behaviour", behaviour, (trials,), (trials, bins))
-            for key, array in self.behaviour.items():
-                if array.dtype.kind not in ("uibfU" if array.ndim == 1 else "uibf"):
-                    raise ValueError(f"behaviour {key!r}: need numbers, or a word for each trial")
-            self.neurons = _columns("neurons", neurons, (units,))
-            self.rates = None
+            self.regions = checked_array("regions", labels, (units,)).astype(np.str_)
+            self.behaviour = checked_columns("behaviour", behaviour, (trials,), (trials, bins))
+            self.neurons = checked_columns("neurons", neurons, (units,))
+            self.rates = self.observed = None
             if rates is not None:
-                self.rates = _array("rates", rates, self.counts.shape).astype("f4", copy=False)
-            self.observed = None
+                self.rates = checked_array("rates", rates, self.counts.shape).astype(
+                    "f4", copy=False
+                )
             if observed is not None:
-                self.observed = _array("observed", observed, (trials, units))
-                if self.observed.dtype != bool:
-                    raise ValueError("observed: need True or False for each trial and neuron")
+                self.observed = checked_array("observed", observed, (trials, units)).astype(bool)
                 if not isinstance(counts, MemoryMapped):  # else it was done before saving
                     self.counts *= self.observed[:, None]
             self.given_split = None
@@ -116,9 +106,7 @@ class Session:
                 self.given_split = Split(*map(np.sort, parts))
             self.n_recorded = trials if n_recorded is None else int(n_recorded)
             ids = np.arange(trials) if trial_ids is None else trial_ids
-            self.trial_ids = _array("trial_ids", ids, (trials,)).astype(np.int64)
-            if not self.bin_size > 0:
-                raise ValueError(f"bin_size: need seconds above 0, got {self.bin_size}")
+            self.trial_ids = checked_array("trial_ids", ids, (trials,)).astype(np.int64)
             length = bins * self.bin_size
             start, stop = (0.0, length) if window is None else map(float, window)
             if not abs(stop - start - length) < 1e-6 * max(1.0, length):
@@ -126,8 +114,8 @@ class Session:
                 raise ValueError(f"{problem}; counts are trials x bins x neurons")
             self.window = start, stop
         if self.bin_size > 1:
-            problem = f"bins of {self.bin_size} s; it is in seconds, not milliseconds"
-            warnings.warn(f"{who} bin_size: {problem}", stacklevel=2)
+            doubt = f"bins of {self.bin_size} s; it is in seconds, not milliseconds"
+            warnings.warn(f"{who} bin_size: {doubt}", stacklevel=2)
 
     @property
     def times(self) -> np.ndarray:
@@ -138,8 +126,7 @@ class Session:
     def firing_rates(self) -> np.ndarray:
         """Mean firing rate of each neuron over all trials and bins it was observed in, (N,) Hz."""
         n = self.n_trials if self.observed is None else np.maximum(self.observed.sum(axis=0), 1)
-        seconds = n * self.n_bins * self.bin_size
-        return self.counts.sum(axis=(0, 1), dtype=np.int64) / seconds
+        return self.counts.sum(axis=(0, 1), dtype=np.int64) / (n * self.n_bins * self.bin_size)
 
     @property
     def region_names(self) -> list[str]:
@@ -152,8 +139,8 @@ class Session:
         return pd.Index(self.region_names).get_indexer(self.regions).astype(np.int64)
 
     def __repr__(self) -> str:
-        hz, sizes = self.firing_rates, pd.Series(self.regions).value_counts()
-        regions = ", ".join(f"{name} {sizes[name]}" for name in self.region_names)
+        hz, labels = self.firing_rates, self.regions.tolist()
+        regions = ", ".join(f"{name} {labels.count(name)}" for name in self.region_names)
         lines = [
             f"Session {self.name!r}" + f" of subject {self.subject}" * bool(self.subject),
             f"{self.n_trials} trials x {self.n_bins} bins x {self.n_neurons} neurons; "
@@ -165,8 +152,7 @@ class Session:
             keys = [key for key, array in sorted(self.behaviour.items()) if array.ndim == n]
             lines += [f"behaviour per {unit}: {', '.join(keys)}"] * bool(keys)
         if self.observed is not None:
-            n_partly = (~self.observed).any(axis=0).sum()
-            lines += [f"{n_partly} neurons not observed in all trials"]
+            lines += [f"{(~self.observed).any(axis=0).sum()} neurons not observed in all trials"]
         lines += ["true rates known (simulated)"] * (self.rates is not None)
         return "\n  ".join(textwrap.shorten(line, 200) for line in lines)
 
@@ -174,8 +160,8 @@ class Session:
         """Split the trials at random into 70 % training, 10 % validation and 20 % test trials.
 
         The draw depends on the session's name and the seed alone, and is made among the trials of
-        the whole recording, so that a selection keeps each trial in its part. A recording that came
-        with its own split keeps it. A part without trials is an error, but for given test trials.
+        the whole recording: a selection keeps each trial in its part. A given split is kept. A part
+        without trials is an error, but for given test trials.
         """
         split = self.given_split
         if split is None:
@@ -190,9 +176,9 @@ class Session:
             split = Split(*(np.flatnonzero(part == number) for number in (2, 1, 0)))
         for label, trials in split._asdict().items():
             if len(trials) == 0 and (label != "test" or self.given_split is None):
-                problem = f"none of its {self.n_trials} trials is in {label}; keep more trials"
-                remedy = "or pass given_split=(train, val, test), their indices"
-                raise SessionError(f"session {self.name!r}, split: {problem}, {remedy}")
+                problem = f"none of its {self.n_trials} trials is in {label}"
+                remedy = "keep more trials, or pass given_split"
+                raise SessionError(f"session {self.name!r}, split: {problem}; {remedy}")
         return split
 
     def select(self, trials: ArrayLike | None = None, neurons: ArrayLike | None = None) -> Session:
@@ -215,16 +201,15 @@ class Session:
     def filled(self, trials: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
         """Counts (K', T, N) of some trials, with a mean where a neuron was not observed.
 
-        The mean is that of the same bin in the trials ``among`` (default: these trials) in which
-        the neuron was observed, so it changes no neuron's mean; 0 if there is none.
+        The mean is that of the same bin in the trials ``among`` (default: these) in which the
+        neuron was observed, so it changes no neuron's mean; 0 if there is none.
         """
         if self.observed is None:
             return self.counts[trials]
         among = trials if among is None else among
-        n_known = self.observed[among].sum(axis=0)
-        mean = self.counts[among].sum(axis=0) / np.maximum(n_known, 1)  # unobserved counts are 0
-        known = self.observed[trials][:, None]
-        return np.where(known, self.counts[trials], mean.astype(np.float32))
+        n_known = np.maximum(self.observed[among].sum(axis=0), 1)
+        mean = (self.counts[among].sum(axis=0) / n_known).astype(np.float32)
+        return np.where(self.observed[trials][:, None], self.counts[trials], mean)
 
     def fingerprints(self, trials: np.ndarray) -> np.ndarray:
         """Hash the spikes of each of these trials, (K',) int64, whatever the session's name.
@@ -272,19 +257,28 @@ class Session:
             SessionError: also where times seem to be in other units, or trials are there twice.
         """
         grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
-        recorded, who = (spike_times, spike_clusters, align_times), f"session {name!r},"
-        with _errors_of(who):
-            ids, labels = _clusters(spike_clusters, clusters, regions)
-            table = {"cluster": ids} | _columns("neurons", neurons, ids=ids, rows=clusters)
-            trials = _columns("behaviour", behaviour, rows=align_times)
-            counts = _count(who, recorded, ids, fields.get("given_split") is None, grid)
-            if twice := set(trials) & set(traces or {}):
-                raise ValueError(f"{min(twice)!r} is both a behaviour and a trace; rename one")
+        who = f"session {name!r},"
+        with errors_of(who):
+            ids, labels = inputs.clusters_of(spike_clusters, clusters, regions)
+            table = {"cluster": ids} | checked_columns("neurons", neurons, ids=ids, rows=clusters)
+            trials = checked_columns("behaviour", behaviour, rows=align_times)
+            with errors_of("spikes:"):
+                spikes = inputs.seconds("spike_times", spike_times, bin_size)
+                events = inputs.seconds("align_times", align_times, bin_size)
+                places = inputs.cluster_places(spike_clusters, ids)
+                counts = bin_spikes(spikes, places, events, n_neurons=len(ids), **grid)
+                if not counts.any():
+                    problem = "none falls into any trial's window"
+                    raise ValueError(f"{problem}; are both on one clock, in s?")
+            random_split = fields.get("given_split") is None
+            inputs.check_times(who, (spikes, events), counts, places, random_split, grid)
             for key, (times, values) in (traces or {}).items():
-                with _errors_of(f"{key}:"):
+                with errors_of(f"{key}:"):
                     trials[key] = bin_trace(times, values, align_times, **grid)
                 if np.isnan(trials[key]).all():
-                    warnings.warn(f"{who} trace {key!r}: {NO_SAMPLES}", stacklevel=2)
+                    doubt = "NaN in every bin; its times must be seconds on the clock of the events"
+                    doubt += ", samples at most 0.2 s apart (interpolate a slower trace first)"
+                    warnings.warn(f"{who} trace {key!r}: {doubt}", stacklevel=2)
         return cls(counts, labels, name, behaviour=trials, neurons=table, **grid, **fields)
 
     @classmethod
@@ -295,8 +289,8 @@ class Session:
         """Bin one array of spike times (seconds) for each neuron, in a list or by cluster id."""
         named: Any = trains if isinstance(trains, Mapping | pd.Series) else enumerate(trains)
         pairs: dict[Any, Any] = dict(named)
-        with _errors_of(f"session {name!r}, spikes:"):
-            times = [seconds("spike_times", train, bin_size) for train in pairs.values()]
+        with errors_of(f"session {name!r}, spikes:"):
+            times = [inputs.seconds("spike_times", train, bin_size) for train in pairs.values()]
         fields |= {"clusters": np.array(list(pairs)), "name": name, "bin_size": bin_size}
         spikes = np.concatenate(times), np.repeat(fields["clusters"], list(map(len, times)))
         return cls.from_spike_times(*spikes, align_times, **fields)
@@ -305,13 +299,12 @@ class Session:
         """Write the session to one uncompressed ``.npz``, atomically; returns the path."""
         description = {"format": FORMAT, **{field: getattr(self, field) for field in PLAIN}}
         description |= {"shape": self.counts.shape, "firing_rates": self.firing_rates.tolist()}
-        arrays = {"regions": self.regions, "trial_ids": self.trial_ids, "counts": self.counts}
-        some = {"rates": self.rates, "observed": self.observed}
-        arrays |= {key: array for key, array in some.items() if array is not None}
+        names = ("regions", "trial_ids", "counts", "rates", "observed")
+        arrays = {key: array for key in names if (array := getattr(self, key)) is not None}
         split = self.given_split._asdict() if self.given_split else {}
         groups = {"behaviour": self.behaviour, "neurons": self.neurons, "split": split}
-        for group, columns in groups.items():
-            arrays |= {f"{group}/{key}": values for key, values in columns.items()}
+        for group, table in groups.items():
+            arrays |= {f"{group}/{key}": values for key, values in table.items()}
         return write_arrays(path, description, arrays)
 
     @classmethod
@@ -320,9 +313,9 @@ class Session:
         description, arrays = read_session_file(path, mmap=("counts", "rates") if mmap else ())
         fields: dict[str, Any] = {k: v for k, v in description.items() if k not in LISTED}
         fields |= {"behaviour": {}, "neurons": {}, "split": {}}
-        for key, array in arrays.items():
+        for key, values in arrays.items():
             group, _, column = key.partition("/")  # as in "behaviour/choice"
-            (fields[group] if column else fields)[column or key] = array
+            (fields[group] if column else fields)[column or key] = values
         split = fields.pop("split")
         return cls(**fields, given_split=Split(**split) if split else None)
 
@@ -331,7 +324,7 @@ def read_session_file(
     path: str | Path, **options: Any
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Description and arrays of a session file; ``options``: see :func:`mtm.files.read_arrays`."""
-    with _errors_of(""):
+    with errors_of(""):
         description, arrays = read_arrays(path, **options)
         if description.get("format") != FORMAT:
             raise ValueError(f"{path} is no session file of this version; make it again")
@@ -353,132 +346,3 @@ def require_alike(sessions: Sequence[Session]) -> None:
         if not np.allclose(one, other):
             found = f"got {one} in {first.name!r} and {other} in {session.name!r}"
             raise SessionError(f"sessions must have the same {field}, {found}; bin them alike")
-
-
-@contextmanager
-def _errors_of(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, IndexError) as error:
-        raise SessionError(f"{what} {error}".lstrip()) from error
-
-
-def _columns(kind: str, table: Any, *shapes: tuple[int, ...], **order: Any) -> dict[str, Any]:
-    """Each column of a mapping or DataFrame, as an `_array`."""
-    items = () if table is None else table.items()
-    return {key: _array(f"{kind} {key!r}", values, *shapes, **order) for key, values in items}
-
-
-def _array(
-    field: str, values: Any, *shapes: tuple[int, ...], ids: Any = None, rows: Any = None
-) -> np.ndarray:
-    """Values as an array of one of the shapes; a Series in the order of ``ids``, by its index."""
-    if isinstance(values, pd.Series):
-        # With the index of `rows`, it is of the same table; that index is the default of ids.
-        table = rows.index if isinstance(rows, pd.Series) else None
-        order, index = table if ids is None else pd.Index(ids), values.index
-        numbers = pd.RangeIndex(len(values if order is None else order))
-        by_place, by_id = index.equals(numbers), order is not None and order.isin(index).all()
-        if by_id == by_place and not index.equals(order) and not index.equals(table):
-            found, wanted = index[:3].tolist(), (numbers if order is None else order)[:3].tolist()
-            raise ValueError(
-                f"{field}: a Series with index {found}... for {wanted}...; set these ids as its "
-                "index, or pass .to_numpy() if it is in their order"
-            )
-        values = values.reindex(order) if by_id and not index.equals(table) else values
-    array = plain(values)
-    if shapes and array.shape not in shapes:
-        needed = f"need shape {' or '.join(map(str, shapes))}, got {array.shape}"
-        raise ValueError(f"{field}: {needed}; counts are trials x bins x neurons")
-    return array
-
-
-def _check_counts(who: str, values: Any) -> np.ndarray:
-    counts, names = plain(values), getattr(values, "dims", None)
-    if counts.ndim != 3 or 0 in counts.shape:
-        raise ValueError(f"counts: need trials x bins x neurons, got shape {counts.shape}")
-    # Of h5py, `dims` is no tuple.
-    if isinstance(names, tuple) and not all(map(re.search, AXES, map(str.lower, names))):
-        order = "transpose to trials, time bins, neurons and pass .to_numpy()"
-        raise ValueError(f"counts: the axes are {names}; {order}")
-    if counts.dtype in (np.uint8, np.uint16):  # valid as they are; may be on disk
-        return counts if isinstance(values, MemoryMapped) else counts.copy()
-    if not (counts.min() >= 0 and counts.max() <= 65535):  # NaN is neither
-        raise ValueError(f"counts: must be 0 to 65535, got {counts.min()} to {counts.max()}")
-    whole = counts.astype(np.uint8 if counts.max() < 256 else np.uint16)
-    if not np.array_equal(whole, counts):
-        raise ValueError("counts: not whole numbers; pass spike counts, not rates or smoothed data")
-    if counts.dtype.kind == "f" and np.count_nonzero(whole) >= 50:
-        if (divisor := np.gcd.reduce(np.unique(whole))) > 1:
-            doubt = f"all are multiples of {divisor}, as rates in Hz would be"
-            warnings.warn(f"{who} counts: {doubt}; counts are spikes in a bin", stacklevel=4)
-    return whole
-
-
-def _clusters(fired: Any, clusters: Any, regions: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """The ids of the neuron axis, (N,), which ``clusters`` may not say, and their regions."""
-    if clusters is not None:
-        ids = plain(clusters)
-    elif regions is None or isinstance(regions, Mapping):
-        ids = np.unique(pd.Index(plain(fired)).dropna())
-    else:
-        ids = regions.index if isinstance(regions, pd.Series) else np.arange(len(regions))
-        # Without id 0, ids may as well start at 1, and all labels be one place off.
-        if np.array_equal(ids, np.arange(len(ids))) and not np.any(plain(fired) == 0):
-            problem = f"clusters: no spike has id 0, so nothing tells whose the {len(ids)} regions"
-            raise ValueError(f"{problem} are; pass clusters=, the id of each region")
-    if isinstance(regions, Mapping):
-        if not set(ids.tolist()) & set(regions):
-            keys = f"{list(regions)[:3]}... for clusters {ids[:3].tolist()}..."
-            raise ValueError(f"regions: labels of {keys}; its keys must be the clusters' ids")
-        regions = [regions.get(cluster, "") for cluster in ids.tolist()]
-    return ids, None if regions is None else _array("regions", regions, ids=ids, rows=clusters)
-
-
-NO_SAMPLES = (
-    "NaN in every bin; its times must be seconds on the clock of the events, and samples at most "
-    "0.2 s apart (interpolate a slower trace first)"
-)
-
-
-def _count(
-    who: str, recorded: Sequence[Any], ids: np.ndarray, random_split: bool, grid: dict[str, Any]
-) -> np.ndarray:
-    """Counts (K, T, N), after a look at the times."""
-    spike_times, spike_clusters, align_times = recorded
-    with _errors_of("spikes:"):
-        spikes = seconds("spike_times", spike_times, grid["bin_size"])
-        events = seconds("align_times", align_times, grid["bin_size"])
-        places = cluster_places(spike_clusters, ids)
-        counts = bin_spikes(spikes, places, events, n_neurons=len(ids), **grid)
-        if not counts.any():
-            raise ValueError("none falls into any trial's window; are both on one clock, in s?")
-    window, rates = grid["window"], counts.mean(axis=(0, 1), dtype=np.float64) / grid["bin_size"]
-    length, whole = window[1] - window[0], np.ptp(np.concatenate([spikes, events]))
-    rate = float(np.median(rates[np.unique(places)]))  # of neurons that fire at all
-    share = len(events) * length / (whole or length)
-    if rate < LOWEST_RATE and share < LOWEST_SHARE:
-        raise ValueError(
-            f"times: the median neuron fires {rate:.2g} times a second, in windows that cover "
-            f"{share:.2%} of {whole:.3g} s; convert spike_times and align_times to seconds "
-            "(from ms, divide by 1000; from samples, by the sampling rate)"
-        )
-    if len(again := np.flatnonzero(pd.Index(events).duplicated())):
-        trials = f"trials {again[:5].tolist()} are at the time of an earlier one"
-        raise ValueError(f"times: {trials}; drop duplicate rows")
-    events = np.sort(events)
-    overlap = np.maximum(length - np.diff(events), 0).sum() / (length * len(events))
-    outside = (events + window[1] < spikes.min()) | (events + window[0] > spikes.max())
-    doubts = {
-        f"{overlap:.0%} of the windows' time lies in the next window too, so a random split tests "
-        "on what it trains on; take events further apart, or pass given_split": (
-            overlap > 0.1 and random_split
-        ),
-        f"{outside.sum()} of {len(events)} trials lie before the first or after the last spike; "
-        "leave them out, or add the trial's start to spike times that count from it": (
-            0.05 < outside.mean() < 1
-        ),
-    }
-    for doubt in [text for text, holds in doubts.items() if holds]:
-        warnings.warn(f"{who} align_times: {doubt}", stacklevel=3)
-    return counts

@@ -22,7 +22,8 @@ import numpy as np
 from scipy.signal import lfilter
 
 from mtm.binning import n_bins
-from mtm.session import Session, SessionError
+from mtm.inputs import SessionError
+from mtm.session import Session
 
 CONTRASTS = np.array([0.0, 0.0625, 0.125, 0.25, 1.0])
 INPUTS = ("stimulus left", "stimulus right", "evidence", "turn", "movement", "reward")
@@ -86,13 +87,10 @@ def simulate(
         sessions with true ``rates`` (K, T, N); behaviour ``choice``, ``contrast``, ``block``,
         ``reward``, ``reaction-time`` (K,), ``wheel-speed``, ``whisker-motion-energy`` (K, T).
     """
-    if n_neurons < len(CIRCUIT):
-        raise ValueError(f"need a neuron for each of the {len(CIRCUIT)} regions, got {n_neurons}")
     before = int(np.ceil(BURN_IN / bin_size - 1e-9))  # bins
     grid = window[0] + bin_size * np.arange(-before, n_bins(window, bin_size))  # bin starts
     names = [region.name for region in CIRCUIT]
-    parts = np.array_split(np.arange(n_neurons), len(names))
-    regions = np.repeat(names, list(map(len, parts)))
+    regions = np.repeat(names, [len(part) for part in np.array_split(range(n_neurons), len(names))])
     fields: dict[str, Any] = {"bin_size": bin_size, "window": window}
     fields["neurons"] = {"probe": np.where(np.isin(regions, names[:3]), "probe00", "probe01")}
     sessions = []
@@ -200,7 +198,7 @@ def _log_rates(
     keep = np.exp(-bin_size / 0.8)
     noise = np.sqrt(1 - keep**2) * rng.standard_normal((n_trials, n_steps))
     arousal = lfilter([1.0], [1.0, -keep], noise, axis=1)
-    arousal = arousal + rng.standard_normal((n_trials, 1)) * 0.5
+    arousal += rng.standard_normal((n_trials, 1)) * 0.5
 
     log_rates = np.empty((n_trials, n_steps, len(regions)))
     for name, z in latents.items():
@@ -247,7 +245,7 @@ def spike_times(
     inside = edges[trial, time_bin] + session.bin_size * rng.uniform(EDGE, 1 - EDGE, len(trial))
 
     # Between the windows, neurons fire at their mean rates.
-    begins = np.concatenate([[0], edges[:, -1]]) + 0.001  # of the pauses, (K + 1,)
+    begins = np.append(0, edges[:, -1]) + 0.001  # of the pauses, (K + 1,)
     lengths = np.append(edges[:, 0], stop) - 0.001 - begins
     more = rng.poisson(lengths[:, None] * session.firing_rates[mine])
     pause, neuron = (np.repeat(i, more[more > 0]) for i in np.nonzero(more))

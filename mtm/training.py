@@ -1,19 +1,18 @@
 """Training: :func:`fit` is one explicit loop over batches, in :meth:`Trainer.train`.
 
 A batch has trials of one session, and a masking scheme drawn for it. Validation hides the same
-entries every time, and scores these only; the weights with the best mean over the schemes are kept.
-Every random number has a seed made of the settings' seed and its place in the run (epoch, step,
-batch), so a stopped run resumes exactly and several processes draw the masks that one would.
+entries every time; the weights with the best mean score over the schemes are kept. Random numbers
+have seeds made of the settings' seed and their place in the run (epoch, step, batch), so a stopped
+run resumes exactly and several processes draw the masks that one would.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,32 +21,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mtm import distributed
 from mtm.batches import SessionData, Step, counts_device, steps_of, steps_per_epoch
-from mtm.checkpoint import History, Run, best_entry, settings, without_nan
+from mtm.checkpoint import History, Run, best_entry, describe_run, without_nan
+from mtm.direct_paths import init_direct_paths
 from mtm.distributed import autocast, compiled, peak_memory, pick_device, setup_line
-from mtm.masks import MTM_SCHEMES, NO_REGION, Mask, MaskSampler, scheme
-from mtm.metrics import LOG2, poisson_nll
+from mtm.inputs import SessionError
+from mtm.masks import scheme
+from mtm.metrics import masked_nll
 from mtm.model import Batch, MtM, MtMConfig
 from mtm.prediction import require_same_bins
 from mtm.progress import Progress, TensorBoard
 from mtm.recipes import TrainConfig, recipe
-from mtm.session import Session, SessionError, require_alike
-
-VALIDATION_BATCH = 64  # validation trials that share a mask, whatever the batch size of training
-SHRINKAGES = [step / 20 for step in range(10, 31)]  # 0.5 to 1.5
-VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
-
-
-# --------------------------------------------------------------------------------------------- loss
-
-
-def masked_loss(log_rates: Tensor, counts: Tensor, target: Tensor) -> Tensor:
-    """Return the Poisson NLL, without log(count!), summed over the targets; all are (B, T, N)."""
-    return torch.where(target, poisson_nll(log_rates, counts), 0.0).sum()
+from mtm.session import Session, require_alike
+from mtm.validation import calibrate, make_sampler, seed_of, validate
 
 
 def accumulate(
@@ -61,36 +51,19 @@ def accumulate(
     Returns:
         the contribution of each of ``batches`` to the loss, (batches,), on the device.
     """
-    losses = torch.zeros(len(batches), device=model.device)
-    weights: list[Tensor | float] = [1.0] * len(batches)  # of the sum over a batch's targets
-    if config.loss == "mean":
-        n = n_batches or len(batches)
-        weights = [1 / batch.mask.target.sum().clamp(min=1) / n for batch in batches]
-    # Batches that pass through the model together: all of the step, or each piece alone.
-    groups = [list(enumerate(batches))] if batches else []
-    if size := config.micro_batch:
-        groups = [[(i, part)] for i, batch in enumerate(batches) for part in split(batch, size)]
-    for group in groups:
-        with autocast(model.device, config.precision):
-            log_rates = model.forward_many([batch for _, batch in group])
-        parts = [
-            weights[i] * masked_loss(out.float(), batch.counts, batch.mask.target)
-            for out, (i, batch) in zip(log_rates, group, strict=True)
-        ]
-        torch.stack(parts).sum().backward()
-        for (i, _), part in zip(group, parts, strict=True):
-            losses[i] += part.detach()
-    return losses
-
-
-def split(batch: Batch, size: int) -> list[Batch]:
-    """Return batches of at most ``size`` trials."""
-    mask = batch.mask
-    parts = (x.split(size) for x in (batch.counts, mask.hidden, mask.target))
-    return [
-        batch._replace(counts=counts, mask=replace(mask, hidden=hidden, target=target))
-        for counts, hidden, target in zip(*parts, strict=True)
-    ]
+    if not batches:
+        return torch.zeros(0, device=model.device)
+    with autocast(model.device, config.precision):
+        log_rates = model.forward_many(batches)
+    losses = []
+    for out, batch in zip(log_rates, batches, strict=True):
+        loss = masked_nll(out.float(), batch.counts, batch.mask.target)
+        if config.loss == "mean":
+            loss = 1 / batch.mask.target.sum().clamp(min=1) / (n_batches or len(batches)) * loss
+        losses.append(loss)
+    found = torch.stack(losses)
+    found.sum().backward()
+    return found.detach()
 
 
 def make_optimizer(model: MtM, config: TrainConfig) -> torch.optim.AdamW:
@@ -98,24 +71,9 @@ def make_optimizer(model: MtM, config: TrainConfig) -> torch.optim.AdamW:
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     decayed = [p for p in model.parameters() if config.decay_all or id(p) in matrices]
     rest = [p for p in model.parameters() if not (config.decay_all or id(p) in matrices)]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
-    groups += [{"params": rest, "weight_decay": 0.0}] * bool(rest)
+    pairs = [(decayed, config.weight_decay), (rest, 0.0)]
+    groups = [{"params": part, "weight_decay": decay} for part, decay in pairs if part]
     return torch.optim.AdamW(groups, lr=config.lr, fused=model.device.type in ("cpu", "cuda"))
-
-
-def make_sampler(model: MtM, config: TrainConfig) -> MaskSampler:
-    """Return the sampler of the schemes that are trained."""
-    ratios = {name: share for name, share in config.ratios.items() if name in config.schemes}
-    size = model.config.patch_size
-    return MaskSampler(config.schemes, ratios, config.seed, model.device, patch_size=size)
-
-
-def seed_of(*place: int | str) -> int:
-    """Return a seed for a place in the run, which is given as numbers and words."""
-    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "little") >> 1
-
-
-# ----------------------------------------------------------------------------------------- the loop
 
 
 class Trainer:
@@ -162,7 +120,11 @@ class Trainer:
             if now > before:
                 entry: dict[str, Any] = {"epoch": epoch, "step": run.step}
                 entry["lr"] = schedule.get_last_lr()[0]
-                entry |= self.mean_losses()  # here the host waits for the device
+                self.read_losses()  # here the host waits for the device
+                sums, run.losses = run.losses, {}
+                total, number = (sum(column) for column in zip(*sums.values(), strict=True))
+                entry["loss"] = total / number
+                entry["losses"] = {name: part / n for name, (part, n) in sorted(sums.items())}
                 entry |= self.speed(run.step - since[0], time.perf_counter() - since[1])
                 entry["validation"] = validate(model, self.data, config)
                 entry["mean"] = float(np.nanmean([*entry["validation"].values()]))
@@ -189,12 +151,10 @@ class Trainer:
         for parameter in self.trainable:
             parameter.requires_grad_(not first or id(parameter) in own)
         start, stop = (0, self.first_phase) if first else (self.first_phase, config.epochs)
-        n_steps, warmup = (stop - start) * self.per_epoch, config.warmup
-        if abs(warmup * n_steps - 1) < 1e-6:  # torch's schedule would divide by zero
-            warmup *= 1.01
+        n_steps = (stop - start) * self.per_epoch
         # Steps of the phase that a resumed run has taken already; -1 starts the schedule.
         last = self.run.step - start * self.per_epoch - 1
-        how: dict[str, Any] = dict(pct_start=warmup, div_factor=10.0, last_epoch=last)
+        how: dict[str, Any] = dict(pct_start=config.warmup, div_factor=10.0, last_epoch=last)
         return OneCycleLR(self.optimizer, config.lr, n_steps, **how)
 
     def step(self, batches: Step) -> None:
@@ -237,27 +197,21 @@ class Trainer:
                 self.run.losses[name] = [total + loss, number + 1]
         self.pending = []
 
-    def mean_losses(self) -> dict[str, Any]:
-        """Return the mean loss since the last validation, of all batches and of each scheme."""
-        self.read_losses()
-        sums, self.run.losses = self.run.losses, {}
-        total, number = (sum(column) for column in zip(*sums.values(), strict=True))
-        return {"loss": total / number, "losses": {k: s / n for k, (s, n) in sorted(sums.items())}}
-
     def speed(self, n_steps: int, seconds: float) -> dict[str, Any]:
         """Return the speed of some steps, and the peak memory."""
         trials = {one.name: len(one.train) * n_steps / self.per_epoch for one in self.data}
         tokens = sum(n * self.model.n_tokens(name) for name, n in trials.items())
-        per_second = {"trials_per_second": sum(trials.values()) / seconds}
-        per_second["tokens_per_second"] = tokens / seconds
-        return per_second | {"memory_gb": peak_memory(self.model.device)}
+        return {
+            "trials_per_second": sum(trials.values()) / seconds,
+            "tokens_per_second": tokens / seconds,
+            "memory_gb": peak_memory(self.model.device),
+        }
 
     def save(self) -> None:
         """Save the state of the run; raise FloatingPointError if it is not finite."""
         self.read_losses()
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
-            problem = f"weights became infinite or NaN in step {self.run.step}"
-            raise diverged(problem, self.config)
+            raise diverged(f"weights became infinite or NaN in step {self.run.step}", self.config)
         self.run.save(self.model, self.optimizer)
 
 
@@ -268,9 +222,8 @@ def diverged(problem: str, config: TrainConfig) -> FloatingPointError:
 
 def out_of_patience(history: History, config: TrainConfig) -> bool:
     """Return whether the last ``patience`` validations brought no improvement."""
-    if config.patience is None or not history:
-        return False
-    return len(history) - 1 - history.index(best_entry(history)) >= config.patience
+    best = history.index(best_entry(history)) if history else 0
+    return config.patience is not None and len(history) - 1 - best >= config.patience
 
 
 def parameters_of(model: MtM, places: Sequence[tuple[str, str]]) -> list[torch.nn.Parameter]:
@@ -280,80 +233,6 @@ def parameters_of(model: MtM, places: Sequence[tuple[str, str]]) -> list[torch.n
     found = [parameter for part in parts for parameter in part.parameters()]
     found += [model.prompt_tokens] * any(name in model.prompts for _, name in places)
     return [parameter for parameter in found if parameter.requires_grad]
-
-
-@torch.no_grad()
-def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> dict[str, float]:
-    """Return bits per spike of each scheme on hidden entries of the validation trials.
-
-    The null model is each neuron's mean in the training trials. Every call scores the same entries;
-    NaN where none of them has a spike. Several processes share the sessions.
-    """
-    model.eval()
-    found = torch.zeros(len(config.schemes), len(data), 2, device=model.device)  # gain, spikes
-    for i in range(distributed.rank(), len(data), distributed.processes()):
-        for s, name in enumerate(config.schemes):
-            # Summed on the device, without waiting for it.
-            for counts, mask, log_rates in _predict_validation(model, data[i], name, config):
-                null = data[i].null.expand_as(counts)
-                found[s, i, 0] += masked_loss(null, counts, mask.target)
-                found[s, i, 0] -= masked_loss(log_rates, counts, mask.target)
-                found[s, i, 1] += (counts * mask.target).sum()
-    found = distributed.all_reduce(found).cpu().double()
-    if not bool(found.isfinite().all()):
-        raise diverged("predictions of the validation trials are not finite", config)
-    gain, spikes = found.sum(dim=1).unbind(dim=1)
-    if not bool((spikes > 0).any()):
-        raise SessionError(
-            "no hidden entry of the validation trials has a spike; use more trials, and check that "
-            "spikes and events are on one clock, in seconds"
-        )
-    return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
-
-
-@torch.no_grad()
-def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> None:
-    """Set ``model.shrinkage``: session -> scheme -> the factor that suits validation trials best.
-
-    Models that overfit are too sure of what they predict, those with much dropout not enough.
-    The factor multiplies all deviations from the mean log-rates, and maximises the likelihood of
-    the hidden entries of the validation trials. Compare temperature scaling (Guo et al. 2017).
-    """
-    if model.config.input_counts == "raw" and not model.config.direct_paths:  # no mean rates
-        return
-    for one in data:
-        mean = model.session_layers(one.name).mean.log()
-        model.shrinkage[one.name] = {}
-        for name in config.schemes:
-            losses = torch.zeros(len(SHRINKAGES), device=model.device)
-            for counts, mask, log_rates in _predict_validation(model, one, name, config):
-                for i, factor in enumerate(SHRINKAGES):
-                    scaled = mean + factor * (log_rates - mean)
-                    losses[i] += masked_loss(scaled, counts, mask.target)
-            model.shrinkage[one.name][name] = SHRINKAGES[int(losses.argmin())]
-
-
-def _predict_validation(
-    model: MtM, one: SessionData, name: str, config: TrainConfig
-) -> Iterator[tuple[Tensor, Mask, Tensor]]:
-    """Yield counts, mask and predicted log-rates of validation trials, the same in every call."""
-    sampler = make_sampler(model, config)
-    sampler.reseed(seed_of("validation", one.name, name))
-    labels = [one.regions] * VALIDATION_MASKS
-    # Label one region at a time, so that each is masked once. Schemes of users may need several.
-    if scheme(name).needs_regions and name in MTM_SCHEMES:
-        codes = range(len(one.session.region_names))
-        labels = [torch.where(one.regions == code, 0, NO_REGION) for code in codes]
-    for trials in one.val.split(VALIDATION_BATCH):
-        counts = one.batch(trials)
-        for regions in labels:
-            mask = one.mask(sampler, name, counts, trials, regions)
-            with autocast(model.device, config.precision):
-                log_rates = model(counts, name, mask, one.name).float()
-            yield counts, mask, log_rates
-
-
-# ---------------------------------------------------------------------------------------------- fit
 
 
 @dataclass(repr=False)
@@ -428,13 +307,13 @@ def fit(
         **changes: single settings of :class:`TrainConfig`.
 
     Raises:
-        SessionError: the sessions do not go together, or lack what a scheme needs.
+        SessionError: the sessions do not go together, lack what a scheme needs, or hold the same
+            trial in training and in another part of the split.
         FloatingPointError: the loss is no longer finite.
-        StateError: the folder holds another run, or a model without a run.
+        CheckpointError: the folder holds another run, or a model without a run.
     """
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     config = _settings(sessions, config or "mtm", changes)
-    _check_sessions(sessions, config)
     start = model.model if isinstance(model, Fit) else model
     device = torch.device(device) if device else pick_device()
     counts_on = counts_device(sessions, device)
@@ -443,7 +322,7 @@ def fit(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)  # the caller's generators keep their state
         network = _build(start, data, config, depth).to(device)
-        run = Run(folder, _description(network, start, data, config), save_every, restart)
+        run = Run(folder, describe_run(network, start, data, config), save_every, restart)
         setup += f", resuming after step {run.step}" if run.step else ""
         with Progress(config.epochs, progress and distributed.rank() == 0, setup) as display:
             with compiled(network, config.compile):
@@ -463,41 +342,32 @@ def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -
     return MtMConfig.from_depth(depth or 2, **fields)
 
 
-def _settings(
-    sessions: Sequence[Session], start: TrainConfig | str, changes: dict[str, Any]
-) -> TrainConfig:
-    """Return the settings. Where no session has a region, no default scheme needs regions."""
-    if others := [type(each).__name__ for each in sessions if not isinstance(each, Session)]:
-        raise TypeError(f"fit needs Sessions, got {others[0]}; see mtm.Session, Session.load")
-    config = recipe(start, **changes)
-    left_out = [name for name in config.schemes if scheme(name).needs_regions]
-    rest = tuple(name for name in config.schemes if name not in left_out)
-    without = sessions and not any(session.region_names for session in sessions)
-    if not (left_out and rest and without) or "schemes" in changes:
-        return config
-    warnings.warn(f"no neuron has a region: training without {', '.join(left_out)}", stacklevel=3)
-    return replace(config, schemes=rest)
+def _settings(sessions: list[Session], start: TrainConfig | str, changes: Any) -> TrainConfig:
+    """Check that the sessions can be trained on together, and return the settings.
 
-
-def _check_sessions(sessions: list[Session], config: TrainConfig) -> None:
-    """Check that the sessions can be trained on together."""
+    Where no session has a region, no default scheme needs regions.
+    """
     if not sessions:
         raise SessionError("no session to train on")
-    if (n := distributed.processes()) > config.batches_per_step:
-        raise ValueError(
-            f"batches_per_step={config.batches_per_step} leaves some of {n} processes without a "
-            f"batch; use a multiple of {n}"
-        )
+    if others := [type(each).__name__ for each in sessions if not isinstance(each, Session)]:
+        raise TypeError(f"fit needs Sessions, got {others[0]}; see mtm.Session, Session.load")
     require_alike(sessions)
+    config = recipe(start, **changes)
+    if (n := distributed.processes()) > config.batches_per_step:
+        problem = f"batches_per_step={config.batches_per_step} leaves some of {n} processes"
+        raise ValueError(f"{problem} without a batch; use a multiple of {n}")
     regional = [name for name in config.schemes if scheme(name).needs_regions]
-    for session in sessions:
-        if regional and not session.region_names:
-            others = tuple(name for name in config.schemes if name not in regional)
-            raise SessionError(
-                f"session {session.name!r}, regions: no neuron has a label, but masking by "
-                f"{' and '.join(regional)} needs regions; pass regions, or train with "
-                f"schemes={others}"
-            )
+    rest = tuple(name for name in config.schemes if name not in regional)
+    lacking = [session.name for session in sessions if regional and not session.region_names]
+    if rest and len(lacking) == len(sessions) and "schemes" not in changes:
+        text = f"no neuron has a region: training without {', '.join(regional)}"
+        warnings.warn(text, stacklevel=3)
+        return replace(config, schemes=rest)
+    if lacking:
+        problem = f"no neuron has a label, but masking by {' and '.join(regional)} needs regions"
+        remedy = f"pass regions, or train with schemes={rest}"
+        raise SessionError(f"session {lacking[0]!r}, regions: {problem}; {remedy}")
+    return config
 
 
 def _build(
@@ -515,6 +385,9 @@ def _build(
         model = copy.deepcopy(start)
         for one in data:
             require_same_bins(start, one.session)
+            if start.split_seed is None and one.name in start.session_names:
+                doubt = "it is not known which of its trials the model has seen, test trials too"
+                warnings.warn(f"session {one.name!r}: {doubt}", stacklevel=4)
             model.shrinkage.pop(one.name, None)  # to be calibrated anew
     else:
         if config.tune != "all":
@@ -529,13 +402,7 @@ def _build(
         if one.name not in model.session_names:
             model.add_session(one.name, one.session.n_neurons, counts, config.token)
         else:
-            model.init_direct_paths(one.name, counts)
-            if model.split_seed is None:
-                warnings.warn(
-                    f"session {one.name!r}: the model may have been trained on its test trials "
-                    "already; it is not known which it has seen",
-                    stacklevel=4,
-                )
+            init_direct_paths(model.session_layers(one.name), counts)
         known = model.seen.get(one.name, one.fingerprints)
         model.seen[one.name] = np.union1d(known, one.fingerprints)
     return model
@@ -543,34 +410,13 @@ def _build(
 
 def _check_start(model: MtM, prompts: tuple[str, ...], causal: bool, config: TrainConfig) -> None:
     """Check that a model can be fine-tuned with these settings."""
-    if missing := set(prompts) - set(model.prompts):
-        raise ValueError(
-            f"the model has no prompt for {', '.join(sorted(missing))}; train it with the schemes "
-            f"it knows ({', '.join(model.prompts) or 'no prompts'}), or with prompt=False"
-        )
+    if missing := ", ".join(sorted(set(prompts) - set(model.prompts))):
+        known = f"the schemes it knows ({', '.join(model.prompts) or 'none'})"
+        problem = f"the model has no prompt for {missing}"
+        raise ValueError(f"{problem}; train it with {known}, or with prompt=False")
     if causal and not model.causal and model.config.causal:
         raise ValueError("the model was never trained causally; train a new one for that scheme")
     if model.split_seed not in (None, config.split_seed):
-        raise ValueError(
-            f"the model was trained with split_seed={model.split_seed}, not {config.split_seed}: "
-            "its training trials would become test trials"
-        )
-
-
-def _description(
-    model: MtM, start: MtM | MtMConfig | None, data: list[SessionData], config: TrainConfig
-) -> dict[str, Any]:
-    """Return what identifies a run; a stopped run resumes only if it is the same."""
-    weights = None  # those of a new model follow from the settings
-    if isinstance(start, MtM):
-        values = parameters_to_vector(start.parameters()).detach().cpu().numpy()
-        weights = hashlib.sha256(values.tobytes()).hexdigest()[:16]
-    left_out = ("sessions", "seen", "shrinkage")
-    kind = {key: value for key, value in settings(model).items() if key not in left_out}
-    return {
-        "train": asdict(config),
-        "model": kind,
-        "sessions": {one.name: [*one.session.counts.shape, one.digest] for one in data},
-        "order of sessions": [one.name for one in data],
-        "initial weights": weights,
-    }
+        seeds = f"split_seed={model.split_seed}, not {config.split_seed}"
+        risk = "its training trials would become test trials"
+        raise ValueError(f"the model was trained with {seeds}: {risk}")

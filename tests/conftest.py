@@ -9,11 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from mtm import fit, simulate
+from mtm import baselines, decoding, fit, simulate
 
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
 
 REFERENCE = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick():
+    """Decoders and baselines search less: fewer penalties, widths, ranks and steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANKS", (6,)), ("LBFGS_STEPS", 12), ("COMPONENTS", (4,))):
+            patch.setattr(baselines, name, value)
+        patch.setattr(decoding, "CLASS_PENALTIES", decoding.CLASS_PENALTIES[1::3])
+        patch.setattr(decoding, "RIDGE_PENALTIES", decoding.RIDGE_PENALTIES[2::3])
+        patch.setattr(decoding, "WIDTHS", (0, 2))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +39,8 @@ def parity():
 
 @pytest.fixture(scope="session")
 def sessions():
-    """Two simulated animals: 120 trials, 50 bins, 36 neurons of 6 regions."""
-    return simulate(2, 120, 36, seed=3, mean_rate=30.0, bin_size=0.04)
+    """Two simulated animals: 100 trials, 25 bins, 24 neurons of 6 regions."""
+    return simulate(2, 100, 24, seed=3, mean_rate=30.0, bin_size=0.08)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import torch
 from sklearn.linear_model import PoissonRegressor
 from sklearn.linear_model import Ridge as ScikitRidge
 
-import mtm
 from mtm import Mask, Session, baselines, evaluate, mean_rates, oracle, simulate
 from mtm.baselines import fit_baseline
 from mtm.prediction import TASKS
@@ -21,15 +20,6 @@ def small():
     first, second = simulate(2, 100, 24, seed=3, mean_rate=30.0, **grid)
     first.regions[[1, 11, 20]] = "root"
     return first, second
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Fewer ranks and steps than a real recording deserves."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RANKS", (6,)), ("LBFGS_STEPS", 12), ("COMPONENTS", (4,))):
-            patch.setattr(baselines, name, value)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -93,26 +83,6 @@ def test_windows():
     past = baselines.window_matrices(6, windows, past=True)
     np.testing.assert_allclose(past[1, 3], np.array([0, 1, 1, 0, 0, 0]) / 2**0.5)
     assert (past.triu(1) == 0).all()
-
-
-@pytest.mark.parametrize("peak", [1e-9, 7.0, 3e6])
-def test_penalties_are_found_wherever_they_are(peak):
-    def attempt(penalty):
-        return -abs(np.log(penalty / peak)), penalty
-
-    _, found = baselines.search_penalty(attempt, 100.0)
-    assert abs(np.log(found / peak)) <= np.log(3) / 2 or peak < 1e-6  # the search is bounded
-
-
-def test_psth_is_smooth_where_that_predicts():
-    rng = np.random.default_rng(0)
-    rate = 0.2 + 0.8 * np.exp(-0.5 * ((np.arange(40) - 20) / 5) ** 2)
-    counts = rng.poisson(np.stack([rate, np.full(40, 0.5), np.zeros(40)], -1), (60, 40, 3))
-    session = Session(counts, name="s")
-    found = baselines.Data(session, 0, torch.float64).rates.numpy()
-    raw = counts[session.split().train].mean(0)
-    assert found.shape == (40, 3) and (found > 0).all()
-    assert np.square(found[:, 0] - rate).mean() < 0.5 * np.square(raw[:, 0] - rate).mean()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -184,33 +154,14 @@ def test_without_regions_the_region_schemes_are_missing(small):
     grid = {"bin_size": session.bin_size, "window": session.window}
     bare = Session(session.counts, name="bare", **grid)
     both = fit_baseline("ridge", [bare, small[1]])
-    counts, mask = masked(bare, np.arange(2), False)
     assert [scheme for name, scheme in both.maps if name == "bare"] == ["neuron", "causal"]
-    with pytest.raises(ValueError, match="not fitted on session 'bare', scheme 'inter-region'"):
-        both.predict_log_rates(counts, "inter-region", mask, "bare")
     with pytest.raises(ValueError, match="split of seed 0, not 1"):
         evaluate(both, bare, split_seed=1)
-    for predictor in (both, fit_baseline("low-rank GLM", bare)):
-        assert list(evaluate(predictor, bare).tasks) == ["co-smoothing", "forward-prediction"]
-
-
-def test_silent_neurons():
-    counts = np.random.default_rng(0).poisson(0.5, (30, 8, 6))
-    counts[..., 2] = 0
-    session = Session(counts, ["a", "a", "a", "b", "b", "b"], "s")
-    for name in ("PSTH", "ridge", "low-rank GLM"):
-        report = evaluate(fit_baseline(name, session), session, tasks=list(TASKS))
-        assert all(np.isfinite(scores.mean()) for scores in report.tasks.values())
+    assert list(evaluate(both, bare).tasks) == ["co-smoothing", "forward-prediction"]
 
 
 @pytest.mark.parametrize("name", ["temporal NDT1", "random-token NDT2"])
-def test_the_papers_baselines_are_kept_and_resumed(small, name, tmp_path):
-    how = {"epochs": 1, "depth": 1, "progress": False, "folder": tmp_path}
-    result = fit_baseline(name, small[0], **how)
-    again = fit_baseline(name, small[0], **how)  # each ratio's run goes on where it was
-    assert again.history == result.history and again.config == result.config
-    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == len(baselines.RATIOS)
+def test_the_papers_baselines(small, name):
+    result = fit_baseline(name, small[0], epochs=1, depth=1, progress=False)
     assert result.model.prompts == () and not result.model.causal
     assert result.model.config.tokenizer == name[-4:].lower()
-    saved = mtm.load(tmp_path).state_dict()  # the best model is in the folder itself
-    assert all(torch.equal(saved[key], value) for key, value in result.model.state_dict().items())

@@ -39,7 +39,8 @@ def test_it_starts_at_the_linear_decoder_and_returns_the_best_epoch(trained, kno
     losses = [np.mean((fit.predict(x[split.val]) - y[split.val]) ** 2) for fit in fits]
     assert np.abs(np.array(losses) / scale**2 - found.val_loss[0]).min() < 1e-4
     values = torch.from_numpy(y[split.val] / scale).float()
-    output = found.readout(torch.from_numpy(known.counts[split.val]).float())
+    counts = torch.from_numpy(known.counts[split.val]).float()
+    output = found.readout(counts, torch.zeros(counts.shape, dtype=torch.bool))
     assert found.readout.loss(output, values).item() == pytest.approx(min(found.val_loss))
     guess = found.readout.predict(known.counts[split.test])
     assert found.decoded.score == pytest.approx(r2_score(y[split.test].ravel(), guess.ravel()))

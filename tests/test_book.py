@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import jupytext
@@ -14,8 +13,6 @@ import numpy as np
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 import mtm
 from mtm import cli
@@ -43,18 +40,6 @@ def test_twins_are_in_step_with_their_pages():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_pages_and_table_of_contents_agree():
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
-    chapters = [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
-    assert sorted([toc["root"], *chapters]) == sorted(page.stem for page in PAGES)
-
-
-def test_readme_commands_are_real():
-    readme, makefile = ((ROOT / name).read_text("utf-8") for name in ("README.md", "Makefile"))
-    commands = set(re.findall(r"(?:^ *|`)make ([a-z]+)\b", readme, re.M))
-    assert commands and commands <= set(re.findall(r"^([a-z]+):.*## ", makefile, re.M))
-
-
 def test_readme_example_runs(capsys):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     times = np.arange(0, 60, 0.01)
@@ -67,35 +52,11 @@ def test_readme_example_runs(capsys):
         "choice": np.resize([-1, 1], 18),
     }
     for example in examples:
-        quick = example.replace("epochs=200", "epochs=3")
+        quick = example.replace("epochs=200", "epochs=3").replace("n_trials=100", "n_trials=50")
         exec(compile(quick, "README.md", "exec"), yours)
     assert "co-smoothing" in capsys.readouterr().out and len(examples) == 2
     made = yours["session"]
     assert made.region_names == ["CA1", "DG"] and set(made.behaviour) == {"choice", "wheel"}
-
-
-@pytest.mark.parametrize("package", ["pynapple", "spikeinterface", "neo"])
-def test_recipes_for_other_packages(package):
-    """Lines that the chapter of recipes shows without running them."""
-    other = pytest.importorskip(package if package != "spikeinterface" else "spikeinterface.core")
-    samples = [np.arange(7, 900_000, 1_700), np.arange(11, 900_000, 5_300)]  # at 30 kHz
-    a, b = (train / 30_000 for train in samples)
-    events = np.arange(2.0, 26.0, 3.0)
-    given = {"mtm": mtm, "events": events}
-    if package == "pynapple":
-        given["tsgroup"] = other.TsGroup({3: other.Ts(a), 7: other.Ts(b)})
-    elif package == "spikeinterface":
-        units = {"3": samples[0], "7": samples[1]}
-        given["sorting"] = other.NumpySorting.from_unit_dict([units], sampling_frequency=30_000)
-    else:
-        trains = [other.SpikeTrain(1000 * train, units="ms", t_stop=30_000) for train in (a, b)]
-        given["segment"] = other.Segment()
-        given["segment"].spiketrains.extend(trains)
-    page = (BOOK / "25_recipes.md").read_text("utf-8")
-    [lines] = re.findall(rf"```python\n# {package}:.*?\n(.*?)```", page, re.S | re.I)
-    exec(compile(lines, "25_recipes.md", "exec"), given)
-    expected = mtm.Session.from_spike_trains([a, b], events)
-    np.testing.assert_array_equal(given["session"].counts, expected.counts)
 
 
 def test_readme_command_lines_are_understood():
@@ -228,37 +189,6 @@ def test_what_is_said_of_one_generalist_was_measured():
         assert abs(mean("MtM", task) - mean("MtM, no prompt", task)) < 0.01, task
 
 
-def test_one_repository_address_everywhere():
-    url, branch = CONFIG["repository"]["url"], CONFIG["repository"]["branch"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
-    assert project["urls"]["Repository"] == citation["repository-code"] == url
-    _, _, host, owner, name = url.split("/")
-    assert host == "github.com", "the Colab links are made for GitHub"
-    colab = f"https://colab.research.google.com/github/{owner}/{name}"
-    for page in NOTEBOOKS:
-        cells = json.loads(page.with_suffix(".ipynb").read_text("utf-8"))["cells"]
-        source = "\n".join("".join(cell["source"]) for cell in cells)
-        assert f"git clone -q --depth 1 --branch {branch} {url} mtm-book" in source
-        assert f"({colab}/blob/{branch}/book/{page.stem}.ipynb)" in source
-    for path in TEXTS:
-        for other in re.findall(r"github\.com/([\w.-]+)/mtm\b", path.read_text("utf-8")):
-            assert other == owner, f"{path.name} names github.com/{other}/mtm"
-
-
-def test_colab_keeps_its_packages():
-    """What Colab ships is within our bounds, so that the first cell of a twin changes none."""
-    lines = (BOOK / "colab.txt").read_text("utf-8").splitlines()[1:]
-    ships = {canonicalize_name(name): v for name, v in (line.split("==") for line in lines)}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = (project["optional-dependencies"][extra] for extra in ("data", "nwb", "bwb"))
-    needs = [Requirement(text) for text in sum(extras, project["dependencies"])]
-    met = [r for r in needs if canonicalize_name(r.name) in ships]
-    assert len(met) >= 6
-    for need in met:
-        assert need.specifier.contains(ships[canonicalize_name(need.name)]), need
-
-
 def links(markdown: str) -> list[str]:
     """Targets of the links, those within directives included."""
     found = []
@@ -294,18 +224,6 @@ def test_the_tests_that_a_page_names_exist():
             assert f"def {name}(" in code, f"{page.name}: {file}::{name}"
 
 
-def test_the_api_page_has_every_module_in_the_order_of_the_package():
-    order = re.findall(r"^    (\w+)  +", mtm.__doc__, re.M)
-    modules = {path.stem for path in PACKAGE.glob("[a-z]*") if path.suffix == ".py"}
-    assert set(order) == modules | {"data", "bwb"}
-    shown = re.findall(r"^.. automodule:: mtm\.(.+)", (BOOK / "api.md").read_text("utf-8"), re.M)
-    first = dict.fromkeys(name.partition(".")[0] for name in shown)
-    assert list(first) == [name for name in order if name != "cli"]
-    for folder in ("bwb", "data"):
-        inner = {path.stem for path in (PACKAGE / folder).glob("[a-z]*.py")}
-        assert {name.partition(".")[2] for name in shown if name.startswith(f"{folder}.")} == inner
-
-
 @pytest.mark.parametrize("path", [*TEXTS, *PACKAGE.glob("**/*.py")], ids=lambda path: path.stem)
 def test_names_of_the_package_exist(path):
     """Every `mtm.this.that` that a text or a docstring names."""
@@ -314,48 +232,8 @@ def test_names_of_the_package_exist(path):
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
-def test_models_that_are_called_by_hand_are_on_the_cpu(page):
-    """On Colab `fit` trains on the GPU, and counts that a cell hands to a model are not there."""
-    text = page.read_text("utf-8")
-    trained = re.findall(r"^(\w+) = (?:mtm\.fit\(.*|\w+)\.model(\.cpu\(\))?$", text, re.M)
-    for name, moved in trained:
-        if re.search(rf"\b{name}(\.eval\(\))?(\.predict_log_rates)?\(", text):
-            assert moved, name
-
-
-def test_one_version_everywhere():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
-    changes = re.search(r"^## (\S+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
-    assert project["version"] == citation["version"] == mtm.__version__ == changes[1]
-    assert str(citation["date-released"]) == changes[2]
-
-
-@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
 def test_code_cells_are_short(page):
     for cell in jupytext.read(page, fmt="md:myst").cells:
         if cell.cell_type == "code" and "hide-input" not in cell.metadata.get("tags", []):
             size = len(cell.source.strip().splitlines())
             assert size <= LONGEST_CELL, f"{page.name}: {size} lines, from {cell.source[:60]!r}"
-
-
-def raw_myst(markdown: str) -> list[str]:
-    """Directives, roles and labels that a reader without MyST would see as text."""
-    tokens = MarkdownIt().parse(markdown)
-    found = [token.info for token in tokens if token.type == "fence" and "{" in token.info[:1]]
-    for token in tokens:
-        parts = {"code_inline": "`", "softbreak": "\n"}
-        text = "".join(parts.get(part.type, part.content) for part in token.children or [])
-        found += re.findall(r"\{[\w:.-]+\}`|^:::.*|^\([\w:.-]+\)=$", text, re.M)
-    return found
-
-
-@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
-def test_twins_show_no_raw_myst_and_no_outputs(page):
-    for cell in json.loads(page.with_suffix(".ipynb").read_text("utf-8"))["cells"]:
-        if cell["cell_type"] == "code":
-            assert cell["outputs"] == [] and cell["execution_count"] is None
-        else:
-            source = "".join(cell["source"])
-            assert raw_myst(source) == []
-            assert all("://" in target for target in links(source))  # Colab has no pages beside

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("h5py")
+import h5py  # noqa: E402
 from bwb_files import EDITS, REGIONS, SUBJECT, counted, damaged, held_out, write_session  # noqa: E402
 from conftest import Handler  # noqa: E402
 
 from mtm import bwb, cli  # noqa: E402
-from mtm.bwb import files  # noqa: E402
+from mtm.bwb import files, submission  # noqa: E402
 from mtm.session import Session, SessionError  # noqa: E402
 
 SMALL = {"duration": 160.0, "chunk": 40.0, "gap": 4.0, "units": 6}
@@ -109,7 +110,7 @@ def test_given_times_and_other_bins(written):
     times = np.array([300.0, np.nan, 20.0, 1e9, -5.0, 100.25, 519.9])
     session = bwb.load_session(path, align=times, window=(0.0, 0.5), bin_size=0.1, split=None)
     assert session.trial_ids.tolist() == [0, 2, 5] and session.n_recorded == 7
-    assert session.provenance["trials"]["beyond the recording"] == 3
+    assert session.provenance["trials"]["not observed"] == 3
     assert session.given_split is None
     np.testing.assert_array_equal(session.counts, counted(made, [300.0, 20, 100.25], 0.5, 0.1))
 
@@ -121,6 +122,22 @@ def test_trials_without_the_event_and_not_valid_ones(written):
     assert session.trial_ids.tolist() == moved.tolist()
     session = bwb.load_session(path, trial_filter="valid")
     assert session.trial_ids.tolist() == np.flatnonzero(trials["is_valid"]).tolist()
+
+
+def test_what_a_probe_that_stopped_did_not_record_is_not_observed(tmp_path):
+    path = tmp_path / "s.h5"
+    made = write_session(path, rate=9.0)
+    stopped = made["units"]["probe_id"] == made["probes"]["id"][1]
+    with h5py.File(path, "r+") as file:
+        late = stopped[made["spikes"]["unit_index"]] & (made["spikes"]["timestamps"] > 300)
+        for name, values in made["spikes"].items():
+            del file[f"spikes/{name}"]
+            file[f"spikes/{name}"] = values[~late]
+    session = bwb.load_session(path)
+    after = session.behaviour["event-time"] + 1.5 > 300.2
+    np.testing.assert_array_equal(session.observed, ~(after[:, None] & stopped))
+    starts = bwb.ts2_windows(path, "test")  # the benchmark scores all
+    assert submission.BenchmarkSession(path).session(starts).observed is None
 
 
 def test_groups_may_be_absent(tmp_path):
@@ -212,7 +229,7 @@ def test_windows_as_trials(written):
 ERRORS = [
     ("spikes", "drop", "spikes/timestamps: not in the file; download"),
     ("trials/stim_on_time", "drop", "no such event; there are .*'feedback_time'"),
-    ("spikes/unit_index", "milliseconds", "ids .* are not"),
+    ("spikes/unit_index", "NaN", "cannot be read"),
     ("spikes/timestamps", "milliseconds", "spikes: none falls into any trial"),
 ]
 

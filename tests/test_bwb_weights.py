@@ -8,9 +8,9 @@ import torch
 from bwb_model import MODES, Theirs
 
 from mtm import evaluate, fit, from_pretrained, load, save, simulate
+from mtm.inputs import SessionError
 from mtm.masks import Mask
 from mtm.model import CheckpointError, MtMConfig
-from mtm.session import SessionError
 
 N = {"first": 7, "second": 9}
 QUICK = {"epochs": 2, "validations": 1, "progress": False, "calibrate": False}

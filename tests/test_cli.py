@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
-import subprocess
+import runpy
 import sys
 
 import numpy as np
 import pytest
 
-from mtm import Report, Session, TrainConfig, checkpoint, load
-from mtm.cli import READERS, main, parse
+from mtm import Session, TrainConfig, checkpoint, load
+from mtm.cli import main, parse
+from mtm.data import synthetic
 from mtm.recipes import RECIPES
 
 KEYS = ["co-smoothing", "forward-prediction", "inter-region", "intra-region", "choice"]
@@ -18,10 +19,10 @@ KEYS += ["wheel-speed", "whisker-motion-energy"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Simulated files, an ALF tree, and a model trained on two of the files."""
+    """Simulated files, and a model trained on two of them."""
     root = tmp_path_factory.mktemp("cli")
     sizes = ["--sessions", "2", "--trials", "40", "--neurons", "12", "--seed", "0"]
-    assert main(["simulate", str(root), *sizes, "--alf"]) == 0
+    assert main(["simulate", str(root), *sizes]) == 0
     train = ["train", str(root / "sim-0.npz"), str(root / "sim-1.npz"), "--out", str(root / "m")]
     assert main([*train, "--depth", "1", "--epochs", "2"]) == 0
     return root
@@ -43,15 +44,12 @@ def test_from_simulation_to_scores(folder, capsys):
 def test_many_sessions_beside_a_baseline(folder, capsys):
     evaluate = ["evaluate", str(folder / "m"), *(str(folder / f"sim-{i}.npz") for i in range(2))]
     what = ["--tasks", "co-smoothing", "--baselines", "PSTH", "--batch-size", "5"]
-    where = ["--json", str(folder / "s.json"), "--report", str(folder / "r.json")]
-    assert main([*evaluate, *what, *where]) == 0
+    assert main([*evaluate, *what, "--json", str(folder / "s.json")]) == 0
     printed = capsys.readouterr().out
     scores = json.loads((folder / "s.json").read_text())
     assert set(scores) == {"co-smoothing", "details"} and "± over sessions" in printed
     details = scores["details"]
     assert set(details["sessions"]) == {"sim-0", "sim-1"} and "PSTH" in details["reports"]
-    report = Report.from_json(folder / "r.json")
-    assert report.tasks["co-smoothing"].mean() == pytest.approx(scores["co-smoothing"], abs=1e-5)
     assert "of the oracle's: co-smoothing" in printed
 
 
@@ -82,10 +80,13 @@ def test_a_model_of_patches_and_one_to_fine_tune(folder, capsys):
     assert load(folder / "further").session_names == ["sim-0", "sim-1"]
     for wrong in (["--tune", "session-layers"], ["--patch-size", "4"], [*start, "--depth", "2"]):
         assert main(["train", *further, *wrong]) == 1
-        assert wrong[-2] in capsys.readouterr().err
+        assert wrong[-2][2:] in capsys.readouterr().err
 
 
-def test_prepare_reads_the_alf_tree_that_simulate_wrote(folder, capsys):
+def test_prepare_reads_an_alf_tree(folder):
+    for i in range(2):
+        synthetic.write_alf(Session.load(folder / f"sim-{i}.npz"), folder / "alf")
+    synthetic.index_alf(folder / "alf")
     command = ["prepare", "ibl", str(folder / "alf"), "--out", str(folder / "prepared")]
     assert main([*command, "--workers", "1"]) == 0
     files = sorted((folder / "prepared").iterdir())
@@ -93,8 +94,6 @@ def test_prepare_reads_the_alf_tree_that_simulate_wrote(folder, capsys):
     for i in range(2):
         original = Session.load(folder / f"sim-{i}.npz")
         np.testing.assert_array_equal(prepared[original.subject].counts, original.counts)
-    assert main([*command, "--eids", "paper", "--workers", "1"]) == 1
-    assert "none of the 40 recordings could be read" in capsys.readouterr().err
 
 
 def test_prepare_from_files(tmp_path, capsys):
@@ -121,21 +120,13 @@ def test_prepare_from_files(tmp_path, capsys):
     assert session.counts.shape == (18, 10, 4) and session.window == (0, 1)
     options = {"align": "goCue_times", "window": [0, 1], "bin_size": 0.1}
     assert session.provenance["prepared"]["options"] == options
-    assert main(["prepare", "steinmetz", str(tmp_path / "empty"), *how]) == 1
-    assert "none of the 1 recordings could be read" in capsys.readouterr().err
-    url = "http://user:secret@127.0.0.1:9/asset/download/?signature=secret"
-    assert main(["prepare", "nwb", url, "--out", str(out), "--workers", "1"]) == 1
-    text = "".join(capsys.readouterr())
-    assert "http-127-0-0-1-9-asset-download" in text and "secret" not in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "absent.npz", "--out", "x"], "absent.npz"),
-        (["evaluate", "{root}/nowhere", "{root}/sim-0.npz"], "nowhere"),
         (["evaluate", "{root}/m", "{root}/other.npz"], "other"),
-        (["simulate", "{root}/x", "--neurons", "3"], "a neuron for each of the 6 regions"),
         (["evaluate", "{root}/m", "{root}/sim-0.npz", "--tasks", "cosmoothing"], "cosmoothing"),
         (["evaluate", "{root}/m", "{root}/sim-0.npz", "--device", "nonsense"], "nonsense"),
         (["train", "{root}/sim-0.npz", "--out", "x", "--lr", "-1"], "lr must be above 0"),
@@ -151,18 +142,10 @@ def test_bad_input_is_one_line_and_status_1(folder, capsys, arguments, message, 
     assert error.count("\n") == 1 and "Traceback" not in error
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["trian"], "invalid choice: 'trian'"),
-        (["train", "s.npz", "--out", "x", "--epochs", "none"], "invalid int value: 'none'"),
-        (["train", "s.npz", "--out", "x", "--loss", "median"], "invalid choice: 'median'"),
-    ],
-)
-def test_a_wrong_command_line_is_status_2(capsys, arguments, message):
+def test_a_wrong_command_line_is_status_2(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+        main(["train", "s.npz", "--out", "x", "--loss", "median"])
+    assert stop.value.code == 2 and "invalid choice: 'median'" in capsys.readouterr().err
 
 
 def test_every_setting_of_training_can_be_given():
@@ -185,28 +168,9 @@ def test_every_setting_of_training_can_be_given():
     assert {name: options[name] for name in expected} == expected
 
 
-COMMANDS = ["simulate", "train", "evaluate", "export", *(f"prepare {o}" for o in READERS)]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_every_command(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([*command.split(), "--help"])
-    assert stop.value.code == 0 and "usage: " in capsys.readouterr().out
-
-
-def test_a_folder_of_another_run_is_left_alone(folder, tmp_path, capsys):
-    train = ["train", str(folder / "sim-0.npz"), "--out", str(tmp_path), "--depth", "1"]
-    model = tmp_path / "model.safetensors"
-    assert main([*train, "--epochs", "1"]) == 0
-    before = model.read_bytes()
-    assert main([*train, "--epochs", "2"]) == 1 and "epochs" in capsys.readouterr().err
-    assert model.read_bytes() == before
-    assert main([*train, "--epochs", "2", "--restart"]) == 0 and model.read_bytes() != before
-
-
-def test_it_runs_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "mtm", "--help"], capture_output=True, text=True, check=True
-    )
-    assert all(word in done.stdout for word in ("simulate", "prepare", "train", "evaluate"))
+def test_it_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mtm", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("mtm", run_name="__main__")
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("simulate", "prepare", "train", "evaluate"))

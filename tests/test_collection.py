@@ -87,13 +87,13 @@ def test_nothing_but_sessions_is_written_over(tmp_path):
     np.savez(path, counts=np.ones((9, 2, 3)), precious=np.arange(3))
     before = path.read_bytes()
     done = prepare(load, {"raw": 0}, tmp_path, **ALONE, overwrite=True)
-    assert "is not written over" in done.skipped["raw"] and path.read_bytes() == before
+    assert "is not written over" in str(done) and path.read_bytes() == before
 
 
 def test_what_concerns_every_recording_stops_the_run(tmp_path):
     with pytest.raises(ValueError, match="two recordings are named 'x'"):
         prepare(load, ["x", "x"], tmp_path)
-    with pytest.raises(RuntimeError, match="was killed, .* with fewer workers"):
+    with pytest.raises(RuntimeError, match="worker process .* unexpectedly terminated"):
         prepare(load, [0, 1, 99], tmp_path, workers=2, progress=False)
 
 

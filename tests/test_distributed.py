@@ -8,11 +8,7 @@ import sys
 import pytest
 import torch
 
-from mtm import MtM, MtMConfig, Sessions, distributed, fit, load, simulate
-from mtm.masks import MaskSampler
-from mtm.model import Batch
-from mtm.recipes import TrainConfig
-from mtm.training import accumulate, parameters_of
+from mtm import MtMConfig, Sessions, fit, load, simulate
 
 SETTINGS = {"epochs": 4, "validations": 4, "batch_size": 8, "batches_per_step": 5}
 SETTINGS |= {"schemes": ("neuron", "temporal"), "device": "cpu", "progress": False}
@@ -29,17 +25,11 @@ with process_group(torch.device("cpu")) as device:
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Session files of three animals, 28 training trials each: 12 batches, 3 steps an epoch."""
-    folder = tmp_path_factory.mktemp("sessions")
+def test_several_processes_train_what_one_does_and_resume_what_it_began(tmp_path):
+    """Schemes with and without a prompt; shares, and last steps, of different sizes."""
+    folder = tmp_path / "sessions"  # 28 training trials each: 12 batches, 3 steps an epoch
     for session in simulate(3, 40, 12, seed=3, mean_rate=30.0, bin_size=0.1):
         session.save(folder / f"{session.name}.npz")
-    return folder
-
-
-def test_several_processes_train_what_one_does_and_resume_what_it_began(folder, tmp_path):
-    """Schemes with and without a prompt; shares, and last steps, of different sizes."""
 
     def stop(history):
         raise KeyboardInterrupt
@@ -65,32 +55,3 @@ def test_several_processes_train_what_one_does_and_resume_what_it_began(folder, 
     found = load(tmp_path / "two").state_dict()
     for key, value in whole.model.state_dict().items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
-
-
-def test_more_processes_than_batches_are_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "processes", lambda: 2)
-    with pytest.raises(ValueError, match="=1 leaves some of 2 processes without a batch"):
-        fit(Sessions(folder), depth=1, batches_per_step=1, folder=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("schemes", [("neuron", "causal"), ("temporal",), ("neuron", "temporal")])
-@pytest.mark.parametrize("fields", [{}, {"tokenizer": "ndt2", "patch_size": 5}], ids=str)
-def test_parameters_of_a_step_are_those_with_a_gradient(schemes, fields):
-    """All processes must send the same parameters, and none that one process would not move."""
-    sessions = simulate(3, 10, 12, seed=3, bin_size=0.1)
-    prompts = tuple(name for name in schemes if name != "temporal")
-    sizes = MtMConfig.from_depth(1, **fields)
-    model = MtM(sizes, 20, {s.name: s.n_neurons for s in sessions}, prompts=prompts)
-    for name in schemes:
-        model.zero_grad(set_to_none=True)
-        batches = []
-        for session in sessions[:2]:
-            counts = torch.from_numpy(session.counts).float()
-            regions = torch.from_numpy(session.region_codes)
-            mask = MaskSampler([name]).draw(name, counts, regions)
-            batches.append(Batch(counts, name, mask, session.name))
-        accumulate(model, batches, TrainConfig())
-        found = parameters_of(model, [(batch.session, name) for batch in batches])
-        expected = {id(p) for p in model.parameters() if p.grad is not None}
-        assert {id(p) for p in found} == expected

@@ -5,7 +5,7 @@ import errno
 import numpy as np
 import pytest
 
-from mtm.files import atomic_write, optional, read_arrays, write_arrays
+from mtm.files import atomic_write, read_arrays, write_arrays
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
@@ -43,9 +43,3 @@ def test_arrays_read_in_part_or_from_disk(tmp_path):
         for key, array in arrays.items():
             np.testing.assert_array_equal(read[key], array)
             assert read[key].dtype == array.dtype
-
-
-def test_a_missing_package_names_the_extra():
-    with pytest.raises(ImportError, match=r'no_such is missing: pip install "mtm-neural\[nwb\]"'):
-        optional("no_such", "nwb")
-    assert optional("json.decoder", "nwb").JSONDecoder

@@ -3,13 +3,14 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 from mtm.data import huggingface
-from mtm.session import SessionError
+from mtm.inputs import SessionError
 
 pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
@@ -51,6 +52,10 @@ def make_rows():
     rows = [make_row(trial, number) for number, trial in enumerate(COUNTS)]
     stops = np.cumsum(list(SIZES.values()))
     return {s: rows[stop - n : stop] for (s, n), stop in zip(SIZES.items(), stops, strict=True)}
+
+
+def from_rows(rows):
+    return huggingface.from_tables({split: pd.DataFrame(part) for split, part in rows.items()})
 
 
 def write_arrow(folder, rows, parts=1):
@@ -103,7 +108,7 @@ def test_rows_folders_and_snapshots_give_the_session(tmp_path):
     write_snapshot(tmp_path / "hub/data", rows)
     write_snapshot(tmp_path / "flat", rows)
     renamed = {"test": rows["test"], "validation": rows["val"], "train": rows["train"]}
-    sessions = [huggingface.from_rows(renamed)]
+    sessions = [from_rows(renamed)]
     sessions += [huggingface.load_session(tmp_path / name) for name in ("disk", "hub", "flat")]
     for session in sessions:
         check(session)
@@ -115,13 +120,13 @@ def test_one_split_in_several_parts_and_rows_without_behaviour(tmp_path):
     write_arrow(tmp_path / "disk", rows, parts=3)
     write_snapshot(tmp_path / "hub/data", {"train": rows}, parts=4)
     sessions = [huggingface.load_session(tmp_path / name) for name in ("disk", "hub")]
-    for session in (*sessions, huggingface.from_rows(iter(rows))):
+    for session in (*sessions, from_rows({"train": rows})):
         check(session)
         assert session.given_split is None
     for row in rows:
         for key in (*huggingface.BEHAVIOUR, "cluster_regions", "cluster_qc"):
             del row[key]
-    bare = huggingface.from_rows(rows)
+    bare = from_rows({"train": rows})
     assert bare.window[0] == 0 and bare.region_names == []
 
 
@@ -142,10 +147,9 @@ def test_counts_equal_brute_force(k, bins, n, entries):
     for trial in cells:
         flat = np.array([pair for row in trial for pair in row], int).reshape(-1, 2)
         parts = flat[:, 1], flat[:, 0], np.cumsum([0, *map(len, trial)]), (bins, n)
-        names = (f"spikes_sparse_{part}" for part in huggingface.SPARSE)
-        row = dict(zip(names, parts, strict=True))
+        row = dict(zip(huggingface.SPARSE, parts, strict=True))
         rows.append(row | {"binsize": 0.02, "eid": "x"})
-    np.testing.assert_array_equal(huggingface.from_rows(rows).counts, dense)
+    np.testing.assert_array_equal(from_rows({"train": rows}).counts, dense)
 
 
 def test_folders_that_are_incomplete(tmp_path):

@@ -101,8 +101,7 @@ def test_events_from_files(folder, tmp_path):
         ("spike_times.npy", {}, "spike_times.npy: missing; pass"),
         ("params.py", {}, "params.py: no sample_rate in it; pass sample_rate="),
         ("cluster_*.tsv", {"units": "good"}, "no cluster is left of 5; pass units="),
-        ("", {"behaviour": {"a": [1, 2]}}, "behaviour 'a': 2 values of 30 events"),
-        ("", {"events": "two.csv"}, r"name the column of the event, one of \['a', 'b'\]"),
+        ("", {"events": "two.csv"}, r"no such event; align to one of \['a', 'b'\]"),
     ],
 )
 def test_what_is_missing_is_named(folder, change, options, message):

@@ -70,18 +70,6 @@ def test_metrics_equal_the_authors(parity):
     np.testing.assert_allclose(ours[spiking], r2[spiking], rtol=1e-4, atol=1e-6)
 
 
-def test_null_perfect_and_worse_predictions(example):
-    _, counts = example
-    spiking = counts.sum((0, 1)) > 0
-    null = np.broadcast_to(metrics.log_mean(counts), counts.shape)
-    np.testing.assert_allclose(metrics.bits_per_spike(null, counts)[spiking], 0, atol=1e-12)
-    np.testing.assert_allclose(metrics.poisson_d2(null, counts)[spiking], 0, atol=1e-12)
-    perfect = np.log(np.maximum(counts, 1e-12))
-    np.testing.assert_allclose(metrics.poisson_d2(perfect, counts)[spiking], 1, atol=1e-6)
-    np.testing.assert_allclose(metrics.trial_r2(perfect, counts)[spiking], 1, atol=1e-6)
-    assert (metrics.bits_per_spike(null + 3, counts)[spiking] < 0).all()
-
-
 def test_d2_and_r2_against_scikit_learn(example):
     log_rates, counts = example
     d2, r2 = metrics.poisson_d2(log_rates, counts), metrics.trial_r2(log_rates, counts)
@@ -108,25 +96,7 @@ def test_psth_r2_against_a_loop(example):
     np.testing.assert_allclose(metrics.psth_r2(log_rates, counts, two_columns), ours)
 
 
-@pytest.mark.parametrize("count", [1, 3, 5])
-def test_counts_that_never_vary_have_no_share_to_explain(count):
-    counts = np.full((70, 20, 2), count)
-    log_rates = np.random.default_rng(0).normal(0, 0.1, counts.shape)
-    assert np.isnan(metrics.poisson_d2(log_rates, counts)).all()
-    assert np.isnan(metrics.trial_r2(log_rates, counts)).all()
-    assert np.isnan(metrics.psth_r2(log_rates, counts, np.arange(70) % 7)).all()
-
-
-SCORES = [
-    metrics.bits_per_spike,
-    metrics.pooled_bits_per_spike,
-    metrics.poisson_d2,
-    metrics.trial_r2,
-    lambda log_rates, counts: metrics.psth_r2(log_rates, counts, np.zeros(len(counts))),
-]
-
-
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", [metrics.bits_per_spike, metrics.trial_r2])
 def test_bad_input_is_refused(score):
     log_rates, counts = np.zeros((2, 3, 1)), np.ones((2, 3, 1))
     for f, y in [(log_rates[:, :-1], counts), (log_rates[:0], counts[:0])]:
@@ -140,22 +110,11 @@ def test_bad_input_is_refused(score):
             score(log_rates, np.where([[[True]], [[False]]], bad, counts))
 
 
-def test_null_models_and_conditions_must_fit(example):
-    log_rates, counts = example
-    with pytest.raises(ValueError, match="log-rates must be finite"):
-        metrics.bits_per_spike(log_rates, counts, np.full(6, -np.inf))
-    with pytest.raises(ValueError, match="need one condition per trial, got 4 for 20 trials"):
-        metrics.psth_r2(log_rates, counts, np.zeros(4))
-
-
 def test_tensors_and_entries_in_any_shape(example):
     log_rates, counts = example
     f, y = (torch.from_numpy(x.reshape(-1, 6)) for x in (log_rates, counts.astype(float)))
     expected = metrics.bits_per_spike(log_rates, counts)
     np.testing.assert_allclose(metrics.bits_per_spike(f, y), expected, rtol=1e-12)
     np.testing.assert_allclose(metrics.log_mean(y), metrics.log_mean(counts))
-    f.requires_grad_()
-    metrics.poisson_nll(f, y).sum().backward()
-    torch.testing.assert_close(f.grad, f.detach().exp() - y)  # the derivative by hand
-    loss = torch.nn.functional.poisson_nll_loss(f.detach(), y, reduction="none")
-    torch.testing.assert_close(metrics.poisson_nll(f.detach(), y), loss)
+    loss = torch.nn.functional.poisson_nll_loss(f, y, reduction="none")
+    torch.testing.assert_close(metrics.poisson_nll(f, y), loss)

@@ -72,5 +72,5 @@ def test_a_window_must_lie_within_what_was_observed(path):
     before = np.append("", SPLIT[:-1])[across.trial_ids]
     expected = (SPLIT[across.trial_ids] == "train") & (before == "train")
     np.testing.assert_array_equal(across.observed[:, 5], expected)
-    with pytest.raises(ValueError, match="not in obs_intervals"):
+    with pytest.raises(ValueError, match="not observed"):
         nwb.load_session(path, [500.0, 600.0], window=WINDOW)

@@ -1,7 +1,6 @@
 """What the package promises as a whole: its layout, no code run from files, no network, secrets."""
 
 import ast
-import re
 import subprocess
 import sys
 import tomllib
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-import codespell_lib
 import pytest
 
 import mtm
@@ -23,33 +21,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 SECRET = "s3cr3t-0123456789"
 
 # A module imports only from those after it.
-FLOORS = (
-    *(
-        "__main__",
-        "cli",
-        "__init__",
-        "bwb",
-        "baselines",
-        "behaviour",
-        "evaluation",
-        "training",
-        "plots",
-    ),
-    *("decoding", "progress", "checkpoint", "official", "bwb_weights"),
-    *("prediction", "data", "simulation"),
-    *(
-        "batches",
-        "distributed",
-        "model",
-        "recipes",
-        "report",
-        "session",
-        "masks",
-        "metrics",
-        "binning",
-        "files",
-    ),
-)
+FLOORS = """
+    __main__ cli __init__ bwb baselines behaviour evaluation training plots
+    decoding validation progress checkpoint bwb_weights official
+    prediction data simulation
+    batches distributed model direct_paths recipes report session masks metrics binning
+    inputs files
+""".split()
 CORE = {"session", "binning", "masks", "model", "metrics", "training", "evaluation", "decoding"}
 
 
@@ -90,8 +68,7 @@ def test_all_of_it_is_shipped():
     assert "py.typed" in settings["package-data"]["mtm"] and (PACKAGE / "py.typed").is_file()
 
 
-# Functions that run code found in a file. A pickle is read only by an unpickler of ours, whose
-# `find_class` returns nothing but arrays, tensors and stand-ins.
+# Functions that run code found in a file; a pickle is read only by an unpickler of ours.
 UNSAFE = {
     *("eval", "exec", "compile", "joblib.load", "os.system", "pickle.load", "pickle.loads"),
     *("pd.read_pickle", "torch.jit.load"),
@@ -131,7 +108,7 @@ assert mtm.plots and mtm.bwb and dict(os.environ) == before
 
 (session,) = mtm.simulate(1, 30, 8, seed=0)
 model = mtm.fit(session, depth=1, epochs=1, progress=False).model
-print(mtm.evaluate(model, session))
+print(mtm.evaluate(model, session, tasks=["co-smoothing"]))
 """
 
 
@@ -198,32 +175,3 @@ def test_passwords_in_addresses_are_not_shown(server, tmp_path, capfd):
     assert SECRET not in "".join(capfd.readouterr())
     with hidden(server, mtm.SessionError):
         nwb.load_session(address)
-
-
-def british() -> dict[str, str]:
-    """American spelling -> the British one: codespell's dictionary, turned round."""
-    words = Path(codespell_lib.__file__).parent / "data/dictionary_en-GB_to_en-US.txt"
-    pairs = (line.split("->") for line in words.read_text("utf-8").splitlines())
-    spellings = {american.partition(",")[0]: word for word, american in pairs}
-    for word in ("math", "optimizer", "program"):  # TeX; as torch calls it; of a computer
-        del spellings[word]
-    return spellings
-
-
-def prose(path: Path) -> str:
-    """The text of a page, or the docstrings of a module, without code."""
-    text = path.read_text("utf-8")
-    if path.suffix == ".py":
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
-        text = "\n".join(ast.get_docstring(node) or "" for node in nodes)
-    text = re.sub(r"^( *)(`{3,}(?!\{(?!code))).*?^\1`{3,}$", "", text, flags=re.M | re.S)
-    return re.sub(r"``.*?``|`[^`]*`|\]\([^)]*\)|https?://\S+", "", text)
-
-
-def test_spelling_is_british():
-    spellings, wrong = british(), {}
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("book/*.md"), *MODULES]:
-        words = set(re.findall(r"[a-z]+", prose(path).lower()))
-        wrong |= {f"{path.name}: {word}": spellings[word] for word in words & spellings.keys()}
-    assert wrong == {}

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mtm import Mask, MtM, MtMConfig, Session, SessionError, mean_rates, oracle
+from mtm import Mask, MtM, MtMConfig, Session, SessionError, mean_rates
 from mtm.prediction import (
     TASKS,
     as_predictor,
-    choose_split,
     forward_bins,
     predict_held_out,
 )
@@ -163,20 +162,18 @@ def test_a_predictor_that_can_is_asked_for_one_neuron(session):
 NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
-    MemoryError(),
 ]
 
 
-@pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu", "numpy"])
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu"])
 def test_a_batch_is_halved_when_memory_runs_out(error, session):
     narrow = Watcher(3, error)
     found = predict_held_out(narrow, session, "co-smoothing", batch_size=12)
     np.testing.assert_array_equal(found, predict_held_out(Watcher(), session, "co-smoothing"))
     assert [len(call[0]) for call in narrow.calls] == [12, 6, *[3] * 9, 1]  # 28 passes
     for other in (error, RuntimeError("an illegal memory access")):
-        with pytest.raises(type(other)) as raised:
+        with pytest.raises(type(other)):
             predict_held_out(Watcher(0, other), session, "co-smoothing", batch_size=4)
-        assert raised.value is other
 
 
 def test_a_session_of_the_same_name_with_other_neurons_is_doubted(session):
@@ -196,36 +193,16 @@ def test_arrays_and_tensors_are_used_as_they_are(session):
     log_rates = np.random.default_rng(1).normal(size=(20, 20, 7))
     log_rates = torch.from_numpy(log_rates).bfloat16().double().numpy()  # no digits to lose
     tensor = torch.from_numpy(log_rates)
-    for given in (log_rates, tensor, tensor.clone().requires_grad_(), tensor.bfloat16()):
-        for predictor in (given, {"s": given}):
-            found = predict_held_out(predictor, session, "co-smoothing")
-            np.testing.assert_array_equal(found, log_rates[session.split().test])
-    for kind in (torch.float32, torch.bfloat16):  # as a function returns them
-        ones = torch.ones((), dtype=kind, requires_grad=True)
-        found = predict_held_out(lambda c, *_, x=ones: x.expand(c.shape), session, "co-smoothing")
-        assert (found == 1).all()
+    for given in (log_rates, tensor.requires_grad_(), tensor.bfloat16(), {"s": tensor}):
+        found = predict_held_out(given, session, "co-smoothing")
+        np.testing.assert_array_equal(found, log_rates[session.split().test])
     means = mean_rates(session)
     train = session.counts[session.split().train]
     np.testing.assert_allclose(np.exp(means[0, 0, :4]), train.mean((0, 1))[:4])
     np.testing.assert_allclose(np.exp(means[0, 0, 4]), 0.5 / train[:, :, 4].size)
 
 
-def test_the_split_of_a_predictor(session):
-    model = small_model(session)
-    with pytest.raises(ValueError, match="not known which trials.*pass split_seed=0"):
-        choose_split(model, session)
-    assert choose_split(model, session, 3).test.tolist() == session.split(3).test.tolist()
-    model.split_seed = 3
-    assert choose_split(model, session).test.tolist() == session.split(3).test.tolist()
-    with pytest.raises(ValueError, match="trained on the split of seed 3, not 0"):
-        choose_split(model, session, 0)
-    seen = choose_split(model, session, 0, allow_seen=True)
-    assert seen.test.tolist() == session.split(0).test.tolist()
-
-
 def test_errors(session):
-    with pytest.raises(SessionError, match="session 's', co-smoothing: no neuron to score"):
-        predict_held_out(mean_rates(session), session, "co-smoothing", wanted=np.zeros(7, bool))
     with pytest.raises(ValueError, match="returned shape.*must return a log-rate for every entry"):
         predict_held_out(lambda counts, *_: counts[:, :1], session, "co-smoothing")
     for bad in (lambda c, *_: torch.log(c * 0.0), np.full(session.counts.shape, np.nan)):
@@ -237,5 +214,3 @@ def test_errors(session):
         setattr(other := small_model(session), name, value)
         with pytest.raises(SessionError, match="20 bins of 0.02 s from 0 s, the model was trained"):
             as_predictor(other, session)
-    with pytest.raises(SessionError, match="only simulated sessions"):
-        oracle(session)

@@ -15,7 +15,8 @@ from conftest import brute_force
 
 from mtm.data import steinmetz
 from mtm.data.steinmetz import load_bundle
-from mtm.session import Session, SessionError
+from mtm.inputs import SessionError
+from mtm.session import Session
 
 NAME = "Cori_2016-12-14"
 REAL = Path(__file__).parents[2] / "shared/data/steinmetz2019"

@@ -1,8 +1,8 @@
 """BrainWideBench (arXiv 2609.22064): list, download and read its public session files.
 
-452 recordings of the International Brain Laboratory, one HDF5 file each: 423 to pretrain on, and 29
-of other animals to evaluate on. Each comes in two builds: ``all_units`` is all that the spike
-sorter found, ``selected_units`` the well isolated units.
+452 recordings of the International Brain Laboratory, one HDF5 file each: 423 to pretrain on, 29 of
+other animals to evaluate on. Each comes in two builds: ``all_units`` is all that the spike sorter
+found, ``selected_units`` the well isolated units.
 
 Behaviours of a session, NaN where missing:
 
@@ -34,21 +34,26 @@ import torch
 
 from mtm.binning import n_bins
 from mtm.data import recording
+from mtm.data.recording import observed_by_probe, within
 from mtm.data.regions import LEVELS
 from mtm.files import optional
-from mtm.session import Session, SessionError
+from mtm.session import Session
 
 BUCKET = "https://brain-wide-bench.s3.amazonaws.com"
 DATASET = "ibl_brain_wide_bench_2026"
 BUILDS = ("all_units", "selected_units")
 SUITES = {"all_units": "ts1", "selected_units": "ts2"}  # build -> its tasks and their split
 SPLITS = ("pretrain", "ts1", "ts2")
-_COLUMNS = {"id": "uuid", "probe_id": "probe", "cluster_id": "cluster", "depths": "depth"}
-_TRACES = {  # behaviour -> group; the column has the behaviour's name with underscores
+COLUMNS = {"id": "uuid", "probe_id": "probe", "cluster_id": "cluster", "depths": "depth"}
+TRIAL_COLUMNS = (
+    *("choice", "reward", "probability_left", "contrast_left", "contrast_right"),
+    *("movement_onset_time", "stim_on_time"),
+)
+TRACES = {  # behaviour -> group; the column has the behaviour's name with underscores
     **{"whisker-motion-energy": "whisker", "wheel-speed": "wheel", "licking-rate": "licks"},
     **{"left-paw-speed": "paws", "right-paw-speed": "paws"},
 }
-_TOLERANCE = 1e-9  # s, rounding error of a time
+ROUNDING = 1e-9  # seconds, of a time
 
 
 # ----------------------------------------------------------------------------- download
@@ -117,15 +122,8 @@ def fetch(
 ) -> list[Path]:
     """Download the files of some sessions, whichever regime they are of; again, it resumes.
 
-    Args:
-        sessions: uuids or their beginnings, as ``"0802ced5"``.
-        folder: see `download`.
-        build: "selected_units" or "all_units".
-        base_url: address of the bucket.
-        progress: show a bar on a terminal.
-
-    Raises:
-        ValueError: for a beginning that no session has, or several.
+    ``sessions`` are uuids or their beginnings, as ``"0802ced5"``; for the rest see `download` and
+    `list_sessions`. Raises a ValueError for a beginning that no session has, or several.
     """
     wanted = [sessions] if isinstance(sessions, str) else list(sessions)
     found: dict[str, list[Entry]] = {start: [] for start in wanted}
@@ -157,7 +155,8 @@ def load_session(
     """Load a session file: its units, trials, behaviour and split.
 
     A trial belongs to the part of the split in which its whole window lies, or to none. Trials that
-    reach beyond the first or last spike are left out. ``provenance["trials"]`` counts both.
+    no probe recorded are left out; what one of several did not is not ``observed``.
+    ``provenance["trials"]`` counts them.
 
     Args:
         path: a file from `download`.
@@ -185,14 +184,12 @@ def load_session(
         file.provenance["align"] = align if named else "given times"
         parts = _parts(file, split, cut)
         if cut:
-            how = {"length": window[1], "split": file.provenance["split"]}
-            filled = [part for part, bounds in parts.items() if len(bounds)]
-            align = np.sort(np.concatenate([ts2_windows(path, p, 1.0, **how) for p in filled]))
-        fields = _units(file, atlas)
-        fields |= _trials(file, align, window, bool(trial_filter), parts, fields["spike_times"])
-        fields |= {"traces": _traces(file), "name": file.name, "provenance": file.provenance}
-    subject = file.provenance["subject"]
-    return Session.from_spike_times(window=window, bin_size=bin_size, subject=subject, **fields)
+            align = _windows(file, np.concatenate([*parts.values()]), 1.0, window[1])
+        spikes, units = file.spikes(), _units(file)
+        fields = _trials(file, align, window, bool(trial_filter), parts, spikes, units)
+        fields["regions"] = None if atlas is None else units[atlas.lower()]
+        fields |= {"window": window, "bin_size": bin_size, "traces": _traces(file)}
+    return file.to_session(*spikes, units, **fields)
 
 
 def ts2_windows(
@@ -206,8 +203,12 @@ def ts2_windows(
     equality; numpy's differ from `torch.arange`'s in the last bits.
     """
     with open_file(path) as file:
-        trials = file.intervals("task_aligned_intervals/domain")[:, None]
-        bounds, starts = file.intervals(f"{split}_{part}_domain"), [np.zeros(0)]
+        return _windows(file, file.intervals(f"{split}_{part}_domain"), stride, length)
+
+
+def _windows(file: SessionFile, bounds: np.ndarray, stride: float, length: float) -> np.ndarray:
+    """Starts (W,) of the windows in intervals ``bounds`` (n, 2)."""
+    trials, starts = file.intervals("task_aligned_intervals/domain")[:, None], [np.zeros(0)]
     first = np.maximum(trials[..., 0], bounds[:, 0]).ravel().tolist()
     last = np.minimum(trials[..., 1], bounds[:, 1]).ravel().tolist()
     for begin, end in zip(first, last, strict=True):
@@ -240,6 +241,10 @@ class SessionFile(recording.Recording):
         strings = data.dtype.kind in "OS"  # variable-length UTF-8, or fixed-length bytes
         return data.asstr()[()].astype(np.str_) if strings else data[()]
 
+    def spikes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Time (S,) in seconds and number of the unit (S,) of every spike."""
+        return self.column("spikes/timestamps"), self.column("spikes/unit_index")
+
     def intervals(self, path: str) -> np.ndarray:
         """Intervals (n, 2): start and end, seconds."""
         return np.stack([self.column(f"{path}/{end}") for end in ("start", "end")], axis=1)
@@ -260,9 +265,9 @@ class SessionFile(recording.Recording):
 def open_file(path: str | Path) -> Iterator[SessionFile]:
     """Open a session file; errors in reading it become a SessionError."""
     h5py, path = optional("h5py", "bwb"), Path(path)
-    if not path.is_file():
-        raise SessionError(f"session {path.stem!r}, {path}: no such file; bwb.download fetches it")
     opened = SessionFile(path.stem, origin="BrainWideBench", file=path.name)
+    if not path.is_file():
+        opened.fail(str(path), "no such file; bwb.download fetches it")
     with opened.reading(str(path)), h5py.File(path, "r") as opened.file:
         opened.name = opened.text("session", "id") or path.stem
         opened.provenance["subject"] = opened.text("subject", "id")
@@ -288,29 +293,18 @@ def _parts(file: SessionFile, split: str | None, needed: bool) -> dict[str, np.n
     return parts | {"test": test}
 
 
-def inside(spans: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Which intervals (K, 2) lie in one of a part's (n, 2); (K,) bool."""
-    begun = spans[:, None, 0] >= part[:, 0] - _TOLERANCE
-    return np.any(begun & (spans[:, None, 1] <= part[:, 1] + _TOLERANCE), axis=1)
-
-
-def _units(file: SessionFile, atlas: str | None) -> dict[str, Any]:
-    """Arguments of `Session.from_spike_times` for spikes and units."""
-    neurons = {
-        _COLUMNS.get(key, key.removeprefix("region_")): file.column(f"units/{key}")
-        for key, column in file.file["units"].items()
-        if column.ndim == 1
-    }
-    if "probe" in neurons and "probes" in file.file:  # ids of insertions -> "probe00", ...
+def _units(file: SessionFile) -> pd.DataFrame:
+    """The table of the units, in the order of their numbers in the spikes."""
+    file.column("units/id")  # which says so if it is not there
+    flat = [key for key, column in file.file["units"].items() if column.ndim == 1]
+    names = [COLUMNS.get(key, key.removeprefix("region_")) for key in flat]
+    units = pd.DataFrame(
+        {n: file.column(f"units/{key}") for n, key in zip(names, flat, strict=True)}
+    )
+    if "probe" in units and "probes" in file.file:  # ids of insertions -> "probe00", ...
         names = pd.Series(file.column("probes/name"), file.column("probes/id"))
-        neurons["probe"] = names[neurons["probe"]].to_numpy()
-    return {
-        "spike_times": file.column("spikes/timestamps"),
-        "spike_clusters": file.column("spikes/unit_index"),
-        "clusters": np.arange(len(file.column("units/id"))),
-        "regions": None if atlas is None else file.column(f"units/region_{atlas.lower()}"),
-        "neurons": neurons,
-    }
+        units["probe"] = units["probe"].map(names)
+    return units
 
 
 def _trials(
@@ -319,32 +313,24 @@ def _trials(
     window: tuple[float, float],
     valid: bool,
     parts: dict[str, np.ndarray],
-    spikes: np.ndarray,
+    spikes: tuple[np.ndarray, np.ndarray],
+    units: pd.DataFrame,
 ) -> dict[str, Any]:
     """Arguments of `Session.from_spike_times` for the trials that are kept."""
     behaviour = _behaviour(file, align)
     time = behaviour["event-time"]
-    spans = time[:, None] + np.array(window)
-    lost = {"without the event": ~np.isfinite(time)}
-    if valid:
-        lost["not valid"] = file.column("trials/is_valid") != 1
-    lost["beyond the recording"] = ~inside(spans, np.array([[spikes.min(), spikes.max()]]))
-    reason = np.select(list(lost.values()), list(lost), "")  # the first that applies
-    keep = reason == ""
-    counted = {"in the recording": len(time)} | {key: int((reason == key).sum()) for key in lost}
-    if not keep.any():
-        file.fail("trials", f"none is left ({counted}); align to other events, in seconds")
-    members = [inside(spans[keep], part) for part in parts.values()]
+    spans, whole = time[:, None] + np.array(window), [[spikes[0].min(), spikes[0].max()]]
+    probes = units.get("probe", pd.Series("", units.index)).to_numpy()
+    observed = observed_by_probe(*spikes, probes, spans)
+    observed &= within(np.array(whole), spans, ROUNDING)[:, None]
+    rejected = {"not valid": file.column("trials/is_valid") != 1} if valid else {}
+    fields = file.trials_to_use(time, behaviour, rejected, observed)
     if parts:
-        counted["in no part of the split"] = int((~np.any(members, axis=0)).sum())
-    file.provenance["trials"] = counted
-    return {
-        "align_times": time[keep],
-        "behaviour": {name: values[keep] for name, values in behaviour.items()},
-        "trial_ids": np.flatnonzero(keep),
-        "n_recorded": len(time),
-        "given_split": members if parts else None,
-    }
+        kept = spans[fields["trial_ids"]]
+        members = fields["given_split"] = [within(part, kept, ROUNDING) for part in parts.values()]
+        nowhere = ~np.any(members, axis=0)
+        file.provenance["trials"]["in no part of the split"] = int(nowhere.sum())
+    return fields
 
 
 def _behaviour(file: SessionFile, align: str | np.ndarray) -> dict[str, np.ndarray]:
@@ -354,27 +340,26 @@ def _behaviour(file: SessionFile, align: str | np.ndarray) -> dict[str, np.ndarr
     events = [key for key in file.file["trials"] if re.fullmatch(r"start|end|\w+_time", key)]
     if align not in events:
         file.fail(f"trials/{align}", f"no such event; there are {events}")
-    names = ("choice", "contrast_left", "contrast_right", "movement_onset_time", "stim_on_time")
-    choice, left, right, moved, shown = (file.column(f"trials/{name}") for name in names)
-    contrast = np.nan_to_num(right) - np.nan_to_num(left)  # NaN on the side without a stimulus
+    table = pd.DataFrame({name: file.column(f"trials/{name}") for name in {align, *TRIAL_COLUMNS}})
     return {
-        "event-time": file.column(f"trials/{align}"),
-        "choice": np.select([choice == 0, choice == 1, choice == 2], [-1.0, 1.0, 0.0], np.nan),
-        "block": file.column("trials/probability_left"),
-        "reward": file.column("trials/reward").astype(np.float64),
-        "contrast": np.where(np.isnan(left) & np.isnan(right), np.nan, contrast),
-        "reaction-time": moved - shown,
+        "event-time": table[align].to_numpy(),
+        "choice": table["choice"].map({0: -1.0, 1: 1.0, 2: 0.0}),
+        "block": table["probability_left"],
+        "reward": table["reward"].astype(np.float64),
+        # NaN on the side without a stimulus; unknown where both are.
+        "contrast": table["contrast_right"].sub(table["contrast_left"], fill_value=0),
+        "reaction-time": table["movement_onset_time"] - table["stim_on_time"],
     }
 
 
 def _traces(file: SessionFile) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Times and values of each continuous behaviour in the file."""
     traces = {}
-    for key, group in _TRACES.items():
+    for key, group in TRACES.items():
         name = key.replace("-", "_")
         if f"{group}/{name}" in file.file:
             times, values, known = file.trace(group, name)
             # A lick sample counts the 20 ms that begin with it: its time is their middle.
             traces[key] = times[known] + 0.01 * (group == "licks"), values[known]
-    file.provenance["absent"] = [key for key in _TRACES if key not in traces]
+    file.provenance["absent"] = [key for key in TRACES if key not in traces]
     return traces

@@ -10,24 +10,22 @@ import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import joblib
-import numpy as np
 import pandas as pd
-from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
 from mtm.data.recording import public
-from mtm.session import Session, SessionError, has_region, read_session_file
+from mtm.inputs import SessionError
+from mtm.session import Session, has_region, read_session_file
 
 SECRETS = ("password", "token")  # options that no file keeps
 
 
 class Entry(NamedTuple):
-    """A recording, as far as it is known without reading its counts."""
+    """A recording, and what is known of it without reading its counts."""
 
     path: Path
     name: str
@@ -48,9 +46,8 @@ class Entry(NamedTuple):
         """The recording with the neurons chosen; those are copied if they are not all."""
         session = Session.load(self.path, mmap=True)
         if session.counts.shape != self.shape:
-            raise SessionError(
-                f"session {self.name!r}: {self.path} has changed since it was listed; list again"
-            )
+            problem = f"{self.path} has changed since it was listed; list again"
+            raise SessionError(f"session {self.name!r}: {problem}")
         if len(self.neurons) == session.n_neurons:
             return session
         chosen = session.select(neurons=self.neurons.index.to_numpy())
@@ -60,10 +57,9 @@ class Entry(NamedTuple):
 
 
 class Sessions(Sequence[Session]):
-    """Many recordings on disk, as a sequence of sessions that are read when they are asked for.
+    """Many recordings on disk, as a sequence of sessions; an index may be a name, too.
 
-    A session taken out of it has its counts on disk (``Session.load(path, mmap=True)``). An index
-    may also be a session's name; a slice is a collection.
+    A session taken out of it leaves its counts on disk (``Session.load(path, mmap=True)``).
 
     Args:
         where: a folder (every ``.npz`` in it, by name), a file, or several of them.
@@ -78,9 +74,8 @@ class Sessions(Sequence[Session]):
         for path in map(Path, [where] if isinstance(where, (str, Path)) else where):
             paths += sorted(path.glob("[!.]*.npz")) if path.is_dir() else [path]
         if not paths:
-            raise FileNotFoundError(
-                f"no session (*.npz) in {where}; Session.save and `python -m mtm prepare` make them"
-            )
+            remedy = "Session.save and `python -m mtm prepare` make them"
+            raise FileNotFoundError(f"no session (*.npz) in {where}; {remedy}")
         self.entries = [Entry.read(path) for path in paths]
         if twice := [name for name, n in Counter(self.names).items() if n > 1]:
             both = " and ".join(str(e.path) for e in self.entries if e.name == twice[0])
@@ -162,8 +157,7 @@ class Outcome(NamedTuple):
     path: Path | None = None  # of the file, if it is there
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """What became of all recordings; prints as a list of what was skipped or lacks something."""
 
     outcomes: list[Outcome]
@@ -208,14 +202,14 @@ def prepare(
             last part without its ending, and by the folders above it where two are alike; URLs; or
             ids, named by themselves.
         out: folder of the files.
-        workers: processes; default one for each core, but at most 4. With 1, all is done in this.
+        workers: processes; default one for each core, but at most 4.
         overwrite: make again what is there.
         progress: show a bar, in a terminal.
         **options: of ``load``. The file keeps them, without ``password`` and ``token``.
 
     Raises:
         ValueError: two recordings of the same name.
-        RuntimeError: a process that was killed; what was written by then is there.
+        RuntimeError: a process was killed, mostly because memory ran out; use fewer workers.
 
     Example:
         >>> files = sorted(Path("nwb").glob("*.nwb"))
@@ -228,12 +222,8 @@ def prepare(
     done = joblib.Parallel(workers, return_as="generator", batch_size=1)(
         joblib.delayed(job)(*each) for each in named.items()
     )
-    bar = {"total": len(named), "unit": "session", "disable": None if progress else True}
-    try:
-        return Prepared(list(tqdm(done, **bar)))
-    except BrokenProcessPool as error:
-        problem = "a process was killed, most likely because memory ran out"
-        raise RuntimeError(f"{problem}; start again with fewer workers, it resumes") from error
+    shown = None if progress else True  # None: on a terminal
+    return Prepared(list(tqdm(done, total=len(named), unit="session", disable=shown)))
 
 
 def _names(recordings: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
@@ -284,10 +274,9 @@ def _prepare_one(
         except Exception as error:  # whatever it is, the other recordings are to go on
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             return Outcome(name, "skipped", f"{kind}{error}")
-    notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-    notes = list(dict.fromkeys(notes))
-    folder = isinstance(recording, (str, Path)) and os.path.isdir(recording)
-    if session.name in ("session", Path(recording).name if folder else ""):  # a reader's default
+    messages = (str(w.message) for w in caught if issubclass(w.category, UserWarning))
+    notes = list(dict.fromkeys(messages))
+    if session.name in ("session", Path(str(recording)).name):  # a reader's default
         session.name = name
     session.provenance = session.provenance | {"prepared": {**origin, "notes": notes}}
     for partial in out.glob(f".{path.name}.*.part"):
@@ -299,21 +288,22 @@ def _origin(
     load: Callable[..., Session], recording: Any, options: dict[str, Any]
 ) -> dict[str, Any]:
     """What a file was made of and how, as JSON: if it is the same, it need not be made again."""
-
-    def shown(value: Any) -> Any:
-        if isinstance(value, (str, Path)) and os.path.exists(value):  # wherever it lies by now
-            path = Path(value)
-            files = path.rglob("*") if path.is_dir() else [path]
-            facts = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-            size, latest = np.array([(0, 0), *facts]).T
-            return [path.name, int(size.sum()), int(latest.max())]
-        # of an address what is public: no password, no signature
-        return public(value) if isinstance(value, str) and "://" in value else value
-
-    kept = {key: shown(value) for key, value in options.items() if key not in SECRETS}
     function = load.func if isinstance(load, functools.partial) else load
-    name = f"{function.__module__}.{function.__qualname__}"
-    made = {"load": name, "recording": shown(recording), "options": kept}
+    made = {
+        "load": f"{function.__module__}.{function.__qualname__}",
+        "recording": _shown(recording),
+        "options": {key: _shown(value) for key, value in options.items() if key not in SECRETS},
+    }
     # What JSON cannot hold: arrays and numpy's numbers have tolist.
     text = json.dumps(made, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
     return json.loads(text)
+
+
+def _shown(value: Any) -> Any:
+    """Name, size and time of change of what is on disk; of an address what is public."""
+    if isinstance(value, (str, Path)) and os.path.exists(value):
+        path = Path(value)
+        facts = [f.stat() for f in [path, *path.rglob("*")] if f.is_file()]
+        size, latest = sum(f.st_size for f in facts), max((f.st_mtime_ns for f in facts), default=0)
+        return [path.name, size, latest]
+    return public(value) if isinstance(value, str) and "://" in value else value

@@ -3,20 +3,13 @@
 No account is needed. Columns and series are named as in the code that converts the recordings
 (``catalystneuro/IBL-to-nwb``), since 2025 and before; files of the archive were not at hand.
 
-========================================  ================================  ====================
-behaviour                                 from                              before 2025
-========================================  ================================  ====================
-``choice``, as IBL: -1, +1, 0             mouse_wheel_choice                choice
-``reward``, 1 or 0                        is_mouse_rewarded                 feedback_type
-``block``                                 probability_left                  probability_left
-``contrast``, right - left                gabor_stimulus_contrast, _side    contrast_left, _right
-``wheel-speed``                           series ``*WheelVelocity*``        the same
-``whisker-motion-energy``                 series ``*Left*MotionEnergy*``    the same
-========================================  ================================  ====================
+A session has ``choice`` (-1, +1, 0), ``reward`` (1 or 0), ``block``, ``contrast``, ``wheel-speed``
+and ``whisker-motion-energy`` (left camera), as in `mtm.data.ibl`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import urllib.parse
@@ -26,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from mtm.data import nwb
-from mtm.session import Session, SessionError
+from mtm.inputs import SessionError
+from mtm.session import Session
 
 API = "https://api.dandiarchive.org/api"
 BEFORE = {  # events
@@ -93,35 +87,33 @@ def load_session(
     """
     with nwb._opened(source) as file:
         columns, series = nwb._Table(file, "intervals/trials").scalars, list(file.series())
-    found = {
-        name: [path for path in series if re.search(pattern, path, re.IGNORECASE)][:1]
-        for name, pattern in SERIES.items()
-    }
+    found: dict[str, str] = {}
+    for name, path in itertools.product(SERIES, series):
+        if re.search(SERIES[name], path, re.IGNORECASE):
+            found.setdefault(name, path)
     session = nwb.load_session(
         source,
         align if align in columns else BEFORE.get(align, align),
         window=window,
         bin_size=bin_size,
         behaviour=[name for name in COLUMNS if name in columns],
-        traces=sum(found.values(), []),
+        traces=found.values(),
         region="electrodes/" + ("location" if atlas == "Allen" else f"{atlas.lower()}_location"),
     )
     read = session.behaviour
-    # Of the velocity's mean in each bin.
-    session.behaviour = {
-        name: np.abs(read[path]) for name, paths in found.items() for path in paths
-    }
-    session.behaviour["block"] = read["probability_left"]
+    now = {key: np.abs(read[path]) for key, path in found.items()}  # of the velocity's mean
+    now["block"] = read["probability_left"]
     if "mouse_wheel_choice" in read:
         words, side = read["mouse_wheel_choice"].tolist(), read["gabor_stimulus_side"]
-        sign = np.where(side == "left", -0.01, 0.01)  # of percents
         if unknown := set(words) - set(CHOICES):
             raise SessionError(f"session {session.name!r}, mouse_wheel_choice: unknown {unknown}")
-        session.behaviour["choice"] = np.array([CHOICES[word] for word in words])
-        session.behaviour["reward"] = np.asarray(read["is_mouse_rewarded"], dtype=np.float64)
-        session.behaviour["contrast"] = sign * read["gabor_stimulus_contrast"]
+        now["choice"] = np.array([CHOICES[word] for word in words])
+        now["reward"] = np.asarray(read["is_mouse_rewarded"], dtype=np.float64)
+        sign = np.where(side == "left", -0.01, 0.01)  # of percents
+        now["contrast"] = sign * read["gabor_stimulus_contrast"]
     else:
         left, right = (np.nan_to_num(read[f"contrast_{side}"]) for side in ("left", "right"))
-        session.behaviour["choice"], session.behaviour["contrast"] = read["choice"], right - left
-        session.behaviour["reward"] = (read["feedback_type"] > 0).astype(np.float64)
+        now |= {"choice": read["choice"], "contrast": right - left}
+        now["reward"] = (read["feedback_type"] > 0).astype(np.float64)
+    session.behaviour = now
     return session

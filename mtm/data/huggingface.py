@@ -3,8 +3,8 @@
 A row is a trial: its counts as the four parts of a sparse (CSR) matrix, its behaviour, and, the
 same in every row, facts about session and neurons, as the authors' ``create_dataset`` writes them.
 
-- ``<eid>_aligned``, splits train, val and test: trials of 2 s from 0.5 s before stimulus onset.
-  The splits are the authors' and stay (`Session.given_split`); trials are not in order of time.
+- ``<eid>_aligned``, splits train, val and test, which stay: trials of 2 s from 0.5 s before
+  stimulus onset, not in order of time.
 - ``<eid>``, one split: consecutive chunks of the recording, without behaviour.
 
 Behaviour, NaN = missing: ``choice`` (K,), -1 right, +1 left, 0 none; ``block``, probability of a
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from scipy.sparse import csr_array
 
 from mtm.data.recording import Recording
 from mtm.files import optional
-from mtm.session import Session, SessionError, Split
+from mtm.inputs import SessionError
+from mtm.session import Session, Split
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-SPARSE = ("data", "indices", "indptr", "shape")
+SPARSE = [f"spikes_sparse_{part}" for part in ("data", "indices", "indptr", "shape")]
 BEHAVIOUR = ("choice", "reward", "block", "wheel-speed", "whisker-motion-energy")
 NEURONS = {  # column -> column of Session.neurons
     "cluster_regions": "allen",
@@ -52,33 +53,25 @@ def load_session(folder: str | Path) -> Session:
     with Recording(folder.name).reading(str(folder)):
         files = _files(folder)
         tables = {split: pd.concat(map(_table, paths)) for split, paths in files.items()}
-    return _session(tables)
+    return from_tables(tables)
 
 
-def from_rows(
-    rows: Mapping[str, Iterable[Mapping[str, Any]]] | Iterable[Mapping[str, Any]],
-) -> Session:
-    """Make a session of rows, as iterating over a ``datasets.Dataset`` gives them.
+def from_tables(tables: Mapping[str, pd.DataFrame]) -> Session:
+    """Make a session of tables with a row per trial, as ``datasets.Dataset.to_pandas`` gives them.
 
     Args:
-        rows: split -> rows, of the splits train, val (or validation) and test; or the rows of one
-            split, or a mapping with one split: then the session has no given split.
+        tables: one for each of the splits train, val (or validation) and test; or for one split of
+            any name: then the session has no given split.
 
     Returns:
         the session, named by the column ``eid``, trials in the order of the rows, train first. Its
-        window starts at -0.5 s, or at 0 for rows without ``choice``. Its ``neurons`` have, where
-        present, ``allen`` (acronym, also ``regions``), ``channel``, ``depth``, ``uuid``, ``good``,
-        ``label`` and ``qc-<name>`` for what else ``cluster_qc`` lists.
+        window starts at -0.5 s, or at 0 for rows without ``choice``. Its ``neurons`` have the
+        columns of ``NEURONS`` (``allen`` are the regions, too), ``label``, and ``qc-<name>`` for
+        what else ``cluster_qc`` lists.
 
     Raises:
         SessionError: naming the session, the column and the remedy.
     """
-    parts = rows if isinstance(rows, Mapping) else {"train": rows}
-    return _session({split: pd.DataFrame(list(part)) for split, part in parts.items()})
-
-
-def _session(tables: Mapping[str, pd.DataFrame]) -> Session:
-    """A session of split -> table, one row per trial."""
     order = [split for split in SPLITS if split in tables] if len(tables) > 1 else list(tables)
     if len(order) < len(tables) or not any(map(len, tables.values())):
         problem = f"splits {list(tables)}; need train, val and test with rows, or one split"
@@ -92,7 +85,10 @@ def _session(tables: Mapping[str, pd.DataFrame]) -> Session:
         counts = np.stack([_matrix(row) for row in table.to_dict("records")])
         bin_size = float(np.squeeze(table["binsize"][0]))
     with recording.reading("neurons"):
-        neurons = _neurons(table.iloc[0])
+        first = table.iloc[0]  # the same in every row
+        neurons = {ours: first[theirs] for theirs, ours in NEURONS.items() if theirs in first}
+        for key, values in (first.get("cluster_qc") or {}).items():
+            neurons[key if key == "label" else f"qc-{key}"] = values
     behaviour = {}
     for key in filter(table.__contains__, BEHAVIOUR):
         with recording.reading(key):
@@ -119,20 +115,10 @@ def _session(tables: Mapping[str, pd.DataFrame]) -> Session:
 
 def _matrix(row: Mapping[str, Any]) -> np.ndarray:
     """The counts (T, N) of one trial; entries given twice add up."""
-    data, indices, indptr, shape = (np.asarray(row[f"spikes_sparse_{part}"]) for part in SPARSE)
+    data, indices, indptr, shape = (np.asarray(row[part]) for part in SPARSE)
     matrix = csr_array((data.astype(np.float32), indices, indptr), shape=tuple(map(int, shape)))
     matrix.check_format(full_check=True)
     return matrix.toarray()
-
-
-def _neurons(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The table of neurons, column -> (N,); it is the same in every row."""
-    columns = {label: row[key] for key, label in NEURONS.items() if key in row}
-    for key, values in (row.get("cluster_qc") or {}).items():
-        columns[key if key == "label" else f"qc-{key}"] = values
-    series = {label: pd.Series(list(values)) for label, values in columns.items()}
-    text = {label for label, x in series.items() if x.dtype == object} | {"allen", "uuid"}
-    return {x: s.fillna("").to_numpy(str) if x in text else s.to_numpy() for x, s in series.items()}
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
@@ -158,7 +144,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
 def _table(path: Path) -> pd.DataFrame:
     """The rows of one file."""
     if path.suffix == ".parquet":
-        return optional("pyarrow.parquet", "data").ParquetFile(path).read().to_pandas()
+        return pd.read_parquet(path)
     content = path.read_bytes()
     if not content.endswith(END_OF_STREAM):  # Arrow would take it for a shorter one
         raise ValueError(f"{path.name} is cut short")

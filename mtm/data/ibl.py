@@ -8,9 +8,8 @@ A session's behaviour, NaN = missing:
 - ``choice`` (K,): -1 right, +1 left, 0 none; ``block``: probability of a stimulus on the left;
   ``reward``: 1 or 0; ``contrast``: right minus left, -1..1; ``reaction-time``: first movement
   minus stimulus onset, seconds.
-- ``wheel-speed`` (K, T) rad/s: position at 1 kHz, low-pass 20 Hz, differentiated, absolute, mean
-  of each bin.
-- ``whisker-motion-energy`` (K, T), arbitrary units: left camera, else right; averaged in each bin.
+- ``wheel-speed`` (K, T) rad/s, see `mtm.data.recording.wheel_speed`, and
+  ``whisker-motion-energy`` (K, T), arbitrary units, left camera, else right: averaged in each bin.
 """
 
 from __future__ import annotations
@@ -25,22 +24,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mtm.data import recording
 from mtm.data.collection import Prepared
 from mtm.data.collection import prepare as prepare_all
-from mtm.data.recording import Recording, ordered_samples, wheel_speed
+from mtm.data.recording import Recording, observed_by_probe, ordered_samples, wheel_speed
 from mtm.data.regions import LEVELS, acronyms, within
 from mtm.files import optional
-from mtm.session import Session, SessionError
+from mtm.inputs import SessionError
+from mtm.session import Session
 
 SORTERS = ("iblsorter", "pykilosort", "")  # newest first; "" = files in alf/probeNN itself
 TRIAL_COLUMNS = [f"{event}_times" for event in ("stimOn", "goCue", "firstMovement", "feedback")]
 TRIAL_COLUMNS += ["choice", "feedbackType", "probabilityLeft", "contrastLeft", "contrastRight"]
 LOCATIONS = "brainLocationIds_ccf_2017"  # of channels, or of a probe's electrodeSites
 SORTING = ("spikes.times", "spikes.clusters", "clusters.channels")  # what a probe needs
-SILENCE = 0.1  # seconds without a spike of a whole probe that do not yet mean that it was off
-PAUSE = 1.0  # seconds without a spike in which it was
-RATE = 20.0  # spikes a second of a probe that is never silent for so long
 
 
 def connect(
@@ -59,7 +55,6 @@ def connect(
         username, password: of a free account (``<base_url>/signup``). ONE keeps the log-in, so
             later the username alone is enough on the same machine.
         token: instead of both: the text that ``<base_url>/me`` shows (for ORCiD accounts).
-        base_url: of the server.
     """
     api = optional("one.api", "data")
     if username or password or token:
@@ -92,7 +87,7 @@ def load_session(
     units: str | None = None,
     probes: Sequence[str] | None = None,
 ) -> Session:
-    """Load one IBL session: all probes, clusters (silent ones included), trials, and behaviour.
+    """Load one IBL session: all probes, clusters (silent ones too), trials and behaviour.
 
     Args:
         one: from `connect`, or any ONE.
@@ -121,39 +116,31 @@ def load_session(
             raise ValueError(f"{name} must be None or one of {', '.join(known[name])}: {value!r}")
     session = _OneSession(one, eid)
     session.provenance |= {"align": align, "units": units}
-    spikes, clusters = _spikes(session, probes, atlas is not None, units)
-    fields = _trials(session, align, trial_filter, window, spikes, clusters)
+    times, neurons, clusters = _spikes(session, probes, atlas is not None, units)
+    trials = _trials(session, align)
+    events = session.event(trials, align)
+    spans = events[:, None] + np.array(window)
+    observed = observed_by_probe(times, neurons, clusters["probe"].to_numpy(), spans)
+    rejected = {"not accepted": ~reaction_time_filter(trials)} if trial_filter else {}
+    fields = session.trials_to_use(events, _behaviour(trials), rejected, observed)
     fields |= {"window": window, "bin_size": bin_size, "traces": _traces(session)}
     fields["regions"] = None if atlas is None else clusters[atlas.lower()]
-    times, neurons = (spikes[name].to_numpy() for name in ("time", "neuron"))
     return session.to_session(times, neurons, clusters, **fields)
 
 
-def search(
-    one: Any,
-    *,
-    project: str | None = None,
-    lab: str | None = None,
-    subject: str | None = None,
-    region: str | None = None,
-    quality: str | None = None,
-    **terms: Any,
-) -> list[str]:
+def search(one: Any, *, region: str | None = None, **terms: Any) -> list[str]:
     """Find sessions that have sorted spikes, on a server or a folder; returns their eids.
 
     Args:
         one: from `connect`.
-        project, lab, subject: or part of the name.
         region: Allen acronym of a region that a probe went through, or of a larger one that
             contains it ("HPF" finds CA1). On a folder, each session's channels are read for that.
-        quality: worst grade of the spike times that will do: "PASS", "WARNING", "FAIL".
-        **terms: any other of ``one.search_terms()``, as ``date_range=("2020-01-01", None)``.
+        **terms: of ``one.search_terms()``, as ``lab``, ``subject``, ``projects``, or
+            ``dataset_qc_lte="PASS"``, the worst grade of the spike times that will do.
     """
-    given = {"projects": project, "lab": lab, "subject": subject, "dataset_qc_lte": quality}
     inside = None if region is None else within(region)
-    if not one.offline:
-        given["atlas_acronym"] = region
-    terms |= {key: value for key, value in given.items() if value is not None}
+    if not one.offline and region is not None:
+        terms["atlas_acronym"] = region
     with warnings.catch_warnings():  # ONE 3.6 with pandas 3
         warnings.filterwarnings("ignore", message="The copy keyword is deprecated")
         eids = [str(eid) for eid in one.search(datasets="spikes.times.npy", **terms)]
@@ -190,8 +177,7 @@ def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:
     """The paper's trial filter of IBL's trials table: True for the trials to keep, (K,) bool.
 
     Kept are trials with 0.08 s <= first movement - stimulus onset <= 2 s, feedback at most 10 s
-    after the go cue, a choice, and no NaN in stimulus onset, choice, feedback time and type, block
-    and first movement. (As in the authors' code, a missing go cue rejects none.)
+    after the go cue, and a choice; NaN but in the go cue rejects a trial, as in the authors' code.
     """
     required = ["choice", "feedback_times", "feedbackType", "probabilityLeft"]
     table = pd.DataFrame(dict(trials), dtype=np.float64)
@@ -241,59 +227,17 @@ class _OneSession(Recording):
             return array.reshape(len(array))
 
 
-def _trials(
-    session: _OneSession,
-    align: str,
-    trial_filter: str | None,
-    window: tuple[float, float],
-    spikes: pd.DataFrame,
-    clusters: pd.DataFrame,
-) -> dict[str, Any]:
-    """The arguments of `Session.from_spike_times` for the trials to use.
-
-    Columns may be in files of their own, in older recordings all.
-    """
+def _trials(session: _OneSession, align: str) -> pd.DataFrame:
+    """The table of trials; columns may be in files of their own, in older recordings all."""
     path = session.find("trials.table")
     alone = not path and session.find(f"trials.{align}")
     table = pd.DataFrame() if alone else session.load("trials.table")
     with session.reading(path or "alf/trials.*"):
-        columns = list(dict.fromkeys((*TRIAL_COLUMNS, align)))
-        for name in columns:
-            if name not in table and session.find(f"trials.{name}"):
+        for name in {*TRIAL_COLUMNS, align} - {*table}:
+            if session.find(f"trials.{name}"):
                 table[name] = session.load(f"trials.{name}")
-        if align not in table:
-            events = sorted(name for name in table if name.endswith("_times"))
-            session.fail(f"trials.{align}", f"no such column; align to one of {events}")
-        table = table.reindex(columns=columns).astype(np.float64)
-    times = table[align].to_numpy()
-    recorded = _recorded(spikes, times, window)
-    observed = np.stack([recorded[probe] for probe in clusters["probe"]], axis=1)  # (K, N)
-    rejected: dict[str, Any] = {"beyond the recording": ~observed.any(axis=1)}
-    if trial_filter:
-        rejected["rejected by the filter"] = ~reaction_time_filter(table)
-    fields = session.trials_to_use(times, _behaviour(table), rejected)
-    return fields if observed.all() else fields | {"observed": observed[fields["trial_ids"]]}
-
-
-def _recorded(
-    spikes: pd.DataFrame, times: np.ndarray, window: tuple[float, float]
-) -> dict[str, np.ndarray]:
-    """Probe -> trials (K,) bool that it recorded; in the others, its neurons only seem silent.
-
-    A probe records from its first to its last spike, without the pauses in which it has none; one
-    with few spikes does not tell.
-    """
-    found = {}
-    for probe, each in spikes.groupby("probe")["time"]:
-        spike_times = np.sort(each.dropna().to_numpy())
-        edges = np.append(np.append(-np.inf, spike_times), np.inf)
-        last = np.flatnonzero(np.diff(edges) > PAUSE)  # spikes before pauses, and -1
-        spans = np.stack([edges[last[:-1] + 1], edges[last[1:]]], axis=1) + (-SILENCE, SILENCE)
-        recorded = recording.within(spans, times, window)
-        # Where it recorded no trial, it is by another clock; binning reports it.
-        enough = len(spike_times) > RATE * (spans[:, 1] - spans[:, 0]).sum() and recorded.any()
-        found[probe] = recorded if enough else np.ones(len(times), dtype=bool)
-    return found
+        columns = dict.fromkeys(TRIAL_COLUMNS + [align] * (align in table))
+        return table.reindex(columns=list(columns)).astype(np.float64)
 
 
 def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -312,14 +256,14 @@ def _behaviour(trials: pd.DataFrame) -> dict[str, np.ndarray]:
 
 def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, str]:
     """Probe name -> collection with its spike sorting, probes in order."""
-    found: dict[str, list[tuple[bool, int, str]]] = {}
+    found: dict[str, tuple[bool, int, str]] = {}
     for path in session.paths:
         pattern = r"(alf/(probe[^/]+)(?:/([^/]+))?)/(?:_[^_/]+_)?spikes\.times\.npy"
         if match := re.fullmatch(pattern, path):
             place, probe, sorter = match[1], match[2], match[3] or ""
             half = not all(session.find(name, place) for name in SORTING)
             rank = (half, (*SORTERS, sorter).index(sorter), place)
-            found.setdefault(probe, []).append(rank)
+            found[probe] = min(rank, found.get(probe, rank))
     present = {path.split("/")[1] for path in session.paths if path.startswith("alf/probe")}
     names = present if wanted is None else {*wanted}
     if not names & set(found) or names - present:
@@ -327,26 +271,23 @@ def _sortings(session: _OneSession, wanted: Sequence[str] | None) -> dict[str, s
         session.fail("alf/probe*/*/spikes.times.npy", problem)
     for probe in sorted(names - set(found)):
         session.warn(f"alf/{probe}", "no spike sorting; it is left out")
-    best = {probe: min(found[probe])[-1] for probe in sorted(names & set(found))}
-    for probe, place in best.items():
-        for half, _, other in found[probe]:
-            if half and other != place:
-                session.warn(other, f"not all of a spike sorting; {place} instead")
-    return best
+    return {probe: found[probe][-1] for probe in sorted(names & set(found))}
 
 
 def _spikes(
     session: _OneSession, wanted: Sequence[str] | None, regions: bool, units: str | None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Spikes (time, neuron, probe) of all probes, and the table of their clusters by neuron."""
+) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
+    """Time and neuron (S,) of the spikes of all probes, and the table of the neurons."""
     collections = session.provenance["collections"] = _sortings(session, wanted)
-    tables, offset = [], 0
+    times, neurons, tables, offset = [], [], [], 0
     for probe, collection in collections.items():
         with session.reading(collection, "the files are of different sortings or damaged"):
-            spikes, table = _probe(session, probe, collection, regions)
-        tables.append((spikes.assign(neuron=spikes["cluster"] + offset, probe=probe), table))
+            time, cluster, table = _probe(session, probe, collection, regions)
+        times.append(time)
+        neurons.append(cluster + offset)
+        tables.append(table)
         offset += len(table)
-    spikes, clusters = (pd.concat(each, ignore_index=True) for each in zip(*tables, strict=True))
+    clusters = pd.concat(tables, ignore_index=True)
     if regions:
         if "allen_id" not in clusters:
             problem = "missing; the session has no histology: atlas=None loads it without regions"
@@ -357,22 +298,21 @@ def _spikes(
         for level in LEVELS:
             clusters[level.lower()] = acronyms(clusters["allen_id"].to_numpy(), level)
     if units == "good":
-        labels = clusters.reindex(columns=["label"])["label"]
+        labels = clusters.get("label", pd.Series(np.nan, clusters.index))
         known = labels.groupby(clusters["probe"]).count()
         for probe in known.index[(known == 0) & known.any()]:
             session.warn(f"alf/{probe}/clusters.metrics", "no cluster has a label; none is used")
         clusters["keep"] = labels >= 1
-    return spikes, clusters
+    return np.concatenate(times), np.concatenate(neurons), clusters
 
 
 def _probe(
     session: _OneSession, probe: str, collection: str, regions: bool
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Spikes (time, cluster) of one probe, and the table of its clusters."""
+) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
+    """Time and cluster (S,) of the spikes of one probe, and the table of its clusters."""
     times, ids, channels = (session.load(name, collection) for name in SORTING)
-    spikes = pd.DataFrame({"time": times, "cluster": ids.astype(np.int64)})
-    if not spikes["cluster"].between(0, len(channels) - 1).all():
-        raise ValueError(f"spikes of cluster {ids.max()}, but only {len(channels)} clusters")
+    if len(times) != len(ids) or ids.min(initial=0) < 0 or ids.max(initial=0) >= len(channels):
+        raise ValueError(f"{len(times)} spikes of {len(ids)} clusters up to {len(channels) - 1}")
     clusters = pd.DataFrame({"probe": probe, "cluster": np.arange(len(channels))})
     for column, name in (("depth", "clusters.depths"), ("uuid", "clusters.uuids")):
         if session.find(name, collection):
@@ -381,8 +321,7 @@ def _probe(
         table = session.load("clusters.metrics", collection)
         table = table if "cluster_id" in table else table.reset_index()
         table = table.drop_duplicates("cluster_id").set_index("cluster_id")
-        labels = table.reindex(index=clusters["cluster"], columns=["label"])
-        clusters["label"] = np.ravel(labels.to_numpy(np.float64))
+        clusters["label"] = clusters["cluster"].map(table.get("label", {}))
     if regions and len(located := _locations(session, collection)):
         on_channel = channels >= 0  # neither NaN nor -1
         if not on_channel.all():
@@ -390,7 +329,7 @@ def _probe(
             session.warn(f"{collection}/clusters.channels", problem)
         places = np.where(on_channel, channels, 0).astype(np.int64)
         clusters["allen_id"] = np.where(on_channel, located[places], 0)  # 0: void
-    return spikes, clusters
+    return times, ids.astype(np.int64), clusters
 
 
 def _locations(session: _OneSession, collection: str) -> np.ndarray:

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from mtm.binning import plain
 from mtm.data.recording import Folder, is_event
+from mtm.inputs import plain
 from mtm.session import Session
 
 
@@ -39,16 +39,15 @@ def load_session(
 
     Args:
         folder: with ``spike_times.npy`` in it.
-        align_times: (K,) seconds on the clock of the recording, whose first sample is at 0; the
-            event of each trial. Trials without it (NaN) are left out. Or a file, looked for in the
-            folder first: ``.npy``, or ``.csv`` with a line of column names.
+        align_times: (K,) seconds from the first sample, the event of each trial; trials without it
+            (NaN) are left out. Or a file, looked for in the folder first: ``.npy``, or ``.csv``
+            with a line of column names.
         align: the column of the ``.csv`` with the event, where it has several.
         window, bin_size: (start, stop) around each event, and width of a bin; seconds.
         units: "good" keeps the clusters of quality good; None all but noise.
         sample_rate: Hz. Default: that of ``params.py``.
         regions, traces, name: as in :meth:`Session.from_spike_times`; default name the folder's.
-        behaviour: name -> (K,) or (K, T). Default: columns of numbers of the ``.csv``, except those
-            called ``*time`` or ``*times``.
+        behaviour: name -> (K,) or (K, T). Default: columns of numbers not called ``*time(s)``.
 
     Returns:
         the session; ``neurons`` has ``cluster``, ``quality`` (phy's ``group``, or ``KSLabel`` for a
@@ -77,7 +76,7 @@ def _spikes(files: Folder, rate: float | None) -> tuple[np.ndarray, np.ndarray]:
         files.fail("spike_times.npy", "not whole samples; for seconds, Session.from_spike_times")
     source = "spike_clusters" if files.has("spike_clusters") else "spike_templates"
     text = "".join(path.read_text("utf-8", "replace") for path in files.path.glob("params.py"))
-    found = re.findall(r"^sample_rate\s*=\s*([\d._eE+]+)\s*(?:#.*)?$", text, re.M)
+    found = re.findall(r"^sample_rate\s*=\s*([\d._eE+]+)", text, re.M)
     if rate is None and not found:
         files.fail("params.py", "no sample_rate in it; pass sample_rate=, in Hz")
     files.provenance["sample_rate"] = rate = float(found[-1] if rate is None else rate)
@@ -114,13 +113,9 @@ def _trials(
         table = pd.DataFrame({"align_times": plain(table).astype(float).ravel()})
     if pd.to_numeric(table.columns, errors="coerce").notna().any():
         files.fail(f"{align_times}", "its first line is numbers; let it name the columns")
-    numbers = table.select_dtypes(["number", "bool"])
     align = table.columns[0] if align is None and len(table.columns) == 1 else align
-    if align not in numbers:
-        files.fail(f"align={align!r}", f"name the column of the event, one of {list(numbers)}")
+    events = files.event(table, align)
     if behaviour is None:
+        numbers = table.select_dtypes(["number", "bool"])
         behaviour = {key: numbers[key] for key in numbers if key != align and not is_event(key)}
-    for key, values in behaviour.items():
-        if len(values) != len(table):
-            files.fail(f"behaviour {key!r}", f"{len(values)} values of {len(table)} events")
-    return files.trials_to_use(table[align].to_numpy(float), behaviour, {})
+    return files.trials_to_use(events, behaviour, {})

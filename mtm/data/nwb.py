@@ -27,9 +27,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from mtm.binning import plain
 from mtm.data.recording import Recording, is_event, ordered_samples, public, within
 from mtm.files import optional
+from mtm.inputs import plain
 from mtm.session import Session, has_region
 
 REGION_SOURCES = (
@@ -135,26 +135,23 @@ class _NwbFile(Recording):
         codes = optional("h5py", "nwb").check_enum_dtype(dataset.dtype)
         return codes and {code: word for word, code in codes.items()}
 
-    def read(self, dataset: Any, part: Any = ()) -> np.ndarray:
-        """A dataset, or part of it; text as str."""
+    def read(self, dataset: Any) -> np.ndarray:
+        """The content of a dataset; text as str."""
         if (words := self.words(dataset)) is not None:
-            codes = np.asarray(dataset[part])
-            return np.array([words.get(code, "") for code in codes.ravel().tolist()], np.str_)
+            return np.array([words.get(code, "") for code in dataset[()].tolist()], np.str_)
         if self.is_text(dataset):
-            return np.asarray(dataset.asstr(errors="replace")[part]).astype(np.str_)
-        return np.asarray(dataset[part])
+            return np.asarray(dataset.asstr(errors="replace")[()]).astype(np.str_)
+        return np.asarray(dataset[()])
 
     def series(self) -> dict[str, Any]:
         """Path -> group of every TimeSeries: whatever has data with times."""
         found: dict[str, Any] = {}
-
-        def visit(path: str, item: Any) -> None:
-            inside = set(item) if hasattr(item, "keys") else set()
-            if "data" in inside and inside & {"timestamps", "starting_time"}:
-                found[path] = item
-
-        self.h5.visititems(visit)
-        return found
+        self.h5.visititems(found.__setitem__)
+        groups = {path: set(item) for path, item in found.items() if hasattr(item, "keys")}
+        times = {"timestamps", "starting_time"}
+        return {
+            path: found[path] for path, keys in groups.items() if "data" in keys and keys & times
+        }
 
 
 @contextmanager
@@ -169,8 +166,6 @@ def _opened(source: str | Path) -> Iterator[_NwbFile]:
         file.fail("file", f"{shown} does not exist; check the path")
     reading = file.reading("file", f"check the address, or pass the path of a copy of {shown}")
     with reading, h5py.File(_stream(file, address) if remote else address, "r") as file.h5:
-        if "nwb_version" not in file.h5.attrs:
-            file.fail("nwb_version", "missing, so not a file of NWB 2; convert it")
         for key, path in PROVENANCE.items():
             dataset = file.h5.get(path)
             single = getattr(dataset, "size", 0) == 1
@@ -239,7 +234,6 @@ def _labels(file: _NwbFile, table: _Table, source: str) -> np.ndarray | None:
     if source == "electrode_group/location" and "electrode_group" in table.columns:
         groups = file.read(table.columns["electrode_group"])
         labels = [file.h5[group].attrs.get("location", "") for group in groups]
-        labels = [label.decode() if isinstance(label, bytes) else label for label in labels]
         return np.char.strip(np.array(labels, np.str_))
     if not source.startswith("electrodes/"):
         known = source in table.scalars
@@ -289,16 +283,6 @@ def _electrodes(
     return listed
 
 
-def _observed(table: _Table, times: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """In which trials each unit was observed, (K, N) bool."""
-    observed = np.ones((len(times), table.n), dtype=bool)
-    if "obs_intervals" in table.index:
-        intervals, units = table.ragged("obs_intervals")
-        for unit in np.unique(units):
-            observed[:, unit] = within(intervals[units == unit], times, window)
-    return observed
-
-
 def _trials(
     file: _NwbFile,
     units: _Table,
@@ -319,32 +303,30 @@ def _trials(
     if times.dtype.kind not in "uif":
         file.fail(f"align={file.provenance['align']}", "no times in it; name a column of seconds")
     if behaviour is None:
-        numbers = [key for key in table.scalars if table.columns[key].dtype.kind in "uifb"]
-        behaviour = [key for key in numbers if not is_event(key)]
+        known = [key for key in table.scalars if table.columns[key].dtype.kind in "uifb"]
+        behaviour = [key for key in known if not is_event(key)]
     columns = {key: table.column(key) for key in behaviour}
-    for key, values in columns.items():
-        if values.dtype.kind != "U":
-            columns[key] = np.where(np.isfinite(values), values, np.nan)
-    times = times.astype(np.float64)
+    numbers = {key: values for key, values in columns.items() if values.dtype.kind != "U"}
+    columns |= {key: np.where(np.isfinite(x), x, np.nan) for key, x in numbers.items()}
+    spans = times[:, None] + np.array(window, np.float64)
     bad = _Table(file, "intervals/invalid_times")
     start, stop = (bad.column(key) if bad.n else np.zeros(0) for key in ("start_time", "stop_time"))
-    late, early = times + window[1], times + window[0]
-    invalid = ((late[:, None] > start) & (early[:, None] < stop)).any(axis=1)
-    observed = _observed(units, times, window)
-    rejected = {"in invalid_times": invalid, "not in obs_intervals": ~observed.any(axis=1)}
-    part = np.full(len(times), "", dtype="U5")
-    if isinstance(split, str):
-        part = table.column(split)
-    elif split is not None:
-        for name, members in zip(PARTS, split, strict=True):
-            part[np.asarray(members)] = name
+    rejected = {"in invalid_times": ((spans[:, 1:] > start) & (spans[:, :1] < stop)).any(axis=1)}
     if split is not None:
-        rejected["in no part"] = ~np.isin(part, PARTS)
-    fields = file.trials_to_use(times, columns, rejected)
-    kept = fields["trial_ids"]
+        if isinstance(split, str):
+            split = [np.flatnonzero(table.column(split) == name) for name in PARTS]
+        every = np.arange(len(times))
+        members = [np.isin(every, every[np.asarray(part)]) for part in split]
+        rejected["in no part"] = ~np.any(members, axis=0)
+    observed = np.ones((len(times), units.n), dtype=bool)
+    if "obs_intervals" in units.index:
+        intervals, unit = units.ragged("obs_intervals")
+        for i in np.unique(unit):
+            observed[:, i] = within(intervals[unit == i], spans)
+    fields = file.trials_to_use(times.astype(np.float64), columns, rejected, observed)
     if split is not None:
-        fields["given_split"] = [np.flatnonzero(part[kept] == name) for name in PARTS]
-    return fields if observed[kept].all() else fields | {"observed": observed[kept]}
+        fields["given_split"] = [part[fields["trial_ids"]] for part in members]
+    return fields
 
 
 def _samples(file: _NwbFile, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -356,22 +338,18 @@ def _samples(file: _NwbFile, name: str) -> dict[str, tuple[np.ndarray, np.ndarra
         problem = f"could be any of {paths}" if paths else f"not among {sorted(known)}"
         file.fail(f"series {name!r}", f"{problem}; give its path")
     group = known[paths[0]]
-    data = group["data"]
-    width = data.shape[1] if data.ndim == 2 else 1
-    columns = [int(number)] if number else range(width)
-    if data.ndim > 2 or max(columns) >= width:
-        file.fail(f"series {name!r}", f"no such column; the shape is {data.shape}")
-    values = file.read(data).astype(np.float64).reshape(-1, width)
     with file.reading(f"series {name!r}", "leave it out"):
+        data = group["data"]
+        values = file.read(data).astype(np.float64) * data.attrs.get("conversion", 1.0)
+        values += data.attrs.get("offset", 0.0)
+        if "channel_conversion" in group:
+            values *= file.read(group["channel_conversion"])
         if "timestamps" in group:
             times = file.read(group["timestamps"])
         else:
             start = group["starting_time"]
             times = file.read(start).item() + np.arange(len(values)) / start.attrs["rate"]
-        values = values * data.attrs.get("conversion", 1.0) + data.attrs.get("offset", 0.0)
-        if "channel_conversion" in group:
-            values *= file.read(group["channel_conversion"])
-        names = {
-            column: name if number or width == 1 else f"{name}[{column}]" for column in columns
-        }
-        return {key: ordered_samples(times, values[:, column]) for column, key in names.items()}
+        if values.ndim == 1 and not number:
+            return {name: ordered_samples(times, values)}
+        columns = [int(number)] if number else range(values.shape[1])
+        return {f"{end}[{i}]": ordered_samples(times, values[:, i]) for i in columns}

@@ -20,14 +20,15 @@ from numpy.typing import ArrayLike
 from scipy import signal
 from tqdm import tqdm
 
-from mtm.binning import Floats, plain
-from mtm.session import Session, SessionError
+from mtm.inputs import Floats, SessionError, plain
+from mtm.session import Session
 
 LONGEST = 1e5  # seconds; no recording lasts longer (a day has 86,400)
 WAITS = (2, 4, 8)  # seconds until a download that was cut is resumed
 NETWORK = (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException)
-
-TOUCH = 1e-3  # seconds between intervals that count as one
+SILENCE = 0.1  # seconds without a spike of a whole probe that do not yet mean that it was off
+PAUSE = 1.0  # seconds without a spike in which it was
+RATE = 20.0  # spikes a second of a probe that is never silent for so long
 
 
 class Recording:
@@ -57,27 +58,45 @@ class Recording:
             text = f"session {self.name!r}, {dataset}: cannot be read ({line}); {remedy}"
             raise SessionError(text) from None  # that error may quote a password in an address
 
+    def event(self, trials: pd.DataFrame, align: str | None) -> np.ndarray:
+        """Time (K,) of an event in each trial, a column of the table of trials."""
+        if align not in (numbers := trials.select_dtypes(["number", "bool"])):
+            known = list(filter(is_event, numbers)) or list(numbers)
+            self.fail(f"trials.{align}", f"no such event; align to one of {known}")
+        return numbers[align].to_numpy(np.float64)
+
     def trials_to_use(
-        self, times: np.ndarray, behaviour: Mapping[str, Any], rejected: Mapping[str, Any]
+        self,
+        times: np.ndarray,
+        behaviour: Mapping[str, Any],
+        rejected: Mapping[str, Any],
+        observed: np.ndarray | None = None,
     ) -> dict[str, Any]:
         """Arguments of `Session.from_spike_times` for the trials that have the event.
 
         Given are all K recorded trials: times in seconds, not finite without the event; behaviour
-        (K,) or (K, T) by name; and by reason which (K,) to leave out as well.
+        (K,) or (K, T) by name; by reason which (K,) to leave out as well; and in which trials each
+        unit was observed (K, N), of which those without any are left out.
         """
+        rejected = {"without the event": ~np.isfinite(times), **rejected}
+        if observed is not None:
+            rejected["not observed"] = ~observed.any(axis=1)
         keep, counts = np.ones(len(times), bool), {"recorded": len(times)}
-        for reason, mask in {"without the event": ~np.isfinite(times), **rejected}.items():
+        for reason, mask in rejected.items():
             counts[reason] = int((keep & mask).sum())
             keep &= ~mask
         self.provenance["trials"] = counts
         if not keep.any():
             self.fail("trials", f"none is left of {counts}; choose another event, or filter less")
-        return {
+        fields: dict[str, Any] = {
             "align_times": times[keep],
             "behaviour": {key: plain(values)[keep] for key, values in behaviour.items()},
             "trial_ids": np.flatnonzero(keep),
             "n_recorded": len(times),
         }
+        if observed is not None and not observed[keep].all():
+            fields["observed"] = observed[keep]
+        return fields
 
     def to_session(
         self, times: np.ndarray, clusters: np.ndarray, table: pd.DataFrame, **fields: Any
@@ -125,17 +144,40 @@ class Folder(Recording):
         return array[:, 0] if width == 1 else array
 
 
-def within(intervals: np.ndarray, times: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Whether the window of each trial (K,) lies within intervals (M, 2); seconds.
+def within(intervals: np.ndarray, spans: np.ndarray, slack: float = 1e-3) -> np.ndarray:
+    """Whether each span (K, 2) lies in one of the intervals (M, 2); seconds, but for ``slack``.
 
-    Intervals that touch each other, to a millisecond, count as one.
+    Intervals that touch each other count as one.
     """
-    starts, stops = intervals[np.argsort(intervals[:, 0])].T
+    none = [[-np.inf, -np.inf]]
+    starts, stops = np.concatenate([none, intervals[np.argsort(intervals[:, 0])]]).T
     stops = np.maximum.accumulate(stops)
-    apart = starts[1:] > stops[:-1] + TOUCH
+    apart = starts[1:] > stops[:-1] + slack
     starts, stops = starts[np.append(True, apart)], stops[np.append(apart, True)]
-    last = np.searchsorted(starts, times + window[0] + TOUCH, side="right") - 1
-    return (last >= 0) & (times + window[1] <= stops[last] + TOUCH)
+    last = np.searchsorted(starts, spans[:, 0] + slack, side="right") - 1
+    return spans[:, 1] <= stops[last] + slack
+
+
+def observed_by_probe(
+    times: np.ndarray, units: np.ndarray, probes: np.ndarray, spans: np.ndarray
+) -> np.ndarray:
+    """In which trials, of time ``spans`` (K, 2), each unit's probe recorded; (K, N) bool.
+
+    In the others the unit only seems silent. Spikes have ``times`` (S,) and ``units`` (S,), the
+    places in ``probes`` (N,). A probe records from its first to its last spike, without the pauses
+    in which it has none; one with few spikes does not tell.
+    """
+    observed = np.ones((len(spans), len(probes)), dtype=bool)
+    for probe in np.unique(probes):
+        spike_times = np.sort(times[(probes == probe)[units] & np.isfinite(times)])
+        edges = np.concatenate([[-np.inf], spike_times, [np.inf]])
+        last = np.flatnonzero(np.diff(edges) > PAUSE)  # spikes before pauses, and -1
+        on = np.stack([edges[last[:-1] + 1], edges[last[1:]]], axis=1) + (-SILENCE, SILENCE)
+        recorded = within(on, spans)
+        # Where it recorded no trial, it is by another clock; binning reports it.
+        if recorded.any() and len(spike_times) > RATE * np.diff(on).sum():
+            observed[:, probes == probe] = recorded[:, None]
+    return observed
 
 
 def is_event(column: str) -> bool:
@@ -146,8 +188,6 @@ def is_event(column: str) -> bool:
 def ordered_samples(times: ArrayLike, values: ArrayLike) -> tuple[Floats, Floats]:
     """Sort the samples of a trace (S,) and leave out NaN; of equal times the first is kept."""
     t, v = np.asarray(times, float), np.asarray(values, float)
-    if t.ndim != 1 or t.shape != v.shape:
-        raise ValueError(f"values has shape {v.shape} but times has {t.shape}")
     finite = np.isfinite(t) & np.isfinite(v)
     t, first = np.unique(t[finite], return_index=True)
     return t, v[finite][first]

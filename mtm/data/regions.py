@@ -12,38 +12,38 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from mtm.files import optional
-from mtm.session import Session, SessionError, has_region
+from mtm.inputs import SessionError
+from mtm.session import Session, has_region
 
 LEVELS = ("Allen", "Beryl", "Cosmos")
 
 
-def acronyms(ids: np.ndarray, level: str = "Allen") -> np.ndarray:
+def acronyms(ids: ArrayLike, level: str = "Allen") -> np.ndarray:
     """Look up the acronyms (N,) of Allen ids (N,) at a level; unknown ids become "id 12345".
 
     Negative ids are the left hemisphere's. (iblatlas's own ``id2acronym`` drops unknown ids.)
     """
     table, ids = _table(), np.asarray(ids, dtype=np.int64)
-    order = np.argsort(table.id)
-    row = order[np.searchsorted(table.id[order], ids).clip(max=len(order) - 1)]
-    names = table.acronym[table.mappings[level][row]].astype(np.str_)
-    return np.where(table.id[row] == ids, names, [f"id {i}" for i in ids])
+    names = pd.Series(table.acronym[table.mappings[level]], table.id).reindex(ids)
+    return np.where(names.isna(), [f"id {i}" for i in ids], names).astype(np.str_)
 
 
 def at_level(session: Session, level: str) -> Session:
     """Return the session with its regions named at another level, sharing counts and all else.
 
-    Labels of each level that came with the recording (columns ``allen``, ``beryl`` and ``cosmos``
-    of ``session.neurons``) are used, unless you have replaced its regions. Otherwise labels,
-    acronyms or full names ("Primary visual area"), are looked up in the atlas, and the acronyms
-    kept as column ``allen``, without which fine names cannot come back. Other labels stay. Where a
-    level has no region (fibre tracts; at ``Beryl``, whole areas such as ``TH``), the label becomes
-    ``root``: such neurons form no region.
+    Labels that came with the recording (columns ``allen``, ``beryl`` and ``cosmos`` of
+    ``session.neurons``) are used, unless you have replaced its regions. Otherwise acronyms or full
+    names ("Primary visual area") are looked up in the atlas, and the acronyms kept as column
+    ``allen``, without which fine names cannot come back. Other labels stay. Where a level has no
+    region (fibre tracts; at ``Beryl``, whole areas such as ``TH``), the label becomes ``root``:
+    such neurons form no region.
 
     Raises:
-        ValueError: when ``level`` is not "Allen", "Beryl" or "Cosmos".
-        SessionError: when no label is an acronym of the atlas.
+        ValueError: an unknown level.
+        SessionError: no label is an acronym of the atlas.
 
     Example:
         >>> at_level(session, "Cosmos").region_names
@@ -51,16 +51,15 @@ def at_level(session: Session, level: str) -> Session:
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}; got {level!r}")
-    given = {key: session.neurons[key] for key in map(str.lower, LEVELS) if key in session.neurons}
+    given = {x: values for x, values in session.neurons.items() if x.title() in LEVELS}
     current = any(np.array_equal(session.regions, labels) for labels in given.values())
     if session.region_names and not current:  # labels of the user's own; the columns are outdated
         given = {}
     if level.lower() not in given:
         given |= _looked_up(session, given.get("allen", session.regions), level)
+    others = {x: values for x, values in session.neurons.items() if x.title() not in LEVELS}
     changed = copy.copy(session)
-    changed.regions = given[level.lower()]
-    others = {key: values for key, values in session.neurons.items() if key.title() not in LEVELS}
-    changed.neurons = others | given
+    changed.regions, changed.neurons = given[level.lower()], others | given
     return changed
 
 
@@ -73,12 +72,8 @@ def _looked_up(session: Session, labels: np.ndarray, level: str) -> dict[str, np
     if not any(map(has_region, labels[known].tolist())):
         problem = f"none of {sorted(set(labels.tolist()))[:5]} is an acronym of the Allen atlas"
         raise SessionError(f"session {session.name!r}, regions: {problem}")
-    columns = {}
-    for name in ("Allen", level):
-        column = labels.astype(object)
-        column[known] = acronyms(ids[known].to_numpy(), name)
-        columns[name.lower()] = column.astype(np.str_)
-    return columns
+    found = {x.lower(): pd.Series(acronyms(ids.fillna(0), x)) for x in ("Allen", level)}
+    return {key: names.where(known, labels).to_numpy(np.str_) for key, names in found.items()}
 
 
 def within(region: str) -> np.ndarray:
@@ -91,9 +86,8 @@ def within(region: str) -> np.ndarray:
 @functools.cache
 def allen_ids() -> dict[str, int]:
     """Acronym -> Allen id in the right hemisphere, for every structure of the atlas."""
-    table = _table()
-    right = table.id >= 0  # the left hemisphere repeats every acronym with a negative id
-    return dict(zip(table.acronym[right].tolist(), table.id[right].tolist(), strict=True))
+    table = _table()  # the left hemisphere repeats every acronym with a negative id
+    return dict(zip(table.acronym.tolist(), np.abs(table.id).tolist(), strict=True))
 
 
 @functools.cache

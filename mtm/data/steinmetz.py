@@ -42,10 +42,13 @@ TRACES = {  # file, factor, what makes it a trace
     "face-motion-energy": ("face.motionEnergy", 1.0, ordered_samples),
 }
 COLUMNS = {  # of the copy -> of the archive
-    **{"response": "response_choice", "feedback_type": "feedbackType"},
-    **{f"contrast_{side.lower()}": f"visualStim_contrast{side}" for side in ("Left", "Right")},
-    **{"gocue": "goCue_times"},
-    **{f"{event}_time": f"{event}_times" for event in ("response", "feedback")},
+    "response": "response_choice",
+    "feedback_type": "feedbackType",
+    "contrast_left": "visualStim_contrastLeft",
+    "contrast_right": "visualStim_contrastRight",
+    "gocue": "goCue_times",
+    "response_time": "response_times",
+    "feedback_time": "feedback_times",
 }
 FRAME, FRAMES, ONSET = 0.01, 250, 50  # of the copy: s a frame, frames a trial, stimulus' frame
 
@@ -79,19 +82,18 @@ def load_session(
         SessionError: naming the session, the file and the remedy.
     """
     if units not in (None, "good") or trial_filter not in (None, "included"):
-        raise ValueError(f"units may be 'good', got {units!r}; trial_filter 'included', got "
-                         f"{trial_filter!r}")  # fmt: skip
+        raise ValueError("units is 'good' or None, trial_filter is 'included' or None")
     place = re.search(r"([^/]+)/([\d-]{10})/(\d{3})(?:/alf)?$", Path(folder).resolve().as_posix())
     words = place.groups() if place else ()  # as ONE keeps it
     files = Folder(folder, "_".join(words).removesuffix("_001"), origin=ORIGIN, align=align)
     files.provenance["subject"] = files.name.partition("_")[0]
-    trials, clusters = _trials(files, align), _clusters(files)
+    trials, clusters = _trials(files), _clusters(files)
     if units == "good":
         clusters["keep"] = files.array("clusters._phy_annotation", len(clusters)) >= 2
-    included = files.array("trials.included", len(trials)) if trial_filter else np.ones(len(trials))
-    event = trials[align].to_numpy()
+    event = files.event(trials, align)
     behaviour = _behaviour(trials, event, _reaction_times(files, trials))
-    fields = files.trials_to_use(event, behaviour, {"not included": included != 1})
+    rejected = {"not included": trials["included"] != 1} if trial_filter else {}
+    fields = files.trials_to_use(event, behaviour, rejected)
     fields |= {"window": window, "bin_size": bin_size, "traces": _traces(files)}
     times = files.array("spikes.times")
     ids = files.array("spikes.clusters", len(times)).astype(np.int64)
@@ -103,9 +105,8 @@ def load_bundle(
 ) -> list[Session]:
     """Load the sessions of a file of Neuromatch Academy, in its order.
 
-    Pickles, as it holds, can run any code when `numpy.load` opens them. Here they are read by an
-    unpickler that rebuilds arrays and refuses all else. Some ``regions`` are coarser than the
-    archive's.
+    The pickles in it could run any code in `numpy.load`; here only arrays are rebuilt from them.
+    Some ``regions`` are coarser than the archive's.
 
     Args:
         path: the file.
@@ -120,8 +121,8 @@ def load_bundle(
     exact = np.array([ONSET + window[0] / FRAME, bin_size / FRAME])
     first, width = np.round(exact).astype(int).tolist()
     if np.abs(exact - (first, width)).max() > 1e-6 or not 0 <= first <= FRAMES - bins * width:
-        raise ValueError(f"bin_size {bin_size} and the start of window {window} must be multiples "
-                         "of 0.01 s, and the window within (-0.5, 2.0) s")  # fmt: skip
+        needed = "multiples of 0.01 s, and the window within (-0.5, 2.0) s"
+        raise ValueError(f"bin_size {bin_size} and window {window} must be {needed}")
     grid: dict[str, Any] = {"window": window, "bin_size": bin_size}
     grid["provenance"] = {"origin": "Neuromatch Academy", "file": Path(path).name}
     with Recording(Path(path).name).reading("dat"), zipfile.ZipFile(path) as archive:
@@ -149,16 +150,14 @@ def _behaviour(
     return {key: x.to_numpy() for key, x in found.items() if x.notna().any()}
 
 
-def _trials(files: Folder, align: str) -> pd.DataFrame:
+def _trials(files: Folder) -> pd.DataFrame:
     """All trials; what is missing, or infinite, is NaN."""
-    if not files.has(f"trials.{align}"):
-        events = sorted(file.name[7:-4] for file in files.path.glob("trials.*_times.npy"))
-        files.fail(f"trials.{align}", f"no such event; align to one of {events}")
-    n = len(files.array(f"trials.{align}"))
-    names = list(dict.fromkeys([*COLUMNS.values(), "visualStim_times", align]))
-    present = [name for name in names if files.has(f"trials.{name}")]
-    found = {name: files.array(f"trials.{name}", n) for name in present}
-    return pd.DataFrame(found, columns=names, dtype=float).replace([np.inf, -np.inf], np.nan)
+    names = {path.name[7:-4] for path in files.path.glob("trials.*.npy")} - {"intervals"}
+    found = {name: files.array(f"trials.{name}") for name in sorted(names)}
+    with files.reading("trials.*.npy"):
+        table = pd.DataFrame(found, dtype=float).replace([np.inf, -np.inf], np.nan)
+    known = [*COLUMNS.values(), "visualStim_times", "included"]
+    return table.reindex(columns=table.columns.union(known, sort=False))
 
 
 def _reaction_times(files: Folder, trials: pd.DataFrame) -> np.ndarray | float:
@@ -207,9 +206,8 @@ def _traces(files: Folder) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def _sample_times(anchors: np.ndarray, n: int) -> np.ndarray:
     """Time of each of n samples, (n,) s, from anchors (m, 2): sample number, time.
 
-    The notes number samples from 1, those who read the files from 0. So the anchors decide: from 1
-    where the last is n and the first at least 1, else from 0; wrong by one sample at most. Beyond
-    the anchors times are unknown: NaN.
+    The notes number samples from 1, readers of the files from 0. So the anchors decide: from 1
+    where the last is n and the first at least 1. Beyond the anchors times are unknown: NaN.
     """
     number, time = anchors.T
     if not (np.diff(anchors, axis=0) > 0).all():
@@ -237,12 +235,10 @@ def _session(entry: Mapping[str, Any], first: int, bins: int, width: int, **grid
         behaviour["wheel-speed"] = np.abs(binned("wheel", k)) * TICK / (width * FRAME)
     if "face" in entry:
         behaviour["face-motion-energy"] = binned("face", k) / width
-    neurons, mouse = {"allen": entry["brain_area"]}, entry["mouse_name"]
-    counts = binned("spks", n, k).transpose(1, 2, 0)
-    name = f"{mouse}_{entry['date_exp']}"
-    return Session(
-        counts, neurons["allen"], name, mouse, behaviour=behaviour, neurons=neurons, **grid
-    )
+    counts, regions = binned("spks", n, k).transpose(1, 2, 0), entry["brain_area"]
+    mouse = entry["mouse_name"]
+    grid |= {"behaviour": behaviour, "neurons": {"allen": regions}}
+    return Session(counts, regions, f"{mouse}_{entry['date_exp']}", mouse, **grid)
 
 
 class _Unpickler(pickle.Unpickler):

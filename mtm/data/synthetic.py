@@ -18,7 +18,8 @@ import pandas as pd
 
 from mtm.data.regions import LEVELS, allen_ids, at_level
 from mtm.files import atomic_write, optional
-from mtm.session import Session, SessionError
+from mtm.inputs import SessionError
+from mtm.session import Session
 from mtm.simulation import CONTRASTS, RESPONSE, bin_edges, generator_of, layout, spike_times
 
 CAMERA_RATE = 60.0  # Hz, as IBL's left camera
@@ -30,9 +31,8 @@ BWB_ORIGIN = "mtm.simulate"
 def write_alf(session: Session, root: str | Path, number: int = 1) -> Path:
     """Write a session as ALF: ``root/simlab/Subjects/<subject>/2026-01-02/<number>``.
 
-    Neurons are grouped by probe, and the window's 0 becomes the stimulus onset. The wheel turns
-    with ``wheel-speed``, in opposite directions for the two choices. Depths and ids that are not
-    there are made up.
+    The window's 0 becomes the stimulus onset. The wheel turns with ``wheel-speed``, in opposite
+    directions for the two choices. Depths and ids that are not there are made up.
 
     Args:
         session: needs behaviour ``choice``, ``block``, ``reward`` and ``contrast``, as
@@ -52,19 +52,15 @@ def write_alf(session: Session, root: str | Path, number: int = 1) -> Path:
 
     subject = session.subject or session.name
     path = Path(root) / "simlab" / "Subjects" / subject / "2026-01-02" / f"{number:03d}"
-    alf = path / "alf"
-    present = {file.relative_to(alf).as_posix() for file in alf.rglob("[!.]*.*")}
-    if other := sorted(present - set(files)):
-        problem = f"holds another recording's {other[0]}; pass another root or number"
-        raise SessionError(f"{alf} {problem}")
     for name, content in files.items():
-        (alf / name).parent.mkdir(parents=True, exist_ok=True)
+        file = path / "alf" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, np.ndarray):
-            np.save(alf / name, content)
+            np.save(file, content)
         elif name.endswith(".csv"):
-            content.to_csv(alf / name, index=False)
+            content.to_csv(file, index=False)
         else:
-            content.to_parquet(alf / name)
+            content.to_parquet(file)
     return path
 
 
@@ -73,7 +69,7 @@ def index_alf(root: str | Path) -> dict[str, Path]:
 
     Returns eid -> the session's folder. An eid depends on lab, subject, date and number alone
     (ONE's own indexer gives random ones). Of several revisions of a dataset the last is the
-    default. Raises SessionError for tables that another tool made.
+    default. Tables that another tool made are a SessionError.
     """
     root = Path(root).resolve()
     cache, parquet = optional("one.alf.cache", "data"), optional("iblutil.io.parquet", "data")
@@ -122,7 +118,7 @@ def _task(session: Session, stimulus: np.ndarray) -> dict[str, np.ndarray]:
         "block": np.asarray(b["block"], float),
         "left": np.where(on_right, np.nan, strength),
         "right": np.where(on_right, strength, np.nan),
-        "movement": stimulus + b.get("reaction-time", np.full(session.n_trials, np.nan)),
+        "movement": stimulus + b.get("reaction-time", np.nan),
     }
 
 
@@ -150,21 +146,18 @@ def _alf_trials(session: Session, stimulus: np.ndarray) -> pd.DataFrame:
 
 def _alf_traces(session: Session, stimulus: np.ndarray, stop: float) -> dict[str, np.ndarray]:
     """Wheel and camera, as far as the session has them."""
-    files = {}
-    edges = bin_edges(session, stimulus)
+    files, edges = {}, bin_edges(session, stimulus)
     if (speed := session.behaviour.get("wheel-speed")) is not None:
         # The angle (rad) at the bin edges, between which it is linear; the speed is its slope.
         direction = np.where(session.behaviour["choice"] > 0, -1.0, 1.0)
         moved = np.zeros(edges.shape)
         moved[:, 1:] = speed * direction[:, None] * session.bin_size
-        position = np.concatenate([[0], np.cumsum(moved)])
         files["_ibl_wheel.timestamps.npy"] = np.concatenate([[0], edges.ravel(), [stop]])
-        files["_ibl_wheel.position.npy"] = np.append(position, position[-1])
+        files["_ibl_wheel.position.npy"] = np.cumsum(np.pad(moved.ravel(), 1))
     if "whisker-motion-energy" in session.behaviour:
         frames = np.arange(0, stop, 1 / CAMERA_RATE)
-        files["_ibl_leftCamera.times.npy"] = frames
-        values = _sampled(session, "whisker-motion-energy", stimulus, frames)
-        files["leftCamera.ROIMotionEnergy.npy"] = values
+        energy = _sampled(session, "whisker-motion-energy", stimulus, frames)
+        files |= {"_ibl_leftCamera.times.npy": frames, "leftCamera.ROIMotionEnergy.npy": energy}
     return files
 
 
@@ -259,9 +252,8 @@ def write_bwb_session(session: Session, path: str | Path, build: str = "selected
         **{group: {"sampling_rate": SAMPLE_RATE} for group in series},
     }
     for group, column in SCALED:  # the scorer divides these by their spread
-        values = series[group][column]
-        pair = {"mean": values.mean(), "std": values.std()}
-        attributes[f"ts1_normalize/{group}/{column}"] = pair
+        values, name = series[group][column], f"ts1_normalize/{group}/{column}"
+        attributes[name] = {"mean": values.mean(), "std": values.std()}
     h5py, path = optional("h5py", "bwb"), Path(path)
     with atomic_write(path) as partial, h5py.File(partial, "w") as file:
         for group, columns in groups.items():
@@ -331,9 +323,8 @@ def _bwb_traces(
     paws: dict[str, np.ndarray] = {}
     for side in SIDES:
         paws[f"{side}_paw_speed"] = 20.0 * wheel + rng.gamma(2.0, 5.0, len(times))
-        # Confidence is lost for half a second at a time.
-        confident = np.repeat(rng.random(len(times) // 25 + 1) < 0.9, 25)[: len(times)]
-        paws[f"is_{side}_paw_confident"] = confident
+        confident = rng.random(len(times) // 25 + 1) < 0.9  # lost for half a second at a time
+        paws[f"is_{side}_paw_confident"] = np.repeat(confident, 25)[: len(times)]
     return {
         "wheel": {"wheel_speed": wheel},
         "whisker": {"whisker_motion_energy": whisker},

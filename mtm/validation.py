@@ -1,0 +1,145 @@
+"""Scores of the entries that a masking scheme hides: in validation, for calibration, by neuron.
+
+Every call hides the same entries, so scores can be compared over time and between models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mtm import distributed, metrics
+from mtm.batches import SessionData
+from mtm.distributed import autocast
+from mtm.inputs import SessionError
+from mtm.masks import MTM_SCHEMES, NO_REGION, Mask, MaskSampler, scheme
+from mtm.metrics import LOG2, masked_nll
+from mtm.model import MtM
+from mtm.prediction import PredictorLike, predict_masked, unobserved
+from mtm.recipes import TrainConfig
+from mtm.session import Session
+
+VALIDATION_BATCH = 64  # validation trials that share a mask, whatever the batch size of training
+SHRINKAGES = [step / 20 for step in range(10, 31)]  # 0.5 to 1.5
+VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
+
+
+def make_sampler(model: MtM, config: TrainConfig) -> MaskSampler:
+    """Return the sampler of the schemes that are trained."""
+    kind = config.schemes, config.ratios, config.seed, model.device, model.config.patch_size
+    return MaskSampler(*kind)
+
+
+def seed_of(*place: int | str) -> int:
+    """Return a seed for a place in the run, which is given as numbers and words."""
+    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "little") >> 1
+
+
+@torch.no_grad()
+def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> dict[str, float]:
+    """Return bits per spike of each scheme on hidden entries of the validation trials.
+
+    The null model is each neuron's mean in the training trials. Every call scores the same entries;
+    NaN where none of them has a spike. Several processes share the sessions.
+    """
+    model.eval()
+    found = torch.zeros(len(config.schemes), len(data), 2, device=model.device)  # gain, spikes
+    for i in range(distributed.rank(), len(data), distributed.processes()):
+        for s, name in enumerate(config.schemes):
+            # Summed on the device, without waiting for it.
+            for counts, mask, log_rates in _predict_validation(model, data[i], name, config):
+                null = data[i].null.expand_as(counts)
+                found[s, i, 0] += masked_nll(null, counts, mask.target)
+                found[s, i, 0] -= masked_nll(log_rates, counts, mask.target)
+                found[s, i, 1] += (counts * mask.target).sum()
+    found = distributed.all_reduce(found).cpu().double()
+    gain, spikes = found.sum(dim=1).unbind(dim=1)
+    if not bool((spikes > 0).any()):
+        remedy = "use more trials, and check that spikes and events are on one clock, in seconds"
+        raise SessionError(f"no hidden entry of the validation trials has a spike; {remedy}")
+    return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
+
+
+@torch.no_grad()
+def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> None:
+    """Set ``model.shrinkage``: session -> scheme -> the factor that suits validation trials best.
+
+    Models that overfit are too sure of what they predict, those with much dropout not enough. The
+    factor multiplies all deviations from the mean log-rates. Compare temperature scaling (Guo et
+    al. 2017).
+    """
+    for one in data:
+        layers = model.session_layers(one.name)
+        if not hasattr(layers, "mean"):  # with raw counts and no direct paths
+            continue
+        mean = layers.mean.log()
+        model.shrinkage[one.name] = {}
+        for name in config.schemes:
+            losses = torch.zeros(len(SHRINKAGES), device=model.device)
+            for counts, mask, log_rates in _predict_validation(model, one, name, config):
+                for i, factor in enumerate(SHRINKAGES):
+                    scaled = mean + factor * (log_rates - mean)
+                    losses[i] += masked_nll(scaled, counts, mask.target)
+            model.shrinkage[one.name][name] = SHRINKAGES[int(losses.argmin())]
+
+
+def _predict_validation(
+    model: MtM, one: SessionData, name: str, config: TrainConfig
+) -> Iterator[tuple[Tensor, Mask, Tensor]]:
+    """Yield counts, mask and predicted log-rates of validation trials, the same in every call."""
+    sampler = make_sampler(model, config)
+    sampler.reseed(seed_of("validation", one.name, name))
+    labels = [one.regions] * VALIDATION_MASKS
+    # Label one region at a time, so that each is masked once. Schemes of users may need several.
+    if scheme(name).needs_regions and name in MTM_SCHEMES:
+        codes = range(len(one.session.region_names))
+        labels = [torch.where(one.regions == code, 0, NO_REGION) for code in codes]
+    for trials in one.val.split(VALIDATION_BATCH):
+        counts = one.batch(trials)
+        for regions in labels:
+            mask = one.mask(sampler, name, counts, trials, regions)
+            with autocast(model.device, config.precision):
+                log_rates = model(counts, name, mask, one.name).float()
+            yield counts, mask, log_rates
+
+
+def score_scheme(
+    predictor: PredictorLike, session: Session, name: str, trials: np.ndarray, null: np.ndarray
+) -> pd.DataFrame:
+    """Score what a scheme hides in some trials: a row for each neuron, as of the activity tasks.
+
+    Each trial has a mask of its own. Trials differ in what is scored, so nothing is shuffled, and
+    ``visible`` is not known. ``null`` (N,) is each neuron's log mean in the training trials.
+    """
+    sampler, codes = MaskSampler([name]), torch.from_numpy(session.region_codes)
+    counts = torch.from_numpy(session.counts[trials].astype(np.float32))
+    drawn = [sampler.draw(name, trial[None], codes) for trial in counts]
+    hidden, target = (torch.cat([getattr(m, k) for m in drawn]) for k in ("hidden", "target"))
+    mask = Mask(hidden, target, scheme(name).causal)
+    mask = mask.leave_out(torch.from_numpy(unobserved(session, trials)))
+    if isinstance(predictor, np.ndarray):
+        log_rates = predictor[trials]
+    else:
+        parts = (x.split(VALIDATION_BATCH) for x in (counts, mask.hidden, mask.target))
+        found = [
+            predict_masked(predictor, x, Mask(h, t, mask.causal), name, session.name).cpu()
+            for x, h, t in zip(*parts, strict=True)
+        ]
+        log_rates = torch.cat(found).double().numpy()
+    rows = []
+    for n in np.flatnonzero(mask.target.any(dim=(0, 1)).numpy()):
+        scored = mask.target[..., n].numpy()
+        pair = log_rates[scored, n, None], counts.numpy()[scored, n, None]
+        row = {"session": session.name, "seed": 0, "neuron": n, "region": session.regions[n]}
+        for end, given in (("", None), ("_train_null", null[[n]])):
+            row["bits_per_spike" + end] = metrics.bits_per_spike(*pair, given)[0]
+            row["gain" + end] = metrics.gain(*pair, given)[0]
+        row |= {"poisson_d2": metrics.poisson_d2(*pair)[0], "trial_r2": metrics.trial_r2(*pair)[0]}
+        rows.append(row | dict.fromkeys(("shuffled_trials", "shuffled_neurons", "visible"), np.nan))
+        rows[-1]["spikes"] = int(pair[1].sum())
+    return pd.DataFrame(rows)
