@@ -54,6 +54,7 @@ def serve():
     servers = []
 
     def start(handler):
+        handler.log_message = lambda *_: None
         servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handler))
         threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}"

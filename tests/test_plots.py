@@ -105,10 +105,6 @@ def test_a_filled_in_trial_shows_what_is_scored_and_hides_the_answer(ax, session
     [(counts, scheme, mask)] = given
     assert scheme == name and counts.shape[0] == 1
     assert not counts[mask.hidden].any() and counts.sum() > 0
-    titles = [ax.get_title() for ax in figure.axes[:4]]
-    assert [title.split(":")[0][3:] for title in titles] == [
-        "recorded", "input", "prediction", "true rate"
-    ]  # fmt: skip
     order = np.argsort(session.regions, kind="stable")
     target, hidden = (each[0].numpy()[:, order].T for each in (mask.target, mask.hidden))
     shown = figure.axes[1].images[0].get_array()

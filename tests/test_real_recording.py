@@ -42,9 +42,6 @@ def bucket(serve, tmp_path, monkeypatch):
             self.end_headers()
             self.wfile.write(sent)
 
-        def log_message(self, *args):
-            pass
-
     monkeypatch.setattr(files, "BUCKET", serve(Bucket))
 
 

@@ -91,13 +91,6 @@ def test_what_has_no_score_is_nan():
     assert [scores.over(what).value for what in ("neurons", "sessions", "seeds")] == [1.5] * 3
 
 
-def test_a_behaviour_has_no_neurons():
-    both = Report.join([of_choice("a", 0.5), of_choice("b", 0.7)])
-    scores = both.tasks["choice"]
-    assert scores.over("sessions") == Mean(pytest.approx(0.6), pytest.approx(sem([0.5, 0.7])), 2)
-    assert "choice from rates: accuracy 0.600 ± 0.100 (majority 0.500)" in str(both)
-
-
 def test_seeds_are_paired_by_their_number():
     a = [report("a", [x, x + 2], ["", ""]) for x in (0.0, 5.0, 1.0)]
     joined = Report.join([*a[:2], Report.join([a[2], report("b", [10.0, 20.0], ["", ""])])])

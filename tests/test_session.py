@@ -291,13 +291,10 @@ def test_warnings_of_events_that_are_too_close_or_outside():
     parts = Split(np.arange(200), np.arange(220, 260), np.arange(280, 352))
     with pytest.warns(UserWarning, match="bin_size: bins of 20.0 s; it is in seconds, not milli"):
         Session.from_spike_times(*spikes, close[:9], window=(-500, 1500), bin_size=20)
-    rng = np.random.default_rng(0)
-    rare = rng.uniform(0, 28_800, 3000)  # ten neurons of 0.01 Hz, in half an hour of trials
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Session.from_spike_times(*spikes, np.arange(2.0, 90.0, 2.0))
         Session.from_spike_times(*spikes, close, given_split=parts)
-        Session.from_spike_times(rare, rng.integers(0, 10, 3000), np.arange(9e3, 10.8e3, 3.0))
 
 
 @pytest.mark.parametrize("spikes", [1, 1e3, 3e4])
