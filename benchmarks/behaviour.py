@@ -54,18 +54,17 @@ def main() -> None:
     common.write_json(options.out / "behaviour.json", facts)
     lines = ["# Behaviour of real recordings", "", *__doc__.strip().split("\n\n")[2].splitlines()]
     lines += ["The choice: accuracy; traces: R2. One seed.", ""]
-    lines += [as_markdown("Mean over recordings", means)]
-    for name, part in table.groupby("recording", sort=False):
-        lines += [as_markdown(str(name), part.set_index("behaviour")[list(COLUMNS)])]
+    tables = dict(iter(table.set_index("behaviour").groupby("recording", sort=False)))
+    for name, part in {"Mean over recordings": means, **tables}.items():
+        lines.append(as_markdown(name, part[list(COLUMNS)]))
     (options.out / "behaviour.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
 
 def as_markdown(title: str, rows: pd.DataFrame) -> str:
     """A table with a column for each behaviour."""
-    return common.markdown(
-        title, {k: {n: Mean(x, np.nan, 1) for n, x in row.items()} for k, row in rows.iterrows()}
-    )
+    means = rows.map(lambda value: Mean(value, np.nan, 1))
+    return common.markdown(title, means.to_dict("index"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 import time
 import tracemalloc
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -85,9 +84,7 @@ def main() -> None:
     parser.add_argument("--spikes", type=int, default=20_000_000)
     parser.add_argument("--trials", type=int, default=600)
     parser.add_argument("--neurons", type=int, default=600)
-    parser.add_argument("--json", type=Path, default=RESULTS / "binning.json")
     options = vars(parser.parse_args())
-    path = options.pop("json")
     arrays = make_recording(**options)
     counts, found = measure(arrays, options["neurons"])
     loop = measure_loop(arrays, counts, LOOP_SECONDS)
@@ -97,7 +94,7 @@ def main() -> None:
     result = {"sizes": options, "bin_spikes": found, "loop_with_slices": loop, "floor": floor}
     result["machine"] = machine()
     print(json.dumps(result, indent=1))
-    write_json(path, result)
+    write_json(RESULTS / "binning.json", result)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@
 
 FOLDER is that of real_data.py, or the word "simulated". Two parts:
 
-- schemes: on every session alone, MtM, temporal masking (with settings that suit it and the share
-  that validation trials choose, see `mtm.baselines`; and with MtM's settings), each of MtM's
-  schemes by itself, and MtM without its prompt. Six tasks.
+- schemes: on every session alone, MtM, temporal masking (with its own settings, see
+  `mtm.baselines`, and with MtM's), each of MtM's schemes by itself, and MtM without its prompt.
 - animals: one animal after the other is left out. A model learns from 1, 3 and all sessions of the
   others, is fine-tuned to a session of the one left out, and is compared with a model of that
-  session alone. The same with a quarter of its training trials, each model with that of two
-  learning rates which suits it. Four tasks.
+  session alone; also with a quarter of its training trials. Activity tasks only.
 
 Differences are taken session by session, on test trials and neurons of at least 1 Hz: a claim holds
 if the 95 % interval of the mean difference over sessions (Student's t) lies above 0, and fails if
@@ -56,9 +54,6 @@ class Claim(NamedTuple):
     task: str
 
 
-# ---------------------------------------------------------------------- schemes, session by session
-
-
 def schemes(depth: int, epochs: int) -> dict[str, common.Method]:
     """Models that differ in what was hidden while they were trained."""
     rows: dict[str, dict[str, Any]] = {"MtM": {}, "MtM, no prompt": {"prompt": False}}
@@ -73,28 +68,16 @@ def schemes(depth: int, epochs: int) -> dict[str, common.Method]:
     return found | {"temporal": common.Method(temporal, settings, seeded=True)}
 
 
-# ----------------------------------------------------------------------------------- other animals
-
-
 def held_out(sessions: list[mtm.Session]) -> dict[str, list[mtm.Session]]:
     """The first session of each animal -> all sessions of the others, animals in turn."""
+    by_animal: dict[str, list[mtm.Session]] = {}
+    for session in sessions:
+        by_animal.setdefault(session.subject, []).append(session)
     found = {}
-    for animal in dict.fromkeys(session.subject for session in sessions):
-        [first, *_] = [session for session in sessions if session.subject == animal]
-        others = {s.subject: [] for s in sessions if s.subject != animal}
-        for session in sessions:
-            if session.subject != animal:
-                others[session.subject].append(session)
-        turns = [s for turn in zip_longest(*others.values()) for s in turn if s is not None]
-        found[first.name] = turns
+    for animal, own in by_animal.items():
+        others = [theirs for name, theirs in by_animal.items() if name != animal]
+        found[own[0].name] = [s for turn in zip_longest(*others) for s in turn if s is not None]
     return found
-
-
-def truth(sessions: list[mtm.Session]) -> dict[str, common.Method]:
-    """The oracle, where the true rates are known."""
-    if any(session.rates is None for session in sessions):
-        return {}
-    return {"oracle": common.Method(lambda sessions, seed: mtm.oracle(sessions[0]), {})}
 
 
 def animals(
@@ -136,9 +119,6 @@ def pretrained(
     return mtm.fit(others, **how).model
 
 
-# ------------------------------------------------------------------------------------- what is said
-
-
 def claims() -> dict[str, list[Claim]]:
     """The paper's claims, each as comparisons that can come out either way."""
     own = {scheme: task for task, scheme in TASKS.items()}
@@ -167,12 +147,8 @@ def claims() -> dict[str, list[Claim]]:
             (more, fewer, task) for fewer, more in pairwise(AFTER) for task in common.FOUR
         ],
     }
-    return {
-        text: [
-            Claim("animals" if a in (*AFTER, FEW_AFTER) else "schemes", a, b, c) for a, b, c in of
-        ]
-        for text, of in pairs.items()
-    }
+    part = dict.fromkeys((*AFTER, FEW_AFTER), "animals")
+    return {text: [Claim(part.get(c[0], "schemes"), *c) for c in of] for text, of in pairs.items()}
 
 
 Scores = dict[str, dict[str, dict[str, list[float]]]]  # session -> method -> task -> seeds' means
@@ -292,11 +268,13 @@ def measured(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[s
         "schemes": (dict.fromkeys(by_name, schemes(**how)), None),
         "animals": (of_animals, common.FOUR),
     }
+    known = all(session.rates is not None for session in sessions)
+    oracle = {"oracle": common.Method(lambda some, seed: mtm.oracle(some[0]), {})} if known else {}
     scores: dict[str, Scores] = {}
     for part, (methods, tasks) in parts.items():
         scores[part] = {}
         for name in [n for n in methods if n in (options.recordings or methods)]:
-            session, rows = by_name[name], methods[name] | truth(sessions)
+            session, rows = by_name[name], methods[name] | oracle
             if options.part in (None, part):
                 common.run([session], rows, options.seeds, options.work / part, tasks=tasks)
             scores[part][name] = collected(session, rows, options.seeds, options.work / part)
@@ -305,13 +283,11 @@ def measured(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[s
 
 def judge(scores: dict[str, Scores]) -> dict[str, list[tuple[Claim, Mean]]]:
     """Each claim's comparisons, as far as they were measured."""
-    judged: dict[str, list[tuple[Claim, Mean]]] = {}
+    judged = {}
     for text, comparisons in claims().items():
-        for claim in comparisons:
-            mean = difference(claim, scores[claim.part])
-            if mean is not None:
-                judged.setdefault(text, []).append((claim, mean))
-    return judged
+        pairs = [(claim, difference(claim, scores[claim.part])) for claim in comparisons]
+        judged[text] = [(claim, mean) for claim, mean in pairs if mean is not None]
+    return {text: pairs for text, pairs in judged.items() if pairs}
 
 
 if __name__ == "__main__":

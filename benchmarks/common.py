@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -42,9 +43,6 @@ CONTROLS = {  # rows of the table that decoders bring along
 Scores = dict[str, dict[str, Mean]]  # task -> method -> mean and error
 
 
-# --------------------------------------------------------------------------- clocks and files
-
-
 def timed(act: Callable[[], Any], device: torch.device) -> tuple[Any, tuple[float, float]]:
     """What a function returns, and its wall and CPU seconds, work on the device included."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -58,12 +56,10 @@ def peak_bytes(device: torch.device | None = None) -> int:
     """Peak memory of this process so far, or of what was allocated on the GPU."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux, ru_maxrss also counts the process that started this one
-        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # On Linux, ru_maxrss also counts the process that started this one.
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -72,6 +68,22 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     if str(device).startswith("cuda"):
         name = torch.cuda.get_device_name()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def speed_parser(text: str) -> argparse.ArgumentParser:
+    """Options of all scripts that measure a device."""
+    made = argparse.ArgumentParser(description=text.splitlines()[0])
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
+    made.add_argument("--json", type=Path)
+    return made
+
+
+def speed_path(name: str, options: argparse.Namespace) -> Path:
+    """Where the numbers go: a file for the CPU, and one for each kind of GPU."""
+    cuda = str(options.device).startswith("cuda")
+    end = f"_{machine(options.device)['device']}".replace(" ", "_").lower() if cuda else ""
+    return options.json or RESULTS / f"{name}{end}.json"
 
 
 def in_process(script: str, *arguments: object) -> dict[str, Any]:
@@ -95,9 +107,6 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plain(facts), indent=1, allow_nan=False) + "\n")
-
-
-# --------------------------------------------------------------------------------- recordings
 
 
 def steinmetz(path: Path) -> mtm.Session:
@@ -172,9 +181,6 @@ def same_bins(sessions: list[mtm.Session]) -> list[list[mtm.Session]]:
     return list(groups.values())
 
 
-# ------------------------------------------------------------------------------------ studies
-
-
 class Method(NamedTuple):
     """How a predictor is made: ``make(sessions, seed)``; ``settings`` identify it."""
 
@@ -233,9 +239,7 @@ def run(
 ) -> None:
     """Fit and score what is not done yet, on the ``part``'s trials.
 
-    The history of a training run is kept with the first session's report. Several processes may
-    share ``work``, with different methods or seeds. After a change of the package, begin with
-    another ``work``.
+    Several processes may share ``work``. After a change of the package, begin with another.
     """
     for seed, (name, method) in product(seeds, chosen.items()):
         if seed != seeds[0] and not method.seeded:
@@ -301,17 +305,13 @@ def averages(whole: dict[str, Scores]) -> Scores:
 def described(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[str, Any]:
     """What was measured, and on what."""
     train = {"depth": options.depth, "epochs": options.epochs, "seeds": options.seeds}
-    names = ("trials", "bins", "neurons", "scored", "regions")
     about = {}
     for s in sessions:
-        numbers = (*s.counts.shape, len(busy(s)), len(s.region_names))
-        about[s.name] = dict(zip(names, numbers, strict=True))
+        about[s.name] = dict(zip(("trials", "bins", "neurons"), s.counts.shape, strict=True))
+        about[s.name] |= {"scored": len(busy(s)), "regions": len(s.region_names)}
     device = mtm.distributed.pick_device()
     facts = machine(device) | {"device": str(device), "machine": machine(device)["device"]}
     return {"train": train, **facts, "sessions": about}
-
-
-# ------------------------------------------------------------------------- tables and pictures
 
 
 def best_of(scores: dict[str, Mean]) -> float:

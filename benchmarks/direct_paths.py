@@ -27,8 +27,7 @@ def main() -> None:
     options = arguments.parse_args()
     sessions = common.recordings(options.folder, options.recordings)
     methods = {name: trained(VARIANTS[name]) for name in VARIANTS}
-    how = {"part": "val", "tasks": common.FOUR}
-    common.run(sessions, methods, options.seeds, options.work, **how)
+    common.run(sessions, methods, options.seeds, options.work, "val", common.FOUR)
     whole = common.table(sessions, methods, options.seeds, options.work)
     facts = common.described(sessions, options) | {"scores": whole}
     common.write_json(options.out / "direct_paths.json", facts)

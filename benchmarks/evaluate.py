@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-from common import RESULTS, in_process, machine, peak_bytes, timed, write_json
+from common import in_process, machine, peak_bytes, speed_parser, speed_path, timed, write_json
 
 from mtm import evaluate
 from mtm.model import MtM, MtMConfig
@@ -33,26 +32,19 @@ FEW = {"small": 16, "paper": 3}  # neurons scored on a CPU
 
 def main() -> None:
     """Measure every model in a process of its own, print and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = speed_parser(__doc__)
     parser.add_argument("--neurons-timed", type=int, help="default: all on a GPU, few on a CPU")
-    parser.add_argument("--small", action="store_true", help="a tiny session, to try the script")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--model", choices=DEPTHS, help="measure this one here, and print JSON")
     options = parser.parse_args()
     if options.model:
         print(json.dumps(measure(options)))
         return
     report = machine(options.device) | {"small": options.small, "repeats": REPEATS}
-    cuda = options.device.startswith("cuda")
-    end = f"_{report['device'].replace(' ', '_').lower()}.json" if cuda else ".json"
-    report["models"] = {
-        model: in_process(__file__, *sys.argv[1:], "--model", model) for model in DEPTHS
-    }
+    report["models"] = {m: in_process(__file__, *sys.argv[1:], "--model", m) for m in DEPTHS}
     report["whole report, small model"] = whole_report(options)
     print(json.dumps(report, indent=1))
     if options.json or not options.small:
-        write_json(options.json or RESULTS / f"evaluate{end}", report)
+        write_json(speed_path("evaluate", options), report)
 
 
 def recording(small: bool, fold: int = 1) -> Session:

@@ -5,9 +5,8 @@
 No network is needed, and no recordings. In order:
 
 - steps: `mtm.fit` with the paper's NDT1 and NDT2 on 600 neurons x 100 bins, batches of 16, 128 and
-  512 trials; in float32, in bf16 and in bf16 with `torch.compile`. Speeds are those of the history,
-  in the last of three epochs. Beside each stands its share of the bf16 ceiling, the rate of
-  a large matrix product, measured before and after;
+  512 trials; in float32, bf16 and compiled bf16. Speeds are those of the last of three epochs,
+  beside their share of the ceiling, the rate of a large bf16 matrix product;
 - evaluation: co-smoothing of 700 neurons in 120 trials of 100 bins;
 - training: recipe `paper` on a simulated animal, and when it first was within 0.005 bits per spike
   of its last validation;
@@ -19,18 +18,17 @@ results/gpu_DEVICE.json; `--small` is a tiny run, to try the script.
 
 from __future__ import annotations
 
-import argparse
 import time
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import evaluate
 import numpy as np
 import torch
-from common import RESULTS, machine, peak_bytes, timed, write_json
+from common import machine, peak_bytes, speed_parser, speed_path, timed, write_json
 from torch.utils.flop_counter import FlopCounterMode
+from train_step import SMALL, ceiling
 
 import mtm
 from mtm.masks import MTM_SCHEMES, MaskSampler
@@ -45,21 +43,16 @@ PRECISIONS = {  # settings of `fit`
     "bf16, compiled": {"precision": "bf16", "compile": "default"},
 }
 STEPS = 8  # in an epoch
-SMALL = {"depth": 1, "width": 32, "heads": 2, "mlp_width": 64, "stitch_width": 40}
 
 
 def main() -> None:
     """Measure, print a table, write the JSON after each part."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = speed_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device, end = torch.device(options.device), time.monotonic() + 60 * options.minutes
     report: dict[str, Any] = machine(device) | {"small": options.small, "left_out": []}
-    name = str(report["device"]).replace(" ", "_").lower()
-    path = options.json or RESULTS / f"gpu_{name}.json"
+    path = speed_path("gpu", options)
     report["ceiling_tflops"] = [ceiling(device, options.small)]
     parts = {part.__name__: part for part in (agreement, evaluation, training)}
     for tokenizer, batch, precision in product(TOKENIZERS, BATCHES, PRECISIONS):
@@ -129,15 +122,6 @@ def flops_of_trial(session: mtm.Session, config: MtMConfig) -> float:
     with FlopCounterMode(display=False) as counter:
         accumulate(model, [Batch(counts, "neuron", mask, session.name)], RECIPES["paper"])
     return counter.get_total_flops()
-
-
-def ceiling(device: torch.device, small: bool) -> float:
-    """Rate of a large matrix product, 10^12 operations a second: bf16 on a GPU."""
-    n = 8192 if device.type == "cuda" else 256 if small else 2048
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a = torch.randn(n, n, dtype=dtype, device=device)
-    seconds = [timed(lambda: a @ a, device)[1][0] for _ in range(20)]
-    return 2 * n**3 / float(np.median(seconds[5:])) / 1e12
 
 
 def evaluation(device: torch.device, small: bool) -> dict[str, float]:

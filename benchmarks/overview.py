@@ -32,10 +32,9 @@ def main() -> None:
 
     predictors = {"MtM": model, "mean rate": mtm.mean_rates(session)}
     predictors["oracle"] = mtm.oracle(session)
-    tasks = list(FOUR)
-    reports = {n: mtm.evaluate(p, session, tasks=tasks) for n, p in predictors.items()}
+    reports = {n: mtm.evaluate(p, session, tasks=FOUR) for n, p in predictors.items()}
     ax = plots.score_bars(reports, ax=right.subplots())
-    ax.set_xticks(range(4), [task.replace("-", "\n", 1) for task in tasks])
+    ax.set_xticks(range(4), [task.replace("-", "\n", 1) for task in FOUR])
     figure.savefig(PICTURES / "overview.png", dpi=110)
 
 

@@ -10,10 +10,10 @@ session). Then one size after the other is halved and quartered. The files were 
 that reading them is reading the page cache: a disk or a network adds its own.
 """
 
-import argparse
 import cProfile
 import json
 import pstats
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from mtm import Session
 from mtm.data import ibl
 from mtm.data.synthetic import index_alf, write_alf
 
+WHOLE = {"spikes": 20_000_000, "trials": 600, "neurons": 1000}
 TRIAL_SECONDS = 5.0
 CLOCK = 30_000  # ticks a second
 STAGES = {  # function of the package that a stage is timed by
@@ -108,23 +109,15 @@ def run(spikes: int, trials: int, neurons: int) -> dict:
 
 def main() -> None:
     """Run the benchmark, or one measurement in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--spikes", type=int, default=20_000_000)
-    parser.add_argument("--trials", type=int, default=600)
-    parser.add_argument("--neurons", type=int, default=1000)
-    parser.add_argument("--json", type=Path, default=RESULTS / "prepare.json")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(measure(options.measure)))
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(Path(sys.argv[2]))))
         return
-    whole = {key: getattr(options, key) for key in ("spikes", "trials", "neurons")}
-    sizes = [whole | {key: whole[key] // part} for key in whole for part in (4, 2)]
-    result = {"realistic": run(**whole)}
+    sizes = [WHOLE | {key: WHOLE[key] // part} for key in WHOLE for part in (4, 2)]
+    result = {"realistic": run(**WHOLE)}
     result["growth"] = [run(**smaller) for smaller in sizes]
     result["machine"] = machine()
     print(json.dumps(result, indent=1))
-    write_json(options.json, result)
+    write_json(RESULTS / "prepare.json", result)
 
 
 if __name__ == "__main__":

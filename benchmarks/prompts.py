@@ -53,11 +53,8 @@ def main() -> None:
     whole = common.table(sessions, chosen, options.seeds, options.work)
     alone = len(sessions) == 1  # its errors are over neurons, and over seeds for behaviour
     means = whole[sessions[0].name] if alone else common.averages(whole)
-    facts = common.described(sessions, options) | {
-        "study": "prompt",
-        "scores": whole,
-        "mean": means,
-    }
+    facts = {"study": "prompt", "scores": whole, "mean": means}
+    facts = common.described(sessions, options) | facts
     common.write_json(options.out / "study_prompt.json", facts)
     who = sessions[0].name if alone else f"{len(sessions)} sessions"
     print(common.markdown(f"prompt: {who}, {len(options.seeds)} seeds", means))

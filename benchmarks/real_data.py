@@ -8,9 +8,9 @@ FOLDER holds recordings as plain arrays (they are no part of this project):
 - ibl_*.npz (one session of the International Brain Laboratory, CC-BY 4.0): `spikes` (K, N, 50) in
   20 ms bins, -0.2 to 0.8 s around stimulus onset; its first and last bin are dropped.
 
-Every method is fitted to the training trials, tuned on the validation trials and scored on the test
-trials; scores are means over the neurons that fire at least 1 Hz in the training trials. The table
-is written to results/real_data.json and .md, the picture to book/_assets/real_data.png.
+Every method is fitted to training trials, tuned on validation trials and scored on test trials,
+over the neurons of at least 1 Hz. Out come results/real_data.json and .md, and a picture for the
+book.
 """
 
 from __future__ import annotations
@@ -54,38 +54,10 @@ def methods(depth: int, epochs: int) -> dict[str, common.Method]:
     }
 
 
-def winners(whole: dict[str, common.Scores]) -> list[str]:
-    """A sentence for each session and task: the best method, and how MtM compares."""
-    lines = []
-    for session, tasks in whole.items():
-        for task, scores in tasks.items():
-            values = {
-                name: mean.value
-                for name, mean in scores.items()
-                if not (name.startswith("no activity") or np.isnan(mean.value))
-            }
-            ours = {n: value for n, value in values.items() if n.startswith("MtM")}
-            others = {n: value for n, value in values.items() if n not in ours}
-            if not values:
-                continue
-            best = max(values, key=values.get)
-            line = f"{session}, {task}: {best} {values[best]:.3f}"
-            if best in ours and others:
-                second = max(others, key=others.get)
-                line += f"; ahead of {second} by {values[best] - others[second]:.3f}"
-            elif ours:
-                mine = max(ours, key=ours.get)
-                line += f"; the best of MtM ({mine}) is behind by {values[best] - ours[mine]:.3f}"
-            lines.append(line)
-    return lines
-
-
 def main() -> None:
     """Read the command line, run, write the table."""
     arguments = common.parser(__doc__, "real_data")
-    arguments.add_argument(
-        "--methods", nargs="*", default=[], help="default all; of the others, what is in --work"
-    )
+    arguments.add_argument("--methods", nargs="*", default=[], help="to run; default all")
     options = arguments.parse_args()
     known = methods(options.depth, options.epochs)
     sessions = common.recordings(options.folder, options.recordings)
@@ -107,9 +79,6 @@ def main() -> None:
         common.markdown("Mean over recordings (± standard error over recordings)", means),
         common.markdown(f"Mean over the {title}", together),
         *[common.markdown(name, tasks) for name, tasks in whole.items()],
-        "## Who wins\n",
-        *[f"- {line}" for line in winners(whole)],
-        "",
     ]
     figure = common.draw(together, f"{title}, mean ± standard error over recordings")
     figure.savefig(options.pictures / "real_data.png", dpi=110)

@@ -6,10 +6,9 @@ Batches of trials of 100 bins, sessions of 548, 601 and 652 neurons and the four
 step is what `fit` does: gather the counts, draw a mask, forward, Poisson loss, backward, clip,
 AdamW. Beside it stand
 
-- the floor: the time that its matrix products alone take, one after the other and in turn with the
-  steps, in the same precision: forward, and both gradients, attention without regard to causality;
-- the ceiling: the rate of one large square matrix product, and the share of it that the step's
-  floating-point operations reach.
+- the floor: the time of its matrix products alone, in turn with the steps: forward, and both
+  gradients, attention without regard to causality;
+- the ceiling: the rate of one large matrix product, and the share of it that the step reaches.
 
 Every model and batch is measured in a process of its own; the largest batches take hours on a CPU.
 """
@@ -21,12 +20,11 @@ import json
 import math
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, in_process, machine, peak_bytes, timed, write_json
+from common import in_process, machine, peak_bytes, speed_parser, speed_path, timed, write_json
 from torch import Tensor, nn
 
 from mtm.masks import MTM_SCHEMES, MaskSampler
@@ -54,12 +52,10 @@ def main() -> None:
         "repeats": options.repeats,
         "small": options.small,
         "ceiling_tflops": round(ceiling(torch.device(options.device), options.small), 3),
-        "models": {name: {} for name in options.models},
+        "models": {name: {} for name in MODELS},
     }
-    cuda = options.device.startswith("cuda")
-    name = f"_{report['device'].replace(' ', '_').lower()}.json" if cuda else ".json"
-    path = options.json or RESULTS / f"train_step{name}"
-    for name in options.models:
+    path = speed_path("train_step", options)
+    for name in MODELS:
         for batch in options.batches:
             numbers = in_process(__file__, *sys.argv[1:], "--cell", name, batch)
             share = numbers["step_tflop"] / numbers["step_s"] / report["ceiling_tflops"]
@@ -70,22 +66,14 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Options; the batches differ between a CPU and a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    """Options of the command line."""
+    parser = speed_parser(__doc__)
     parser.add_argument("--batches", nargs="+", type=int, help="trials")
     parser.add_argument("--repeats", type=int, default=8, help="of each session; 4 = each scheme")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)  # model, batch
     options = parser.parse_args()
-    cuda = options.device.startswith("cuda")
-    options.batches = options.batches or ((16, 64, 256, 512) if cuda else (16, 64, 512))
+    options.batches = options.batches or (16, 64, 512)
     return options
-
-
-# ------------------------------------------------------------------------------------- the steps
 
 
 class Bench:
@@ -120,8 +108,7 @@ class Bench:
 def measure(bench: Bench) -> dict[str, Any]:
     """Peak of memory, and seconds of steps in turn with their matrix products alone.
 
-    Medians over the repeats, means over the sessions. What slows a step and the products that
-    follow it leaves their ratio alone, which is taken pair by pair.
+    Medians over the repeats, means over the sessions; ratios are taken pair by pair.
     """
     device, made = bench.device, {n: products(bench, n) for n in NEURONS}
     for n in NEURONS:  # untimed, with full and with causal attention
@@ -139,9 +126,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     ratio, ratio_cpu = np.median(found[:, :, 0] / found[:, :, 1], axis=0).mean(axis=0)
     causal = found[MTM_SCHEMES.index("causal") :: len(MTM_SCHEMES), :, 0, 0]
     tokens = bench.batch * np.mean([bench.model.n_tokens(str(n)) + 2 for n in NEURONS])
-    operations = np.mean(
-        [sum(2 * math.prod(s) * k for s, k in step.items()) for step in made.values()]
-    )
+    sums = [sum(2 * math.prod(s) * k for s, k in step.items()) for step in made.values()]
     numbers = {
         "step_s": step_s,
         "step_cpu_s": step_cpu,
@@ -152,14 +137,12 @@ def measure(bench: Bench) -> dict[str, Any]:
         "causal_step_s": np.median(causal, axis=0).mean(),
         "steps_per_s": 1 / step_s,
         "tokens_per_s": tokens / step_s,
-        "step_tflop": operations / 1e12,
+        "step_tflop": np.mean(sums) / 1e12,
         "peak_gb": peak / 1e9,
     }
     rounded = {key: float(f"{value:.5g}") for key, value in numbers.items()}
     return {"model": bench.name, "batch": bench.batch} | rounded
 
-
-# -------------------------------------------------------------------------- matrix products alone
 
 Shape = tuple[int, int, int, int]  # matrices, rows, inner, columns
 

@@ -5,10 +5,9 @@
                                               mtm/weights/specialists
     python benchmarks/weights.py FOLDER       the eleven recordings of real_data.py's folder
 
-The first two are shipped, and the book loads them; each takes a few minutes on a CPU core. A run
-that was stopped is resumed by the same command. --out is another folder for the model:
-`model.safetensors`, `config.json`, and `README.md`, the card, whose every number was measured by
-this script. `mtm.load` reads it, `mtm.fit(session, mtm.load(folder))` fine-tunes it.
+The first two are shipped, and the book loads them; each takes a few minutes on a CPU core. The same
+command resumes a run. --out is another folder for `model.safetensors`, `config.json`, and
+`README.md`, the card, whose every number was measured by this script.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from common import FOUR, RESULTS, busy, recordings
 
 import mtm
 from mtm.checkpoint import SHIPPED
-from mtm.recipes import RECIPES
 from mtm.report import Report
 
 TOLD = ("epochs", "batch_size", "batches_per_step", "lr", "weight_decay", "ratios")
@@ -121,24 +119,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="'simulated', 'specialists', or where recordings are")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--depth", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=RECIPES["mtm"].epochs)
     parser.add_argument("--work", type=Path, default=Path("_build/weights"))
     options = parser.parse_args()
     if options.folder == "specialists":
         specialists(options.out or SHIPPED / "specialists", options.work)
         return
     simulated = options.folder == "simulated"
-    if simulated:
-        sessions = mtm.simulate(3, 200, 96, seed=0)
-    else:
-        sessions = recordings(Path(options.folder), "steinmetz")
+    sessions = recordings(Path(options.folder), "steinmetz")
     name = "simulated" if simulated else "steinmetz"
     out = options.out or (SHIPPED / name if simulated else options.work / f"{name}-model")
-    how = {"depth": options.depth, "epochs": options.epochs, "folder": options.work / name}
-    fit = mtm.fit(sessions, **how)
+    fit = mtm.fit(sessions, depth=1, folder=options.work / name)
     mtm.save(fit, out)
-    text = card(fit, sessions, SIMULATED if simulated else STEINMETZ, options.depth)
+    text = card(fit, sessions, SIMULATED if simulated else STEINMETZ, 1)
     (out / "README.md").write_text(text)
     print(text)
 

@@ -1,6 +1,7 @@
 """Small random session files in the layout of BrainWideBench (arXiv 2609.22064)."""
 
 import hashlib
+import shutil
 import uuid
 
 import h5py
@@ -37,19 +38,18 @@ def write_session(
     duration=520.0,
     chunk=100.0,
     gap=20.0,
-    strings="table",
+    strings=True,
     irregular=(),
     leave_out=(),
 ):
-    """Write one file; the same arguments give the same content. Returns what was written.
+    """Write one file, of a seed; returns what was written.
 
     Args:
         regime: "eval" (splits ts1 and ts2, held-out units) or "pretrain".
         filtering: "selected_units" or "all_units" (no held-out units).
-        units, rate: number of units, and their mean firing rate, Hz.
-        duration: of the recording, seconds; a trial lasts about six.
-        chunk, gap: of the split ts2, seconds; 300 and 20 in the benchmark.
-        strings: "table" (variable length, UTF-8) or "array" (fixed length).
+        units, rate, duration: how many, at how many Hz, for how many seconds.
+        chunk, gap: of the splits, seconds; 300 and 20 in the benchmark.
+        strings: of variable length, UTF-8; else of fixed length.
         irregular: behaviour groups to store with timestamps.
         leave_out: groups or datasets to remove at the end.
     """
@@ -70,18 +70,46 @@ def write_session(
     on, move, feedback = (trials[name][row] for name in events)
     spans = [np.minimum(on, move) - 1.0, np.maximum(feedback, move) + 1.0]
     made["hulls"] = np.stack(spans, axis=1)
-    domain = times[[0, -1]]
-    if regime == "pretrain":
-        made["splits"] = _consecutive(domain, made["hulls"], gap, "pretrain", (0.9, 0.1))
-    else:
-        made["splits"] = _consecutive(domain, made["hulls"], gap, "ts1", (0.4, 0.2, 0.4))
-        made["splits"] |= _chunks(domain, made["hulls"], chunk, gap)
+    made["splits"] = _splits(times[0], trials["end"][-1], regime, chunk, gap)
     made["series"] = _series(rng, duration)
     with h5py.File(path, "w") as file:
         _write(file, made, filtering, strings, irregular)
         for name in leave_out:
             del file[name]
     return made
+
+
+def counted(made, starts, length, bin_size=0.02):
+    """Spikes of each bin, one window and unit after the other: the benchmark's formula."""
+    times, unit = made["spikes"]["timestamps"], made["spikes"]["unit_index"]
+    bins = round(length / bin_size)
+    counts = np.zeros((len(starts), bins, len(made["units"]["id"])), dtype=int)
+    for k, start in enumerate(starts):
+        inside = (times >= start) & (times < start + length)
+        place = np.floor((times[inside] - start) * round(1 / bin_size)).astype(int)
+        np.add.at(counts[k], (place, unit[inside]), 1)
+    return counts
+
+
+EDITS = {
+    "drop": lambda v: None,
+    "empty": lambda v: v[:0],
+    "backwards": lambda v: v[::-1],
+    "text": lambda v: np.array([b"\xf0odd"] * len(v)),
+    "NaN": lambda v: np.full(len(v), np.nan),
+    "milliseconds": lambda v: np.arange(len(v)) * 1e4,
+}
+
+
+def damaged(path, name, edit):
+    """A copy of an HDF5 file in which one dataset, or group, went through one of EDITS."""
+    copy = shutil.copy(path, path.with_name(f"damaged{path.suffix}"))
+    with h5py.File(copy, "r+") as file:
+        values = file[name][()] if isinstance(file[name], h5py.Dataset) else np.arange(3)
+        del file[name]
+        if edit != "drop":
+            file[name] = EDITS[edit](values)
+    return copy
 
 
 def held_out(ids, part):
@@ -100,12 +128,9 @@ def _units(rng, n, probes):
         "id": _uuids(rng, n),
         "probe_id": probes[np.sort(rng.integers(len(probes), size=n))],
         "cluster_id": rng.permutation(400)[:n],
-        "channels": rng.integers(384, size=n),
-        "x": rng.normal(0, 1e-3, n),
         "depths": rng.uniform(0, 3800, n),
         "firing_rate": rng.uniform(1, 20, n),
         "label": np.ones(n),
-        "qc_neural": np.repeat("PASS", n),
         **{f"region_{level}": np.array(names)[region] for level, names in REGIONS.items()},
     }
 
@@ -153,34 +178,22 @@ def _series(rng, duration):
     return series
 
 
-def _consecutive(domain, hulls, gap, prefix, shares):
-    """Parts one after the other, by their share of the trials' time; cut at trials' edges."""
-    inside = hulls[(hulls[:, 0] >= domain[0]) & (hulls[:, 1] <= domain[1])]
-    total = np.cumsum(inside[:, 1] - inside[:, 0])
-    parts, start = {}, domain[0]
-    for part, share in zip(("train", "val", "test"), np.cumsum(shares), strict=False):
-        end = inside[np.abs(total - share * total[-1]).argmin(), 1]
-        parts[f"{prefix}_{part}"] = np.array([[start, domain[1] if share > 0.999 else end]])
-        across = (inside[:, 0] < end + gap) & (end + gap < inside[:, 1])
-        start = inside[across, 1][0] if across.any() else end + gap
-    return parts
+def _splits(begin, end, regime, chunk, gap):
+    """Parts by their share of the recording (ts1, pretrain), or chunks in turn (ts2); gaps between.
 
-
-def _chunks(domain, hulls, chunk, gap):
-    """Chunks in turn to train, test, train, val, test; trials whole, and a gap before each."""
-    edges = np.append(np.arange(domain[0], domain[1], chunk), domain[1])
-    for i, edge in enumerate(edges[1:-1], start=1):
-        across = (hulls[:, 0] < edge) & (edge < hulls[:, 1])
-        if across.any():  # to the chunk that holds more of it
-            start, end = hulls[across][0]
-            edges[i] = end if edge - start >= end - edge else start
-    chunks = np.stack([edges[:-1], edges[1:]], axis=1)
-    for i in range(1, len(chunks)):
-        later = hulls[hulls[:, 0] >= chunks[i - 1, 1] + gap, 0]
-        chunks[i, 0] = min([*later[:1], chunks[i, 1]])
-    part = np.resize(["train", "test", "train", "val", "test"], len(chunks))
-    kept = chunks[:, 0] < chunks[:, 1]
-    return {f"ts2_{name}": chunks[kept & (part == name)] for name in ("train", "val", "test")}
+    The benchmark moves the edges to those of trials; here, they cut through some.
+    """
+    span, chunks = end - begin, np.append(np.arange(begin, end, chunk), end)
+    turns = np.resize(["train", "test", "train", "val", "test"], len(chunks) - 1)
+    edges = {"pretrain": (begin + span * np.array([0, 0.9, 1]), np.array(["train", "val"]))}
+    if regime == "eval":
+        parts = np.array(["train", "val", "test"])
+        edges = {"ts1": (begin + span * np.array([0, 0.4, 0.6, 1]), parts), "ts2": (chunks, turns)}
+    found = {}
+    for split, (at, names) in edges.items():
+        bounds = np.stack([at[:-1] + gap * (at[:-1] > begin), at[1:]], axis=1)
+        found |= {f"{split}_{name}": bounds[names == name] for name in dict.fromkeys(names)}
+    return found
 
 
 def _write(file, made, filtering, strings, irregular):
@@ -209,13 +222,12 @@ def _write(file, made, filtering, strings, irregular):
         _interval(file, f"{group}/domain", columns["times"][None, [0, -1]])
 
 
-def _table(file, name, columns, strings="table"):
+def _table(file, name, columns, strings=True):
     group = file.require_group(name)
     for key, values in columns.items():
-        if values.dtype.kind == "U" and strings == "table":
-            group.create_dataset(key, data=values.astype(object), dtype=h5py.string_dtype())
-        else:
-            group[key] = np.char.encode(values, "utf-8") if values.dtype.kind == "U" else values
+        if values.dtype.kind == "U":
+            values = values.astype(object) if strings else np.char.encode(values, "utf-8")
+        group[key] = values
     return group
 
 

@@ -2,9 +2,10 @@
 
 import os
 import threading
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,27 @@ def sessions():
 def trained(sessions):
     """A small model, trained briefly on both."""
     return fit(sessions, depth=1, epochs=12, validations=2, progress=False)
+
+
+def brute_force(trains, events, window, bin_size):
+    """Counts (K, T, N) of trains of spikes (seconds), one comparison for each bin and spike."""
+    bins = np.arange(round((window[1] - window[0]) / bin_size))[:, None]
+    starts = np.asarray(events)[:, None, None] + window[0] + bin_size * bins
+    return np.stack([((t >= starts) & (t < starts + bin_size)).sum(-1) for t in trains], -1)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers requests with bytes, and logs nothing."""
+
+    def answer(self, body, status=200, **headers):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from bwb_model import MODES, Theirs
 from mtm import evaluate, fit, from_pretrained, load, save, simulate
 from mtm.inputs import SessionError
 from mtm.masks import Mask
-from mtm.model import CheckpointError, MtM, MtMConfig
+from mtm.model import CheckpointError, MtMConfig
 
 N = {"first": 7, "second": 9}
 QUICK = {"epochs": 2, "validations": 1, "progress": False, "calibrate": False}
@@ -84,11 +84,11 @@ def make_folder(place):
 class Boom:
     """Makes a folder where it is unpickled the usual way."""
 
-    def __init__(self, place, call=make_folder):
-        self.place, self.call = place, call
+    def __init__(self, place):
+        self.place = place
 
     def __reduce__(self):
-        return self.call, (str(self.place),)
+        return make_folder, (str(self.place),)
 
 
 def test_runs_nothing_of_the_file_and_reads_whatever_a_trainer_saves(theirs, tmp_path):
@@ -96,38 +96,22 @@ def test_runs_nothing_of_the_file_and_reads_whatever_a_trainer_saves(theirs, tmp
         "bad": Boom(tmp_path / "ran"),
         "metrics": {"loss": np.float64(0.1), "array": np.ones(3)},
         "config": {"path": tmp_path, "model": MtMConfig()},
-        "optimizer_state_dict": torch.optim.AdamW(theirs.parameters()).state_dict(),
     }
     path = theirs.write(tmp_path / "best.pt", **extra)
     assert from_pretrained(path, heads=4).session_names == list(N)
-    whole = path.read_bytes()
-    theirs.write(path, bad=Boom(tmp_path / "ran", os.mkdir))  # of a module that torch refuses
-    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
-        from_pretrained(path, heads=4)
     assert not (tmp_path / "ran").exists()
-    for content in (b"hello", whole[: len(whole) // 2]):
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match="best.pt is not a readable checkpoint"):
-            from_pretrained(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="best.pt is not a readable checkpoint"):
+        from_pretrained(path)
 
 
-def test_sessions_that_are_kept_and_what_does_not_fit(path, theirs, tmp_path, monkeypatch):
+def test_sessions_that_are_kept_and_what_does_not_fit(path, monkeypatch):
     assert from_pretrained(path, sessions=["second"]).session_names == ["second"]
     assert from_pretrained(path.parent, sessions=[]).session_names == []
     with pytest.raises(KeyError, match=r"'third' is not among the 2 .*fit\(session, model\)"):
         from_pretrained(path, sessions=["third"])
     with pytest.raises(CheckpointError, match="is no MtM of BrainWideBench: width 16 must be"):
         from_pretrained(path, heads=3)
-    content = torch.load(path, weights_only=True)
-    content["model_state_dict"]["readout.weight"] = content["model_state_dict"].pop(
-        "mask_emb.weight"
-    )
-    torch.save(content, tmp_path / "odd.pt")
-    with pytest.raises(CheckpointError, match="'prompt_tokens'. missing, .'readout.weight'. unkn"):
-        from_pretrained(tmp_path / "odd.pt", heads=4)
-    other = save(MtM(MtMConfig.from_depth(1), 5), tmp_path)
-    with pytest.raises(ValueError, match="heads: of BrainWideBench's model"):
-        from_pretrained(other, heads=4)
     hub = pytest.importorskip("huggingface_hub")
     asked = []
 
@@ -160,7 +144,7 @@ def test_direct_paths_on_top(path, session):
     hidden = torch.zeros_like(counts, dtype=torch.bool)
     batch = (counts, "causal", Mask(hidden, hidden, True), "first")
     assert torch.equal(model.predict_log_rates(*batch), plain.predict_log_rates(*batch))
-    long = QUICK | {"epochs": 15, "calibrate": True}
+    long = QUICK | {"epochs": 8, "calibrate": True}
     scores = [fit(session, start, **long).best["mean"] for start in (plain, model)]
     assert scores[1] > scores[0]
     known = session.select(neurons=np.arange(7))

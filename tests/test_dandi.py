@@ -2,11 +2,11 @@
 
 import json
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
+from conftest import Handler
 
 pynwb = pytest.importorskip("pynwb")
 
@@ -98,24 +98,15 @@ def test_the_file_with_sorted_spikes_is_found(serve):
     names = ("_desc-raw_ecephys", "_behavior+ecephys+image", "_desc-processed_behavior+ecephys")
     paths = [f"{stem}{name}.nwb" for name in names]
 
-    class Archive(BaseHTTPRequestHandler):
+    class Archive(Handler):
         def do_GET(self):
             asked.append(parse_qs(urlsplit(self.path).query)["glob"][0])
             listed = [{"path": p, "asset_id": f"id-{i}"} for i, p in enumerate(paths)]
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"results": listed}).encode())
-
-        def log_message(self, *args):
-            pass
+            self.answer(json.dumps({"results": listed}).encode())
 
     api = serve(Archive)
     assert dandi.find("0802ced5", api=api) == f"{api}/assets/id-2/download/"
     assert asked == ["*ses-0802ced5*.nwb"]
-    del paths[2]
-    assert dandi.find(EID, api=api) == f"{api}/assets/id-1/download/"
-    del paths[1]
+    del paths[1:]
     with pytest.raises(SessionError, match="not one session with sorted spikes"):
         dandi.find(EID, api=api)
-    with pytest.raises(ConnectionError, match="check the network"):
-        dandi.find(EID, api="http://127.0.0.1:9")

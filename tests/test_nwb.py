@@ -6,7 +6,6 @@ import re
 import shutil
 import warnings
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,8 @@ import pytest
 pynwb = pytest.importorskip("pynwb")
 pytest.importorskip("remfile")
 import h5py  # noqa: E402
+from bwb_files import EDITS, damaged  # noqa: E402
+from conftest import Handler, brute_force  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from pynwb import behavior as nwb_behavior  # noqa: E402
@@ -23,6 +24,7 @@ from mtm.data import nwb  # noqa: E402
 from mtm.session import SessionError  # noqa: E402
 
 REAL = Path(__file__).parents[2] / "shared/data/A2929-200711.nwb"
+TABLE = "general/extracellular_ephys/electrodes"
 N, K, WINDOW = 6, 40, (-0.2, 0.6)
 LOCATIONS = ["CA1", "CA1", "LP", "LP", "unknown", "void"]
 ELECTRODES = [[0], [2, 0, 1], [2, 0, 3], [4, 3], [4, 5], []]  # of each unit
@@ -35,20 +37,9 @@ UNITS = [7, 3, 3, 9, 1, 0]  # ids, 3 twice
 RATES = np.array([3.0, 8.0, 20.0, 1.0, 12.0, 0.0])  # Hz; the last unit is silent
 
 
-def spikes(seed=0, end=70.0):
-    rng = np.random.default_rng(seed)
-    return [np.sort(rng.uniform(-3, end, rng.poisson(rate * end))) for rate in RATES]
-
-
-def brute_force(trains, events, window=WINDOW, bin_size=0.02):
-    bins = round((window[1] - window[0]) / bin_size)
-    counts = np.zeros((len(events), bins, len(trains)), int)
-    for k, event in enumerate(events):
-        edges = event + window[0] + bin_size * np.arange(bins + 1)
-        for n, train in enumerate(trains):
-            counts[k, :, n] = np.histogram(train, edges)[0]
-            counts[k, -1, n] -= np.sum(train == edges[-1])
-    return counts
+def spikes():
+    rng = np.random.default_rng(0)
+    return [np.sort(rng.uniform(-3, 70, rng.poisson(rate * 70))) for rate in RATES]
 
 
 def add_units(file):
@@ -59,12 +50,8 @@ def add_units(file):
     for column in ("quality", "snr", "brain_area"):
         file.add_unit_column(column, "c")
     for n, train in enumerate(spikes()):
-        unit = {
-            "quality": ["good", "mua"][n % 2],
-            "snr": float(n),
-            "brain_area": f" area {n // 3} ",
-        }
-        unit |= {"electrodes": ELECTRODES[n], "waveform_mean": np.zeros((4, 2))}
+        unit = {"quality": ["good", "mua"][n % 2], "snr": float(n)}
+        unit |= {"brain_area": f" area {n // 3} ", "electrodes": ELECTRODES[n]}
         file.add_unit(id=UNITS[n], spike_times=train, electrode_group=group, **unit)
 
 
@@ -140,9 +127,7 @@ def put(path, values):
     """An edit: a dataset in place of another."""
 
     def edit(file):
-        attributes = dict(file[path].attrs) if path in file else {}
-        if path in file:
-            del file[path]
+        attributes = dict(file.pop(path).attrs)
         file[path] = values
         file[path].attrs.update(attributes)
 
@@ -160,24 +145,24 @@ def refusal(function, *arguments, **options):
 
 def test_counts_are_those_of_brute_force(path):
     session = nwb.load_session(path, window=WINDOW)
-    np.testing.assert_array_equal(session.counts, brute_force(spikes(), START))
+    np.testing.assert_array_equal(session.counts, brute_force(spikes(), START, WINDOW, 0.02))
     assert session.counts.shape == (K, 40, N) and not session.counts[..., 5].any()
     assert (session.name, session.subject) == ("recording 1", "mouse 5")
     assert session.regions.tolist() == REGIONS and session.region_names == ["CA1", "LP"]
     facts = json.loads(json.dumps(session.provenance))
     assert facts["origin"] == "NWB" and facts["source"] == str(path) and facts["lab"] == "a lab"
-    assert facts["session_start_time"].startswith("2024-05-01T12")
     assert facts["regions"] == "electrodes/location" and facts["align"] == "start_time"
     neurons = {key: values.tolist() for key, values in session.neurons.items()}
     assert set(neurons) == {"cluster", "quality", "snr", "brain_area"}
-    assert neurons["cluster"] == UNITS and neurons["snr"] == [0, 1, 2, 3, 4, 5]
-    assert neurons["quality"] == ["good", "mua"] * 3
+    assert neurons["cluster"] == UNITS and neurons["quality"] == ["good", "mua"] * 3
+    text = nwb.describe(path)
+    assert "units: 6 rows; columns brain_area (text)" in text and "pair (many)" in text
 
 
 def test_trials_without_the_event_are_left_out_and_keep_the_split(path):
     go = nwb.load_session(path, "go_time", window=WINDOW)
     rows = np.flatnonzero(np.isfinite(GO))
-    np.testing.assert_array_equal(go.counts, brute_force(spikes(), GO[rows]))
+    np.testing.assert_array_equal(go.counts, brute_force(spikes(), GO[rows], WINDOW, 0.02))
     assert go.trial_ids.tolist() == rows.tolist() and go.n_recorded == K
     assert go.provenance["trials"]["without the event"] == K - len(rows)
     np.testing.assert_array_equal(go.behaviour["choice"], rows % 2 * 2 - 1)
@@ -186,26 +171,17 @@ def test_trials_without_the_event_are_left_out_and_keep_the_split(path):
         assert rows[part].tolist() == [row for row in all_of_it if row in rows]
 
 
-def test_given_times(path):
-    times = np.arange(0.0, 60.0, 2.0)
-    session = nwb.load_session(path, times, window=(0, 2))
-    np.testing.assert_array_equal(session.counts, brute_force(spikes(), times, (0, 2)))
-    assert session.behaviour == {} and session.provenance["align"] == "given times"
-    some = nwb.load_session(path, [1.0, np.nan, 5.0])
-    assert some.trial_ids.tolist() == [0, 2] and some.n_recorded == 3
-
-
 def test_behaviour(path):
     session = nwb.load_session(path)
     assert set(session.behaviour) == {"choice", "correct", "contrast"}
     np.testing.assert_array_equal(session.behaviour["correct"], np.arange(K) % 4 < 2)
     contrast = np.array([0.5, np.nan, np.nan, 0.0] * (K // 4))
     np.testing.assert_array_equal(session.behaviour["contrast"], contrast)
-    session = nwb.load_session(path, behaviour=["side", "stop_time", "note"])
-    assert set(session.behaviour) == {"side", "stop_time", "note"}
-    np.testing.assert_array_equal(session.behaviour["side"], SIDES)
-    np.testing.assert_array_equal(session.behaviour["stop_time"], START + 1)
-    np.testing.assert_array_equal(session.behaviour["note"], NOTES)
+    expected = {"side": SIDES, "stop_time": START + 1, "note": NOTES}
+    session = nwb.load_session(path, behaviour=list(expected))
+    assert set(session.behaviour) == set(expected)
+    for key, values in expected.items():
+        np.testing.assert_array_equal(session.behaviour[key], values)
 
 
 @pytest.mark.parametrize("kind", ["EnumData", "HDF5"])
@@ -238,13 +214,10 @@ def test_traces(path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"align": []}, "none is left"),
-        ({"align": ["a"]}, "align"),
         ({"align": [1.0], "behaviour": ["choice"]}, "choice"),
         ({"behaviour": ["nope"]}, "'contrast'"),
         ({"behaviour": ["pair"]}, "pair"),
         ({"region": "electrodes/nope"}, "brain_area"),
-        ({"region": "waveform_mean"}, "brain_area"),
         ({"traces": ["nope"]}, "acquisition/cube"),
         ({"traces": ["head"]}, "processing/behavior/Position/head"),
         ({"traces": ["pupil[1]"]}, "too many indices"),
@@ -271,46 +244,37 @@ def test_regions(path, edited):
 
         return edit
 
-    assert edited(strip()).regions.tolist() == ["area 0"] * 3 + ["area 1"] * 3
+    assert edited(strip()).provenance["regions"] == "brain_area"
     assert edited(strip("brain_area")).regions.tolist() == ["PO"] * N
     placeholders = put("units/brain_area", np.array(["N/A", "?", " tbd", "CA1", "-", "NA"], object))
     labelled = edited(placeholders, region="brain_area")
     assert labelled.region_names == ["CA1"] and (labelled.region_codes == 0).sum() == 1
-    electrodes = "general/extracellular_ephys/electrodes/location"
-    nowhere = edited(put(electrodes, np.array(["TBD"] * 6, object)))
+    nowhere = edited(put(f"{TABLE}/location", np.array(["TBD"] * 6, object)))
     assert nowhere.provenance["regions"] == "brain_area"
 
     def peaks(file):  # as the Allen Institute has it: the id of an electrode, not its row
         strip()(file)
-        file["general/extracellular_ephys/electrodes/id"][:] = 100 + np.arange(6)
+        file[f"{TABLE}/id"][:] = 100 + np.arange(6)
         file["units/peak_channel_id"] = [100, 101, 102, 103, 104, 999]
 
     assert edited(peaks).regions.tolist() == REGIONS
 
 
-def list_all(file, peaks=None, name="peak_electrode", ids=0):
-    """Every unit lists all six electrodes, as templates do; a column says which is its peak."""
-    file["general/extracellular_ephys/electrodes/id"][:] = ids + np.arange(6)
+def list_all(file):
+    """Every unit lists all six electrodes, as templates do."""
     put("units/electrodes", np.tile(np.arange(6), N))(file)
     put("units/electrodes_index", 6 * np.arange(1, N + 1))(file)
-    if peaks is not None:
-        file[f"units/{name}"] = peaks
-
-
-PEAKS = np.array([0, 3, 1, 4, 2, 2])
 
 
 @pytest.mark.parametrize("name", ["peak_channel_id", "max_electrode", "maximum_amplitude_channel"])
-@pytest.mark.parametrize("ids", [0, 100])
 @pytest.mark.parametrize("holds", ["ids", "rows", "reference"])
-def test_the_peak_electrode_counts_where_many_are_listed(edited, name, ids, holds):
-    peaks = PEAKS + ids * (holds == "ids")
-
+def test_the_peak_electrode_counts_where_many_are_listed(edited, name, holds):
     def edit(file):
-        list_all(file, peaks, name, ids)
+        list_all(file)
+        file[f"{TABLE}/id"][:] = 100 + np.arange(6)
+        file[f"units/{name}"] = np.array([0, 3, 1, 4, 2, 2]) + 100 * (holds == "ids")
         if holds == "reference":  # to rows; then the list of all electrodes is not needed
-            electrodes = file["general/extracellular_ephys/electrodes"]
-            file[f"units/{name}"].attrs["table"] = electrodes.ref
+            file[f"units/{name}"].attrs["table"] = file[TABLE].ref
             del file["units/electrodes"], file["units/electrodes_index"]
 
     assert edited(edit).regions.tolist() == ["CA1", "LP", "CA1", "", "LP", "LP"]
@@ -321,9 +285,6 @@ def test_a_unit_that_lists_a_whole_probe_has_no_region(edited, monkeypatch):
     with pytest.warns(UserWarning, match="6 units list over 5 electrodes of several regions"):
         session = edited(list_all, region="electrodes/location")
     assert session.region_names == []
-    # Numbers that are none of the listed electrodes are no peaks.
-    with pytest.warns(UserWarning, match="none as the peak"):
-        edited(lambda file: list_all(file, 50 + PEAKS), region="electrodes/location")
 
 
 def test_times_relative_to_the_trials_are_not_taken_in_silence(edited):
@@ -353,72 +314,42 @@ def test_what_is_mended(edited):
     with pytest.warns(UserWarning, match="session 'recording 1', spike times: left out 2"):
         session = edited(put("units/spike_times", bad), window=WINDOW)
     few = [spikes()[0][[1, 2, 3, 4, *range(6, len(spikes()[0]))]], *spikes()[1:]]
-    np.testing.assert_array_equal(session.counts, brute_force(few, START))
-    assert edited(put("identifier", "")).name == "edited.nwb"
-
-    place = "processing/behavior/PupilTracking/pupil/starting_time"
-    shifted = put(place, np.array([1.0]))  # as some converters store it
-    session = edited(shifted, window=WINDOW, traces=["pupil"])
-    middle = START[:, None] + session.times + 0.01
-    np.testing.assert_allclose(session.behaviour["pupil"], 100 * (middle - 1), rtol=1e-5)
+    np.testing.assert_array_equal(session.counts, brute_force(few, START, WINDOW, 0.02))
     mixed = np.concatenate([train[::-1] for train in spikes()])
     session = edited(put("units/spike_times", mixed), window=WINDOW)
-    np.testing.assert_array_equal(session.counts, brute_force(spikes(), START))
+    np.testing.assert_array_equal(session.counts, brute_force(spikes(), START, WINDOW, 0.02))
 
 
-SECONDS = st.one_of(st.floats(-5, 70), st.sampled_from([np.nan, np.inf, 1e300, 0.0, -1e9]))
-TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=6)
+NAMES = [
+    *("units/id", "units/electrodes", "units/snr"),
+    *("units/brain_area", "units/electrodes_index", f"{TABLE}/id", f"{TABLE}/location"),
+    *("intervals/trials/id", "intervals/trials/start_time", "intervals/trials/contrast"),
+    *("intervals/trials/side", "intervals/trials/correct", "acquisition/messy/timestamps"),
+    *("processing/behavior/Position/head/data", "processing/behavior/PupilTracking/pupil/data"),
+]
+OPTIONS = [
+    {},
+    {"align": "go_time", "region": "brain_area", "traces": ["pupil"]},
+    {"align": "side", "region": None, "behaviour": ["note", "side"]},
+    {"align": [0.5, np.nan, 5.0], "traces": ["messy", "Position/head[1]"]},
+]
 
 
-@settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_any_content_gives_a_session_or_a_session_error(path, tmp_path, data):
-    trains = data.draw(st.lists(st.lists(SECONDS, max_size=12), max_size=4))
-    n, k, steps = len(trains), *data.draw(st.tuples(st.integers(0, 4), st.integers(0, 5)))
-
-    def rows(values, size):
-        kind = object if values is TEXTS else float
-        return np.array(data.draw(st.lists(values, min_size=size, max_size=size)), kind)
-
-    copy = tmp_path / "any.nwb"
-    shutil.copy(path, copy)
-    with h5py.File(copy, "r+") as file:
-        del file["units"], file["intervals/trials"]
-        units, trials = file.create_group("units"), file.create_group("intervals/trials")
-        text = {"dtype": h5py.string_dtype()}
-        units["id"], trials["id"] = np.arange(n), np.arange(k)
-        units["spike_times"] = np.array([t for train in trains for t in train], dtype=float)
-        units["spike_times_index"] = np.cumsum([len(train) for train in trains], dtype=np.uint32)
-        units.create_dataset("location", data=rows(TEXTS, n), **text)
-        trials["start_time"], trials["value"] = rows(SECONDS, k), rows(st.floats(), k)
-        trials.create_dataset("side", data=rows(TEXTS, k), **text)
-        file["acquisition/trace/data"] = rows(st.floats(), steps)
-        file["acquisition/trace/timestamps"] = rows(SECONDS, steps)
-    choices = {
-        "align": ["start_time", "value", "side", [0.5, 1.0]],
-        "behaviour": [None, ["side"], ["value"]],
-        "traces": [(), ["trace"]],
-        "region": ["auto", None, "location", "quality"],
-    }
-    options = {key: data.draw(st.sampled_from(values)) for key, values in choices.items()}
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(*map(st.sampled_from, (NAMES, sorted(EDITS), OPTIONS)))
+def test_damaged_files_give_a_session_or_a_session_error(path, name, edit, options):
+    copy = damaged(path, name, edit)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="session '")  # ours; all others are errors,
-        warnings.filterwarnings("ignore", message="overflow")  # except of samples at 1e300 s
-        nwb.describe(copy)
+        warnings.filterwarnings("ignore", message="session '")  # ours; all others are errors
         try:
             session = nwb.load_session(copy, **options)
         except SessionError as error:
             assert re.match(r"session .+, .+: ", str(error), re.DOTALL)
             return
-    assert session.n_neurons == n
-    total = sum(np.isfinite(train).sum() for train in trains)
-    assert session.counts.sum() <= total * session.n_trials
+    assert session.n_neurons == N and session.counts.sum() <= sum(map(len, spikes())) * K
 
 
-# ------------------------------------------------------------------------------- streaming
-
-
-class Archive(BaseHTTPRequestHandler):
+class Archive(Handler):
     """``/file`` with ranges, ``/moved`` to it, ``/whole`` without ranges."""
 
     content, sent = b"", 0
@@ -426,25 +357,16 @@ class Archive(BaseHTTPRequestHandler):
     def do_GET(self):
         place, ranges = self.path.partition("?")[0], self.headers.get("Range")
         if place == "/moved":
-            self.send_response(302)
-            self.send_header("Location", "/file?signature=secret")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        first, last = 0, len(self.content) - 1
-        if ranges is None or place == "/whole":
-            self.send_response(200)
-        else:
-            first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", ranges).groups())
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(self.content)}")
-            type(self).sent += last + 1 - first
-        self.send_header("Content-Length", str(last + 1 - first))
-        self.end_headers()
-        if ranges is not None:  # without, remfile asks for the length alone, and hangs up
-            self.wfile.write(self.content[first : last + 1])
-
-    def log_message(self, *args):
-        pass
+            return self.answer(b"", 302, Location="/file?signature=secret")
+        size = len(self.content)
+        if ranges is None:  # remfile asks for the length alone, and hangs up
+            return self.answer(b"", **{"Content-Length": str(size)})
+        if place == "/whole":
+            return self.answer(self.content)
+        first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", ranges).groups())
+        type(self).sent += last + 1 - first
+        where = {"Content-Range": f"bytes {first}-{last}/{size}"}
+        self.answer(self.content[first : last + 1], 206, **where)
 
 
 @pytest.fixture
@@ -469,7 +391,7 @@ def test_only_what_is_needed_is_fetched(archive, path, tmp_path):
     shutil.copy(path, big)
     with h5py.File(big, "r+") as file:
         raw = file.create_group("acquisition/raw")
-        noise = np.random.default_rng(0).integers(0, 2**15, (400_000, 16), dtype=np.int16)
+        noise = np.ones((400_000, 16), dtype=np.int16)
         raw["data"], raw["starting_time"] = noise, 0.0
         raw["starting_time"].attrs["rate"] = 30000.0
     archive.content = big.read_bytes()
@@ -485,12 +407,9 @@ def test_servers_that_do_not_serve(archive):
     assert "cannot be read" in refusal(nwb.load_session, f"{archive.url}/file")
 
 
-# ----------------------------------------------------------------------------- a real file
-
-
 @pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is absent")
 def test_a_real_file():
-    times = np.arange(700.0, 1200.0, 2.0)
+    times = np.arange(700.0, 1200.0, 20.0)
     session = nwb.load_session(REAL, times, window=(0, 2), traces=["ry"])
     with warnings.catch_warnings(), pynwb.NWBHDF5IO(REAL, "r") as io:
         warnings.simplefilter("ignore")
@@ -498,26 +417,11 @@ def test_a_real_file():
         trains = [file.units["spike_times"][n] for n in range(15)]
         angle = file.acquisition["CompassDirection"]["ry"]
         at, values = angle.timestamps[:], angle.data[:]
-    np.testing.assert_array_equal(session.counts, brute_force(trains, times, (0, 2)))
+    np.testing.assert_array_equal(session.counts, brute_force(trains, times, (0, 2), 0.02))
     assert session.name == "A2929-200711" and session.n_neurons == 15
     assert [(r, int(np.sum(session.regions == r))) for r in session.region_names] == [
         ("adn", 7), ("ca1", 8)]  # fmt: skip
     head = session.behaviour["ry"]
-    assert head.shape == (250, 100) and np.isfinite(head).mean() > 0.99
+    assert head.shape == (25, 100) and np.isfinite(head).mean() > 0.99
     centres = times[:, None] + session.times + 0.01
     assert np.nanmedian(np.abs(head - np.interp(centres, at, values))) < 0.01
-    assert "units: 15 rows" in nwb.describe(REAL)
-
-
-def test_describe(path):
-    text = nwb.describe(path)
-    assert text.startswith(
-        "'recording 1', subject mouse 5\nunits: 6 rows; columns brain_area (text)"
-    )
-    for part in ("LP': 2, 'none': 2", "pair (many)", "trials: 40 rows", "head: shape (7000, 2)"):
-        assert part in text
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(SessionError, match=r"none\.nwb does not exist"):
-        nwb.load_session(tmp_path / "none.nwb")

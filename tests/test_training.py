@@ -18,7 +18,6 @@ from mtm import (
     plots,
     save,
     simulate,
-    training,
     validation,
 )
 from mtm.batches import SessionData, steps_of, steps_per_epoch

@@ -167,6 +167,11 @@ class Prepared(NamedTuple):
         """The files there are now, in the order of the recordings."""
         return [outcome.path for outcome in self.outcomes if outcome.path is not None]
 
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Name -> why, of the recordings that were left out."""
+        return {o.name: o.note for o in self.outcomes if o.status == "skipped"}
+
     def __str__(self) -> str:
         noted = [o for o in self.outcomes if o.note]
         lines = [f"{o.status}: {o.name}\n{textwrap.indent(o.note, '    ')}" for o in noted]
