@@ -34,7 +34,7 @@ book: .venv/installed ## simulate, train and score a small model, then run and b
 	@echo "running the notebooks, a line each"
 	@echo y | $(CACHE) notebook add -r myst_nb_md book/[0-9]*.md > _build/notebooks.log
 	@$(INSIDE) OMP_NUM_THREADS=1 $(CACHE) project execute -e local-parallel -t 1800 2>&1 | \
-	  tee -a _build/notebooks.log | sed -n -E 's/^\[REPORT.*\] (Execution .*)/\1/p'
+	  tee -a _build/notebooks.log | grep --line-buffered -o 'Execution .*'
 	@$(INSIDE) $(BIN)/jupyter-book build book -q -W --keep-going
 	@for page in $$(sed -n -E 's/^[ -]*(file|root): *//p' _toc.yml); do \
 	  test -f $(BUILT)/$$page.html || { echo "not built: $$page.html"; exit 1; }; \

@@ -1,7 +1,6 @@
 """BrainWideBench files: what is read against what was written, damaged files, listing."""
 
 import hashlib
-import shutil
 import warnings
 from urllib.parse import parse_qs, urlsplit
 
@@ -148,9 +147,6 @@ def test_groups_may_be_absent(tmp_path):
     assert session.provenance["absent"] == absent
     assert not set(absent) & set(session.behaviour)
     assert set(session.region_names) <= set(REGIONS["cosmos"])
-    leave = [f"units/region_{level}" for level in REGIONS]
-    write_session(tmp_path / "t.h5", leave_out=(*leave, "probes", "units/depths"))
-    assert bwb.load_session(tmp_path / "t.h5", atlas=None).region_names == []
 
 
 @pytest.mark.parametrize("split", ["ts1", "ts2", "pretrain"])
@@ -230,29 +226,18 @@ def test_windows_as_trials(written):
     assert longer.counts.shape[1] == 50 and 0 < longer.n_trials < session.n_trials
 
 
-def drop(name):
-    return lambda file: file.__delitem__(name)
-
-
-def change(name, edit):
-    return lambda file: file[name].write_direct(edit(file[name][()]))
-
-
 ERRORS = [
-    (drop("spikes"), "spikes/timestamps: not in the file; download"),
-    (drop("trials/stim_on_time"), "no such event; there are .*'feedback_time'"),
-    (change("spikes/unit_index", lambda v: v + 1), "index 6 is out of bounds"),
-    (change("spikes/timestamps", lambda v: v * 1e6), "trials: none is left"),  # milliseconds
+    ("spikes", "drop", "spikes/timestamps: not in the file; download"),
+    ("trials/stim_on_time", "drop", "no such event; there are .*'feedback_time'"),
+    ("spikes/unit_index", "NaN", "cannot be read"),
+    ("spikes/timestamps", "milliseconds", "spikes: none falls into any trial"),
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), ERRORS)
-def test_errors_name_session_dataset_and_remedy(small, tmp_path, damage, message):
-    path = shutil.copy(small, tmp_path / "copy.h5")
-    with h5py.File(path, "r+") as file:
-        damage(file)
+@pytest.mark.parametrize(("name", "edit", "message"), ERRORS)
+def test_errors_name_session_dataset_and_remedy(small, name, edit, message):
     with pytest.raises(SessionError, match=f"^session '[-0-9a-z]+', .*{message}"):
-        bwb.load_session(path)
+        bwb.load_session(damaged(small, name, edit))
 
 
 NAMES = [
@@ -322,7 +307,6 @@ def bucket(serve):
 def test_listing_follows_the_pages(bucket):
     entries = bwb.list_sessions(base_url=bucket.url)
     assert [entry.uuid for entry in entries] == IDS and len(bucket.asked) == 3
-    assert {entry.bytes for entry in entries} == {len(bucket.body)}
     bucket.log_in = True
     with pytest.raises(ConnectionError, match="cannot list.*check the network"):
         bwb.list_sessions(base_url=bucket.url)

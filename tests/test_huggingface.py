@@ -152,13 +152,6 @@ def test_counts_equal_brute_force(k, bins, n, entries):
     np.testing.assert_array_equal(from_rows({"train": rows}).counts, dense)
 
 
-def test_a_trace_of_another_length_is_named():
-    rows = make_rows()
-    rows["train"][3]["wheel-speed"] = [1.0] * (T - 1)
-    with pytest.raises(SessionError, match="session 'an-eid', wheel-speed: cannot be read"):
-        from_rows(rows)
-
-
 def test_folders_that_are_incomplete(tmp_path):
     rows = make_rows()
     write_dict(tmp_path / "disk", rows)

@@ -216,12 +216,9 @@ def test_traces(path):
     [
         ({"align": [1.0], "behaviour": ["choice"]}, "choice"),
         ({"behaviour": ["nope"]}, "'contrast'"),
-        ({"behaviour": ["pair"]}, "pair"),
         ({"region": "electrodes/nope"}, "brain_area"),
         ({"traces": ["nope"]}, "acquisition/cube"),
         ({"traces": ["head"]}, "processing/behavior/Position/head"),
-        ({"traces": ["pupil[1]"]}, "too many indices"),
-        ({"traces": ["cube"]}, "could not be broadcast"),
     ],
 )
 def test_what_is_not_there_is_named(path, options, words):
@@ -384,6 +381,8 @@ def test_streamed_is_the_same(archive, path):
     np.testing.assert_array_equal(session.behaviour["pupil"], local.behaviour["pupil"])
     assert session.name == local.name and session.regions.tolist() == REGIONS
     assert session.provenance["source"] == f"{archive.url}/moved"
+    text = refusal(nwb.load_session, f"{archive.url}/whole?token=secret")
+    assert "byte range" in text and "secret" not in text
 
 
 def test_only_what_is_needed_is_fetched(archive, path, tmp_path):
@@ -396,15 +395,8 @@ def test_only_what_is_needed_is_fetched(archive, path, tmp_path):
         raw["starting_time"].attrs["rate"] = 30000.0
     archive.content = big.read_bytes()
     assert len(archive.content) > 12e6
-    session = nwb.load_session(f"{archive.url}/file", traces=["pupil"])
-    assert session.n_neurons == N and archive.sent < 2.5e6
-
-
-def test_servers_that_do_not_serve(archive):
-    text = refusal(nwb.load_session, f"{archive.url}/whole?token=secret")
-    assert "byte range" in text and f"{archive.url}/whole" in text and "secret" not in text
-    archive.content = b"no NWB" * 1000
-    assert "cannot be read" in refusal(nwb.load_session, f"{archive.url}/file")
+    assert nwb.load_session(f"{archive.url}/file", traces=["pupil"]).n_neurons == N
+    assert archive.sent < 2.5e6
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is absent")
@@ -419,8 +411,7 @@ def test_a_real_file():
         at, values = angle.timestamps[:], angle.data[:]
     np.testing.assert_array_equal(session.counts, brute_force(trains, times, (0, 2), 0.02))
     assert session.name == "A2929-200711" and session.n_neurons == 15
-    assert [(r, int(np.sum(session.regions == r))) for r in session.region_names] == [
-        ("adn", 7), ("ca1", 8)]  # fmt: skip
+    assert [np.sum(session.regions == name) for name in ("adn", "ca1")] == [7, 8]
     head = session.behaviour["ry"]
     assert head.shape == (25, 100) and np.isfinite(head).mean() > 0.99
     centres = times[:, None] + session.times + 0.01

@@ -65,9 +65,3 @@ def test_what_cannot_be_looked_up():
         at_level(session(["area 1"] * 8 + ["root"]), "Beryl")
     with pytest.raises(ValueError, match="'V1' is not an acronym"):
         within("V1")
-
-
-def test_within():
-    hippocampal = within("HPF")
-    assert {allen_ids()[name] for name in ("HPF", "CA1", "DG-mo")} <= set(hippocampal.tolist())
-    assert allen_ids()["TH"] not in hippocampal

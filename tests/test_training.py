@@ -178,7 +178,7 @@ def test_each_step_has_the_prompt_the_attention_and_the_ratio_of_its_scheme(smal
 
 
 def test_the_learning_rate_rises_and_falls_in_each_phase(small, monkeypatch):
-    monkeypatch.setattr(training, "validate", lambda *_: {"neuron": 0.0})  # for speed
+    monkeypatch.setattr("mtm.training.validate", lambda *_: {"neuron": 0.0})  # for speed
     slow = {**QUICK, "epochs": 20, "validations": 20, "batches_per_step": 1}
     result = fit(small[0], **slow)
     rates = [entry["lr"] for entry in result.history]
