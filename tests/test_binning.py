@@ -159,8 +159,6 @@ def test_n_bins(window, bin_size, bins):
     assert n_bins(window, bin_size) == bins
     with pytest.raises(ValueError, match=r"bins of bin_size .*whole number, e.g. window\[1\] = "):
         n_bins(window, bin_size * (1 + 2e-5))
-    with pytest.raises(ValueError, match="need start < stop"):
-        n_bins(window[::-1], bin_size)
 
 
 @pytest.mark.parametrize("rate", [4, 60, 1000])  # samples a second: fewer and more than bins

@@ -85,7 +85,6 @@ def test_psths_and_single_trials_are_those_of_the_trials(ax, sessions):
     observed, predicted = (figure.axes[1].lines[i].get_ydata() for i in (0, 2))
     np.testing.assert_allclose(observed, counts[left][:, :, 5].mean(0) / session.bin_size)
     np.testing.assert_allclose(predicted, rates[left][:, :, 5].mean(0) / session.bin_size)
-    assert sum(ax.get_visible() for ax in figure.axes) == 5
     figure = plots.before_and_after(session, rates, 5, trials, by="choice")
     order = np.argsort(session.behaviour["choice"][trials], kind="stable")
     images = [ax.images[0].get_array() for ax in figure.axes[:2]]

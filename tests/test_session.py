@@ -2,7 +2,6 @@
 
 import warnings
 
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -58,14 +57,12 @@ def test_attributes_and_description():
     assert make(regions=[b"CA1", "DG", "", None]).regions.tolist() == ["CA1", "DG", "", ""]
 
 
-def test_axes_with_names_must_be_in_order(tmp_path):
+def test_axes_with_names_must_be_in_order():
     assert Session(Named("trial", "time_bin", "Units")).n_bins == 5
     with pytest.raises(
         SessionError, match="counts: the axes are .*; transpose to trials, time bin"
     ):
         Session(Named("unit", "trial", "time"))
-    with h5py.File(tmp_path / "x.h5", "w") as file:  # its datasets have `dims` of another kind
-        assert Session(file.create_dataset("x", data=np.ones((7, 5, 4)))).n_neurons == 4
 
 
 @pytest.mark.parametrize(
