@@ -2,6 +2,7 @@
 
 import itertools
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -106,18 +107,12 @@ def test_the_largest_count_decides_the_dtype(spikes, dtype):
     np.testing.assert_array_equal(counts[:, 0], [[7, 0], [spikes, 0], [9, 0]])
 
 
-class Quantity:
-    """Times with a unit, as neo has them (``rescale``) or pint (``to``)."""
-
-    def __init__(self, values, units, method):
-        self.magnitude, self.units = np.asarray(values), units
-        setattr(self, method, lambda unit: Quantity(self.magnitude / 1000, unit, method))
-
-
-@pytest.mark.parametrize("method", ["rescale", "to"])
+@pytest.mark.parametrize("method", ["rescale", "to"])  # of neo and of pint
 def test_units_are_converted(method):
-    found = seconds("t", Quantity([1500.0, -20.0], "ms", method), 0.02)
-    np.testing.assert_allclose(found, [1.5, -0.02])
+    in_s = SimpleNamespace(magnitude=np.array([1.5, -0.02]), units="s")
+    given = SimpleNamespace(magnitude=np.array([1500.0, -20.0]), units="ms")
+    setattr(given, method, lambda unit: in_s)
+    np.testing.assert_allclose(seconds("t", given, 0.02), [1.5, -0.02])
 
 
 def test_what_is_masked_is_missing():
@@ -164,8 +159,6 @@ def test_n_bins(window, bin_size, bins):
     assert n_bins(window, bin_size) == bins
     with pytest.raises(ValueError, match=r"bins of bin_size .*whole number, e.g. window\[1\] = "):
         n_bins(window, bin_size * (1 + 2e-5))
-    with pytest.raises(ValueError, match="need start < stop"):
-        n_bins(window[::-1], bin_size)
 
 
 @pytest.mark.parametrize("rate", [4, 60, 1000])  # samples a second: fewer and more than bins

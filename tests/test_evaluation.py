@@ -4,17 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtm import (
-    Session,
-    SessionError,
-    evaluate,
-    evaluation,
-    fit,
-    masks,
-    mean_rates,
-    metrics,
-    oracle,
-)
+from mtm import Session, SessionError, evaluate, evaluation, fit, masks, mean_rates, metrics, oracle
 from mtm.prediction import TASKS
 
 

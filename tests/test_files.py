@@ -2,10 +2,9 @@
 
 import errno
 
-import numpy as np
 import pytest
 
-from mtm.files import atomic_write, read_arrays, write_arrays
+from mtm.files import atomic_write
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
@@ -31,15 +30,3 @@ def test_a_full_disk_names_the_file_and_the_remedy(tmp_path, number):
     assert caught.value.errno == number and not list(tmp_path.iterdir())
     with pytest.raises(OSError, match="something else$"), atomic_write(tmp_path / "a"):
         raise OSError(errno.EIO, "something else")
-
-
-def test_arrays_read_in_part_or_from_disk(tmp_path):
-    arrays = {"x": np.arange(6, dtype=np.uint16).reshape(2, 3), "a/b": np.array(["é", ""])}
-    path = write_arrays(tmp_path / "x.npz", {"n": [1]}, arrays)
-    assert read_arrays(path, only=())[0] == {"n": [1]}
-    assert list(read_arrays(path, only=("a/b",))[1]) == ["a/b"]
-    for mmap in ((), ("x",)):
-        read = read_arrays(path, mmap=mmap)[1]
-        for key, array in arrays.items():
-            np.testing.assert_array_equal(read[key], array)
-            assert read[key].dtype == array.dtype

@@ -305,7 +305,5 @@ def test_errors_name_the_session_and_the_remedy():
         model(counts_of(), None, None, "c")
     with pytest.raises(ValueError, match="session 'a': counts have shape"):
         model(counts_of()[:, :5], None, None, "a")
-    with pytest.raises(ValueError, match="session 'a' is in the model already"):
-        model.add_session("a", 3)
     with pytest.raises(ValueError, match="unknown masking scheme 'causl'; known: neuron"):
         model(counts_of(), "causl", None, "a")

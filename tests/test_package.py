@@ -129,9 +129,6 @@ class Refusing(BaseHTTPRequestHandler):
 
     do_POST = do_HEAD = do_GET
 
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture
 def server(serve, tmp_path, monkeypatch):

@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from mtm import Mask, MtM, MtMConfig, Session, SessionError, mean_rates
-from mtm.prediction import (
-    TASKS,
-    as_predictor,
-    forward_bins,
-    predict_held_out,
-)
+from mtm.prediction import TASKS, as_predictor, predict_held_out
 
 REGIONS = ["CA1", "DG", "CA1", "CA1", "DG", "root", "LP"]
 
@@ -93,11 +88,6 @@ def test_hidden_neurons_equal_the_authors(parity):
         predict_held_out(watcher, session, task, np.arange(3), np.isin(np.arange(8), scored))
         ((shown, *_),) = watcher.calls
         np.testing.assert_array_equal(shown, theirs["heldout"][name]["spikes"])
-
-
-def test_forward_prediction_hides_a_tenth():
-    found = [forward_bins(n_bins) for n_bins in (100, 50, 20, 7, 1)]
-    assert found == [(90, 100), (45, 50), (18, 20), (6, 7), (0, 1)]
 
 
 def small_model(session, **fields):

@@ -42,9 +42,6 @@ def bucket(serve, tmp_path, monkeypatch):
             self.end_headers()
             self.wfile.write(sent)
 
-        def log_message(self, *args):
-            pass
-
     monkeypatch.setattr(files, "BUCKET", serve(Bucket))
 
 
@@ -70,7 +67,4 @@ def test_every_cell_runs_with_a_network(bucket, tmp_path, monkeypatch, capsys):
     assert names["session"].window == (0.0, 1.0) and names["session"].bin_size == 0.02
     assert not names["start"].session_names and not names["tuned"].config.causal
     printed = capsys.readouterr().out
-    for name in names["methods"]:
-        assert name in printed
-    assert set(names["tasks"]) <= set(names["reports"]["ridge"].tasks)
-    assert EID in printed
+    assert EID in printed and all(name in printed for name in names["methods"])

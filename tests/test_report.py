@@ -78,7 +78,6 @@ def test_regions_and_pooling_and_counts(joined):
     assert summary["errors"]["sessions"]["bits_per_spike"] == 1.0
     assert summary["errors"]["seeds"]["bits_per_spike_train_null"] == 0.75
     assert summary["regions"]["DG"] == [1.0, 1.0, 2]
-    assert "2.000 ± 1.000" in str(joined)
 
 
 def test_what_has_no_score_is_nan():
@@ -89,13 +88,6 @@ def test_what_has_no_score_is_nan():
     with_silent = Report.join([report("a", [np.nan], ["DG"]), report("b", [1.0, 2.0], ["", ""])])
     scores = with_silent.tasks["co-smoothing"]
     assert [scores.over(what).value for what in ("neurons", "sessions", "seeds")] == [1.5] * 3
-
-
-def test_a_behaviour_has_no_neurons():
-    both = Report.join([of_choice("a", 0.5), of_choice("b", 0.7)])
-    scores = both.tasks["choice"]
-    assert scores.over("sessions") == Mean(pytest.approx(0.6), pytest.approx(sem([0.5, 0.7])), 2)
-    assert "choice from rates: accuracy 0.600 ± 0.100 (majority 0.500)" in str(both)
 
 
 def test_seeds_are_paired_by_their_number():

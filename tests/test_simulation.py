@@ -5,8 +5,6 @@ import hashlib
 import numpy as np
 import pytest
 
-from mtm import evaluate, mean_rates, oracle
-from mtm.prediction import TASKS
 from mtm.simulation import CIRCUIT, simulate
 
 
@@ -44,11 +42,3 @@ def test_behaviour_is_a_task():
     assert b["reaction-time"].min() >= 0.08 and b["reaction-time"].max() <= 2
     moving = session.times[None] >= b["reaction-time"][:, None]
     assert b["wheel-speed"][~moving].max() < 0.2 and b["wheel-speed"].max() > 1
-
-
-def test_the_oracle_is_above_the_mean_rates():
-    session = simulate(1, 60, 18, seed=0)[0]
-    predictors = (oracle(session), mean_rates(session))
-    best, null = (evaluate(p, session, tasks=list(TASKS)) for p in predictors)
-    for task in best.tasks:
-        assert best.tasks[task].mean() > 0.1 > 0 > null.tasks[task].mean()
