@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jupytext
@@ -236,3 +237,21 @@ def test_code_cells_are_short(page):
         if cell.cell_type == "code" and "hide-input" not in cell.metadata.get("tags", []):
             size = len(cell.source.strip().splitlines())
             assert size <= LONGEST_CELL, f"{page.name}: {size} lines, from {cell.source[:60]!r}"
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_models_that_are_called_by_hand_are_on_the_cpu(page):
+    """On Colab `fit` trains on the GPU, and counts that a cell hands to a model are not there."""
+    text = page.read_text("utf-8")
+    trained = re.findall(r"^(\w+) = (?:mtm\.fit\(.*|\w+)\.model(\.cpu\(\))?$", text, re.M)
+    for name, moved in trained:
+        if re.search(rf"\b{name}(\.eval\(\))?(\.predict_log_rates)?\(", text):
+            assert moved, name
+
+
+def test_one_version_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    changes = re.search(r"^## (\S+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert project["version"] == citation["version"] == mtm.__version__ == changes[1]
+    assert str(citation["date-released"]) == changes[2]
