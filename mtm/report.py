@@ -264,7 +264,9 @@ class Report:
             read = " or ".join(scores.table["features"].unique())
             text = f"{task} from {read}: {scores.score} {value} ({beside})"
             lines.append(textwrap.fill(text, 79, subsequent_indent="    "))
-        lines += [f"{task}: left out, {reason}" for task, reason in self.left_out.items()]
+        for reason in dict.fromkeys(self.left_out.values()):
+            tasks = [task for task, why in self.left_out.items() if why == reason]
+            lines.append(f"{', '.join(tasks)}: left out, {reason}")
         return "\n".join(lines)
 
     __repr__ = __str__
