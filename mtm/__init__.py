@@ -50,13 +50,12 @@ from types import ModuleType
 
 from mtm.baselines import fit_baseline
 from mtm.behaviour import fit_behaviour
-from mtm.binning import continuous_windows
 from mtm.checkpoint import from_pretrained, load, push_to_hub, save
 from mtm.data.collection import Prepared, Sessions, prepare
 from mtm.data.regions import at_level
 from mtm.decoding import decode, decode_by_region
 from mtm.evaluation import evaluate
-from mtm.inputs import SessionError
+from mtm.inputs import SessionError, continuous_windows
 from mtm.masks import Mask, MaskSampler, register
 from mtm.model import MtM, MtMConfig
 from mtm.official import from_official

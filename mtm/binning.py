@@ -9,11 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mtm.inputs import Floats, plain, seconds
-
-# Edges are moved earlier by this fraction of a bin: rounding can put a spike that lies on an edge
-# slightly before it (0.1 + 0.2 is not 0.3).
-SNAP = 1e-6
+from mtm.inputs import SNAP, Floats, plain, seconds
 
 
 def n_bins(window: tuple[float, float], bin_size: float) -> int:
@@ -28,44 +24,6 @@ def n_bins(window: tuple[float, float], bin_size: float) -> int:
         remedy = f"take a whole number, e.g. window[1] = {start + whole * bin_size:.6g}"
         raise ValueError(f"{problem}; {remedy}")
     return whole
-
-
-def continuous_windows(
-    start: float,
-    stop: float,
-    length: float,
-    *,
-    block: float = 30.0,
-    gap: float = 1.0,
-    seed: int = 0,
-) -> tuple[Floats, list[NDArray[np.int64]]]:
-    """Cut a recording without trials into windows, and split them by blocks of time.
-
-    Neighbouring windows are alike, and a random split would test on what it trains on. Here 70 % of
-    the blocks are training, 10 % validation and 20 % test blocks.
-
-    Args:
-        start, stop: of the recording, seconds.
-        length: of a window, seconds; ``Session.from_spike_times`` takes ``window=(0, length)``.
-        block: seconds, with the gap at its end that no window covers.
-        gap: seconds.
-        seed: of the split.
-
-    Returns:
-        the start of each window, (K,) seconds, for ``align_times``; and the training, validation
-        and test windows, for ``given_split``.
-
-    Raises:
-        ValueError: for fewer than three blocks, or blocks without a window.
-    """
-    n_blocks, n_each = int((stop - start) / block + SNAP), int((block - gap) / length + SNAP)
-    if n_blocks < 3 or n_each < 1:
-        raise ValueError(f"{n_blocks} blocks of {n_each} windows; need 3 or more, of 1 or more")
-    starts = start + block * np.arange(n_blocks)[:, None] + length * np.arange(n_each)
-    rank = np.random.default_rng(seed).permutation(n_blocks).repeat(n_each)
-    n_test, n_val = (max(1, round(share * n_blocks)) for share in (0.2, 0.1))
-    part = np.digitize(rank, [n_test, n_test + n_val])  # 0 test, 1 validation, 2 training
-    return starts.ravel(), [np.flatnonzero(part == number) for number in (2, 1, 0)]
 
 
 def bin_spikes(

@@ -321,8 +321,9 @@ def search(x: np.ndarray, y: np.ndarray, kind: str) -> GridSearchCV:
         # Newton's line search warns of features that never vary, as those of the mean rates.
         solver = "newton-cholesky" if np.ptp(x, axis=0).max() > 1e-9 else "lbfgs"
         decoder, grid = LogisticRegression(solver=solver, max_iter=1000), {"C": CLASS_PENALTIES}
+        n_folds = min(FOLDS, *np.unique(y, return_counts=True)[1])  # each holds every class
         # The accuracy of few trials is a coarse score, and often chooses too weak a penalty.
-        folds, scoring = StratifiedKFold(FOLDS, shuffle=True, random_state=0), "neg_log_loss"
+        folds, scoring = StratifiedKFold(n_folds, shuffle=True, random_state=0), "neg_log_loss"
     else:
         decoder, grid = Ridge(), {"alpha": RIDGE_PENALTIES}
         folds, scoring = KFold(FOLDS, shuffle=True, random_state=0), "neg_mean_squared_error"

@@ -149,9 +149,9 @@ def _evaluate(
             log_rates = prediction.predict_queries(*given, **how)
             scores[task] = _score(log_rates, session, queries, trials, train_null)
             continue
-        if task in SCHEMES:
-            table = score_scheme(predictor, session, task, trials, train_null)
-            scores[task] = TaskScores(table[wanted[table["neuron"]]].reset_index(drop=True))
+        if task in SCHEMES and task not in session.behaviour:
+            table = score_scheme(predictor, session, task, trials, wanted, train_null)
+            scores[task] = TaskScores(table)
             continue
         try:
             decoder = decoder or Decoder(predictor, session, batch_size=how["batch_size"], **seen)

@@ -15,6 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from mtm.files import MemoryMapped
 
 Floats = NDArray[np.float64]
+
+# Edges are moved earlier by this fraction of a bin: rounding can put a spike that lies on an edge
+# slightly before it (0.1 + 0.2 is not 0.3).
+SNAP = 1e-6
 AXES = ("trial|presentation", "time|bin", "neuron|unit|cluster|cell")  # as xarray may name them
 LOWEST_RATE, LOWEST_SHARE = 0.1, 0.01  # below both, times are not seconds: see `check_times`
 
@@ -28,7 +32,7 @@ def errors_of(what: str) -> Iterator[None]:
     """Raise errors of values as SessionErrors that say what they are of."""
     try:
         yield
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, TypeError) as error:
         raise SessionError(f"{what} {error}".lstrip()) from error
 
 
@@ -109,6 +113,8 @@ def checked_array(
             )
         values = values.reindex(order) if by_id and not index.equals(table) else values
     found = plain(values)
+    if found.dtype.kind not in ("uibfU" if found.ndim == 1 else "uibf"):
+        raise ValueError(f"{field}: need numbers, or words for one axis; got {found.dtype}")
     if shapes and found.shape not in shapes:
         needed = f"need shape {' or '.join(map(str, shapes))}, got {found.shape}"
         raise ValueError(f"{field}: {needed}; counts are trials x bins x neurons")
@@ -199,3 +205,41 @@ def check_times(
         ]
     for doubt in doubts:
         warnings.warn(f"{who} align_times: {doubt}", stacklevel=3)
+
+
+def continuous_windows(
+    start: float,
+    stop: float,
+    length: float,
+    *,
+    block: float = 30.0,
+    gap: float = 1.0,
+    seed: int = 0,
+) -> tuple[Floats, list[NDArray[np.int64]]]:
+    """Cut a recording without trials into windows, and split them by blocks of time.
+
+    Neighbouring windows are alike, and a random split would test on what it trains on. Here 70 % of
+    the blocks are training, 10 % validation and 20 % test blocks.
+
+    Args:
+        start, stop: of the recording, seconds.
+        length: of a window, seconds; ``Session.from_spike_times`` takes ``window=(0, length)``.
+        block: seconds, with the gap at its end that no window covers.
+        gap: seconds.
+        seed: of the split.
+
+    Returns:
+        the start of each window, (K,) seconds, for ``align_times``; and the training, validation
+        and test windows, for ``given_split``.
+
+    Raises:
+        ValueError: for fewer than three blocks, or blocks without a window.
+    """
+    n_blocks, n_each = int((stop - start) / block + SNAP), int((block - gap) / length + SNAP)
+    if n_blocks < 3 or n_each < 1:
+        raise ValueError(f"{n_blocks} blocks of {n_each} windows; need 3 or more, of 1 or more")
+    starts = start + block * np.arange(n_blocks)[:, None] + length * np.arange(n_each)
+    rank = np.random.default_rng(seed).permutation(n_blocks).repeat(n_each)
+    n_test, n_val = (max(1, round(share * n_blocks)) for share in (0.2, 0.1))
+    part = np.digitize(rank, [n_test, n_test + n_val])  # 0 test, 1 validation, 2 training
+    return starts.ravel(), [np.flatnonzero(part == number) for number in (2, 1, 0)]

@@ -22,7 +22,8 @@ first. Differences from the authors' code:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
@@ -312,6 +313,18 @@ def nothing_hidden(counts: Tensor) -> Mask:
     return Mask(nothing, nothing)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout; afterwards each part is in the mode in which it was."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 class MtM(nn.Module):
     """A model of the activity of one or many sessions.
 
@@ -339,6 +352,8 @@ class MtM(nn.Module):
         init: str = "mtm",
     ) -> None:
         super().__init__()
+        if init not in ("mtm", "paper"):
+            raise ValueError(f"init must be 'mtm' or 'paper', got {init!r}")
         self.config, self.n_bins, self.bin_size = config, n_bins, bin_size
         self.prompts, self.causal, self.init = tuple(prompts), causal, init
         # What it was trained on; None: not known. Fingerprints of training trials, by session.
@@ -483,9 +498,9 @@ class MtM(nn.Module):
         gradients, and dropout in training mode.
         """
         given, layers = torch.as_tensor(counts, device=self.device), self.session_layers(session)
-        mask, found, training = mask or nothing_hidden(given), [], self.training
-        self.train(training and train)
-        with torch.set_grad_enabled(train and torch.is_grad_enabled()):
+        mask, found = mask or nothing_hidden(given), []
+        trained = train and torch.is_grad_enabled()
+        with nullcontext() if train else evaluating(self), torch.set_grad_enabled(trained):
             if layers.direct is not None and layers.direct.readout is not None:
                 x = masked_input(given, layers.mean, mask.hidden)
                 found.append(layers.direct.population_latents(x, mask.hidden)[:, 0])
@@ -493,7 +508,6 @@ class MtM(nn.Module):
                 x = self.encode(self.embed(given, None, mask, session))
                 x = x[:, -self.n_tokens(session) :].unflatten(1, (self.n_bins, -1))
                 found.append(x.mean(dim=2))
-        self.train(training)
         return torch.cat(found, dim=2)
 
     def predict_log_rates(
@@ -511,10 +525,9 @@ class MtM(nn.Module):
         """
         if mask is not None and not self.causal:
             mask = replace(mask, causal=False)
-        given, training = torch.as_tensor(counts, device=self.device), self.training
-        with torch.no_grad():
-            log_rates: Tensor = self.eval()(given, scheme, mask, session, neurons)
-        self.train(training)
+        given = torch.as_tensor(counts, device=self.device)
+        with evaluating(self), torch.no_grad():
+            log_rates: Tensor = self(given, scheme, mask, session, neurons)
         if (factor := self.shrinkage.get(session, {}).get(scheme or "", 1.0)) != 1:
             mean = self.session_layers(session).mean.log()  # (N,)
             mean = mean if neurons is None else mean[neurons, None]
@@ -537,6 +550,8 @@ class MtM(nn.Module):
         """
         if name in self._keys:
             raise ValueError(f"session {name!r} is in the model already")
+        if token != "new" and (token != "mean" or not self.sessions):
+            raise ValueError(f"token must be 'new', or 'mean' of others if any; got {token!r}")
         config, ours, components = self.config, self.init != "paper", None
         if counts is not None:
             log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike

@@ -115,6 +115,8 @@ class TaskScores:
             return mean_of(means.unstack("session").dropna().mean(axis=1))
         if what != "neurons" or pooled:
             raise ValueError(f"over 'sessions', 'seeds' or, unless pooled, 'neurons'; got {what!r}")
+        if not self.per_neuron:
+            return Mean(self.mean(column), np.nan, 0)
         each = self._by_neuron(column).groupby("session").agg(["mean", "sem", "count"])
         each = each[each["count"] > 0]
         error = np.linalg.norm(each["sem"]) / len(each) if len(each) else np.nan

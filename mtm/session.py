@@ -94,7 +94,9 @@ class Session:
                     "f4", copy=False
                 )
             if observed is not None:
-                self.observed = checked_array("observed", observed, (trials, units)).astype(bool)
+                self.observed = checked_array("observed", observed, (trials, units))
+                if self.observed.dtype != bool:
+                    raise ValueError("observed: need True or False for each trial and neuron")
                 if not isinstance(counts, MemoryMapped):  # else it was done before saving
                     self.counts *= self.observed[:, None]
             self.given_split = None
@@ -107,6 +109,8 @@ class Session:
             self.n_recorded = trials if n_recorded is None else int(n_recorded)
             ids = np.arange(trials) if trial_ids is None else trial_ids
             self.trial_ids = checked_array("trial_ids", ids, (trials,)).astype(np.int64)
+            if not self.bin_size > 0:
+                raise ValueError(f"bin_size: need seconds above 0, got {self.bin_size}")
             length = bins * self.bin_size
             start, stop = (0.0, length) if window is None else map(float, window)
             if not abs(stop - start - length) < 1e-6 * max(1.0, length):

@@ -151,10 +151,12 @@ class Trainer:
         for parameter in self.trainable:
             parameter.requires_grad_(not first or id(parameter) in own)
         start, stop = (0, self.first_phase) if first else (self.first_phase, config.epochs)
-        n_steps = (stop - start) * self.per_epoch
+        n_steps, warmup = (stop - start) * self.per_epoch, config.warmup
+        if abs(warmup * n_steps - 1) < 1e-6:  # torch's schedule would divide by zero
+            warmup *= 1.01
         # Steps of the phase that a resumed run has taken already; -1 starts the schedule.
         last = self.run.step - start * self.per_epoch - 1
-        how: dict[str, Any] = dict(pct_start=config.warmup, div_factor=10.0, last_epoch=last)
+        how: dict[str, Any] = dict(pct_start=warmup, div_factor=10.0, last_epoch=last)
         return OneCycleLR(self.optimizer, config.lr, n_steps, **how)
 
     def step(self, batches: Step) -> None:
@@ -387,7 +389,7 @@ def _build(
             require_same_bins(start, one.session)
             if start.split_seed is None and one.name in start.session_names:
                 doubt = "it is not known which of its trials the model has seen, test trials too"
-                warnings.warn(f"session {one.name!r}: {doubt}", stacklevel=4)
+                warnings.warn(f"session {one.name!r}: {doubt}", stacklevel=3)
             model.shrinkage.pop(one.name, None)  # to be calibrated anew
     else:
         if config.tune != "all":

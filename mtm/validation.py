@@ -58,6 +58,8 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
                 found[s, i, 0] -= masked_nll(log_rates, counts, mask.target)
                 found[s, i, 1] += (counts * mask.target).sum()
     found = distributed.all_reduce(found).cpu().double()
+    if not bool(found.isfinite().all()):
+        raise FloatingPointError(f"predictions became infinite or NaN; lower lr ({config.lr:g})")
     gain, spikes = found.sum(dim=1).unbind(dim=1)
     if not bool((spikes > 0).any()):
         remedy = "use more trials, and check that spikes and events are on one clock, in seconds"
@@ -109,14 +111,21 @@ def _predict_validation(
 
 
 def score_scheme(
-    predictor: PredictorLike, session: Session, name: str, trials: np.ndarray, null: np.ndarray
+    predictor: PredictorLike,
+    session: Session,
+    name: str,
+    trials: np.ndarray,
+    wanted: np.ndarray,
+    null: np.ndarray,
 ) -> pd.DataFrame:
-    """Score what a scheme hides in some trials: a row for each neuron, as of the activity tasks.
+    """Score what a scheme hides of neurons ``wanted`` (N,): a row for each, as of other tasks.
 
     Each trial has a mask of its own. Trials differ in what is scored, so nothing is shuffled, and
     ``visible`` is not known. ``null`` (N,) is each neuron's log mean in the training trials.
     """
-    sampler, codes = MaskSampler([name]), torch.from_numpy(session.region_codes)
+    config = getattr(getattr(predictor, "model", predictor), "config", None)
+    sampler = MaskSampler([name], patch_size=getattr(config, "patch_size", 128))
+    codes = torch.from_numpy(session.region_codes)
     counts = torch.from_numpy(session.counts[trials].astype(np.float32))
     drawn = [sampler.draw(name, trial[None], codes) for trial in counts]
     hidden, target = (torch.cat([getattr(m, k) for m in drawn]) for k in ("hidden", "target"))
@@ -132,7 +141,7 @@ def score_scheme(
         ]
         log_rates = torch.cat(found).double().numpy()
     rows = []
-    for n in np.flatnonzero(mask.target.any(dim=(0, 1)).numpy()):
+    for n in np.flatnonzero(mask.target.any(dim=(0, 1)).numpy() & wanted):
         scored = mask.target[..., n].numpy()
         pair = log_rates[scored, n, None], counts.numpy()[scored, n, None]
         row = {"session": session.name, "seed": 0, "neuron": n, "region": session.regions[n]}
@@ -142,4 +151,6 @@ def score_scheme(
         row |= {"poisson_d2": metrics.poisson_d2(*pair)[0], "trial_r2": metrics.trial_r2(*pair)[0]}
         rows.append(row | dict.fromkeys(("shuffled_trials", "shuffled_neurons", "visible"), np.nan))
         rows[-1]["spikes"] = int(pair[1].sum())
+    if not rows:
+        raise SessionError(f"session {session.name!r}: {name} hides nothing of the scored neurons")
     return pd.DataFrame(rows)

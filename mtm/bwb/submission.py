@@ -238,7 +238,8 @@ def _predict_behaviour(
     """Decode a behaviour in the test trials, (K, 1, C) or (K, 50, 1) float32."""
     train, val, test = (recording.trials(task, part) for part in Split._fields)
     fit = Trials(*map(np.concatenate, zip(train, val, strict=True)))
-    session = recording.session(train.starts, val.starts, test.starts)
+    # Decoders are fitted to both parts; a session needs a trial in each.
+    session = recording.session(fit.starts[:-1], fit.starts[-1:], test.starts)
     how: dict[str, Any] = {"split_seed": 0, "allow_seen": True, "read": "rates"}
     how["batch_size"] = options.get("batch_size")
     decoder = decoding.Decoder(predictor, session, **how)
@@ -527,7 +528,7 @@ def score(
         install = f"pip install torchmetrics rich; pip install --no-deps ibl-bwb-eval=={SCORER}"
         raise ImportError(f"the benchmark's scorer is missing: {install}") from error
     root = Path(folder) / label
-    tasks = {path.parent.parent.name for path in root.rglob("seed_*.safetensors")} & {*TASKS}
+    tasks = [task for task in TASKS if any(root.rglob(f"{task}/*/seed_*.safetensors"))]
     with tempfile.TemporaryDirectory() as truth:
         for recording in map(BenchmarkSession, files):
             for task in (task for task in tasks if TASKS[task].build == recording.build):

@@ -76,7 +76,7 @@ def _spikes(files: Folder, rate: float | None) -> tuple[np.ndarray, np.ndarray]:
         files.fail("spike_times.npy", "not whole samples; for seconds, Session.from_spike_times")
     source = "spike_clusters" if files.has("spike_clusters") else "spike_templates"
     text = "".join(path.read_text("utf-8", "replace") for path in files.path.glob("params.py"))
-    found = re.findall(r"^sample_rate\s*=\s*([\d._eE+]+)", text, re.M)
+    found = re.findall(r"^sample_rate\s*=\s*([\d._eE+]+)\s*(?:#.*)?$", text, re.M)
     if rate is None and not found:
         files.fail("params.py", "no sample_rate in it; pass sample_rate=, in Hz")
     files.provenance["sample_rate"] = rate = float(found[-1] if rate is None else rate)

@@ -349,7 +349,9 @@ def _samples(file: _NwbFile, name: str) -> dict[str, tuple[np.ndarray, np.ndarra
         else:
             start = group["starting_time"]
             times = file.read(start).item() + np.arange(len(values)) / start.attrs["rate"]
-        if values.ndim == 1 and not number:
-            return {name: ordered_samples(times, values)}
+        values = values.reshape(len(values), -1)
         columns = [int(number)] if number else range(values.shape[1])
-        return {f"{end}[{i}]": ordered_samples(times, values[:, i]) for i in columns}
+        samples = [ordered_samples(times, values[:, i]) for i in columns]
+    if len(columns) == 1:
+        return {name: samples[0]}
+    return {f"{name}[{i}]": samples[i] for i in columns}

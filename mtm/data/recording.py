@@ -78,6 +78,9 @@ class Recording:
         (K,) or (K, T) by name; by reason which (K,) to leave out as well; and in which trials each
         unit was observed (K, N), of which those without any are left out.
         """
+        for key, values in behaviour.items():
+            if len(values) != len(times):
+                self.fail(f"behaviour {key!r}", f"{len(values)} values of {len(times)} events")
         rejected = {"without the event": ~np.isfinite(times), **rejected}
         if observed is not None:
             rejected["not observed"] = ~observed.any(axis=1)

@@ -52,6 +52,10 @@ def write_alf(session: Session, root: str | Path, number: int = 1) -> Path:
 
     subject = session.subject or session.name
     path = Path(root) / "simlab" / "Subjects" / subject / "2026-01-02" / f"{number:03d}"
+    present = {file.relative_to(path / "alf").as_posix() for file in path.rglob("[!.]*.*")}
+    if other := sorted(present - set(files)):
+        problem = f"holds another recording's {other[0]}; pass another root or number"
+        raise SessionError(f"{path} {problem}")
     for name, content in files.items():
         file = path / "alf" / name
         file.parent.mkdir(parents=True, exist_ok=True)
