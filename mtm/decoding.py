@@ -275,6 +275,9 @@ class Decoder:
         title = f"session {self.session.name!r}, behaviour {behaviour!r}"
         if behaviour not in known:
             raise SessionError(f"{title}: there is none; there are: {', '.join(known)}")
+        if len(known[behaviour]) != self.session.n_trials:  # added to the session afterwards
+            sizes = f"{len(known[behaviour])} values for {self.session.n_trials} trials"
+            raise SessionError(f"{title}: {sizes}; give one for each")
         values = known[behaviour][self.trials]
         empty = values == "" if values.dtype.kind == "U" else ~np.isfinite(values)
         absent = prediction.unobserved(self.session, self.trials)[:, 0, self.inside]

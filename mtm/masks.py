@@ -217,6 +217,8 @@ class MaskSampler:
         kind = SCHEMES[name]
         patch = {"patch_size": self.patch_size} if kind.patches else {}
         mask = kind.draw(counts, regions, self.ratios[name], self.generator, **patch)
+        if not isinstance(mask, Mask):
+            raise TypeError(f"scheme {name!r} must return a Mask(hidden, target), got {type(mask)}")
         if not mask.hidden.shape == mask.target.shape == counts.shape:
             raise ValueError(f"scheme {name!r}: hidden and target must have the shape of counts")
         if mask.causal and not kind.causal:  # training and evaluation ask the scheme, not the mask

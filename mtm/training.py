@@ -252,9 +252,8 @@ class Fit:
     config: TrainConfig
 
     def __repr__(self) -> str:
-        n, epochs = len(self.model.session_names), self.config.epochs
-        score = f"best of {epochs} epochs: {self.best['epoch']}, {self.best['mean']:.3f}"
-        return f"Fit of {n} session{'s' * (n != 1)}; {score} bits per spike"
+        epochs = f"best epoch {self.best['epoch']} of {self.config.epochs}"
+        return f"Fit, {epochs}: {self.best['mean']:.3f} bits per spike on validation trials"
 
     @property
     def device(self) -> torch.device:
@@ -317,6 +316,8 @@ def fit(
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     config = _settings(sessions, config or "mtm", changes)
     start = model.model if isinstance(model, Fit) else model
+    if not isinstance(start, MtM | MtMConfig | None):
+        raise TypeError(f"model must be a model, see mtm.load, or sizes; got {model!r}")
     device = torch.device(device) if device else pick_device()
     counts_on = counts_device(sessions, device)
     data = [SessionData(session, config, device, counts_on) for session in sessions]

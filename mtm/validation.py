@@ -62,7 +62,8 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
         raise FloatingPointError(f"predictions became infinite or NaN; lower lr ({config.lr:g})")
     gain, spikes = found.sum(dim=1).unbind(dim=1)
     if not bool((spikes > 0).any()):
-        remedy = "use more trials, and check that spikes and events are on one clock, in seconds"
+        remedy = "use more trials; a mask of your own must hide what it scores, and spikes and "
+        remedy += "events must be on one clock, in seconds"
         raise SessionError(f"no hidden entry of the validation trials has a spike; {remedy}")
     return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
 

@@ -83,7 +83,7 @@ def test_the_readme_quotes_what_was_measured():
 def test_what_is_said_of_real_recordings_was_measured():
     """The sentences of the README and of the scoreboard's chapter, against the results."""
     found = results("real_data")
-    assert len(found["scores"]) == 4 and len(found["one_seed"]) == 6
+    assert len(found["scores"]) == 4 and len(found["one_seed"]) == 8
     behind = {}
     for session, tasks in (found["scores"] | found["one_seed"]).items():
         for task in OWN:
@@ -115,8 +115,10 @@ def test_what_is_said_of_real_recordings_was_measured():
     found = results("behaviour")["mean"]
     choice, wheel, whisker = (found[k] for k in ("choice", "wheel-speed", "whisker-motion-energy"))
     tuned = "MtM, fine-tuned"
-    assert choice["raw counts"] < choice["MtM"] < choice[tuned] < choice["smoothed counts"]
-    assert wheel["raw counts"] < wheel["MtM"] < wheel["smoothed counts"] < wheel[tuned]
+    assert choice["raw counts"] < choice["MtM"] < choice["smoothed counts"]
+    assert choice[tuned] < choice["raw counts"]
+    assert wheel["raw counts"] < wheel["MtM"] < wheel["smoothed counts"]
+    assert abs(wheel[tuned] - wheel["smoothed counts"]) < 0.006
     assert whisker[tuned] > whisker["MtM"] > whisker["smoothed counts"]
 
 
