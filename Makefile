@@ -25,7 +25,7 @@ help: ## list the targets
 book: .venv/installed ## simulate, train and score a small model, then run and build the book
 	@rm -rf $(MAIN)
 	$(BIN)/python -m mtm simulate $(MAIN)/sessions --sessions 3 --trials 200 --seed 0
-	$(BIN)/python -m mtm train $(MAIN)/sessions/*.npz --out $(MAIN)/model --depth 1 --epochs 30
+	$(BIN)/python -m mtm train $(MAIN)/sessions/*.npz --out $(MAIN)/model --depth 1 --epochs 20
 	@set -- $(MAIN)/sessions/*.npz && set -x && \
 	$(BIN)/python -m mtm evaluate $(MAIN)/model "$$1" --json $(MAIN)/scores.json
 	@# the cache knows the notebooks' cells, not the package they import: run them all again,
