@@ -288,6 +288,7 @@ class Run:
         tensors, facts = _read(folder / RUN)
         if (stored := facts.pop("description")) != self.description:
             problem = _difference(stored, self.description)
+            remedy += "; to train its model further, fit(sessions, mtm.load(it)) in another folder"
             raise CheckpointError(f"{folder} holds another run: {problem}; {remedy}")
         return tensors, facts
 

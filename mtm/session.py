@@ -181,7 +181,7 @@ class Session:
         for label, trials in split._asdict().items():
             if len(trials) == 0 and (label != "test" or self.given_split is None):
                 problem = f"none of its {self.n_trials} trials is in {label}"
-                remedy = "keep more trials, or pass given_split"
+                remedy = "keep more trials, or pass given_split=(train, val, test), their indices"
                 raise SessionError(f"session {self.name!r}, split: {problem}; {remedy}")
         return split
 

@@ -307,3 +307,14 @@ def test_errors_name_the_session_and_the_remedy():
         model(counts_of()[:, :5], None, None, "a")
     with pytest.raises(ValueError, match="unknown masking scheme 'causl'; known: neuron"):
         model(counts_of(), "causl", None, "a")
+
+
+def test_each_part_keeps_its_mode():
+    model = MtM(MtMConfig.from_depth(1), 6, {"a": 3}).train()
+    model.layers.eval()
+    counts = np.ones((2, 6, 3))
+    model.predict_log_rates(counts, None, None, "a")
+    model.latents(counts, "a", encoder=True)
+    with pytest.raises(KeyError, match="'nobody'"):
+        model.predict_log_rates(counts, None, None, "nobody")
+    assert model.training and model.norm.training and not model.layers[0].training
