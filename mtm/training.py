@@ -316,8 +316,6 @@ def fit(
     sessions = [sessions] if isinstance(sessions, Session) else list(sessions)
     config = _settings(sessions, config or "mtm", changes)
     start = model.model if isinstance(model, Fit) else model
-    if not isinstance(start, MtM | MtMConfig | None):
-        raise TypeError(f"model must be a model, see mtm.load, or sizes; got {model!r}")
     device = torch.device(device) if device else pick_device()
     counts_on = counts_device(sessions, device)
     data = [SessionData(session, config, device, counts_on) for session in sessions]
@@ -381,6 +379,8 @@ def _build(
     several = config.prompt and len(config.schemes) > 1  # else there is nothing to tell apart
     prompts = tuple(name for name in config.schemes if scheme(name).prompt and several)
     causal = any(scheme(name).causal for name in config.schemes)
+    if not isinstance(start, MtM | MtMConfig | None):
+        raise TypeError(f"model must be a model, see mtm.load, or sizes; got {start!r}")
     if start is not None and depth is not None:
         raise ValueError("depth is for a new model; the given one has its depth already")
     if isinstance(start, MtM):
