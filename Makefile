@@ -25,9 +25,9 @@ help: ## list the targets
 book: .venv/installed ## simulate, train and score a small model, then run and build the book
 	@rm -rf $(MAIN)
 	$(BIN)/python -m mtm simulate $(MAIN)/sessions --sessions 3 --trials 200 --seed 0
-	$(BIN)/python -m mtm train $(MAIN)/sessions/*.npz --out $(MAIN)/model --depth 1 --epochs 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m mtm train $(MAIN)/sessions/*.npz --out $(MAIN)/model --depth 1 --epochs 20
 	@set -- $(MAIN)/sessions/*.npz && set -x && \
-	$(BIN)/python -m mtm evaluate $(MAIN)/model "$$1" --json $(MAIN)/scores.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m mtm evaluate $(MAIN)/model "$$1" --json $(MAIN)/scores.json
 	@# the cache knows the notebooks' cells, not the package they import: run them all again,
 	@# side by side; the build takes their outputs from the cache
 	@rm -rf $(BUILT) _build/.doctrees _build/.jupyter_cache _build/jupyter_execute
