@@ -55,7 +55,7 @@ def recording(number):
 
 
 def train(folder):
-    settings = {"epochs": 40, "validations": 20, "batch_size": 8, "batches_per_step": 1}
+    settings = {"epochs": 240, "validations": 120, "batch_size": 8, "batches_per_step": 1}
     how = {"progress": False, "device": "cpu", "save_every": 0.0}
     mtm.fit(animals(), mtm.MtMConfig(depth=1, **SIZES), folder=folder, **settings, **how)
 
@@ -72,7 +72,7 @@ def drill(folder, kills, check):
     train(folder / "whole")
     whole = mtm.load(folder / "whole")
     for _ in range(kills):
-        if killed(lambda: train(folder / "run"), chance.uniform(0.3, 2.0)):
+        if killed(lambda: train(folder / "run"), chance.uniform(0.3, 1.2)):
             check("kills of training that landed")
         if (folder / "run" / checkpoint.MODEL).exists():
             mtm.load(folder / "run")
@@ -103,7 +103,7 @@ def drill(folder, kills, check):
         mtm.prepare(recording, range(N_RECORDINGS), folder / "out", workers=1, progress=False)
 
     for _ in range(kills):
-        if killed(prepare, chance.uniform(0.02, 0.3)):
+        if killed(prepare, chance.uniform(0.02, 0.1)):
             check("kills of preparing that landed")
         for path in (folder / "out").glob("*.npz"):
             counts = mtm.Session.load(path).counts
