@@ -138,7 +138,7 @@ def settings(model: MtM) -> dict[str, Any]:
         "config": asdict(model.config),
         "prompts": list(model.prompts),
         **{name: getattr(model, name) for name in (*names, *["n_places"] * official)},
-        "shrinkage": model.shrinkage,
+        "calibration": model.calibration,
         "sessions": {name: model.session_layers(name).n_neurons for name in model.session_names},
         "seen": {name: b64encode(each.tobytes()).decode() for name, each in model.seen.items()},
     }
@@ -148,9 +148,9 @@ def from_settings(described: dict[str, Any]) -> MtM:
     """Make the model that :func:`settings` describes, with new weights."""
     given = {**described, "config": MtMConfig(**described["config"])}
     kind, split_seed, seen = (given.pop(key) for key in ("class", "split_seed", "seen"))
-    window, shrinkage = given.pop("window", None), given.pop("shrinkage")
+    window, calibration = given.pop("window", None), given.pop("calibration")
     model = CLASSES[kind](**given)
-    model.split_seed, model.shrinkage = split_seed, shrinkage
+    model.split_seed, model.calibration = split_seed, calibration
     model.window = window and tuple(window)
     model.seen = {name: np.frombuffer(b64decode(each), np.int64) for name, each in seen.items()}
     return model
@@ -233,7 +233,7 @@ def describe_run(
     if isinstance(start, MtM):
         values = parameters_to_vector(start.parameters()).detach().cpu().numpy()
         weights = hashlib.sha256(values.tobytes()).hexdigest()[:16]
-    left_out = ("sessions", "seen", "shrinkage")
+    left_out = ("sessions", "seen", "calibration")
     kind = {key: value for key, value in settings(model).items() if key not in left_out}
     return {
         "train": asdict(config),

@@ -352,7 +352,9 @@ def principal_axes(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.nd
     features, which projections on the training trials' principal axes keep.
     """
     mean = x.mean(axis=0)
-    _, singular, axes = np.linalg.svd(x - mean, full_matrices=False)
-    keep = singular > 1e-9 * singular.max()
-    keep[0] = True  # features that never vary are one column of zeros
-    return (x - mean) @ axes[keep].T, (x_test - mean) @ axes[keep].T
+    x = x - mean
+    variances, vectors = np.linalg.eigh(x @ x.T)  # (K, K): quicker than of (F, F), or of x itself
+    keep = variances > 1e-12 * variances.max()
+    keep[-1] = True  # features that never vary are one column of zeros
+    lengths = np.sqrt(variances[keep].clip(1e-300))
+    return vectors[:, keep] * lengths, (x_test - mean) @ x.T @ (vectors[:, keep] / lengths)

@@ -360,7 +360,8 @@ class MtM(nn.Module):
         self.split_seed: int | None = None
         self.window: tuple[float, float] | None = None
         self.seen: dict[str, np.ndarray] = {}
-        self.shrinkage: dict[str, dict[str, float]] = {}  # session -> scheme -> factor, or 1
+        # Session -> scheme -> factors of the encoder's and the direct paths' parts of log-rates.
+        self.calibration: dict[str, dict[str, list[float]]] = {}
         self.token_std = 1.0 if init == "paper" else TOKEN_STD
         self.tokenizer = self.tokenizers[config.tokenizer](config, n_bins, init)
         self.embed_dropout = nn.Dropout(config.embed_dropout)
@@ -395,12 +396,26 @@ class MtM(nn.Module):
             session: its name.
             neurons: (B,) the one neuron of each trial that is wanted; log-rates are (B, T).
         """
+        encoded, direct = self.parts(counts, scheme, mask, session, neurons)
+        return encoded + direct
+
+    def parts(
+        self,
+        counts: Tensor,
+        scheme: str | None,
+        mask: Mask | None,
+        session: str,
+        neurons: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """The two parts of the log-rates of :meth:`forward`: the encoder's, and the direct paths'.
+
+        The second is 0.0 without direct paths.
+        """
         mask = mask or nothing_hidden(counts)
-        tokens = self.embed(counts, scheme, mask, session)
-        log_rates = self.read_out(self.encode(tokens), session)
+        encoded = self.read_out(self.encode(self.embed(counts, scheme, mask, session)), session)
         if neurons is not None:
-            log_rates = log_rates[torch.arange(len(neurons), device=neurons.device), :, neurons]
-        return log_rates + self.direct_log_rates([Batch(counts, scheme, mask, session)], neurons)[0]
+            encoded = encoded[torch.arange(len(neurons), device=neurons.device), :, neurons]
+        return encoded, self.direct_log_rates([Batch(counts, scheme, mask, session)], neurons)[0]
 
     def embed(self, counts: Tensor, scheme: str | None, mask: Mask | None, session: str) -> Tokens:
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
@@ -520,18 +535,21 @@ class MtM(nn.Module):
     ) -> Tensor:
         """Log-rates as from :meth:`forward`, without dropout and gradients, and calibrated.
 
-        Calibration multiplies their deviations from the mean by ``shrinkage[session][scheme]``, see
-        :func:`mtm.validation.calibrate`. A model never trained causally predicts without causality.
+        Calibration multiplies what encoder and direct paths add to the mean log-rates by the
+        factors ``calibration[session][scheme]``, see :func:`mtm.validation.calibrate`. A model
+        never trained causally predicts without causality.
         """
         if mask is not None and not self.causal:
             mask = replace(mask, causal=False)
         given = torch.as_tensor(counts, device=self.device)
         with evaluating(self), torch.no_grad():
-            log_rates: Tensor = self(given, scheme, mask, session, neurons)
-        if (factor := self.shrinkage.get(session, {}).get(scheme or "", 1.0)) != 1:
+            encoded, direct = self.parts(given, scheme, mask, session, neurons)
+        first, second = self.calibration.get(session, {}).get(scheme or "", (1.0, 1.0))
+        if first != 1:
             mean = self.session_layers(session).mean.log()  # (N,)
             mean = mean if neurons is None else mean[neurons, None]
-            log_rates = mean + factor * (log_rates - mean)
+            encoded = mean + first * (encoded - mean)
+        log_rates: Tensor = encoded + second * direct
         return log_rates
 
     @torch.no_grad()

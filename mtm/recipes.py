@@ -47,8 +47,8 @@ class TrainConfig:
         prompt: give each scheme a prompt token, if there are several schemes.
         validations: number of validations, evenly spread over the epochs.
         patience: stop after this many validations without improvement, or None.
-        calibrate: at the end, scale how far predictions are from the mean rates so that they suit
-            the validation trials best (temperature scaling), see ``mtm.validation.calibrate``.
+        calibrate: at the end, scale what encoder and direct paths add to the mean log-rates as
+            suits the validation trials best, see ``mtm.validation.calibrate``.
         seed: of initial weights, masks, dropout and the order of batches.
         split_seed: of ``Session.split``.
         init: preset of a new model, "mtm" or "paper": its initial weights and, unless a model is

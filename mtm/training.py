@@ -391,7 +391,7 @@ def _build(
             if start.split_seed is None and one.name in start.session_names:
                 doubt = "it is not known which of its trials the model has seen, test trials too"
                 warnings.warn(f"session {one.name!r}: {doubt}", stacklevel=3)
-            model.shrinkage.pop(one.name, None)  # to be calibrated anew
+            model.calibration.pop(one.name, None)  # to be calibrated anew
     else:
         if config.tune != "all":
             raise ValueError(f"tune={config.tune!r} needs a trained model to start from")

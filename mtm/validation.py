@@ -25,7 +25,8 @@ from mtm.recipes import TrainConfig
 from mtm.session import Session
 
 VALIDATION_BATCH = 64  # validation trials that share a mask, whatever the batch size of training
-SHRINKAGES = [step / 20 for step in range(10, 31)]  # 0.5 to 1.5
+NEWTON_STEPS = 10  # of calibration
+PRIOR = 0.3  # standard deviation around 1 that factors of calibration have before validation
 VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
 
 
@@ -52,10 +53,10 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
     for i in range(distributed.rank(), len(data), distributed.processes()):
         for s, name in enumerate(config.schemes):
             # Summed on the device, without waiting for it.
-            for counts, mask, log_rates in _predict_validation(model, data[i], name, config):
+            for counts, mask, encoded, direct in _predict_validation(model, data[i], name, config):
                 null = data[i].null.expand_as(counts)
                 found[s, i, 0] += masked_nll(null, counts, mask.target)
-                found[s, i, 0] -= masked_nll(log_rates, counts, mask.target)
+                found[s, i, 0] -= masked_nll(encoded + direct, counts, mask.target)
                 found[s, i, 1] += (counts * mask.target).sum()
     found = distributed.all_reduce(found).cpu().double()
     if not bool(found.isfinite().all()):
@@ -70,31 +71,37 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
 
 @torch.no_grad()
 def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> None:
-    """Set ``model.shrinkage``: session -> scheme -> the factor that suits validation trials best.
+    """Set ``model.calibration``: session -> scheme -> the two factors that suit validation best.
 
-    Models that overfit are too sure of what they predict, those with much dropout not enough. The
-    factor multiplies all deviations from the mean log-rates. Compare temperature scaling (Guo et
-    al. 2017).
+    Models that overfit are too sure of what they predict, those with much dropout not enough, and
+    the encoder overfits more than the direct paths. The factors multiply what the two add to the
+    mean log-rates. They maximise the likelihood of the validation trials, times a normal prior
+    around 1. Compare temperature scaling (Guo et al. 2017).
     """
     for one in data:
         layers = model.session_layers(one.name)
         if not hasattr(layers, "mean"):  # with raw counts and no direct paths
             continue
-        mean = layers.mean.log()
-        model.shrinkage[one.name] = {}
+        mean, model.calibration[one.name] = layers.mean.log(), {}
         for name in config.schemes:
-            losses = torch.zeros(len(SHRINKAGES), device=model.device)
-            for counts, mask, log_rates in _predict_validation(model, one, name, config):
-                for i, factor in enumerate(SHRINKAGES):
-                    scaled = mean + factor * (log_rates - mean)
-                    losses[i] += masked_nll(scaled, counts, mask.target)
-            model.shrinkage[one.name][name] = SHRINKAGES[int(losses.argmin())]
+            found = []
+            for counts, mask, encoded, direct in _predict_validation(model, one, name, config):
+                parts = (mean.expand_as(counts), encoded - mean, direct + 0 * encoded, counts)
+                found.append(torch.stack([part[mask.target] for part in parts]).double())
+            start, *x, y = torch.cat(found, dim=1)
+            factors, x = torch.ones_like(y[:2]), torch.stack(x)  # (2,), (2, entries)
+            for _ in range(NEWTON_STEPS):  # the loss is convex
+                rates = (start + factors @ x).exp()
+                slope = x @ (rates - y) + (factors - 1) / PRIOR**2
+                curvature = (x * rates) @ x.T + torch.eye(2).to(x) / PRIOR**2
+                factors = factors - torch.linalg.solve(curvature, slope)
+            model.calibration[one.name][name] = factors.tolist()
 
 
 def _predict_validation(
     model: MtM, one: SessionData, name: str, config: TrainConfig
-) -> Iterator[tuple[Tensor, Mask, Tensor]]:
-    """Yield counts, mask and predicted log-rates of validation trials, the same in every call."""
+) -> Iterator[tuple[Tensor, Mask, Tensor, Tensor]]:
+    """Yield counts, mask and both parts of log-rates of validation trials, the same each time."""
     sampler = make_sampler(model, config)
     sampler.reseed(seed_of("validation", one.name, name))
     labels = [one.regions] * VALIDATION_MASKS
@@ -107,8 +114,8 @@ def _predict_validation(
         for regions in labels:
             mask = one.mask(sampler, name, counts, trials, regions)
             with autocast(model.device, config.precision):
-                log_rates = model(counts, name, mask, one.name).float()
-            yield counts, mask, log_rates
+                encoded, direct = model.parts(counts, name, mask, one.name)
+            yield counts, mask, encoded.float(), direct
 
 
 def score_scheme(

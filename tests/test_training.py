@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize
 
 from mtm import (
     MtM,
@@ -211,25 +211,28 @@ def test_validation_scores_the_same_entries_each_time_and_every_region(small, st
 
 def test_predictions_are_scaled_as_the_validation_trials_say(small, tmp_path):
     result, plain = (fit(small[:2], **QUICK, calibrate=c) for c in (True, False))
-    assert plain.model.shrinkage == {} and same(result.model.state_dict(), plain.model.state_dict())
+    assert plain.model.calibration == {}
+    assert same(result.model.state_dict(), plain.model.state_dict())
     for one in prepared(small[:2]):
-        mean = one.null
+        mean = one.null.double()
         for scheme in MTM_SCHEMES:
             seen = list(validation._predict_validation(plain.model, one, scheme, plain.config))
 
-            def loss(factor, seen=seen, mean=mean):
-                return sum(
-                    ((x := mean + factor * (f - mean)).exp() - y * x)[mask.target].sum().item()
-                    for y, mask, f in ((y.double(), m, f.double()) for y, m, f in seen)
-                )
+            def loss(factors, seen=seen, mean=mean):
+                total = 0.5 * sum((f - 1) ** 2 for f in factors) / validation.PRIOR**2
+                for y, mask, encoded, direct in seen:
+                    x = mean + factors[0] * (encoded.double() - mean) + factors[1] * direct.double()
+                    total += (x.exp() - y.double() * x)[mask.target].sum().item()
+                return total
 
-            best = minimize_scalar(loss, bounds=(0.5, 1.5), method="bounded").x
-            factor = result.model.shrinkage[one.name][scheme]
-            assert factor == pytest.approx(best, abs=0.03)
-            counts, mask, log_rates = seen[0]
+            best = minimize(loss, (1, 1), method="Nelder-Mead", options={"xatol": 1e-5}).x
+            factors = result.model.calibration[one.name][scheme]
+            assert factors == pytest.approx(best, abs=1e-3)
+            counts, mask, encoded, direct = seen[0]
+            wanted = one.null + factors[0] * (encoded - one.null) + factors[1] * direct
             for model in (result.model, load(save(result, tmp_path / f"{one.name}{scheme}"))):
                 found = model.predict_log_rates(counts, scheme, mask, one.name)
-                torch.testing.assert_close(found, mean + factor * (log_rates - mean))
+                torch.testing.assert_close(found, wanted)
 
 
 def test_the_model_kept_is_the_best_one(small):
