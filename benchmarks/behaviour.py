@@ -2,9 +2,10 @@
 
     python benchmarks/behaviour.py FOLDER [--recordings NAME ...]
 
-FOLDER is that of real_data.py. Each recording has a model of its own, trained with the recipe and
-kept in --work. Penalties, what is read, and when to stop are chosen on training and validation
-trials; scores are of the test trials. Results: results/behaviour.json and .md.
+FOLDER is that of real_data.py. Each recording has models of its own, trained with the recipe and
+kept in --work: one for each seed, where real_data.py has several, else one. Penalties, what is
+read, and when to stop are chosen on training and validation trials; scores are of the test trials.
+Results: results/behaviour.json and .md.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from mtm.report import Mean
 COLUMNS = ("MtM", "MtM, fine-tuned", "raw counts", "smoothed counts", "no activity")
 
 
-def scores_of(session: mtm.Session, model: mtm.MtM) -> list[dict[str, Any]]:
+def scores_of(session: mtm.Session, model: mtm.MtM, seed: int) -> list[dict[str, Any]]:
     """A row for each behaviour of a session."""
     rows = []
     for name in decodable(session):
         read = mtm.decode(model, session, name)[name]
-        tuned = mtm.fit_behaviour(session, model, name)[name].decoded
-        row: dict[str, Any] = {"recording": session.name, "behaviour": name}
+        tuned = mtm.fit_behaviour(session, model, name, seed=seed)[name].decoded
+        row: dict[str, Any] = {"recording": session.name, "behaviour": name, "seed": seed}
         nothing = read.others["majority" if read.kind == "classes" else "time_course"]
         counts = read.others["raw_counts"], read.others["smoothed_counts"]
         row |= dict(zip(COLUMNS, (read.score, tuned.score, *counts, nothing), strict=True))
@@ -42,21 +43,24 @@ def main() -> None:
     options = common.parser(__doc__, "behaviour").parse_args()
     rows = []
     sessions = common.recordings(options.folder, options.recordings)
+    several = {session.name for session in common.recordings(options.folder)}
     for session in sessions:
-        if not (kept := options.work / session.name).exists():
-            how = {"depth": options.depth, "epochs": options.epochs, "progress": False}
-            mtm.save(mtm.fit(session, seed=options.seeds[0], **how), kept)
-        rows += scores_of(session, mtm.load(kept))
+        for seed in options.seeds[: None if session.name in several else 1]:
+            if not (kept := options.work / f"{session.name}-{seed}").exists():
+                how = {"depth": options.depth, "epochs": options.epochs, "progress": False}
+                mtm.save(mtm.fit(session, seed=seed, **how), kept)
+            rows += scores_of(session, mtm.load(kept), seed)
     table = pd.DataFrame(rows)
-    means = table.groupby("behaviour")[list(COLUMNS)].mean()
+    each = table.groupby(["recording", "behaviour"], sort=False)[list(COLUMNS)].mean()
+    means = each.groupby("behaviour").mean()
     facts = common.described(sessions, options)
     facts |= {"mean": means.to_dict("index"), "scores": table.to_dict("records")}
     common.write_json(options.out / "behaviour.json", facts)
     lines = ["# Behaviour of real recordings", "", *__doc__.strip().split("\n\n")[2].splitlines()]
-    lines += ["The choice: accuracy; traces: R2. One seed.", ""]
-    tables = dict(iter(table.set_index("behaviour").groupby("recording", sort=False)))
-    for name, part in {"Mean over recordings": means, **tables}.items():
-        lines.append(as_markdown(name, part[list(COLUMNS)]))
+    lines += ["The choice: accuracy; traces: R2.", "", as_markdown("Mean over recordings", means)]
+    for name, part in each.groupby("recording", sort=False):
+        n = table[table.recording == name].seed.nunique()
+        lines.append(as_markdown(f"{name}, {n} seeds" if n > 1 else name, part.droplevel(0)))
     (options.out / "behaviour.md").write_text("\n".join(lines))
     print("\n".join(lines))
 

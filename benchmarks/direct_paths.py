@@ -1,4 +1,4 @@
-"""What the direct paths are worth: our recipe with and without them, on validation trials.
+"""Our recipe with and without the direct paths, and with NDT2's tokens, on validation trials.
 
     python benchmarks/direct_paths.py FOLDER [--recordings NAME ...]
 
@@ -16,6 +16,7 @@ VARIANTS = {
     "own history alone": {"latents": 0},
     "population alone": {"own_history": False},
     "no dropout of latents": {"latent_dropout": 0.0},
+    "NDT2, patches of neurons": {"tokenizer": "ndt2"},
 }
 RECORDINGS = ("03_Cori_2016-12-18", "07_Forssmann_2017-11-05")
 

@@ -1,8 +1,8 @@
 """Behaviour from predicted activity: classes, numbers, and traces recorded bin by bin.
 
-A linear decoder reads the log-rates that a model predicts for every bin and neuron, or the model's
-latents, whichever cross-validates better. It and its penalty are fitted on the training and
-validation trials, and scored on the test trials. Source of the choice and of traces: arXiv
+Linear decoders read the log-rates that a model predicts for every bin and neuron, or the model's
+latents. They and their penalties are fitted on the training and validation trials, and scored on
+the test trials. Source of the choice and of traces: arXiv
 2407.14668, section 4, and the authors' final code.
 """
 
@@ -33,7 +33,7 @@ FOLDS = 4
 MOST_CLASSES = 10  # of whole numbers; with more different values they are decoded as numbers
 CLASS_PENALTIES = np.logspace(-4, 4, 9)  # C of the logistic regression, as the paper
 RIDGE_PENALTIES = np.logspace(-3, 6, 10)  # alpha of the ridge regression
-FEATURES = ("rates", "latents", "encoder")
+FEATURES = ("rates", "latents", "auto")
 WIDTHS = (0, 1, 2, 4)  # bins, standard deviations of the Gaussians that smooth
 ENCODER_WIDTH = 1  # bins, of the Gaussian that smooths the encoder's output
 Source = tuple[str, Any]  # ("rates", prompt); or "latents", "encoder" or "counts", and a width
@@ -57,7 +57,7 @@ class Decoded:
     metric: str  # "accuracy" of classes, else "R2"
     score: float  # on the test trials
     others: dict[str, float]
-    features: str  # what the decoder read: "rates", "latents", "encoder", or "fine-tuned" ones
+    features: str  # what was read: "rates", "latents", "latents and encoder", or "fine-tuned"
     n_train: int  # trials the decoder was fitted on
     n_test: int  # trials it was scored on
     n_left_out: int  # trials without a usable value
@@ -103,10 +103,10 @@ def decode(
         region: show the predictor this region only, and decode from its neurons.
         prompt: masking scheme whose prompt a model gets. Default, as in the paper: "neuron" for
             classes and numbers, "causal" for traces, "intra-region" with ``region``.
-        features: what the decoder reads: the predicted log-"rates" (the paper); the model's
-            "latents" (:meth:`mtm.MtM.latents`, smoothed by a Gaussian of cross-validated width);
-            these beside the output of its "encoder"; or "auto", whichever of the three
-            cross-validates best. Default: "auto" for models with latents, else "rates".
+        features: what is decoded: the predicted log-"rates" (the paper); the model's "latents"
+            (:meth:`mtm.MtM.latents`), smoothed by Gaussians of several widths; or "auto", these and
+            the output of the encoder. Each width has a decoder, and what they predict is averaged.
+            Default: "auto" for models with latents, else "rates".
         kinds: behaviour -> "classes" or "number". Default: words, booleans and whole numbers of at
             most 10 different values are classes.
 
@@ -115,9 +115,9 @@ def decode(
             behaviour that does not vary in the test trials.
         ValueError: as from :func:`mtm.evaluate`, or for unknown features or prompt.
     """
-    if features not in (None, "auto", *FEATURES):
-        raise ValueError(f"features must be 'auto' or one of {FEATURES}, got {features!r}")
-    options = region, prompt, features, kinds, split_seed, batch_size, allow_seen
+    if features not in (None, *FEATURES):
+        raise ValueError(f"features must be one of {FEATURES}, got {features!r}")
+    options = region, prompt, features or "", kinds, split_seed, batch_size, allow_seen
     decoder = Decoder(prediction.as_predictor(predictor, session), session, *options)
     names = decodable(session) if behaviours is None else behaviours
     return {name: decoder.decode(name) for name in ([names] if isinstance(names, str) else names)}
@@ -159,7 +159,7 @@ class Decoder:
     session: Session
     region: str | None = None
     prompt: str | None = None
-    read: str | None = None  # features
+    read: str = ""  # features
     kinds: Mapping[str, str] | None = None
     split_seed: int | None = None
     batch_size: int | None = None
@@ -189,13 +189,17 @@ class Decoder:
         kind, _, _, y, truth = target
         default = "intra-region" if self.region else "causal" if kind == "trace" else "neuron"
         sources: list[Source] = [("rates", self.prompt or default)]
-        sources += [*(("latents", width) for width in WIDTHS), ("encoder", ENCODER_WIDTH)]
-        sources = [source for source in sources if self.read in ("auto", source[0])]
-        fits = [self.fit(source, target, y) for source in sources]
-        best = int(np.argmax([value for value, _ in fits]))
+        if self.read != "rates":
+            sources = [("latents", width) for width in WIDTHS]
+            sources += [("encoder", ENCODER_WIDTH)] * (self.read == "auto")
         order = np.random.default_rng(0).permutation(len(y))
-        others = {"shuffled": score(truth, self.fit(sources[best], target, y[order])[1], kind)}
-        return self.scored(behaviour, target, fits[best][1], sources[best][0], others)
+        guess, shuffled = (
+            decided(np.mean([self.fit(each, target, values)[1] for each in sources], axis=0), kind)
+            for values in (y, y[order])
+        )
+        read = "latents and encoder" if self.read == "auto" else self.read
+        others = {"shuffled": score(truth, shuffled, kind)}
+        return self.scored(behaviour, target, guess, read, others)
 
     def scored(
         self, behaviour: str, target: Target, guess: np.ndarray, read: str, others: dict[str, float]
@@ -213,10 +217,11 @@ class Decoder:
         return Decoded(behaviour, self.session.name, kind, *found, *sizes, confusion)
 
     def fit(self, source: Source, target: Target, y: np.ndarray) -> tuple[float, np.ndarray]:
-        """Fit a decoder to values y: its cross-validated score, and its guess in test trials."""
+        """Fit to values y; score in cross-validation, and test trials' values or probabilities."""
         x, x_test = self.features(source, target.usable)
         found = search(x, y, target.kind)
-        return found.best_score_, found.predict(x_test)
+        predict = found.predict_proba if target.kind == "classes" else found.predict
+        return found.best_score_, predict(x_test)
 
     def features(self, source: Source, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features (K', F) and (K'', F) of usable trials to fit to and to test on, made once."""
@@ -259,8 +264,8 @@ class Decoder:
         fits = [self.fit(("counts", width), target, y) for width in WIDTHS]
         found = {
             name: score(truth, np.broadcast_to(constant, truth.shape), kind),
-            "raw_counts": score(truth, fits[0][1], kind),
-            "smoothed_counts": score(truth, max(fits, key=itemgetter(0))[1], kind),
+            "raw_counts": score(truth, decided(fits[0][1], kind), kind),
+            "smoothed_counts": score(truth, decided(max(fits, key=itemgetter(0))[1], kind), kind),
         }
         if stimulus is not None:
             fit = search(stimulus[usable & ~self.is_test], y, kind)
@@ -332,6 +337,11 @@ def search(x: np.ndarray, y: np.ndarray, kind: str) -> GridSearchCV:
         folds, scoring = KFold(FOLDS, shuffle=True, random_state=0), "neg_mean_squared_error"
     with threadpool_limits(1):  # in many small problems, threads wait for each other
         return GridSearchCV(decoder, grid, cv=folds, scoring=scoring).fit(x, y)
+
+
+def decided(predicted: np.ndarray, kind: str) -> np.ndarray:
+    """The most probable class, given probabilities (K, C); of other kinds, the values."""
+    return predicted.argmax(axis=1) if kind == "classes" else predicted
 
 
 def score(truth: np.ndarray, guess: np.ndarray, kind: str) -> float:

@@ -34,13 +34,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from mtm.direct_paths import (
-    DirectPaths,
-    masked_input,
-    principal_components,
-    scaled,
-    stitcher_weights,
-)
+from mtm import direct_paths
 from mtm.masks import MTM_SCHEMES, Mask
 from mtm.masks import scheme as known_scheme
 from mtm.metrics import log_mean
@@ -129,7 +123,7 @@ class SessionLayers(nn.Module):
             self.bias = nn.Parameter(torch.zeros(n_neurons))
         self.token = nn.Parameter(torch.zeros(config.width)) if config.session_token else None
         paths = config.own_history, config.latents, config.latent_dropout
-        self.direct = DirectPaths(n_neurons, *paths) if any(paths[:2]) else None
+        self.direct = direct_paths.DirectPaths(n_neurons, *paths) if any(paths[:2]) else None
         self.raw = config.input_counts == "raw"
         if self.direct is not None or not self.raw:
             self.register_buffer("mean", torch.zeros(n_neurons))
@@ -149,7 +143,8 @@ class SessionLayers(nn.Module):
         if self.direct is not None:
             self.direct.init_from_components(directions, variances)
         if hasattr(self, "stitcher") and not self.raw:
-            self.stitcher.weight += stitcher_weights(directions, len(self.stitcher.weight))
+            start = direct_paths.stitcher_weights(directions, len(self.stitcher.weight))
+            self.stitcher.weight += start
 
 
 class BinTokenizer(nn.Module):
@@ -396,26 +391,16 @@ class MtM(nn.Module):
             session: its name.
             neurons: (B,) the one neuron of each trial that is wanted; log-rates are (B, T).
         """
-        encoded, direct = self.parts(counts, scheme, mask, session, neurons)
+        batch = Batch(counts, scheme, mask or nothing_hidden(counts), session)
+        encoded, direct = self.parts(batch, neurons)
         return encoded + direct
 
-    def parts(
-        self,
-        counts: Tensor,
-        scheme: str | None,
-        mask: Mask | None,
-        session: str,
-        neurons: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
-        """The two parts of the log-rates of :meth:`forward`: the encoder's, and the direct paths'.
-
-        The second is 0.0 without direct paths.
-        """
-        mask = mask or nothing_hidden(counts)
-        encoded = self.read_out(self.encode(self.embed(counts, scheme, mask, session)), session)
+    def parts(self, batch: Batch, neurons: Tensor | None = None) -> tuple[Tensor, Any]:
+        """The encoder's part of the log-rates of :meth:`forward`, and that of the direct paths."""
+        encoded = self.read_out(self.encode(self.embed(*batch)), batch.session)
         if neurons is not None:
             encoded = encoded[torch.arange(len(neurons), device=neurons.device), :, neurons]
-        return encoded, self.direct_log_rates([Batch(counts, scheme, mask, session)], neurons)[0]
+        return encoded, self.direct_log_rates([batch], neurons)[0]
 
     def embed(self, counts: Tensor, scheme: str | None, mask: Mask | None, session: str) -> Tokens:
         """Counts (B, T, N) to tokens: session, prompt, bin 0, bin 1, ..."""
@@ -425,7 +410,7 @@ class MtM(nn.Module):
             found = f"session {session!r}: counts have shape {tuple(counts.shape)}"
             raise ValueError(f"{found}, the model needs {needed}")
         x = counts.to(self.norm.weight.dtype)
-        x = x if layers.raw else scaled(x, layers.mean)
+        x = x if layers.raw else direct_paths.scaled(x, layers.mean)
         x = self.tokenizer(x.masked_fill(mask.hidden, 0), layers)
         x = x.to(self.norm.weight.dtype)  # residuals keep full precision under autocast
         prefix = self.prefix(scheme, layers)  # (0 to 2, D)
@@ -517,7 +502,7 @@ class MtM(nn.Module):
         trained = train and torch.is_grad_enabled()
         with nullcontext() if train else evaluating(self), torch.set_grad_enabled(trained):
             if layers.direct is not None and layers.direct.readout is not None:
-                x = masked_input(given, layers.mean, mask.hidden)
+                x = direct_paths.masked_input(given, layers.mean, mask.hidden)
                 found.append(layers.direct.population_latents(x, mask.hidden)[:, 0])
             if encoder or not found:
                 x = self.encode(self.embed(given, None, mask, session))
@@ -542,8 +527,9 @@ class MtM(nn.Module):
         if mask is not None and not self.causal:
             mask = replace(mask, causal=False)
         given = torch.as_tensor(counts, device=self.device)
+        batch = Batch(given, scheme, mask or nothing_hidden(given), session)
         with evaluating(self), torch.no_grad():
-            encoded, direct = self.parts(given, scheme, mask, session, neurons)
+            encoded, direct = self.parts(batch, neurons)
         first, second = self.calibration.get(session, {}).get(scheme or "", (1.0, 1.0))
         if first != 1:
             mean = self.session_layers(session).mean.log()  # (N,)
@@ -575,7 +561,8 @@ class MtM(nn.Module):
             log_means = torch.from_numpy(log_mean(counts)).float()  # a silent neuron: half a spike
             stitched = config.tokenizer == "ndt1" and config.input_counts == "scaled"
             if ours and (stitched or config.latents):
-                components = principal_components(np.asarray(counts), log_means.exp())
+                given = np.asarray(counts), log_means.exp()
+                components = direct_paths.principal_components(*given)
         layers = SessionLayers(n_neurons, config)
         if counts is not None:
             layers.init_from_means(log_means, predict=ours)

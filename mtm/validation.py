@@ -19,7 +19,7 @@ from mtm.distributed import autocast
 from mtm.inputs import SessionError
 from mtm.masks import MTM_SCHEMES, NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import LOG2, masked_nll
-from mtm.model import MtM
+from mtm.model import Batch, MtM
 from mtm.prediction import PredictorLike, predict_masked, unobserved
 from mtm.recipes import TrainConfig
 from mtm.session import Session
@@ -86,10 +86,10 @@ def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> N
         for name in config.schemes:
             found = []
             for counts, mask, encoded, direct in _predict_validation(model, one, name, config):
-                parts = (mean.expand_as(counts), encoded - mean, direct + 0 * encoded, counts)
+                parts = (mean.expand_as(counts), counts, encoded - mean, direct + 0 * encoded)
                 found.append(torch.stack([part[mask.target] for part in parts]).double())
-            start, *x, y = torch.cat(found, dim=1)
-            factors, x = torch.ones_like(y[:2]), torch.stack(x)  # (2,), (2, entries)
+            whole = torch.cat(found, dim=1)
+            start, y, x, factors = whole[0], whole[1], whole[2:], torch.ones(2).to(whole)
             for _ in range(NEWTON_STEPS):  # the loss is convex
                 rates = (start + factors @ x).exp()
                 slope = x @ (rates - y) + (factors - 1) / PRIOR**2
@@ -114,7 +114,7 @@ def _predict_validation(
         for regions in labels:
             mask = one.mask(sampler, name, counts, trials, regions)
             with autocast(model.device, config.precision):
-                encoded, direct = model.parts(counts, name, mask, one.name)
+                encoded, direct = model.parts(Batch(counts, name, mask, one.name))
             yield counts, mask, encoded.float(), direct
 
 

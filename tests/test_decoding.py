@@ -6,6 +6,7 @@ import torch
 from scipy.ndimage import gaussian_filter1d
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import confusion_matrix, r2_score
+from sklearn.model_selection import GridSearchCV, KFold
 
 from mtm import Session, SessionError, decode, decode_by_region, decoding, oracle
 from mtm.decoding import principal_axes
@@ -114,30 +115,31 @@ def test_errors(session):
             decode(session.counts + 0.0, bad, name)
 
 
-def test_features_are_rates_latents_or_what_cross_validates_better(trained, sessions, session):
+def test_latents_are_decoded_as_scikit_learn_does_and_decoders_averaged(trained, sessions, session):
     name = "wheel-speed"
     found = {
         features: decode(trained, sessions[0], name, features=features)[name]
-        for features in (*decoding.FEATURES, "auto")
+        for features in decoding.FEATURES
     }
-    assert found["auto"].score == found[found["auto"].features].score
+    names = [one.features for one in found.values()]
+    assert names == ["rates", "latents", "latents and encoder"]
     assert str(decode(trained, sessions[0], name)[name]) == str(found["auto"])
-    # Ridge on smoothed latents, by hand: one of the widths and penalties gives the score. The
-    # encoder's output stands beside the latents.
+    # By hand, on all features: a ridge for each width. The encoder's output stands beside latents.
     split, y = sessions[0].split(), sessions[0].behaviour[name]
     trials = np.concatenate(split[:2])
     counts = torch.from_numpy(sessions[0].counts).float()
-    model = trained.model
-    for features, widths in (("latents", decoding.WIDTHS), ("encoder", (decoding.ENCODER_WIDTH,))):
-        z = model.latents(counts, sessions[0].name, encoder=features == "encoder").double().numpy()
-        scores = []
-        for width in widths:
-            x = gaussian_filter1d(z, width, axis=1, mode="nearest") if width else z
-            x = x.reshape(len(x), -1)
-            for alpha in decoding.RIDGE_PENALTIES:
-                guess = Ridge(alpha=alpha).fit(x[trials], y[trials]).predict(x[split.test])
-                scores.append(r2_score(y[split.test].ravel(), guess.ravel()))
-        assert np.abs(np.array(scores) - found[features].score).min() < 1e-5
+    model, guesses = trained.model, []
+    widths = [(False, width) for width in decoding.WIDTHS] + [(True, decoding.ENCODER_WIDTH)]
+    for encoder, width in widths:
+        z = model.latents(counts, sessions[0].name, encoder=encoder).double().numpy()
+        x = gaussian_filter1d(z, width, axis=1, mode="nearest") if width else z
+        x = x.reshape(len(x), -1)
+        how = {"cv": KFold(4, shuffle=True, random_state=0), "scoring": "neg_mean_squared_error"}
+        ridge = GridSearchCV(Ridge(), {"alpha": decoding.RIDGE_PENALTIES}, **how)
+        guesses.append(ridge.fit(x[trials], y[trials]).predict(x[split.test]))
+    for features, some in (("latents", guesses[:-1]), ("auto", guesses)):
+        by_hand = r2_score(y[split.test].ravel(), np.mean(some, axis=0).ravel())
+        assert found[features].score == pytest.approx(by_hand, abs=1e-5)
     both = model.latents(counts, sessions[0].name, encoder=True).double().numpy()
     np.testing.assert_allclose(both[..., : model.config.latents], model.latents(counts, "sim-3-0"))
     # A decoder of one region does not see the others, and a function has no latents.
