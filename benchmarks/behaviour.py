@@ -10,6 +10,7 @@ Results: results/behaviour.json and .md.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import common
@@ -40,8 +41,7 @@ def scores_of(session: mtm.Session, model: mtm.MtM, seed: int) -> list[dict[str,
 
 def main() -> None:
     """Read the command line, run, write the tables."""
-    options = common.parser(__doc__, "behaviour").parse_args()
-    rows = []
+    options, rows = common.parser(__doc__, "behaviour").parse_args(), []
     sessions = common.recordings(options.folder, options.recordings)
     several = {session.name for session in common.recordings(options.folder)}
     for session in sessions:
@@ -50,7 +50,11 @@ def main() -> None:
                 how = {"depth": options.depth, "epochs": options.epochs, "progress": False}
                 mtm.save(mtm.fit(session, seed=seed, **how), kept)
             rows += scores_of(session, mtm.load(kept), seed)
-    table = pd.DataFrame(rows)
+    write(pd.DataFrame(rows), sessions, options)
+
+
+def write(table: pd.DataFrame, sessions: list[mtm.Session], options: argparse.Namespace) -> None:
+    """Write and print the scores, their means over seeds, and those over recordings."""
     each = table.groupby(["recording", "behaviour"], sort=False)[list(COLUMNS)].mean()
     means = each.groupby("behaviour").mean()
     facts = common.described(sessions, options)

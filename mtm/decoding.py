@@ -104,8 +104,8 @@ def decode(
         prompt: masking scheme whose prompt a model gets. Default, as in the paper: "neuron" for
             classes and numbers, "causal" for traces, "intra-region" with ``region``.
         features: what is decoded: the predicted log-"rates" (the paper); the model's "latents"
-            (:meth:`mtm.MtM.latents`), smoothed by Gaussians of several widths; or "auto", these and
-            the output of the encoder. Each width has a decoder, and what they predict is averaged.
+            (:meth:`mtm.MtM.latents`), averaging decoders of latents smoothed by Gaussians of four
+            widths; or "auto", averaging this with a decoder of latents and the encoder's output.
             Default: "auto" for models with latents, else "rates".
         kinds: behaviour -> "classes" or "number". Default: words, booleans and whole numbers of at
             most 10 different values are classes.
@@ -192,14 +192,14 @@ class Decoder:
         if self.read != "rates":
             sources = [("latents", width) for width in WIDTHS]
             sources += [("encoder", ENCODER_WIDTH)] * (self.read == "auto")
-        order = np.random.default_rng(0).permutation(len(y))
-        guess, shuffled = (
-            decided(np.mean([self.fit(each, target, values)[1] for each in sources], axis=0), kind)
-            for values in (y, y[order])
-        )
+        weights = [len(WIDTHS) if name == "encoder" else 1 for name, _ in sources]
+        guesses = []
+        for order in (np.arange(len(y)), np.random.default_rng(0).permutation(len(y))):
+            each = [self.fit(source, target, y[order])[1] for source in sources]
+            guesses.append(decided(np.average(each, axis=0, weights=weights), kind))
         read = "latents and encoder" if self.read == "auto" else self.read
-        others = {"shuffled": score(truth, shuffled, kind)}
-        return self.scored(behaviour, target, guess, read, others)
+        others = {"shuffled": score(truth, guesses[1], kind)}
+        return self.scored(behaviour, target, guesses[0], read, others)
 
     def scored(
         self, behaviour: str, target: Target, guess: np.ndarray, read: str, others: dict[str, float]
