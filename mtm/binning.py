@@ -115,8 +115,8 @@ def bin_trace(
     mean = np.diff(integral) / np.diff(edges)
     start, stop = edges[:, :-1], edges[:, 1:]
     unknown = (start < t[0] - snap) | (stop > t[-1] + snap)
-    # A bin is unknown, too, if a long gap overlaps it: then the number of long gaps before the last
-    # sample at its start and before the first at its end differ.
+    # A bin is also unknown if a long gap lies between the last sample before its start and the
+    # first after its end.
     long_gaps = np.concatenate([[0], np.cumsum(gaps > max_gap + snap)])
     after = np.searchsorted(t[:-1], stop - snap)
     before = np.maximum(np.searchsorted(t[:-1], start + snap, side="right") - 1, 0)

@@ -36,6 +36,7 @@ RIDGE_PENALTIES = np.logspace(-3, 6, 10)  # alpha of the ridge regression
 FEATURES = ("rates", "latents", "auto")
 WIDTHS = (0, 1, 2, 4)  # bins, standard deviations of the Gaussians that smooth
 ENCODER_WIDTH = 1  # bins, of the Gaussian that smooths the encoder's output
+STEEPNESS = 10  # of weights: a decoder of 10 % more cross-validated loss weighs 0.4 times as much
 Source = tuple[str, Any]  # ("rates", prompt); or "latents", "encoder" or "counts", and a width
 _CONTROLS: dict[str, dict[str, float]] = {}  # cache: hash of the data -> scores of the controls
 
@@ -45,9 +46,9 @@ class Decoded:
     """How well one behaviour was decoded, and the controls.
 
     ``others`` holds ``shuffled`` (fitted to shuffled trials), ``raw_counts``, ``smoothed_counts``
-    (by the Gaussian that cross-validates best); of classes, ``balanced_accuracy`` (mean over those
-    of the test trials) and ``majority`` (the most frequent class); of the choice, where contrast is
-    known, ``stimulus_only`` and ``stimulus_only_balanced``; of a number, ``mean``; of a trace,
+    (by the Gaussian that cross-validates best); of classes, ``balanced_accuracy`` (mean recall)
+    and ``majority`` (the most frequent class); of the choice, where contrast is known,
+    ``stimulus_only`` and ``stimulus_only_balanced``; of a number, ``mean``; of a trace,
     ``time_course``. R2 of a trace is over all bins: the mean time course counts as explained.
     """
 
@@ -93,7 +94,7 @@ def decode(
     """Decode behaviours of a session: name -> scores and controls.
 
     Classes are decoded with logistic regression, numbers and traces with ridge regression, all bins
-    of a trace at once. Cross-validation is by the log-likelihood of classes, and by squared errors.
+    of a trace at once. Cross-validation scores the log-likelihood of classes, else squared errors.
     Trials without a value (NaN, or an empty word) are left out, and so is a choice of 0 beside -1
     and +1, which means no response.
 
@@ -101,12 +102,14 @@ def decode(
         predictor, session, split_seed, batch_size, allow_seen: as in :func:`mtm.evaluate`.
         behaviours: a name or several. Default: ``choice`` where known, and all traces.
         region: show the predictor this region only, and decode from its neurons.
-        prompt: masking scheme whose prompt a model gets. Default, as in the paper: "neuron" for
-            classes and numbers, "causal" for traces, "intra-region" with ``region``.
+        prompt: masking scheme whose prompt a model gets when it predicts rates. Default, as in the
+            paper: "neuron" for classes and numbers, "causal" for traces, "intra-region" with
+            ``region``.
         features: what is decoded: the predicted log-"rates" (the paper); the model's "latents"
-            (:meth:`mtm.MtM.latents`), averaging decoders of latents smoothed by Gaussians of four
-            widths; or "auto", averaging this with a decoder of latents and the encoder's output.
-            Default: "auto" for models with latents, else "rates".
+            (:meth:`mtm.MtM.latents`), smoothed by Gaussians of four widths; or "auto", these and
+            latents beside the encoder's output. Several decoders are averaged, those of less
+            cross-validated loss with more weight. Default: "auto" for models with latents, "rates"
+            for others and with a ``prompt``.
         kinds: behaviour -> "classes" or "number". Default: words, booleans and whole numbers of at
             most 10 different values are classes.
 
@@ -115,8 +118,8 @@ def decode(
             behaviour that does not vary in the test trials.
         ValueError: as from :func:`mtm.evaluate`, or for unknown features or prompt.
     """
-    if features not in (None, *FEATURES):
-        raise ValueError(f"features must be one of {FEATURES}, got {features!r}")
+    if features not in (None, *FEATURES[: None if prompt is None else 1]):
+        raise ValueError(f"features: {FEATURES}, or with a prompt 'rates'; got {features!r}")
     options = region, prompt, features or "", kinds, split_seed, batch_size, allow_seen
     decoder = Decoder(prediction.as_predictor(predictor, session), session, *options)
     names = decodable(session) if behaviours is None else behaviours
@@ -173,13 +176,13 @@ class Decoder:
         self.trials = np.concatenate(split)  # (K,) training, validation, then test trials
         self.n_train = len(split.train)
         self.is_test = np.isin(self.trials, split.test)
-        regions = self.session.regions
-        self.inside = (regions == self.region) | (self.region is None)  # (N,)
+        self.inside = (self.session.regions == self.region) | (self.region is None)  # (N,)
         if not self.inside.any():
             known = ", ".join(self.session.region_names) or "none"
             problem = f"session {self.session.name!r} has no region {self.region!r}"
             raise SessionError(f"{problem}; known: {known}")
-        self.read = self.read or ("auto" if prediction.has_latents(self.predictor) else "rates")
+        latent = prediction.has_latents(self.predictor) and self.prompt is None
+        self.read = self.read or ("auto" if latent else "rates")
         self._latents: dict[str, np.ndarray] = {}  # "latents", "encoder" -> (K, T, R)
         self._features: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -192,11 +195,13 @@ class Decoder:
         if self.read != "rates":
             sources = [("latents", width) for width in WIDTHS]
             sources += [("encoder", ENCODER_WIDTH)] * (self.read == "auto")
-        weights = [len(WIDTHS) if name == "encoder" else 1 for name, _ in sources]
+        prior = np.array([len(WIDTHS) if name == "encoder" else 1 for name, _ in sources])
         guesses = []
         for order in (np.arange(len(y)), np.random.default_rng(0).permutation(len(y))):
-            each = [self.fit(source, target, y[order])[1] for source in sources]
-            guesses.append(decided(np.average(each, axis=0, weights=weights), kind))
+            fits = [self.fit(source, target, y[order]) for source in sources]
+            loss = np.array([-value for value, _ in fits]) + 1e-12
+            weights = prior * (loss.min() / loss) ** STEEPNESS
+            guesses.append(decided(np.average([each for _, each in fits], 0, weights), kind))
         read = "latents and encoder" if self.read == "auto" else self.read
         others = {"shuffled": score(truth, guesses[1], kind)}
         return self.scored(behaviour, target, guesses[0], read, others)
@@ -251,7 +256,8 @@ class Decoder:
         known, stimulus = self.session.behaviour, None
         if behaviour == "choice" and "contrast" in known:  # contrast, its side, prior of the block
             contrast = known["contrast"]
-            columns = [contrast, np.sign(contrast), known.get("block", 0 * contrast)]
+            block = np.unique(known.get("block", 0 * contrast), return_inverse=True)[1]
+            columns = [contrast, np.sign(contrast), block]
             stimulus = np.nan_to_num(np.stack(columns, axis=1).astype(np.float64))[self.trials]
         counts = self.session.counts[self.trials][:, :, self.inside]
         key = joblib.hash((counts, self.session.observed, self.is_test, target, stimulus))

@@ -59,11 +59,11 @@ def stitcher_weights(directions: Tensor, n_outputs: int) -> Tensor:
 
 @torch.no_grad()
 def init_direct_paths(layers: Any, counts: np.ndarray) -> None:
-    """Start the direct paths of an imported session at its training trials (K, T, N).
+    """Start the layers of a session that a model knows from its training trials (K, T, N).
 
-    ``layers`` are the session's. Does nothing where there are no paths, or they have started.
+    Does nothing where nothing depends on mean counts, or they are known.
     """
-    if layers.raw and layers.direct is not None and not layers.mean.any():
+    if hasattr(layers, "mean") and not layers.mean.any():
         layers.mean.copy_(torch.from_numpy(log_mean(counts)).float().exp())
         layers.init_from_components(*principal_components(counts, layers.mean))
 
@@ -156,7 +156,7 @@ class DirectPaths(nn.Module):
         z = (x @ self.loadings.T)[:, None]
         if kernels is not None:  # linear, so it does not matter that they average afterwards
             z = torch.cat([z, kernels @ z], dim=1)
-        # V: for each neuron, in how many of the bins that are not hidden whole it is visible.
+        # V: each neuron's share of visible bins, among the bins that are not hidden whole.
         n_bins = (~hidden).any(dim=2).sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
         visible = (~hidden).sum(dim=1) / n_bins  # (B, N)
         precision = (visible[:, None] * self.loadings) @ self.loadings.T  # (B, R, R)

@@ -46,8 +46,8 @@ def evaluate(
             log-rates``; log-rates broadcastable to (K, T, N); or a mapping from session names.
         sessions: one recording or several. :class:`mtm.Sessions` are read from disk one by one.
         tasks: some of :data:`mtm.prediction.TASKS`, of masking schemes (such as one of yours: what
-            it hides is scored), and of behaviours; those that some of several sessions lack are
-            left out there. Default: all activity tasks and behaviours that can be scored.
+            it hides is scored), and of behaviours, which are left out for sessions that lack them.
+            Default: all activity tasks and behaviours that can be scored.
         trials: indices of the scored trials, of one session only. Default: the test trials of
             ``session.split``. Behaviour is left out with other trials: :func:`mtm.decode` fits its
             decoders to all but the test trials.

@@ -121,6 +121,23 @@ def checked_array(
     return found
 
 
+def checked_parts(given: Sequence[ArrayLike], n_trials: int) -> list[np.ndarray]:
+    """Sorted indices of the trials of each part of a split, of which no two share a trial."""
+    every = np.arange(n_trials)
+    parts = [every[part if part.size else []] for part in map(np.asarray, given)]
+    if len(set().union(*parts)) < sum(map(len, parts)):
+        raise ValueError("given_split: a trial is there twice; keep parts apart")
+    return [np.sort(part) for part in parts]
+
+
+def checked_ids(given: ArrayLike, n_trials: int, n_recorded: int) -> np.ndarray:
+    """Numbers (K,) int64 of trials in the whole recording."""
+    ids = checked_array("trial_ids", given, (n_trials,)).astype(np.int64)
+    if ids.size and not (0 <= ids.min() and ids.max() < n_recorded):
+        raise ValueError(f"trial_ids: need numbers from 0 to n_recorded - 1, {n_recorded - 1}")
+    return ids
+
+
 def check_counts(who: str, values: Any) -> np.ndarray:
     """Counts (K, T, N) as uint8 or uint16, copied unless they are on disk."""
     counts, names = plain(values), getattr(values, "dims", None)

@@ -1,8 +1,8 @@
 """Scores of predicted spike counts: Poisson likelihood, bits per spike, deviance, R2.
 
 Predictions are log-rates: logs of the expected count of each bin. Scores take log-rates and counts
-of the same shape (..., N), as arrays or tensors on the CPU, and return one value per neuron, (N,):
-NaN without spikes, or, for D2 and R2, where counts never vary.
+of the same shape (..., N), as arrays or tensors on the CPU, and return (N,) unless noted: bits per
+spike are NaN without spikes, D2 and R2 where counts never vary.
 
 Sources: Pei et al. 2021 (bits per spike); arXiv 2407.14668, section 4 and Figure 7 (both R2).
 """

@@ -76,7 +76,7 @@ class MtMConfig:
     own_history: bool = True  # direct path from each neuron's own counts to its log-rates
     latents: int = 32  # R, of the direct path from the population to the log-rates; 0: no path
     latent_dropout: float = 0.7  # of these latents
-    causal: bool = True  # in causal mode: to earlier bins only; False: full attention in every mode
+    causal: bool = True  # in causal mode, none to later bins; False: full attention in every mode
     activation: str = "gelu"  # of the MLPs
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class SessionLayers(nn.Module):
             self.register_buffer("mean", torch.zeros(n_neurons))
 
     def init_from_means(self, log_means: Tensor, predict: bool) -> None:
-        """Scale the input by mean counts, of which (N,) are the logs, and predict them at first."""
+        """Scale the input by mean counts, given their logs (N,); ``predict``: start at them."""
         if hasattr(self, "mean"):
             self.mean.copy_(log_means.exp())
         if predict and hasattr(self, "bias"):  # ndt2
@@ -535,8 +535,7 @@ class MtM(nn.Module):
             mean = self.session_layers(session).mean.log()  # (N,)
             mean = mean if neurons is None else mean[neurons, None]
             encoded = mean + first * (encoded - mean)
-        log_rates: Tensor = encoded + second * direct
-        return log_rates
+        return torch.add(encoded, second * direct)
 
     @torch.no_grad()
     def add_session(
@@ -604,7 +603,7 @@ class MtM(nn.Module):
         return self.norm.weight.device
 
     def n_parameters(self) -> dict[str, Any]:
-        """Parameters of each part, of the ``core`` (all parts), and of ``sessions``, by name."""
+        """Parameters of the shared parts, their sum ``core``, and ``sessions`` by name."""
         modules = {name: getattr(self, name) for name in ("tokenizer", "layers", "norm")}
         modules |= {name: self.session_layers(name) for name in self._keys}
         parts = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items()}

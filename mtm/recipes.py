@@ -35,7 +35,7 @@ class TrainConfig:
             sessions; the shared layers stay fixed), or "session-layers-then-all", the first fifth
             of the epochs.
         token: initial session token of a new session, see ``MtM.add_session``.
-        lr: peak learning rate of the one-cycle schedule.
+        lr: peak learning rate of torch's one-cycle schedule, which also cycles Adam's beta1.
         warmup: share of the steps in which the learning rate rises to its peak.
         weight_decay: of AdamW, applied to weight matrices.
         decay_all: apply weight decay to biases, norms and tokens as well.

@@ -99,16 +99,11 @@ class Session:
                     raise ValueError("observed: need True or False for each trial and neuron")
                 if not isinstance(counts, MemoryMapped):  # else it was done before saving
                     self.counts *= self.observed[:, None]
-            self.given_split = None
-            if given_split is not None:
-                every, given = np.arange(trials), map(np.asarray, given_split)
-                parts = [every[part if part.size else []] for part in given]
-                if len(set().union(*parts)) < sum(map(len, parts)):
-                    raise ValueError("given_split: a trial is there twice; keep parts apart")
-                self.given_split = Split(*map(np.sort, parts))
+            parts = given_split and inputs.checked_parts(given_split, trials)
+            self.given_split = Split(*parts) if parts else None
             self.n_recorded = trials if n_recorded is None else int(n_recorded)
             ids = np.arange(trials) if trial_ids is None else trial_ids
-            self.trial_ids = checked_array("trial_ids", ids, (trials,)).astype(np.int64)
+            self.trial_ids = inputs.checked_ids(ids, trials, self.n_recorded)
             if not self.bin_size > 0:
                 raise ValueError(f"bin_size: need seconds above 0, got {self.bin_size}")
             length = bins * self.bin_size
@@ -163,8 +158,8 @@ class Session:
     def split(self, seed: int = 0) -> Split:
         """Split the trials at random into 70 % training, 10 % validation and 20 % test trials.
 
-        The draw depends on the session's name and the seed alone, and is made among the trials of
-        the whole recording: a selection keeps each trial in its part. A given split is kept. A part
+        The draw depends on the session's name, the seed and the number of recorded trials alone: a
+        selection keeps each trial in its part. A given split is kept. A part
         without trials is an error, but for given test trials.
         """
         split = self.given_split
@@ -254,8 +249,8 @@ class Session:
                 0..N-1 for a list of ``regions``, the index of a Series, else all that fired.
             regions: label of each cluster: (N,) in that order, or a mapping from id to label.
             traces: name -> (sample times (S',) in seconds, values (S',)), averaged in each bin.
-            others: as in :class:`Session`. A Series with the cluster ids (or with the rows of
-                ``align_times``) in its index is taken by index.
+            others: as in :class:`Session`. A Series whose index has the cluster ids (or
+                is that of ``align_times``) is aligned by its index.
 
         Raises:
             SessionError: also where times seem to be in other units, or trials are there twice.

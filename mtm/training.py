@@ -45,8 +45,8 @@ def accumulate(
 ) -> Tensor:
     """Add the gradients of a step's loss to the parameters.
 
-    The loss is the sum over all targets or, with ``loss="mean"``, the mean over the ``n_batches``
-    of the whole step, of which ``batches`` may be this process's share.
+    The loss sums over all targets or, with ``loss="mean"``, averages the batches' means over
+    targets. The whole step has ``n_batches``, of which ``batches`` may be this process's share.
 
     Returns:
         the contribution of each of ``batches`` to the loss, (batches,), on the device.
@@ -302,7 +302,7 @@ def fit(
             A run that was stopped resumes when ``fit`` is called again with the same arguments; on
             a CPU it ends with exactly the weights of a run that was not stopped.
         restart: delete the run in the folder and start anew.
-        save_every: seconds between saves within an epoch, of four times the model's size.
+        save_every: seconds between saves within an epoch, each four times the model's size.
         progress: show progress.
         on_validation: called with the history after each validation, as ``mtm.plots.live()``.
         **changes: single settings of :class:`TrainConfig`.
@@ -346,7 +346,7 @@ def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -
 def _settings(sessions: list[Session], start: TrainConfig | str, changes: Any) -> TrainConfig:
     """Check that the sessions can be trained on together, and return the settings.
 
-    Where no session has a region, no default scheme needs regions.
+    Where no session has a region, schemes that need regions are dropped from the settings.
     """
     if not sessions:
         raise SessionError("no session to train on")

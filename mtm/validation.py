@@ -26,7 +26,7 @@ from mtm.session import Session
 
 VALIDATION_BATCH = 64  # validation trials that share a mask, whatever the batch size of training
 NEWTON_STEPS = 10  # of calibration
-PRIOR = 0.3  # standard deviation around 1 that factors of calibration have before validation
+PRIOR = 0.3  # prior standard deviation of factors of calibration, around 1
 VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
 
 
@@ -128,8 +128,8 @@ def score_scheme(
 ) -> pd.DataFrame:
     """Score what a scheme hides of neurons ``wanted`` (N,): a row for each, as of other tasks.
 
-    Each trial has a mask of its own. Trials differ in what is scored, so nothing is shuffled, and
-    ``visible`` is not known. ``null`` (N,) is each neuron's log mean in the training trials.
+    Each trial has a mask of its own, of the scheme's own ratio, so shuffled scores and ``visible``
+    are NaN. ``null`` (N,) is each neuron's log mean in the training trials.
     """
     config = getattr(getattr(predictor, "model", predictor), "config", None)
     sampler = MaskSampler([name], patch_size=getattr(config, "patch_size", 128))

@@ -25,7 +25,12 @@ def session():
         rng.poisson(np.exp(log_rates)),
         ["CA1", "CA1", "DG", "DG", "DG", "DG"],
         "s",
-        behaviour={"choice": choice, "contrast": rng.random(120), "trace": trace},
+        behaviour={
+            "choice": choice,
+            "contrast": rng.random(120),
+            "block": np.array(["left", "right"])[np.arange(120) // 60],  # words
+            "trace": trace,
+        },
         rates=np.exp(log_rates),
     )
 
@@ -128,7 +133,7 @@ def test_latents_are_decoded_as_scikit_learn_does_and_decoders_averaged(trained,
     split, y = sessions[0].split(), sessions[0].behaviour[name]
     trials = np.concatenate(split[:2])
     counts = torch.from_numpy(sessions[0].counts).float()
-    model, guesses = trained.model, []
+    model, guesses, losses = trained.model, [], []
     widths = [(False, width) for width in decoding.WIDTHS] + [(True, decoding.ENCODER_WIDTH)]
     for encoder, width in widths:
         z = model.latents(counts, sessions[0].name, encoder=encoder).double().numpy()
@@ -137,8 +142,11 @@ def test_latents_are_decoded_as_scikit_learn_does_and_decoders_averaged(trained,
         how = {"cv": KFold(4, shuffle=True, random_state=0), "scoring": "neg_mean_squared_error"}
         ridge = GridSearchCV(Ridge(), {"alpha": decoding.RIDGE_PENALTIES}, **how)
         guesses.append(ridge.fit(x[trials], y[trials]).predict(x[split.test]))
-    latents = np.mean(guesses[:-1], axis=0)
-    for features, guess in (("latents", latents), ("auto", (latents + guesses[-1]) / 2)):
+        losses.append(-ridge.best_score_)
+    n_widths = len(decoding.WIDTHS)
+    weights = np.array([1] * n_widths + [n_widths]) / np.array(losses) ** 10
+    for features, n in (("latents", n_widths), ("auto", n_widths + 1)):
+        guess = np.average(guesses[:n], axis=0, weights=weights[:n])
         by_hand = r2_score(y[split.test].ravel(), guess.ravel())
         assert found[features].score == pytest.approx(by_hand, abs=1e-5)
     both = model.latents(counts, sessions[0].name, encoder=True).double().numpy()
@@ -147,6 +155,9 @@ def test_latents_are_decoded_as_scikit_learn_does_and_decoders_averaged(trained,
     region = sessions[0].region_names[0]
     alone = decode(trained, sessions[0], name, region=region, features="latents")[name]
     assert alone.score < found["latents"].score
+    assert decode(trained, sessions[0], name, prompt="causal")[name].features == "rates"
+    with pytest.raises(ValueError, match="with a prompt 'rates'; got 'latents'"):
+        decode(trained, sessions[0], name, prompt="causal", features="latents")
     with pytest.raises(ValueError, match="no latents to decode from"):
         decode(lambda counts, *_: counts + 0.0, session, "choice", features="latents")
 

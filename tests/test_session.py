@@ -83,6 +83,7 @@ def test_axes_with_names_must_be_in_order():
         ({"behaviour": {"wheel": np.zeros((20, 4))}}, "behaviour 'wheel': .* or .20, 5.*20, 4"),
         ({"neurons": {"depth": np.zeros(3)}}, "neurons 'depth': need shape .4,., got .3,."),
         ({"given_split": ([0], [1], [1])}, "given_split: a trial is there twice; keep parts apart"),
+        ({"trial_ids": range(1, 21)}, "trial_ids: need numbers from 0 to n_recorded - 1, 19"),
     ],
 )
 def test_errors_name_the_session_and_the_field(changes, message):

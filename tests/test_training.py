@@ -138,6 +138,18 @@ def test_weight_decay_is_for_matrices_unless_the_recipe_says_all(small):
     assert len(everything["params"]) == len(list(model.parameters()))
 
 
+def test_a_model_made_with_its_sessions_learns_their_means(small):
+    sizes = MtMConfig.from_depth(1)
+    known = {small[0].name: small[0].n_neurons}
+    made = MtM(sizes, small[0].n_bins, known, bin_size=small[0].bin_size)
+    how = {**ON, "prompt": False}
+    first, second = (fit(small[0], start, **how).model for start in (made, sizes))
+    means = [model.session_layers(small[0].name).mean for model in (first, second)]
+    assert torch.equal(*means) and bool(means[0].all())
+    log_rates = first.predict_log_rates(small[0].counts, "neuron", None, small[0].name)
+    assert bool(log_rates.isfinite().all())
+
+
 # ----------------------------------------------------------------------------------------- the loop
 
 
