@@ -199,7 +199,7 @@ class Decoder:
         guesses = []
         for order in (np.arange(len(y)), np.random.default_rng(0).permutation(len(y))):
             fits = [self.fit(source, target, y[order]) for source in sources]
-            loss = np.array([-value for value, _ in fits]) + 1e-12
+            loss = np.maximum([-value for value, _ in fits], np.finfo(float).tiny)
             weights = prior * (loss.min() / loss) ** STEEPNESS
             guesses.append(decided(np.average([each for _, each in fits], 0, weights), kind))
         read = "latents and encoder" if self.read == "auto" else self.read
@@ -367,10 +367,11 @@ def principal_axes(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.nd
     Decoders with a squared penalty and a free intercept only use inner products of centred
     features, which projections on the training trials' principal axes keep.
     """
-    mean = x.mean(axis=0)
-    x = x - mean
+    x, x_test = x - x.mean(axis=0), x_test - x.mean(axis=0)
+    if len(x) > x.shape[1]:
+        return x, x_test
     variances, vectors = np.linalg.eigh(x @ x.T)  # (K, K): quicker than of (F, F), or of x itself
     keep = variances > 1e-12 * variances.max()
     keep[-1] = True  # features that never vary are one column of zeros
     lengths = np.sqrt(variances[keep].clip(1e-300))
-    return vectors[:, keep] * lengths, (x_test - mean) @ x.T @ (vectors[:, keep] / lengths)
+    return vectors[:, keep] * lengths, x_test @ x.T @ (vectors[:, keep] / lengths)

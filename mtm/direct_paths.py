@@ -59,11 +59,11 @@ def stitcher_weights(directions: Tensor, n_outputs: int) -> Tensor:
 
 @torch.no_grad()
 def init_direct_paths(layers: Any, counts: np.ndarray) -> None:
-    """Start the layers of a session that a model knows from its training trials (K, T, N).
+    """Start the direct paths of an imported session from its training trials (K, T, N).
 
-    Does nothing where nothing depends on mean counts, or they are known.
+    ``layers`` are the session's. Does nothing where there are no paths, or they have started.
     """
-    if hasattr(layers, "mean") and not layers.mean.any():
+    if layers.raw and layers.direct is not None and not layers.mean.any():
         layers.mean.copy_(torch.from_numpy(log_mean(counts)).float().exp())
         layers.init_from_components(*principal_components(counts, layers.mean))
 

@@ -128,6 +128,11 @@ class SessionLayers(nn.Module):
         if self.direct is not None or not self.raw:
             self.register_buffer("mean", torch.zeros(n_neurons))
 
+    @property
+    def blank(self) -> bool:
+        """Whether the neurons' means, by which the input is scaled, are not known yet."""
+        return not self.raw and not bool(self.mean.any())
+
     def init_from_means(self, log_means: Tensor, predict: bool) -> None:
         """Scale the input by mean counts, given their logs (N,); ``predict``: start at them."""
         if hasattr(self, "mean"):
@@ -544,14 +549,14 @@ class MtM(nn.Module):
         """Make layers and a token for a recording that the model does not know.
 
         Args:
-            name: a name that no other session has.
+            name: a name that no other session has, unless it was added without counts.
             n_neurons: N.
             counts: (K, T, N) spike counts of its training trials. Their means scale the input.
                 Unless ``init="paper"``, predictions start at the means, and maps of scaled counts
                 at the principal components. Default: means of 0, and a random start.
             token: the session token starts ``"new"``, at random, or at the ``"mean"`` of others.
         """
-        if name in self._keys:
+        if name in self._keys and not self.session_layers(name).blank:
             raise ValueError(f"session {name!r} is in the model already")
         if token != "new" and (token != "mean" or not self.sessions):
             raise ValueError(f"token must be 'new', or 'mean' of others if any; got {token!r}")

@@ -99,8 +99,8 @@ class Session:
                     raise ValueError("observed: need True or False for each trial and neuron")
                 if not isinstance(counts, MemoryMapped):  # else it was done before saving
                     self.counts *= self.observed[:, None]
-            parts = given_split and inputs.checked_parts(given_split, trials)
-            self.given_split = Split(*parts) if parts else None
+            parts = None if given_split is None else inputs.checked_parts(given_split, trials)
+            self.given_split = None if parts is None else Split(*parts)
             self.n_recorded = trials if n_recorded is None else int(n_recorded)
             ids = np.arange(trials) if trial_ids is None else trial_ids
             self.trial_ids = inputs.checked_ids(ids, trials, self.n_recorded)

@@ -43,13 +43,10 @@ from mtm.validation import calibrate, make_sampler, seed_of, validate
 def accumulate(
     model: MtM, batches: list[Batch], config: TrainConfig, n_batches: int | None = None
 ) -> Tensor:
-    """Add the gradients of a step's loss to the parameters.
+    """Add the gradients of a step's loss; return what each of ``batches`` contributes to it.
 
     The loss sums over all targets or, with ``loss="mean"``, averages the batches' means over
     targets. The whole step has ``n_batches``, of which ``batches`` may be this process's share.
-
-    Returns:
-        the contribution of each of ``batches`` to the loss, (batches,), on the device.
     """
     if not batches:
         return torch.zeros(0, device=model.device)
@@ -344,10 +341,7 @@ def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -
 
 
 def _settings(sessions: list[Session], start: TrainConfig | str, changes: Any) -> TrainConfig:
-    """Check that the sessions can be trained on together, and return the settings.
-
-    Where no session has a region, schemes that need regions are dropped from the settings.
-    """
+    """Return the settings of sessions that go together; without regions, without their schemes."""
     if not sessions:
         raise SessionError("no session to train on")
     if others := [type(each).__name__ for each in sessions if not isinstance(each, Session)]:
@@ -402,7 +396,7 @@ def _build(
     model.split_seed, model.window = config.split_seed, first.window
     for one in data:
         counts = one.session.filled(one.train)
-        if one.name not in model.session_names:
+        if one.name not in model.session_names or model.session_layers(one.name).blank:
             model.add_session(one.name, one.session.n_neurons, counts, config.token)
         else:
             init_direct_paths(model.session_layers(one.name), counts)

@@ -1,4 +1,4 @@
-"""Scores of the entries that a masking scheme hides: in validation, for calibration, by neuron.
+"""Scores of what a masking scheme hides: in validation, by neuron; and calibration.
 
 Every call hides the same entries, so scores can be compared over time and between models.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 from mtm import distributed, metrics
@@ -25,7 +26,6 @@ from mtm.recipes import TrainConfig
 from mtm.session import Session
 
 VALIDATION_BATCH = 64  # validation trials that share a mask, whatever the batch size of training
-NEWTON_STEPS = 10  # of calibration
 PRIOR = 0.3  # prior standard deviation of factors of calibration, around 1
 VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
 
@@ -75,8 +75,7 @@ def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> N
 
     Models that overfit are too sure of what they predict, those with much dropout not enough, and
     the encoder overfits more than the direct paths. The factors multiply what the two add to the
-    mean log-rates. They maximise the likelihood of the validation trials, times a normal prior
-    around 1. Compare temperature scaling (Guo et al. 2017).
+    mean log-rates. Compare temperature scaling (Guo et al. 2017).
     """
     for one in data:
         layers = model.session_layers(one.name)
@@ -87,15 +86,25 @@ def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> N
             found = []
             for counts, mask, encoded, direct in _predict_validation(model, one, name, config):
                 parts = (mean.expand_as(counts), counts, encoded - mean, direct + 0 * encoded)
-                found.append(torch.stack([part[mask.target] for part in parts]).double())
-            whole = torch.cat(found, dim=1)
-            start, y, x, factors = whole[0], whole[1], whole[2:], torch.ones(2).to(whole)
-            for _ in range(NEWTON_STEPS):  # the loss is convex
-                rates = (start + factors @ x).exp()
-                slope = x @ (rates - y) + (factors - 1) / PRIOR**2
-                curvature = (x * rates) @ x.T + torch.eye(2).to(x) / PRIOR**2
-                factors = factors - torch.linalg.solve(curvature, slope)
-            model.calibration[one.name][name] = factors.tolist()
+                found.append(torch.stack([part[mask.target] for part in parts]).cpu().double())
+            whole = torch.cat(found, dim=1).numpy()
+            model.calibration[one.name][name] = fit_factors(whole[0], whole[2:], whole[1]).tolist()
+
+
+def fit_factors(start: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Fit factors f (2,) from 0 to 2 of terms x (2, n): counts y (n,) have rates exp(start + f x).
+
+    They maximise the likelihood, times a normal prior around 1.
+    """
+
+    def loss(f: np.ndarray) -> tuple[float, np.ndarray]:
+        log_rates, away = start + f @ x, (f - 1) / PRIOR**2
+        rates = np.exp(log_rates)
+        value = (rates - y * log_rates).sum() + 0.5 * away @ (f - 1)
+        return value, x @ (rates - y) + away
+
+    found: np.ndarray = minimize(loss, np.ones(2), jac=True, bounds=[(0, 2)] * 2, tol=1e-12).x
+    return found
 
 
 def _predict_validation(

@@ -162,6 +162,25 @@ def test_latents_are_decoded_as_scikit_learn_does_and_decoders_averaged(trained,
         decode(lambda counts, *_: counts + 0.0, session, "choice", features="latents")
 
 
+def test_probabilities_of_classes_are_averaged_and_the_better_decoder_weighs_more(
+    trained, sessions, monkeypatch
+):
+    """Of two classes, a good decoder of the encoder outvotes those of the latents."""
+    scores = {"latents": -1.1, "encoder": -1.0}
+
+    def fit(decoder, source, target, y):
+        probability = 0.2 if source[0] == "latents" else 0.75
+        return scores.get(source[0], -1.0), np.tile(
+            [1 - probability, probability], (len(target.truth), 1)
+        )
+
+    monkeypatch.setattr(decoding.Decoder, "fit", fit)
+    right = (sessions[0].behaviour["choice"][sessions[0].split().test] > 0).mean()
+    assert decode(trained, sessions[0], "choice")["choice"].score == pytest.approx(right)
+    scores["encoder"] = -1.2  # now 0.75 weighs less than half
+    assert decode(trained, sessions[0], "choice")["choice"].score == pytest.approx(1 - right)
+
+
 @pytest.mark.parametrize("labels", [[0, 1, 2], [-1.0, 0.0, 1.0], ["no go", "left", "right"]])
 def test_classes_of_any_kind_are_decoded_as_scikit_learn_does(session, labels):
     rng = np.random.default_rng(3)
