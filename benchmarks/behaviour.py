@@ -3,9 +3,9 @@
     python benchmarks/behaviour.py FOLDER [--recordings NAME ...]
 
 FOLDER is that of real_data.py. Each recording has models of its own, trained with the recipe and
-kept in --work: one for each seed, where real_data.py has several, else one. Penalties, what is
-read, and when to stop are chosen on training and validation trials; scores are of the test trials.
-Results: results/behaviour.json and .md.
+kept in --work: one for each seed, where real_data.py has several, else one. Penalties, weights of
+decoders and when to stop are chosen on training and validation trials; scores are of the test
+trials. Results: results/behaviour.json and .md.
 """
 
 from __future__ import annotations

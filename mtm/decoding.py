@@ -47,7 +47,7 @@ class Decoded:
 
     ``others`` holds ``shuffled`` (fitted to shuffled trials), ``raw_counts``, ``smoothed_counts``
     (by the Gaussian that cross-validates best); of classes, ``balanced_accuracy`` (mean recall)
-    and ``majority`` (the most frequent class); of the choice, where contrast is known,
+    and ``majority`` (the most frequent class); of the choice, where signed ``contrast`` is known,
     ``stimulus_only`` and ``stimulus_only_balanced``; of a number, ``mean``; of a trace,
     ``time_course``. R2 of a trace is over all bins: the mean time course counts as explained.
     """
@@ -119,7 +119,7 @@ def decode(
         ValueError: as from :func:`mtm.evaluate`, or for unknown features or prompt.
     """
     if features not in (None, *FEATURES[: None if prompt is None else 1]):
-        raise ValueError(f"features: {FEATURES}, or with a prompt 'rates'; got {features!r}")
+        raise ValueError(f"features must be one of {FEATURES}, 'rates' with a prompt: {features!r}")
     options = region, prompt, features or "", kinds, split_seed, batch_size, allow_seen
     decoder = Decoder(prediction.as_predictor(predictor, session), session, *options)
     names = decodable(session) if behaviours is None else behaviours
@@ -178,9 +178,8 @@ class Decoder:
         self.is_test = np.isin(self.trials, split.test)
         self.inside = (self.session.regions == self.region) | (self.region is None)  # (N,)
         if not self.inside.any():
-            known = ", ".join(self.session.region_names) or "none"
-            problem = f"session {self.session.name!r} has no region {self.region!r}"
-            raise SessionError(f"{problem}; known: {known}")
+            known = f"no region {self.region!r}; known: {', '.join(self.session.region_names)}"
+            raise SessionError(f"session {self.session.name!r} has {known}")
         latent = prediction.has_latents(self.predictor) and self.prompt is None
         self.read = self.read or ("auto" if latent else "rates")
         self._latents: dict[str, np.ndarray] = {}  # "latents", "encoder" -> (K, T, R)
@@ -297,10 +296,11 @@ class Decoder:
         if values.ndim == 2:
             possible = ["trace"]
         elif values.dtype.kind in "bU" or (len(found) <= MOST_CLASSES and (found % 1 == 0).all()):
-            possible = ["classes", "number"]
+            possible = ["classes"] + ["number"] * (values.dtype.kind != "U")
         kind = (self.kinds or {}).get(behaviour, possible[0])
         if kind not in possible:
-            raise SessionError(f"{title} has shape {values.shape}, so its kind is not {kind!r}")
+            problem = f"{title} has {values.dtype} values of shape {values.shape}"
+            raise SessionError(f"{problem}, so its kind is not {kind!r}")
         if behaviour == "choice" and kind == "classes" and np.isin((-1, 1), values).all():
             usable &= values != 0  # no response
         values, is_test, names = values[usable], self.is_test[usable], []

@@ -75,7 +75,8 @@ def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> N
 
     Models that overfit are too sure of what they predict, those with much dropout not enough, and
     the encoder overfits more than the direct paths. The factors multiply what the two add to the
-    mean log-rates. Compare temperature scaling (Guo et al. 2017).
+    mean log-rates. Sessions that are not in ``data`` keep theirs. Compare temperature scaling (Guo
+    et al. 2017).
     """
     for one in data:
         layers = model.session_layers(one.name)

@@ -156,7 +156,7 @@ def test_latents_are_decoded_as_scikit_learn_does_and_decoders_averaged(trained,
     alone = decode(trained, sessions[0], name, region=region, features="latents")[name]
     assert alone.score < found["latents"].score
     assert decode(trained, sessions[0], name, prompt="causal")[name].features == "rates"
-    with pytest.raises(ValueError, match="with a prompt 'rates'; got 'latents'"):
+    with pytest.raises(ValueError, match="'rates' with a prompt: 'latents'"):
         decode(trained, sessions[0], name, prompt="causal", features="latents")
     with pytest.raises(ValueError, match="no latents to decode from"):
         decode(lambda counts, *_: counts + 0.0, session, "choice", features="latents")
