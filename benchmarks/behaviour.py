@@ -41,7 +41,8 @@ def scores_of(session: mtm.Session, model: mtm.MtM, seed: int) -> list[dict[str,
 
 def main() -> None:
     """Read the command line, run, write the tables."""
-    options, rows = common.parser(__doc__, "behaviour").parse_args(), []
+    options = common.parser(__doc__, "behaviour").parse_args()
+    rows = []
     sessions = common.recordings(options.folder, options.recordings)
     several = {session.name for session in common.recordings(options.folder)}
     for session in sessions:

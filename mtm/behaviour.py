@@ -1,8 +1,8 @@
 """Fine-tuning on a behaviour: a model goes on learning, with a linear readout of the behaviour.
 
 :func:`mtm.decode` reads a model as it is, as the paper does. Here the model learns to tell the
-behaviour too, as the MtM of BrainWideBench does. The readout starts as a linear
-decoder of the latents and the encoder's output.
+behaviour too, as the MtM of BrainWideBench does. The readout starts as a linear decoder of the
+latents and the encoder's output.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Behaviour from predicted activity: classes, numbers, and traces recorded bin by bin.
 
-Linear decoders read the log-rates that a model predicts for every bin and neuron, or the model's
-latents. They and their penalties are fitted on the training and validation trials, and scored on
-the test trials. Source of the choice and of traces: arXiv
-2407.14668, section 4, and the authors' final code.
+Linear decoders read the log-rates that a model predicts, or its latents. They and their penalties
+are fitted on the training and validation trials, and scored on the test trials. Source of the
+choice and of traces: arXiv 2407.14668, section 4, and the authors' final code.
 """
 
 from __future__ import annotations
@@ -118,7 +117,8 @@ def decode(
             behaviour that does not vary in the test trials.
         ValueError: as from :func:`mtm.evaluate`, or for unknown features or prompt.
     """
-    if features not in (None, *FEATURES[: None if prompt is None else 1]):
+    allowed = FEATURES if prompt is None else FEATURES[:1]  # rates alone depend on a prompt
+    if features not in (None, *allowed):
         raise ValueError(f"features must be one of {FEATURES}, 'rates' with a prompt: {features!r}")
     options = region, prompt, features or "", kinds, split_seed, batch_size, allow_seen
     decoder = Decoder(prediction.as_predictor(predictor, session), session, *options)

@@ -301,8 +301,9 @@ def queries_of(task: str, session: Session, wanted: np.ndarray) -> Queries:
         hidden = codes == np.unique(codes[wanted])[:, None]
         return Queries(hidden, hidden & wanted)
     each = np.eye(session.n_neurons, dtype=bool)[wanted]  # one neuron a query
-    outside = codes != codes[wanted][:, None]
-    return Queries(each, each) if task == "co-smoothing" else Queries(each | outside, each)
+    if task == "co-smoothing":
+        return Queries(each, each)
+    return Queries(each | (codes != codes[wanted][:, None]), each)  # intra-region
 
 
 def selected(which: ArrayLike | None, n: int) -> np.ndarray:
