@@ -1,16 +1,18 @@
-"""Our recipe with and without the direct paths, and with NDT2's tokens, on validation trials.
+"""Our recipe without parts of the direct paths, and with other settings, on validation trials.
 
     python benchmarks/direct_paths.py FOLDER [--recordings NAME ...]
 
-FOLDER is that of real_data.py. Out come results/direct_paths.json and .md. Takes half an hour.
+FOLDER is that of real_data.py. Out come results/direct_paths.json and .md. Takes two hours.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import common
 from recipe import trained
 
-VARIANTS = {
+PATHS: dict[str, dict[str, Any]] = {
     "ours": {},
     "no direct paths": {"own_history": False, "latents": 0},
     "own history alone": {"latents": 0},
@@ -18,24 +20,40 @@ VARIANTS = {
     "no dropout of latents": {"latent_dropout": 0.0},
     "NDT2, patches of neurons": {"tokenizer": "ndt2"},
 }
-RECORDINGS = ("03_Cori_2016-12-18", "07_Forssmann_2017-11-05")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "regions equally likely": {"regions_by_size": False},
+    "no input dropout": {"input_dropout": {"inter-region": 0.0}},
+    "neither of the two": {"regions_by_size": False, "input_dropout": {"inter-region": 0.0}},
+    "input dropout of causal masking, too": {"input_dropout": {"causal": 0.4}},
+    "64 latents": {"latents": 64},
+    "two layers": {"depth": 2},
+    "twice the epochs": {"epochs": 400},
+}
+RECORDINGS = (
+    "03_Cori_2016-12-18", "06_Forssmann_2017-11-04", "07_Forssmann_2017-11-05",
+    "09_Hench_2017-06-16",
+)  # fmt: skip
 
 
 def main() -> None:
-    """Read the command line, run, write the JSON and the table."""
+    """Read the command line, run, write the JSON and the tables."""
     arguments = common.parser(__doc__, "direct_paths")
     arguments.set_defaults(seeds=[0], recordings=RECORDINGS)
     options = arguments.parse_args()
     sessions = common.recordings(options.folder, options.recordings)
-    methods = {name: trained(VARIANTS[name]) for name in VARIANTS}
+    methods = {name: trained(how) for name, how in {**PATHS, **SETTINGS}.items()}
     common.run(sessions, methods, options.seeds, options.work, "val", common.FOUR)
     whole = common.table(sessions, methods, options.seeds, options.work)
     facts = common.described(sessions, options) | {"scores": whole}
     common.write_json(options.out / "direct_paths.json", facts)
     text = "# What the direct paths are worth\n\nValidation trials, bits per spike as in "
     text += "real_data.md. Made by `python benchmarks/direct_paths.py`.\n\n"
-    text += common.markdown("Mean over recordings", common.averages(whole))
-    text += "".join("\n" + common.markdown(name, tasks) for name, tasks in whole.items())
+    means = common.averages(whole)
+    for title, names in (("Mean over recordings", PATHS), ("One setting changed", SETTINGS)):
+        rows = ["ours", *(name for name in names if name != "ours")]
+        some = {task: {n: row[n] for n in rows if n in row} for task, row in means.items()}
+        text += common.markdown(title, some) + "\n"
+    text += "\n".join(common.markdown(name, tasks) for name, tasks in whole.items())
     (options.out / "direct_paths.md").write_text(text)
     print(text)
 

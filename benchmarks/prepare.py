@@ -7,7 +7,8 @@ a wheel at 100 samples a second, a camera at 60. `prepare` reads it through ONE'
 it and writes the session file, in a process of its own whose peak memory is thus its own. Python's
 profiler times the stages; what is in none of them is "rest" (ONE's look-up of files, checks of the
 session). Then one size after the other is halved and quartered. The files were just written, so
-that reading them is reading the page cache: a disk or a network adds its own.
+that reading them is reading the page cache: a disk or a network adds its own. Beside the binning
+stands its floor: the time in which memory reads the spikes and writes the counts once.
 """
 
 import cProfile
@@ -89,13 +90,22 @@ def measure(root: Path) -> dict:
     table = pstats.Stats(profiler).stats.items()
     spent = {name: row[3] for (file, _, name), row in table if "mtm" in Path(file).parts}
     stages = {stage: spent.get(name, 0.0) for stage, name in STAGES.items()}
+    n_spikes = sum(np.load(file).size for file in root.rglob("spikes.clusters.npy"))
+    moved = 12 * n_spikes + Session.load(path).counts.nbytes  # a spike: float64 and int32
     return {
         "seconds": total,
+        "floor_of_binning": moved / bandwidth(),
         "stages": stages | {"rest": total - sum(stages.values())},
         "peak_bytes": peak_bytes(),
         "peak_bytes_above_imports": peak_bytes() - before,
         "file_bytes": path.stat().st_size,
     }
+
+
+def bandwidth(n_bytes: int = 400_000_000) -> float:
+    """Bytes a second that numpy reads and writes when it copies; the best of three."""
+    source, target, cpu = np.ones(n_bytes // 8), np.ones(n_bytes // 8), torch.device("cpu")
+    return 2 * n_bytes / min(timed(lambda: np.copyto(target, source), cpu)[1][0] for _ in range(3))
 
 
 def run(spikes: int, trials: int, neurons: int) -> dict:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtm.inputs import SessionError
-from mtm.masks import Mask, MaskSampler
+from mtm.masks import MTM_SCHEMES, NO_REGION, Mask, MaskSampler, scheme
 from mtm.metrics import log_mean
 from mtm.recipes import TrainConfig
 from mtm.session import Session
@@ -55,13 +56,31 @@ class SessionData:
         return counts.to(self.device).float()
 
     def mask(
-        self, sampler: MaskSampler, scheme: str, counts: Tensor, trials: Any, regions: Any = None
+        self, sampler: MaskSampler, name: str, counts: Tensor, trials: Any, regions: Any = None
     ) -> Mask:
         """Return a mask for these counts of trials, without targets that were not observed."""
-        mask = sampler.draw(scheme, counts, self.regions if regions is None else regions)
+        mask = sampler.draw(name, counts, self.regions if regions is None else regions)
         if self.unobserved is None:
             return mask
         return mask.leave_out(self.unobserved[torch.as_tensor(trials, device=self.device)])
+
+    def training_mask(
+        self, sampler: MaskSampler, name: str, counts: Tensor, trials: Any, config: TrainConfig
+    ) -> Mask:
+        """Return a mask as training draws it: see ``regions_by_size`` and ``input_dropout``."""
+        generator, regions = sampler.generator, self.regions
+        if config.regions_by_size and name in MTM_SCHEMES and scheme(name).needs_regions:
+            # The region of a neuron; the scheme then has no other to choose from.
+            draws = torch.rand(len(regions), generator=generator, device=self.device)
+            place = torch.where(regions > NO_REGION, draws, -1).argmax()
+            drawn = regions.index_select(0, place[None])  # without waiting for a GPU
+            regions = torch.where(regions == drawn, regions, NO_REGION)
+        mask = self.mask(sampler, name, counts, trials, regions)
+        if share := config.input_dropout.get(name):
+            n_trials, _, n_neurons = counts.shape
+            draws = torch.rand(n_trials, 1, n_neurons, generator=generator, device=self.device)
+            mask = replace(mask, hidden=mask.hidden | (draws < share))
+        return mask
 
 
 Step = list[tuple[SessionData, np.ndarray]]  # its batches: a session, and some of its trials

@@ -266,8 +266,7 @@ def run_train(
     entries of the validation trials best. The same command resumes a run that was stopped. To train
     with several processes, at most --batches-per-step: torchrun --nproc-per-node N -m mtm train ...
     """
-    if "ratios" in settings:
-        settings["ratios"] = dict(settings["ratios"])
+    settings |= {name: dict(settings[name]) for name in recipes.SHARES if name in settings}
     config = recipes.recipe(recipe, **settings)
     sizes: dict[str, Any] = {"depth": depth, "tokenizer": tokenizer, "patch_size": patch_size}
     sizes = {key: value for key, value in sizes.items() if value is not None}

@@ -20,6 +20,7 @@ CHOICES = {
 }
 POSITIVE = {"epochs", "batch_size", "batches_per_step", "validations", "patience"}
 POSITIVE |= {"lr", "clip"}
+SHARES = ("ratios", "input_dropout")  # settings for each scheme
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class TrainConfig:
         schemes: masking schemes, drawn uniformly for each batch: neuron, causal, inter-region,
             intra-region, temporal, random-token or registered ones.
         ratios: scheme -> share hidden. Schemes that are not named use their own default.
+        regions_by_size: choose the region of inter- and intra-region masking as often as it has
+            neurons, as scores count neurons. If not, all regions are equally likely (the paper).
+        input_dropout: scheme -> share of neurons that training hides as well, drawn for each trial.
+            Without it, what inter-region masking leaves visible is the same in every epoch, and the
+            model overfits to it. Entries that are hidden this way alone are not scored.
         prompt: give each scheme a prompt token, if there are several schemes.
         validations: number of validations, evenly spread over the epochs.
         patience: stop after this many validations without improvement, or None.
@@ -72,6 +78,8 @@ class TrainConfig:
     clip: float | None = 1.0
     schemes: tuple[str, ...] = MTM_SCHEMES
     ratios: dict[str, float] = field(default_factory=lambda: {"neuron": 0.6, "intra-region": 0.6})
+    regions_by_size: bool = True
+    input_dropout: dict[str, float] = field(default_factory=lambda: {"inter-region": 0.4})
     prompt: bool = True
     validations: int = 20
     patience: int | None = None
@@ -86,9 +94,13 @@ class TrainConfig:
         if isinstance(self.schemes, str) or not 0 < len(self.schemes) == len(set(self.schemes)):
             raise ValueError(f"schemes must be a list of different names, got {self.schemes!r}")
         object.__setattr__(self, "schemes", tuple(self.schemes))
-        object.__setattr__(self, "ratios", {name: float(x) for name, x in self.ratios.items()})
-        for name in (*self.schemes, *self.ratios):
+        for name in SHARES:
+            shares = {of: float(share) for of, share in getattr(self, name).items()}
+            object.__setattr__(self, name, shares)
+        for name in (*self.schemes, *self.ratios, *self.input_dropout):
             scheme(name)  # raises for an unknown name
+        if bad := [share for share in self.input_dropout.values() if not 0 <= share < 1]:
+            raise ValueError(f"input_dropout must be at least 0 and below 1, got {bad[0]}")
         for setting in fields(self):  # numpy numbers become Python's, which JSON can hold
             value = getattr(self, setting.name)
             value = value.item() if isinstance(value, np.generic) else value
@@ -105,15 +117,16 @@ class TrainConfig:
 # The settings of the authors' code.
 _PAPER: dict[str, Any] = dict(batch_size=16, batches_per_step=1, epochs=1000, lr=1e-4, seed=42)
 _PAPER |= dict(loss="sum", clip=None, weight_decay=0.01, decay_all=True, calibrate=False)
-RECIPES = {"mtm": TrainConfig(), "paper": TrainConfig(**_PAPER, ratios={}, init="paper")}
+_PAPER |= dict(ratios={}, regions_by_size=False, input_dropout={}, init="paper")
+RECIPES = {"mtm": TrainConfig(), "paper": TrainConfig(**_PAPER)}
 """Settings by name: ``mtm`` is ours, ``paper`` that of the authors' code."""
 
 
 def recipe(start: str | TrainConfig, **changes: Any) -> TrainConfig:
     """Return settings, or those of the recipe of this name, with some of them changed.
 
-    Of the ``ratios``, only the named ones change. Raises ValueError for an unknown recipe or
-    setting, with the nearest known one.
+    Of ``ratios`` and ``input_dropout``, only the named ones change. Raises ValueError for an
+    unknown recipe or setting, with the nearest known one.
     """
     if isinstance(start, str):
         if start not in RECIPES:
@@ -127,6 +140,6 @@ def recipe(start: str | TrainConfig, **changes: Any) -> TrainConfig:
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown setting {name!r}; {hint}known: {', '.join(known)}")
-    if "ratios" in changes:
-        changes["ratios"] = {**start.ratios, **changes["ratios"]}
+    for name in set(SHARES) & set(changes):
+        changes[name] = {**getattr(start, name), **changes[name]}
     return replace(start, **changes)

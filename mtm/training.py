@@ -171,7 +171,7 @@ class Trainer:
             places.append((session.name, name))
             if i % processes == rank:  # this process's share
                 counts = session.batch(trials)
-                mask = session.mask(self.sampler, name, counts, trials)
+                mask = session.training_mask(self.sampler, name, counts, trials, config)
                 drawn.append(Batch(counts, name, mask, session.name))
         losses = torch.zeros(len(batches), device=model.device)
         losses[rank::processes] = accumulate(model, drawn, config, len(batches))

@@ -17,7 +17,6 @@ from mtm.report import Mean
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 import behaviour  # noqa: E402
-import binning  # noqa: E402
 import claims  # noqa: E402
 import common  # noqa: E402
 import evaluate  # noqa: E402
@@ -39,13 +38,6 @@ def small():
 
 def options(monkeypatch, module, *words):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
-
-
-def test_spikes_are_binned_as_by_a_loop():
-    arrays = binning.make_recording(2_000, 5, 10)
-    counts, found = binning.measure(arrays, 10)
-    assert found["counted_spikes"] > 0
-    assert binning.measure_loop(arrays, counts, 60.0)["trials_run"] == 5
 
 
 def test_steps_and_evaluation_are_timed(monkeypatch):

@@ -59,6 +59,42 @@ def same(one, other):
 # ------------------------------------------------------------------------------------ loss, batches
 
 
+@pytest.mark.parametrize("by_size", [False, True])
+@pytest.mark.parametrize("name", ["inter-region", "intra-region"])
+def test_training_masks_regions_by_their_size_or_equally(name, by_size):
+    """Of 1, 3 and 6 neurons, and two without a region, which no scheme chooses."""
+    regions = ["a", *"bbb", *"cccccc", "root", "root"]
+    session = Session(np.random.default_rng(0).poisson(1.0, (20, 4, 12)), regions)
+    config = TrainConfig(regions_by_size=by_size, input_dropout={})
+    [data], sampler = prepared([session]), MaskSampler([name], config.ratios)
+    counts, trials, chosen = data.batch(range(2)), np.arange(2), []
+    for _ in range(2000):
+        mask = data.training_mask(sampler, name, counts, trials, config)
+        found = {*session.regions[mask.target.any(dim=(0, 1)).numpy()]}
+        assert len(found) == 1
+        chosen += found
+    shares = [chosen.count(region) / 2000 for region in "abc"]
+    np.testing.assert_allclose(shares, [0.1, 0.3, 0.6] if by_size else [1 / 3] * 3, atol=0.04)
+
+
+def test_input_dropout_hides_more_neurons_and_scores_no_more_entries():
+    session = Session(np.random.default_rng(0).poisson(1.0, (40, 5, 500)), ["a", "b"] * 250)
+    [data], trials = prepared([session]), np.arange(40)
+    counts, masks = data.batch(trials), []
+    for share in (0.0, 0.4):
+        sampler, config = (
+            MaskSampler(["inter-region"]),
+            TrainConfig(input_dropout={"inter-region": share}),
+        )
+        masks.append(data.training_mask(sampler, "inter-region", counts, trials, config))
+    plain, more = masks
+    assert torch.equal(plain.target, more.target) and bool((more.hidden | ~plain.hidden).all())
+    extra = more.hidden & ~plain.hidden  # whole neurons, other ones in each trial
+    assert torch.equal(extra, extra[:, :1].expand_as(extra))
+    shares = extra[:, 0].float().sum(dim=1) / 250
+    assert shares.mean() == pytest.approx(0.4, abs=0.02) and len(extra[:, 0].unique(dim=0)) == 40
+
+
 def test_loss_is_the_poisson_likelihood_of_the_targets_alone():
     rng = np.random.default_rng(0)
     log_rates, counts = rng.normal(size=(2, 3, 4)), rng.poisson(1.0, (2, 3, 4))
@@ -337,6 +373,7 @@ def test_a_recipe_decides_the_model_and_holds_the_papers_numbers(small):
         ({"epoch": 3}, "unknown setting 'epoch'; did you mean 'epochs'"),
         ({"ratios": {"neuron": 30}, **ON}, "mask ratio must be above 0 and at most 1"),
         ({"ratios": {"neurons": 0.3}}, "unknown masking scheme 'neurons'"),
+        ({"input_dropout": {"causal": 1}}, "input_dropout must be at least 0 and below 1, got 1.0"),
         ({"tune": "maps"}, "tune must be one of all, session-layers, session-layers-then-all"),
         ({"tune": "session-layers"}, "tune='session-layers' needs a trained model"),
     ],
