@@ -22,9 +22,9 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "regions equally likely": {"regions_by_size": False},
-    "no input dropout": {"input_dropout": {"inter-region": 0.0}},
-    "neither of the two": {"regions_by_size": False, "input_dropout": {"inter-region": 0.0}},
-    "input dropout of causal masking, too": {"input_dropout": {"causal": 0.4}},
+    "no input dropout": {"input_dropout": {}},
+    "neither of the two": {"regions_by_size": False, "input_dropout": {}},
+    "input dropout of causal masking, too": {"input_dropout": {"inter-region": 0.4, "causal": 0.4}},
     "64 latents": {"latents": 64},
     "two layers": {"depth": 2},
     "twice the epochs": {"epochs": 400},

@@ -86,6 +86,7 @@ def measure(root: Path) -> dict:
     profiler = cProfile.Profile()
     act = lambda: profiler.runcall(ibl.prepare, one, eids, root / "out", **how)  # noqa: E731
     done, (total, _) = timed(act, torch.device("cpu"))
+    peak = peak_bytes()
     (path,) = done.paths
     table = pstats.Stats(profiler).stats.items()
     spent = {name: row[3] for (file, _, name), row in table if "mtm" in Path(file).parts}
@@ -96,8 +97,8 @@ def measure(root: Path) -> dict:
         "seconds": total,
         "floor_of_binning": moved / bandwidth(),
         "stages": stages | {"rest": total - sum(stages.values())},
-        "peak_bytes": peak_bytes(),
-        "peak_bytes_above_imports": peak_bytes() - before,
+        "peak_bytes": peak,
+        "peak_bytes_above_imports": peak - before,
         "file_bytes": path.stat().st_size,
     }
 

@@ -41,7 +41,7 @@ def variants() -> dict[str, dict[str, Any]]:
     """Name -> what differs from our recipe: settings and sizes.
 
     The search began with the schemes' own shares, as in the paper. That more is hidden is the one
-    change that it added to the recipe.
+    change that it added to the recipe; how regions are drawn and input dropout came later.
     """
     ours, sizes = RECIPES["mtm"], MtMConfig.from_depth(1)
     if AGAIN not in SCHEMES:
@@ -80,7 +80,10 @@ def variants() -> dict[str, dict[str, Any]]:
         "the authors' options, two layers": {**PUBLISHED, "init": "paper", "depth": 2},
     }
     own = dict.fromkeys(shares, 0.3)  # the schemes' own shares
-    return {name: how | {"ratios": own | how.get("ratios", {})} for name, how in plain.items()}
+    before = {"regions_by_size": False, "input_dropout": {}}
+    return {
+        name: before | how | {"ratios": own | how.get("ratios", {})} for name, how in plain.items()
+    }
 
 
 def trained(changes: dict[str, Any], config: str = "mtm") -> common.Method:

@@ -104,8 +104,8 @@ The book's chapters on the schemes load these five models with
 `mtm.load(mtm.checkpoint.SHIPPED / "specialists" / scheme)`. Each was trained on one simulated
 animal, `mtm.simulate(1, 200, 96, seed=0)`, with one scheme and no prompt, by
 `python benchmarks/weights.py specialists`. The temporal one is the paper's baseline, with its
-options and settings; the other four use the recipe `mtm` for 100 epochs, but masks as in the paper:
-all regions equally likely, and no input dropout.
+options and settings; the other four use the recipe `mtm` for 100 epochs, but with all regions
+equally likely, and without input dropout.
 
 Scores on test trials: bits per spike over each neuron's mean in them, mean over neurons; accuracy
 of the choice; R2 of the traces. They are also in `benchmarks/results/specialists.json`.
@@ -143,7 +143,7 @@ def specialists(out: Path, work: Path) -> None:
     predictors: dict[str, Any] = {"mean rate": mtm.mean_rates(session)}
     for name, (sizes, settings) in SPECIALISTS.items():
         settings = settings | {"schemes": (name,), "prompt": False}
-        settings |= {"regions_by_size": False, "input_dropout": {"inter-region": 0.0}}
+        settings |= {"regions_by_size": False, "input_dropout": {}}
         fit = mtm.fit(session, sizes, folder=work / f"specialist-{name}", **settings)
         mtm.save(fit, out / name)
         (out / name / "config.json").unlink()  # the same is in the model's file

@@ -266,7 +266,9 @@ def run_train(
     entries of the validation trials best. The same command resumes a run that was stopped. To train
     with several processes, at most --batches-per-step: torchrun --nproc-per-node N -m mtm train ...
     """
-    settings |= {name: dict(settings[name]) for name in recipes.SHARES if name in settings}
+    for name in recipes.SHARES:
+        if name in settings:
+            settings[name] = dict(filter(None, settings[name]))
     config = recipes.recipe(recipe, **settings)
     sizes: dict[str, Any] = {"depth": depth, "tokenizer": tokenizer, "patch_size": patch_size}
     sizes = {key: value for key, value in sizes.items() if value is not None}
@@ -396,10 +398,10 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else str(value).lower()
 
 
-def _pair(text: str) -> tuple[str, float]:
-    """``name=0.3``."""
+def _pair(text: str) -> tuple[str, float] | None:
+    """``name=0.3``, or "none"."""
     name, _, number = text.partition("=")
-    return name, float(number)
+    return None if text == "none" else (name, float(number))
 
 
 def _optional(number: Any) -> Callable[[str], Any]:

@@ -45,11 +45,11 @@ class TrainConfig:
         schemes: masking schemes, drawn uniformly for each batch: neuron, causal, inter-region,
             intra-region, temporal, random-token or registered ones.
         ratios: scheme -> share hidden. Schemes that are not named use their own default.
-        regions_by_size: choose the region of inter- and intra-region masking as often as it has
-            neurons, as scores count neurons. If not, all regions are equally likely (the paper).
-        input_dropout: scheme -> share of neurons that training hides as well, drawn for each trial.
-            Without it, what inter-region masking leaves visible is the same in every epoch, and the
-            model overfits to it. Entries that are hidden this way alone are not scored.
+        regions_by_size: draw the region of inter- and intra-region masking in proportion to its
+            neurons, which scores count. If not, all regions are equally likely (the paper).
+        input_dropout: scheme -> share of neurons that training hides as well, drawn for each trial;
+            {} is none. Without it, what inter-region masking leaves visible is the same in every
+            epoch, and the model overfits to it. Entries hidden this way alone are not scored.
         prompt: give each scheme a prompt token, if there are several schemes.
         validations: number of validations, evenly spread over the epochs.
         patience: stop after this many validations without improvement, or None.
@@ -125,8 +125,8 @@ RECIPES = {"mtm": TrainConfig(), "paper": TrainConfig(**_PAPER)}
 def recipe(start: str | TrainConfig, **changes: Any) -> TrainConfig:
     """Return settings, or those of the recipe of this name, with some of them changed.
 
-    Of ``ratios`` and ``input_dropout``, only the named ones change. Raises ValueError for an
-    unknown recipe or setting, with the nearest known one.
+    Of the ``ratios``, only the named ones change. Raises ValueError for an unknown recipe or
+    setting, with the nearest known one.
     """
     if isinstance(start, str):
         if start not in RECIPES:
@@ -140,6 +140,6 @@ def recipe(start: str | TrainConfig, **changes: Any) -> TrainConfig:
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown setting {name!r}; {hint}known: {', '.join(known)}")
-    for name in set(SHARES) & set(changes):
-        changes[name] = {**getattr(start, name), **changes[name]}
+    if "ratios" in changes:
+        changes["ratios"] = {**start.ratios, **changes["ratios"]}
     return replace(start, **changes)
