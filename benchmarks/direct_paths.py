@@ -2,7 +2,7 @@
 
     python benchmarks/direct_paths.py FOLDER [--recordings NAME ...]
 
-FOLDER is that of real_data.py. Out come results/direct_paths.json and .md. Takes two hours.
+FOLDER is that of real_data.py. Out come results/direct_paths.json and .md. Takes an hour.
 """
 
 from __future__ import annotations
@@ -24,10 +24,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "regions equally likely": {"regions_by_size": False},
     "no input dropout": {"input_dropout": {}},
     "neither of the two": {"regions_by_size": False, "input_dropout": {}},
-    "input dropout of causal masking, too": {"input_dropout": {"inter-region": 0.4, "causal": 0.4}},
-    "64 latents": {"latents": 64},
-    "two layers": {"depth": 2},
-    "twice the epochs": {"epochs": 400},
 }
 RECORDINGS = (
     "03_Cori_2016-12-18", "06_Forssmann_2017-11-04", "07_Forssmann_2017-11-05",
