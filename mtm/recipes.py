@@ -47,9 +47,10 @@ class TrainConfig:
         ratios: scheme -> share hidden. Schemes that are not named use their own default.
         regions_by_size: draw the region of inter- and intra-region masking in proportion to its
             neurons, which scores count. If not, all regions are equally likely (the paper).
-        input_dropout: scheme -> share of neurons that training hides as well, drawn for each trial;
-            {} is none. Without it, what inter-region masking leaves visible is the same in every
-            epoch, and the model overfits to it. Entries hidden this way alone are not scored.
+        input_dropout: scheme -> share of neurons that training hides as well, drawn for each trial,
+            and does not score on their account. Schemes that are not named have none. With few
+            regions, inter-region masking alone shows each trial in few versions, which a model
+            learns by heart.
         prompt: give each scheme a prompt token, if there are several schemes.
         validations: number of validations, evenly spread over the epochs.
         patience: stop after this many validations without improvement, or None.
@@ -95,6 +96,8 @@ class TrainConfig:
             raise ValueError(f"schemes must be a list of different names, got {self.schemes!r}")
         object.__setattr__(self, "schemes", tuple(self.schemes))
         for name in SHARES:
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} must be a dict of schemes, got {getattr(self, name)!r}")
             shares = {of: float(share) for of, share in getattr(self, name).items()}
             object.__setattr__(self, name, shares)
         for name in (*self.schemes, *self.ratios, *self.input_dropout):
@@ -125,7 +128,7 @@ RECIPES = {"mtm": TrainConfig(), "paper": TrainConfig(**_PAPER)}
 def recipe(start: str | TrainConfig, **changes: Any) -> TrainConfig:
     """Return settings, or those of the recipe of this name, with some of them changed.
 
-    Of the ``ratios``, only the named ones change. Raises ValueError for an unknown recipe or
+    Of the ``ratios``, only the named ones change; other settings are replaced. Raises ValueError for an unknown recipe or
     setting, with the nearest known one.
     """
     if isinstance(start, str):
