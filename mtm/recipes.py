@@ -128,8 +128,8 @@ RECIPES = {"mtm": TrainConfig(), "paper": TrainConfig(**_PAPER)}
 def recipe(start: str | TrainConfig, **changes: Any) -> TrainConfig:
     """Return settings, or those of the recipe of this name, with some of them changed.
 
-    Of the ``ratios``, only the named ones change; other settings are replaced. Raises ValueError for an unknown recipe or
-    setting, with the nearest known one.
+    Of the ``ratios``, only the named ones change; other settings are replaced. Raises ValueError
+    for an unknown recipe or setting, with the nearest known one.
     """
     if isinstance(start, str):
         if start not in RECIPES:
