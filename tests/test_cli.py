@@ -166,6 +166,8 @@ def test_every_setting_of_training_can_be_given():
             flags += [flag, str(value).lower()]
     options = vars(parse(["train", "s.npz", "--out", "x", *flags]))
     assert {name: options[name] for name in expected} == expected
+    none = parse(["train", "s.npz", "--out", "x", "--input-dropout", "none"])
+    assert dict(filter(None, none.input_dropout)) == {}
 
 
 def test_it_runs_as_a_module(capsys, monkeypatch):
