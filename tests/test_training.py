@@ -81,10 +81,8 @@ def test_input_dropout_hides_more_neurons_and_scores_no_more_entries():
     [data], trials = prepared([session]), np.arange(40)
     counts, masks = data.batch(trials), []
     for share in (0.0, 0.4):
-        sampler, config = (
-            MaskSampler(["inter-region"]),
-            TrainConfig(input_dropout={"inter-region": share}),
-        )
+        sampler = MaskSampler(["inter-region"])
+        config = TrainConfig(input_dropout={"inter-region": share})
         masks.append(data.training_mask(sampler, "inter-region", counts, trials, config))
     plain, more = masks
     assert torch.equal(plain.target, more.target) and bool((more.hidden | ~plain.hidden).all())
@@ -229,7 +227,8 @@ def test_each_step_has_the_prompt_the_attention_and_the_ratio_of_its_scheme(smal
             assert all(causal == (scheme == "causal") for scheme, causal, _ in steps)
             shares = [np.mean([share for q, _, share in steps if q == s]) for s in MTM_SCHEMES]
             hidden = [0.6, 0.6, region + (1 - region) * dropout, 1 - region + 0.6 * region]
-            assert shares == pytest.approx(hidden, abs=0.08)
+            # Regions of one size: every mask hides as much.
+            assert shares == pytest.approx(hidden, abs=0.05 if session is small[0] else 0.08)
 
 
 def test_the_learning_rate_rises_and_falls_in_each_phase(small, monkeypatch):
@@ -296,9 +295,9 @@ def test_predictions_are_scaled_as_the_validation_trials_say(small, tmp_path):
 
             # The loss is convex: what is best among its neighbours from 0 to 2 is the best.
             factors = result.model.calibration[one.name][scheme]
-            near = np.array(factors) + 0.005 * np.array(list(np.ndindex(3, 3))) - 0.005
+            near = np.array(factors) + 0.001 * np.array(list(np.ndindex(3, 3))) - 0.001
             losses = [loss(f) for f in near.clip(0, 2)]
-            assert loss(factors) <= min(losses) + 1e-4
+            assert loss(factors) <= min(losses) + 1e-7
             counts, mask, encoded, direct = seen[0]
             wanted = one.null + factors[0] * (encoded - one.null) + factors[1] * direct
             for model in (result.model, load(save(result, tmp_path / f"{one.name}{scheme}"))):
