@@ -8,7 +8,8 @@ FOLDER is that of real_data.py, or the word "simulated". Two parts:
   `mtm.baselines`, and with MtM's), each of MtM's schemes by itself, and MtM without its prompt.
 - animals: one animal after the other is left out. A model learns from 1, 3 and all sessions of the
   others, is fine-tuned to a session of the one left out, and is compared with a model of that
-  session alone; also with a quarter of its training trials. Activity tasks only.
+  session alone; with all of its training trials, half of them and a quarter. With a quarter, also
+  with parts of what the others' model knows. Activity tasks only.
 
 Differences are taken session by session, on test trials and neurons of at least 1 Hz: a claim holds
 if the 95 % interval of the mean difference over sessions (Student's t) lies above 0, and fails if
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 import common
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from scipy import stats
 
 import mtm
@@ -38,10 +40,14 @@ from mtm.plots import BLUE, RED
 from mtm.prediction import TASKS
 from mtm.report import Mean, Report, mean_of
 
-ALONE = "this session alone"
-AFTER = {"after 1 of others": 1, "after 3 of others": 3, "after all of others": 99}  # sessions
-FEW, FEW_AFTER = "a quarter of this session", "a quarter, after all of others"
-FEW_LR = 3e-4  # after others. Of 1e-3 and this, each was better so on validation trials of 01_Cori
+ALONE, ALL = "this session alone", "after all of others"
+AFTER = {"after 1 of others": 1, "after 3 of others": 3, ALL: 99}  # sessions
+FEWER = {"half": 2, "a quarter": 4}  # of the training trials: one of so many
+OWN_HISTORY = "only the own history of others"  # a new model that starts with its mean
+KEPT = {  # how else a model of others can be used
+    "the encoder of others fixed": {"tune": "session-layers"},
+    "the mean token of others": {"token": "mean"},
+}
 DECODING = ("choice", "wheel-speed", "whisker-motion-energy")
 
 
@@ -85,21 +91,46 @@ def animals(
 ) -> dict[str, common.Method]:
     """For a session of an animal left out: alone, and after some and all sessions of others."""
 
-    def learner(n: int = 0, every: int = 1, **settings: Any) -> common.Method:
+    def learner(
+        n: int = 0, every: int = 1, history: bool = False, **settings: Any
+    ) -> common.Method:
         def make(sessions: list[mtm.Session], seed: int) -> mtm.Fit:
             start = pretrained(others[:n], seed, depth, epochs, work) if n else None
-            size = {} if n else {"depth": depth}
             some = [fewer(session, every) for session in sessions]
-            how = {"epochs": epochs, "progress": False, **size, **settings}
-            return mtm.fit(some, start, seed=seed, **how)
+            if history:
+                start = with_own_history(start, some[0], seed)
+            how = settings | ({} if n else {"depth": depth})
+            return mtm.fit(some, start, seed=seed, epochs=epochs, progress=False, **how)
 
-        names = [session.name for session in others[:n]]
-        told = {"epochs": epochs, "depth": depth, "every": every, "others": names, **settings}
+        told = {"epochs": epochs, "depth": depth, "every": every, "history": history, **settings}
+        told["others"] = [session.name for session in others[:n]]
         return common.Method(make, told, seeded=True)
 
-    found = {ALONE: learner()} | {name: learner(n) for name, n in AFTER.items()}
-    slowly = learner(max(AFTER.values()), every=4, lr=FEW_LR)
-    return found | {FEW: learner(every=4), FEW_AFTER: slowly}
+    found = {}
+    for share, every in {"": 1, **FEWER}.items():
+        found[of(share, ALONE)] = learner(every=every)
+        found |= {of(share, name): learner(n, every) for name, n in AFTER.items()}
+    for name, how in {**KEPT, OWN_HISTORY: {"history": True}}.items():
+        found[of("a quarter", name)] = learner(AFTER[ALL], FEWER["a quarter"], **how)
+    return found
+
+
+def of(share: str, name: str) -> str:
+    """The name of a method that has a share of the session's training trials."""
+    return f"{share}, {name}" if share else name
+
+
+def with_own_history(others: mtm.MtM, session: mtm.Session, seed: int) -> mtm.MtM:
+    """A new model of the session, whose own history starts at its mean over others' neurons."""
+    torch.manual_seed(seed)
+    how = {"bin_size": others.bin_size, "prompts": others.prompts}
+    new = mtm.MtM(others.config, others.n_bins, **how)
+    new.add_session(session.name, session.n_neurons, session.counts[session.split().train])
+    new.split_seed = others.split_seed
+    known = [others.session_layers(name).direct.own for name in others.session_names]
+    own = new.session_layers(session.name).direct.own
+    own.data += torch.cat(known, dim=1).mean(dim=1, keepdim=True).detach()
+    return new
 
 
 def fewer(session: mtm.Session, every: int) -> mtm.Session:
@@ -142,13 +173,24 @@ def claims() -> dict[str, list[Claim]]:
         ],
         "the prompt helps": [("MtM", "MtM, no prompt", task) for task in (*common.FOUR, *DECODING)],
         "other animals help": [(after, ALONE, task) for after in AFTER for task in common.FOUR],
-        "other animals help where trials are few": [(FEW_AFTER, FEW, task) for task in common.FOUR],
-        "more of them help more": [
-            (more, fewer, task) for fewer, more in pairwise(AFTER) for task in common.FOUR
-        ],
     }
-    part = dict.fromkeys((*AFTER, FEW_AFTER), "animals")
-    return {text: [Claim(part.get(c[0], "schemes"), *c) for c in of] for text, of in pairs.items()}
+    for share in FEWER:
+        pairs[f"other animals help where only {share} of the trials is there"] = [
+            (of(share, after), of(share, ALONE), task) for after in AFTER for task in common.FOUR
+        ]
+    pairs["the own history of others helps by itself"] = [
+        (of("a quarter", OWN_HISTORY), of("a quarter", ALONE), task) for task in common.FOUR
+    ]
+    pairs["other animals help more if all weights are fine-tuned, and a session token is new"] = [
+        (of("a quarter", ALL), of("a quarter", name), task) for name in KEPT for task in common.FOUR
+    ]
+    pairs["more of them help more"] = [
+        (more, fewer, task) for fewer, more in pairwise(AFTER) for task in common.FOUR
+    ]
+    return {
+        text: [Claim("animals" if "other" in c[0] else "schemes", *c) for c in comparisons]
+        for text, comparisons in pairs.items()
+    }
 
 
 Scores = dict[str, dict[str, dict[str, list[float]]]]  # session -> method -> task -> seeds' means
@@ -240,15 +282,18 @@ def main() -> None:
         sessions = common.recordings(options.folder, "steinmetz")
     if unknown := set(options.recordings) - {session.name for session in sessions}:
         raise SystemExit(f"no recording is named {min(unknown)!r}")
-    scores = measured(sessions, options)
-    judged = judge(scores)
-    facts = common.described(sessions, options) | {"scores": scores}
+    out = options.out / ("claims_simulated" if simulated else "claims")
+    path = out.with_suffix(".json")
+    facts = json.loads(path.read_text()) if path.exists() else {"measured": {}, "scores": {}}
+    for part, scores in measured(sessions, options).items():  # the other part stays as it was
+        facts["measured"][part] = common.described(sessions, options)
+        facts["scores"][part] = scores
+    judged = judge(facts["scores"])
     facts["claims"] = {
         text: [[*claim, *mean, verdict(mean)] for claim, mean in comparisons]
         for text, comparisons in judged.items()
     }
-    out = options.out / ("claims_simulated" if simulated else "claims")
-    common.write_json(out.with_suffix(".json"), facts)
+    common.write_json(path, facts)
     draw(judged).savefig(options.pictures / f"{out.name}.png", dpi=110)
     who = "simulated animals" if simulated else "recordings"
     out.with_suffix(".md").write_text(
@@ -259,7 +304,7 @@ def main() -> None:
 
 
 def measured(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[str, Scores]:
-    """Both parts' scores; of a part that was not asked for, what is done already."""
+    """Scores of both parts, or of the one that was asked for."""
     how = {"depth": options.depth, "epochs": options.epochs}
     by_name = {session.name: session for session in sessions}
     others, models = held_out(sessions), options.work / "pretrained"
@@ -271,12 +316,11 @@ def measured(sessions: list[mtm.Session], options: argparse.Namespace) -> dict[s
     known = all(session.rates is not None for session in sessions)
     oracle = {"oracle": common.Method(lambda some, seed: mtm.oracle(some[0]), {})} if known else {}
     scores: dict[str, Scores] = {}
-    for part, (methods, tasks) in parts.items():
-        scores[part] = {}
+    for part in [options.part] if options.part else parts:
+        (methods, tasks), scores[part] = parts[part], {}
         for name in [n for n in methods if n in (options.recordings or methods)]:
             session, rows = by_name[name], methods[name] | oracle
-            if options.part in (None, part):
-                common.run([session], rows, options.seeds, options.work / part, tasks=tasks)
+            common.run([session], rows, options.seeds, options.work / part, tasks=tasks)
             scores[part][name] = collected(session, rows, options.seeds, options.work / part)
     return scores
 
@@ -285,7 +329,7 @@ def judge(scores: dict[str, Scores]) -> dict[str, list[tuple[Claim, Mean]]]:
     """Each claim's comparisons, as far as they were measured."""
     judged = {}
     for text, comparisons in claims().items():
-        pairs = [(claim, difference(claim, scores[claim.part])) for claim in comparisons]
+        pairs = [(claim, difference(claim, scores.get(claim.part, {}))) for claim in comparisons]
         judged[text] = [(claim, mean) for claim, mean in pairs if mean is not None]
     return {text: pairs for text, pairs in judged.items() if pairs}
 

@@ -1,9 +1,10 @@
-"""Training steps of the paper's size, beside their matrix products alone.
+"""Training steps of the paper's size, and of one layer, beside their matrix products alone.
 
     python benchmarks/train_step.py [--device cuda] [--batches 16 64]
 
-Batches of trials of 100 bins, sessions of 548, 601 and 652 neurons and the four schemes in turn. A
-step is what `fit` does: gather the counts, draw a mask, forward, Poisson loss, backward, clip,
+Batches of trials of 100 bins, or of 20 with one layer, sessions of 548, 601 and 652 neurons and the
+four schemes in turn. "ours" has direct paths, and stands beside the same model without them. A step
+is what `fit` does: gather the counts, draw a mask, forward, Poisson loss, backward, clip,
 AdamW. Beside it stand
 
 - the floor: the time of its matrix products alone, in turn with the steps: forward, and both
@@ -33,8 +34,16 @@ from mtm.recipes import RECIPES
 from mtm.training import accumulate, make_optimizer
 
 NEURONS = (548, 601, 652)
-N_BINS, N_REGIONS = 100, 8
-MODELS = {"ndt1": PUBLISHED, "ndt2": {"tokenizer": "ndt2", **PUBLISHED}}
+N_REGIONS = 8
+NO_PATHS = {"own_history": False, "latents": 0}
+MODELS: dict[str, tuple[int, dict[str, Any]]] = {  # bins, and what a model has
+    "ndt1": (100, PUBLISHED),
+    "ndt2": (100, {"tokenizer": "ndt2", **PUBLISHED}),
+    "ours": (100, {}),
+    "ours, no direct paths": (100, NO_PATHS),
+    "ours, depth 1": (20, {"depth": 1}),
+    "ours, depth 1, no direct paths": (20, {"depth": 1, **NO_PATHS}),
+}
 SMALL = {"depth": 1, "width": 32, "heads": 2, "mlp_width": 64, "stitch_width": 40}
 RECIPE = RECIPES["mtm"]
 
@@ -47,7 +56,7 @@ def main() -> None:
         print(json.dumps(measure(Bench(options, model, int(batch)))))
         return
     report = machine(options.device) | {
-        "bins": N_BINS,
+        "bins": {name: bins for name, (bins, _) in MODELS.items()},
         "neurons": NEURONS,
         "repeats": options.repeats,
         "small": options.small,
@@ -83,14 +92,17 @@ class Bench:
         torch.manual_seed(0)
         self.options, self.name, self.batch = options, name, batch
         self.device = torch.device(options.device)
-        self.config = MtMConfig(**MODELS[name], **(SMALL if options.small else {}))
-        self.model = MtM(self.config, N_BINS, {str(n): n for n in NEURONS}).to(self.device).train()
+        self.n_bins, fields = MODELS[name]
+        fields = {"depth": 5, **fields, **(SMALL if options.small else {})}
+        self.config = MtMConfig.from_depth(**fields)
+        model = MtM(self.config, self.n_bins, {str(n): n for n in NEURONS})
+        self.model = model.to(self.device).train()
         self.optimizer = make_optimizer(self.model, RECIPE)
         self.sampler = MaskSampler(MTM_SCHEMES, device=self.device)
         self.trials = torch.randperm(batch, device=self.device)
         self.regions = {n: torch.arange(n, device=self.device) % N_REGIONS for n in NEURONS}
         self.data = {
-            n: torch.poisson(torch.full((batch, N_BINS, n), 0.1)).to(self.device, torch.uint8)
+            n: torch.poisson(torch.full((batch, self.n_bins, n), 0.1)).to(self.device, torch.uint8)
             for n in NEURONS
         }
 
@@ -164,7 +176,8 @@ def products(bench: Bench, n_neurons: int) -> Counter[Shape]:
 
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     hooks = [module.register_forward_hook(note_linear) for module in linear]
-    model(torch.zeros(1, N_BINS, n_neurons, device=bench.device), "neuron", None, str(n_neurons))
+    counts = torch.zeros(1, bench.n_bins, n_neurons, device=bench.device)
+    model(counts, "neuron", None, str(n_neurons))
     for hook in hooks:
         hook.remove()
     length, d = model.n_tokens(str(n_neurons)) + 2, config.width // config.heads

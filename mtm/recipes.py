@@ -110,6 +110,8 @@ class TrainConfig:
             object.__setattr__(self, setting.name, value)
             if setting.name in POSITIVE and value is not None and not value > 0:
                 raise ValueError(f"{setting.name} must be above 0, got {value}")
+            if setting.type == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{setting.name} must be True or False, got {value!r}")
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")

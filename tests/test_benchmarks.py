@@ -130,7 +130,7 @@ def test_the_paper_is_put_to_the_test(small, tmp_path, monkeypatch):
     for session in animals:
         session.behaviour.clear()
     scores = claims.measured(animals, how)
-    assert len(scores["schemes"]["sim-0"]) == 9 and len(scores["animals"]["sim-0"]) == 7
+    assert len(scores["schemes"]["sim-0"]) == 9 and len(scores["animals"]["sim-0"]) == 16
     judged = claims.judge(scores)
     assert len(judged) == len(claims.claims()) - 1  # but for the behaviours
     plt.close(claims.draw(judged))

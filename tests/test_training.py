@@ -382,6 +382,7 @@ def test_a_recipe_decides_the_model_and_holds_the_papers_numbers(small):
         ({"ratios": {"neuron": 30}, **ON}, "mask ratio must be above 0 and at most 1"),
         ({"ratios": {"neurons": 0.3}}, "unknown masking scheme 'neurons'"),
         ({"input_dropout": {"causal": 1}}, "input_dropout must be at least 0 and below 1, got 1.0"),
+        ({"regions_by_size": "no"}, "regions_by_size must be True or False, got 'no'"),
         ({"tune": "maps"}, "tune must be one of all, session-layers, session-layers-then-all"),
         ({"tune": "session-layers"}, "tune='session-layers' needs a trained model"),
     ],
