@@ -47,7 +47,9 @@ class SessionData:
             remedy = "drop duplicate trials, or pass given_split"
             raise SessionError(f"session {self.name!r}, split: {problem}; {remedy}")
         observed = [] if session.observed is None else [session.observed]
-        content = b"".join(x.tobytes() for x in (fingerprints, split.train, split.val, *observed))
+        every = session.fingerprints(np.concatenate([split.train, split.val]), least=0)
+        parts = (every, session.region_codes, split.train, split.val, *observed)
+        content = b"".join(part.tobytes() for part in parts)
         self.digest = hashlib.sha256(content).hexdigest()[:16]
 
     def batch(self, trials: Tensor | np.ndarray) -> Tensor:

@@ -51,7 +51,8 @@ def bin_spikes(
     times = seconds("spike_times", spike_times, bin_size)
     align = seconds("align_times", align_times, bin_size)
     neurons = np.asarray(spike_neurons).astype(np.int64)
-    if neurons.shape != times.shape or not ((neurons >= 0) & (neurons < n_neurons)).all():
+    valid = (neurons >= 0) & (neurons < n_neurons) & (neurons == spike_neurons)
+    if neurons.shape != times.shape or not valid.all():
         raise ValueError(f"spike_neurons must be {times.shape} integers in [0, {n_neurons})")
     order = np.argsort(times, kind="stable")  # quick where they are sorted
     times, neurons = times[order], neurons[order]
@@ -115,8 +116,7 @@ def bin_trace(
     mean = np.diff(integral) / np.diff(edges)
     start, stop = edges[:, :-1], edges[:, 1:]
     unknown = (start < t[0] - snap) | (stop > t[-1] + snap)
-    # A bin is also unknown if a long gap lies between the last sample before its start and the
-    # first after its end.
+    # A bin is also unknown if a long gap lies between the samples around it.
     long_gaps = np.concatenate([[0], np.cumsum(gaps > max_gap + snap)])
     after = np.searchsorted(t[:-1], stop - snap)
     before = np.maximum(np.searchsorted(t[:-1], start + snap, side="right") - 1, 0)

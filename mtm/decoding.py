@@ -24,7 +24,7 @@ from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from mtm import prediction
-from mtm.inputs import SessionError
+from mtm.inputs import SessionError, plain
 from mtm.prediction import PredictorLike, Predictors, Queries
 from mtm.session import Session
 
@@ -102,8 +102,7 @@ def decode(
         behaviours: a name or several. Default: ``choice`` where known, and all traces.
         region: show the predictor this region only, and decode from its neurons.
         prompt: masking scheme whose prompt a model gets when it predicts rates. Default, as in the
-            paper: "neuron" for classes and numbers, "causal" for traces, "intra-region" with
-            ``region``.
+            paper: "neuron" (classes, numbers), "causal" (traces), "intra-region" with ``region``.
         features: what is decoded: the predicted log-"rates" (the paper); the model's "latents"
             (:meth:`mtm.MtM.latents`), smoothed by Gaussians of four widths; or "auto", these and
             latents beside the encoder's output. Several decoders are averaged, those of less
@@ -140,7 +139,7 @@ def decode_by_region(
 
 def decodable(session: Session) -> list[str]:
     """Behaviours that are decoded by default: ``choice`` where known, and traces."""
-    traces = sorted(key for key, value in session.behaviour.items() if value.ndim == 2)
+    traces = sorted(key for key, value in session.behaviour.items() if np.ndim(value) == 2)
     return ["choice"] * ("choice" in session.behaviour) + traces
 
 
@@ -176,10 +175,13 @@ class Decoder:
         self.trials = np.concatenate(split)  # (K,) training, validation, then test trials
         self.n_train = len(split.train)
         self.is_test = np.isin(self.trials, split.test)
-        self.inside = (self.session.regions == self.region) | (self.region is None)  # (N,)
+        inside = [region == self.region or self.region is None for region in self.session.regions]
+        self.inside = np.array(inside)  # (N,)
         if not self.inside.any():
             known = f"no region {self.region!r}; known: {', '.join(self.session.region_names)}"
             raise SessionError(f"session {self.session.name!r} has {known}")
+        if unknown := set(self.kinds or {}) - set(self.session.behaviour):
+            raise SessionError(f"kinds: no behaviour {min(unknown)!r}")
         latent = prediction.has_latents(self.predictor) and self.prompt is None
         self.read = self.read or ("auto" if latent else "rates")
         self._latents: dict[str, np.ndarray] = {}  # "latents", "encoder" -> (K, T, R)
@@ -288,7 +290,7 @@ class Decoder:
         if len(known[behaviour]) != self.session.n_trials:  # added to the session afterwards
             sizes = f"{len(known[behaviour])} values for {self.session.n_trials} trials"
             raise SessionError(f"{title}: {sizes}; give one for each")
-        values = known[behaviour][self.trials]
+        values = plain(known[behaviour])[self.trials]
         empty = values == "" if values.dtype.kind == "U" else ~np.isfinite(values)
         absent = prediction.unobserved(self.session, self.trials)[:, 0, self.inside]
         usable = ~empty.reshape(len(values), -1).any(axis=1) & ~absent.all(axis=1)

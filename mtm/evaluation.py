@@ -15,7 +15,7 @@ from scipy.special import logsumexp
 
 from mtm import metrics, prediction
 from mtm.decoding import Decoder, decodable
-from mtm.inputs import SessionError
+from mtm.inputs import SessionError, plain
 from mtm.masks import SCHEMES, scheme
 from mtm.prediction import TASKS, PredictorLike, Predictors, Queries
 from mtm.report import Report, TaskScores
@@ -55,16 +55,14 @@ def evaluate(
         split_seed: of ``session.split``, whose training trials make the honest null model.
             Default: the one that the predictor was trained with, else 0. Imported checkpoints,
             whose training trials are unknown, need it.
-        batch_size: trials predicted at once; halved when memory runs out. Default: what suits the
-            device.
+        batch_size: trials predicted at once; halved when memory runs out. Default: by the device.
         allow_seen: score trials that the model was trained on, instead of refusing them.
         progress: show a bar.
 
     Raises:
         ValueError: for an unknown task, predictions of a wrong shape or with NaN, or trials that
             the predictor was trained on.
-        SessionError: when a task that was asked for cannot be scored, or the bins are not those
-            the model was trained on.
+        SessionError: when a task asked for cannot be scored, or the model knows other bins.
     """
     tasks = [tasks] if isinstance(tasks, str) else tasks
     seen = {"split_seed": split_seed, "allow_seen": allow_seen}
@@ -103,7 +101,7 @@ def _one_by_one(
 
 def _require_known(tasks: Iterable[str], behaviours: Iterable[str]) -> None:
     """Refuse names that are neither of a task nor of a behaviour."""
-    known = [*TASKS, *SCHEMES, *behaviours]
+    known = dict.fromkeys([*TASKS, *SCHEMES, *behaviours])
     for task in [task for task in tasks if task not in known]:
         raise ValueError(f"unknown task {task!r}; pass a list of some of: {', '.join(known)}")
 
@@ -178,7 +176,7 @@ def _unscorable(
         if scheme(name).needs_regions and not (session.region_codes[wanted] >= 0).any():
             reasons[task] = "no scored neuron has a region label"
         elif name not in schemes:
-            reasons[task] = "the predictor does not do it"
+            reasons[task] = f"the predictor is for {', '.join(schemes)} masking alone"
     return reasons
 
 
@@ -189,7 +187,7 @@ def _score(
     hidden, scored, bins = queries
     # Neurons that could be seen; in forward prediction, whose first bins are visible, all of them.
     n_visible = (~hidden | (bins.start > 0)).sum(axis=1)[scored.argmax(axis=0)]
-    known = [k for k in CONDITIONS if k in session.behaviour and session.behaviour[k].ndim == 1]
+    known = {k: x for k in CONDITIONS if (x := plain(session.behaviour.get(k, 0))).ndim == 1}
     neurons = np.flatnonzero(scored.any(axis=0))
     seen = ~prediction.unobserved(session, trials)[:, 0]
     # Together: neurons that were observed in the same trials.
@@ -210,7 +208,7 @@ def _score(
             "trial_r2": metrics.trial_r2(predicted, counts),
         }
         if known:
-            conditions = pd.DataFrame({key: session.behaviour[key][places] for key in known})
+            conditions = pd.DataFrame({key: values[places] for key, values in known.items()})
             table["psth_r2"] = metrics.psth_r2(predicted, counts, conditions)
         table |= _shuffled(predicted, counts)
         table["gain"] = metrics.gain(predicted, counts)

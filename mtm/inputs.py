@@ -58,6 +58,10 @@ def seconds(name: str, values: Any, bin_size: float) -> Floats:
     if hasattr(values, "magnitude"):  # it has a unit, of neo and quantities or else of pint
         values = (values.rescale if hasattr(values, "rescale") else values.to)("s").magnitude
     array = plain(values)
+    if array.dtype.kind == "m":  # of numpy and pandas
+        array = array / np.timedelta64(1, "s")
+    if array.dtype.kind == "M":
+        raise ValueError(f"{name} are dates; pass seconds, such as their distance from the first")
     vector: Floats = array.astype(np.float64)
     if (bad := ~np.isfinite(vector)).any() or vector.ndim != 1:
         found = f"{bad.shape} with {bad.sum()} NaN or infinite, the first at index {bad.argmax()}"

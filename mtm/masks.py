@@ -192,7 +192,8 @@ class MaskSampler:
         patch_size: int = 128,
     ) -> None:
         ratios, self.patch_size = ratios or {}, patch_size
-        self.ratios = {name: ratios.get(name, scheme(name).ratio) for name in schemes}
+        known = {name: scheme(name).ratio for name in (*schemes, *ratios)}
+        self.ratios = {name: ratios.get(name, known[name]) for name in schemes}
         # The scheme is chosen on the host, so that no step waits for the device with the masks.
         self.host_generator, self.generator = Generator(), Generator(device)
         self.reseed(seed)

@@ -50,6 +50,7 @@ CHOICES = {
     "positions": ("rotary", "learned"),
     "input_counts": ("scaled", "raw"),
     "activation": ("gelu", "relu"),
+    **dict.fromkeys(("session_token", "own_history", "causal"), (True, False)),
 }
 
 
@@ -82,7 +83,7 @@ class MtMConfig:
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+                raise ValueError(f"{name} must be one of {known}; got {value!r}")
         unit = self.heads * (2 if self.positions == "rotary" else 1)  # rotation acts on pairs
         if self.width % unit:
             raise ValueError(f"width {self.width} must be a multiple of {unit} (heads, rotation)")
@@ -474,8 +475,7 @@ class MtM(nn.Module):
     def forward_many(self, batches: list[Batch]) -> list[Tensor]:
         """Log-rates of several batches, each of one session, as from :meth:`forward`."""
         embedded, direct = [self.embed(*batch) for batch in batches], self.direct_log_rates(batches)
-        # Equally many tokens with the same attention pass through the encoder together, which keeps
-        # large accelerators busy.
+        # Equally many tokens with the same attention go through the encoder together: quicker.
         groups: dict[tuple[int, int, bool], list[int]] = {}
         for i, (tokens, batch) in enumerate(zip(embedded, batches, strict=True)):
             kind = len(tokens.bins), self.n_tokens(batch.session), batch.mask.causal

@@ -116,11 +116,15 @@ def require_unseen(predictor: PredictorLike, session: Session, trials: np.ndarra
     """Raise ValueError for trials that a predictor was trained on.
 
     They are found by their fingerprints (``predictor.seen``), whatever the session was called and
-    however it was split, as long as neurons and bins are those of training.
+    however it was split, as long as neurons and bins are those of training. Trials of too few
+    spikes for that are found by the name of the session and its split.
     """
-    scored = session.fingerprints(trials)
+    scored, seed = session.fingerprints(trials), _attribute(predictor, "split_seed", None)
     for name, trained in _attribute(predictor, "seen", {}).items():
-        if n_known := int((np.isin(scored, trained) & (scored != 0)).sum()):
+        known = np.isin(scored, trained) & (scored != 0)
+        if name == session.name and seed is not None:
+            known |= (scored == 0) & np.isin(trials, session.split(seed).train)
+        if n_known := int(known.sum()):
             raise ValueError(
                 f"session {session.name!r}: the predictor was trained on {n_known} of the "
                 f"{len(trials)} trials to be scored (in session {name!r}); score the test trials "
@@ -308,8 +312,11 @@ def queries_of(task: str, session: Session, wanted: np.ndarray) -> Queries:
 
 def selected(which: ArrayLike | None, n: int) -> np.ndarray:
     """What is selected of ``n`` by indices or a mask, (n,) bool; all by None."""
-    found = np.zeros(n, dtype=bool)
-    found[slice(None) if which is None else np.asarray(which)] = True
+    found, places = np.zeros(n, dtype=bool), np.arange(n) if which is None else np.asarray(which)
+    if places.dtype.kind not in "biu":
+        problem = f"need indices or ({n},) bool, such as session.regions == 'CA1'"
+        raise ValueError(f"neurons: {problem}; got {which!r}")
+    found[places] = True
     return found
 
 
@@ -319,12 +326,14 @@ def predict_held_out(
     task: str,
     trials: np.ndarray | None = None,
     wanted: ArrayLike | None = None,
-    **options: Any,
+    *,
+    split_seed: int | None = None,
+    batch_size: int | None = None,
 ) -> np.ndarray:
     """Predict the scored entries of a task, each while it is hidden.
 
     Args:
-        predictor, session, options: as in :func:`mtm.evaluate`.
+        predictor, session, split_seed, batch_size: as in :func:`mtm.evaluate`.
         task: one of :data:`TASKS`.
         trials: (K',) indices. Default: the test trials.
         wanted: neurons to score, indices or (N,) bool. Default: all.
@@ -333,9 +342,11 @@ def predict_held_out(
         log-rates (K', T, N) float64, NaN where nothing is scored.
     """
     predictor = as_predictor(predictor, session)
-    trials = choose_split(predictor, session).test if trials is None else np.asarray(trials)
+    if trials is None:
+        trials = choose_split(predictor, session, split_seed).test
     queries = queries_of(task, session, selected(wanted, session.n_neurons))
-    return predict_queries(predictor, session, TASKS[task], trials, queries, **options)
+    asked = predictor, session, TASKS[task], np.asarray(trials), queries
+    return predict_queries(*asked, batch_size=batch_size)
 
 
 def oracle(session: Session) -> np.ndarray:

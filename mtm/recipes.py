@@ -21,6 +21,7 @@ CHOICES = {
 POSITIVE = {"epochs", "batch_size", "batches_per_step", "validations", "patience"}
 POSITIVE |= {"lr", "clip"}
 SHARES = ("ratios", "input_dropout")  # settings for each scheme
+KINDS: dict[Any, Any] = {"bool": bool, "int": int, "float": (int, float), "int | None": (int, type(None))}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TrainConfig:
             and does not score on their account. Schemes that are not named have none. With few
             regions, inter-region masking alone shows each trial in few versions, which a model
             learns by heart.
-        prompt: give each scheme a prompt token, if there are several schemes.
+        prompt: give each scheme of a new model a prompt token, if there are several schemes.
         validations: number of validations, evenly spread over the epochs.
         patience: stop after this many validations without improvement, or None.
         calibrate: at the end, scale what encoder and direct paths add to the mean log-rates as
@@ -108,10 +109,10 @@ class TrainConfig:
             value = getattr(self, setting.name)
             value = value.item() if isinstance(value, np.generic) else value
             object.__setattr__(self, setting.name, value)
+            if not isinstance(value, KINDS.get(setting.type, object)):
+                raise ValueError(f"{setting.name} must be {setting.type}, got {value!r}")
             if setting.name in POSITIVE and value is not None and not value > 0:
                 raise ValueError(f"{setting.name} must be above 0, got {value}")
-            if setting.type == "bool" and not isinstance(value, bool):
-                raise ValueError(f"{setting.name} must be True or False, got {value!r}")
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
@@ -145,6 +146,6 @@ def recipe(start: str | TrainConfig, **changes: Any) -> TrainConfig:
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown setting {name!r}; {hint}known: {', '.join(known)}")
-    if "ratios" in changes:
+    if isinstance(changes.get("ratios"), dict):
         changes["ratios"] = {**start.ratios, **changes["ratios"]}
     return replace(start, **changes)

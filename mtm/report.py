@@ -290,7 +290,9 @@ def _next_seeds(before: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     same = before[before["session"].isin(table["session"])]
     if same.empty:
         return table
-    rows = [c for c in ("neuron", "spikes") if c in table]  # the same in every run of a session
+    # The same in every run of a session, of behaviours the controls.
+    fixed = "neuron", "spikes", "train_trials", "test_trials", "majority", "mean", "time_course"
+    rows = [column for column in fixed if column in table]
     for name, theirs in same.groupby("session"):
         ours = table[table["session"] == name]
         if not np.array_equal(*(x[x["seed"] == x["seed"].iloc[0]][rows] for x in (ours, theirs))):

@@ -22,10 +22,7 @@ from mtm.inputs import SessionError, checked_array, checked_columns, errors_of
 FORMAT = "mtm-session 3"
 PLAIN = ("name", "subject", "bin_size", "window", "n_recorded", "provenance")  # not arrays
 LISTED = ("format", "shape", "firing_rates")  # for `Sessions`, which reads no counts
-UNLABELLED = (
-    *("", "root", "void", "nan", "none", "unknown", "null", "unassigned", "not available"),
-    *("n/a", "na", "tbd", "?", "-"),
-)
+UNLABELLED = "|not available|root|void|nan|none|unknown|null|unassigned|n/a|na|tbd|?|-".split("|")
 """Labels (any case) that mean "no region": such neurons are kept, but never form a region."""
 
 
@@ -90,9 +87,7 @@ class Session:
             self.neurons = checked_columns("neurons", neurons, (units,))
             self.rates = self.observed = None
             if rates is not None:
-                self.rates = checked_array("rates", rates, self.counts.shape).astype(
-                    "f4", copy=False
-                )
+                self.rates = np.asarray(checked_array("rates", rates, self.counts.shape), "f4")
             if observed is not None:
                 self.observed = checked_array("observed", observed, (trials, units))
                 if self.observed.dtype != bool:
@@ -159,8 +154,7 @@ class Session:
         """Split the trials at random into 70 % training, 10 % validation and 20 % test trials.
 
         The draw depends on the session's name, the seed and the number of recorded trials alone: a
-        selection keeps each trial in its part. A given split is kept. A part
-        without trials is an error, but for given test trials.
+        selection keeps each trial in its part. A given split is kept, and may have no test trials.
         """
         split = self.given_split
         if split is None:
@@ -175,9 +169,9 @@ class Session:
             split = Split(*(np.flatnonzero(part == number) for number in (2, 1, 0)))
         for label, trials in split._asdict().items():
             if len(trials) == 0 and (label != "test" or self.given_split is None):
-                problem = f"none of its {self.n_trials} trials is in {label}"
+                problem = f"split: none of its {self.n_trials} trials is in {label}"
                 remedy = "keep more trials, or pass given_split=(train, val, test), their indices"
-                raise SessionError(f"session {self.name!r}, split: {problem}; {remedy}")
+                raise SessionError(f"session {self.name!r}, {problem}; {remedy}")
         return split
 
     def select(self, trials: ArrayLike | None = None, neurons: ArrayLike | None = None) -> Session:
@@ -188,7 +182,7 @@ class Session:
         return Session(
             self.counts[np.ix_(kept, np.arange(self.n_bins), units)],
             self.regions[units],
-            behaviour={key: values[kept] for key, values in self.behaviour.items()},
+            behaviour={key: inputs.plain(x)[kept] for key, x in self.behaviour.items()},
             neurons={key: values[units] for key, values in self.neurons.items()},
             rates=None if self.rates is None else self.rates[kept][:, :, units],
             observed=None if self.observed is None else self.observed[np.ix_(kept, units)],
@@ -210,15 +204,15 @@ class Session:
         mean = (self.counts[among].sum(axis=0) / n_known).astype(np.float32)
         return np.where(self.observed[trials][:, None], self.counts[trials], mean)
 
-    def fingerprints(self, trials: np.ndarray) -> np.ndarray:
+    def fingerprints(self, trials: np.ndarray, least: int = 10) -> np.ndarray:
         """Hash the spikes of each of these trials, (K',) int64, whatever the session's name.
 
-        0 = fewer than ten spikes, which could be another trial's by chance.
+        0 = fewer than ``least`` spikes, which could be another trial's by chance.
         """
         fingerprints = np.zeros(len(trials), dtype=np.int64)
         for i, trial in enumerate(trials):
             counts = np.ascontiguousarray(self.counts[trial], dtype="<u2")
-            if counts.sum(dtype=np.int64) >= 10:
+            if counts.sum(dtype=np.int64) >= least:
                 digest = hashlib.blake2b(counts.tobytes(), digest_size=8).digest()
                 fingerprints[i] = int.from_bytes(digest, "little", signed=True)
         return fingerprints
@@ -271,6 +265,8 @@ class Session:
                     raise ValueError(f"{problem}; are both on one clock, in s?")
             random_split = fields.get("given_split") is None
             inputs.check_times(who, (spikes, events), counts, places, random_split, grid)
+            if both := set(traces or {}) & set(trials):
+                raise ValueError(f"{min(both)!r} is in traces and in behaviour; rename one")
             for key, (times, values) in (traces or {}).items():
                 with errors_of(f"{key}:"):
                     trials[key] = bin_trace(times, values, align_times, **grid)
@@ -285,14 +281,18 @@ class Session:
         cls, trains: Sequence[ArrayLike] | Mapping[Any, ArrayLike], align_times: ArrayLike,
         *, name: str = "session", bin_size: float = 0.02, **fields: Any,
     ) -> Self:  # fmt: skip
-        """Bin one array of spike times (seconds) for each neuron, in a list or by cluster id."""
-        named: Any = trains if isinstance(trains, Mapping | pd.Series) else enumerate(trains)
-        pairs: dict[Any, Any] = dict(named)
+        """Bin one array of spike times (seconds) for each neuron, in a list or by cluster id.
+
+        With a list, ``clusters`` are the ids in its order. Others: as :meth:`from_spike_times`.
+        """
+        named: Any = trains
         with errors_of(f"session {name!r}, spikes:"):
-            times = [inputs.seconds("spike_times", train, bin_size) for train in pairs.values()]
-        fields |= {"clusters": np.array(list(pairs)), "name": name, "bin_size": bin_size}
-        spikes = np.concatenate(times), np.repeat(fields["clusters"], list(map(len, times)))
-        return cls.from_spike_times(*spikes, align_times, **fields)
+            if not isinstance(trains, Mapping | pd.Series):
+                named = pd.Series(list(trains), fields.pop("clusters", None), dtype=object)
+            times = [inputs.seconds("spike_times", train, bin_size) for _, train in named.items()]
+        ids, how = np.array(list(named.keys())), dict(fields, name=name, bin_size=bin_size)
+        spikes = np.concatenate(times), np.repeat(ids, list(map(len, times)))
+        return cls.from_spike_times(*spikes, align_times, clusters=ids, **how)
 
     def save(self, path: str | Path) -> Path:
         """Write the session to one uncompressed ``.npz``, atomically; returns the path."""

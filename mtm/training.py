@@ -290,8 +290,7 @@ def fit(
 
     Args:
         sessions: with different names, and the same bins and window.
-        model: a model to fine-tune, which is copied; sessions it does not know are added. Or the
-            sizes of a new model.
+        model: one to fine-tune, which is copied and gets unknown sessions; or sizes of a new one.
         config: settings, or the name of a recipe: "mtm" (default) or "paper".
         depth: number of layers of a new model. Default: 2, or 5 with ``config="paper"``.
         device: default: a GPU if there is one.
@@ -336,8 +335,8 @@ def fit(
 def model_config(config: TrainConfig, depth: int | None = None, **fields: Any) -> MtMConfig:
     """Return the sizes of a new model: the authors' (depth 5) with ``init="paper"``, else ours."""
     if config.init == "paper":
-        return MtMConfig.published(depth or 5, **fields)
-    return MtMConfig.from_depth(depth or 2, **fields)
+        return MtMConfig.published(5 if depth is None else depth, **fields)
+    return MtMConfig.from_depth(2 if depth is None else depth, **fields)
 
 
 def _settings(sessions: list[Session], start: TrainConfig | str, changes: Any) -> TrainConfig:

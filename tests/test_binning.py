@@ -113,6 +113,10 @@ def test_units_are_converted(method):
     given = SimpleNamespace(magnitude=np.array([1500.0, -20.0]), units="ms")
     setattr(given, method, lambda unit: in_s)
     np.testing.assert_allclose(seconds("t", given, 0.02), [1.5, -0.02])
+    milliseconds = np.array([1500, -20], "m8[ms]")
+    np.testing.assert_allclose(seconds("t", milliseconds, 0.02), [1.5, -0.02])
+    with pytest.raises(ValueError, match="t are dates; pass seconds"):
+        seconds("t", np.datetime64("2026-01-01") + milliseconds, 0.02)
 
 
 def test_what_is_masked_is_missing():
@@ -143,6 +147,7 @@ def test_the_type_of_times_must_resolve_a_bin():
         ({"align_times": [1e16]}, "align_times are too large for float64"),
         ({"spike_neurons": [0]}, r"spike_neurons must be \(2,\) integers in \[0, 3\)"),
         ({"spike_neurons": [-1, 2]}, "spike_neurons must be"),
+        ({"spike_neurons": [0.9, 1.0]}, "spike_neurons must be"),
     ],
 )
 def test_bad_spikes_are_refused_by_name(change, message):

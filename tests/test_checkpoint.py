@@ -206,11 +206,13 @@ def test_a_folder_of_another_run_is_refused(sessions, tmp_path, whole):
     before = contents(tmp_path)
     grid = {"bin_size": 0.1, "window": sessions[0].window}
     louder = Session(sessions[0].counts + 1, sessions[0].regions, sessions[0].name, **grid)
+    relabelled = Session(sessions[0].counts, sessions[0].regions[::-1], sessions[0].name, **grid)
     b = fit(sessions[0], **DEPTH1, seed=1).model  # the same settings, other weights
     for session, start, changes, problem in (
         (sessions[0], a, {"lr": 0.1}, "train lr was 0.001 and is now 0.1"),
         (sessions[1], a, {}, "sessions sim-3-0 was .* and is now None"),
         (louder, a, {}, "sessions sim-3-0 was .* and is now"),
+        (relabelled, a, {}, "sessions sim-3-0 was .* and is now"),
         (sessions[0], b, {}, "initial weights was"),
     ):
         with pytest.raises(CheckpointError, match=f"another run: {problem}.* restart=True"):

@@ -1,6 +1,9 @@
 """evaluate(): scores of the activity tasks and behaviours, of one session and of many."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -44,7 +47,19 @@ def test_scores_are_those_of_the_metrics(task, session):
         np.testing.assert_allclose(scores.table[column], expected, atol=1e-9)
 
 
+def test_a_behaviour_that_was_set_as_a_column_of_a_table(session):
+    again = session.select()
+    again.behaviour["choice"] = pd.Series(session.behaviour["choice"], index=np.arange(20)[::-1])
+    for one in (again, again.select()):
+        psth = [
+            evaluate(plus_one, s, tasks=["co-smoothing"]).means("psth_r2") for s in (session, one)
+        ]
+        assert psth[0] == psth[1]
+
+
 def test_a_subset_of_neurons_and_trials(session):
+    with pytest.raises(ValueError, match="neurons: need indices or .7,. bool, such as session"):
+        evaluate(plus_one, session, neurons="CA1")
     report = evaluate(plus_one, session, trials=np.array([0, 5]), neurons=[1, 3, 5])
     assert report.n_trials == 2
     whole = evaluate(plus_one, session, trials=np.array([0, 5]))
@@ -108,6 +123,17 @@ def test_a_model_is_scored_on_the_split_it_was_trained_on(sessions):
         evaluate(model, session)
     tasks = ["forward-prediction", "choice"]
     assert list(evaluate(model, session, tasks=tasks, split_seed=0).tasks) == tasks
+
+
+def test_training_trials_with_few_spikes_are_refused_by_their_place():
+    counts = np.zeros((20, 5, 3), int)
+    counts[:, 0] = 1  # three spikes a trial: all have the same counts
+    session = Session(counts, name="sparse")
+    how = {"predict_log_rates": plus_one, "seen": {"sparse": np.array([])}, "split_seed": 0}
+    split, model = session.split(), SimpleNamespace(**how)
+    assert evaluate(model, session, trials=split.test).n_trials == 4
+    with pytest.raises(ValueError, match="trained on 1 of the 5 trials to be scored"):
+        evaluate(model, session, trials=np.append(split.test, split.train[0]))
 
 
 def test_training_trials_are_refused(sessions, trained):

@@ -146,3 +146,5 @@ def test_a_scheme_of_ones_own(monkeypatch):
     masks.register("not causal", first_bins)
     with pytest.raises(ValueError, match="drew a causal mask; register it with causal=True"):
         MaskSampler(["not causal"])(counts, regions)
+    with pytest.raises(ValueError, match="unknown masking scheme 'nueron'"):
+        MaskSampler(["neuron"], {"nueron": 0.9})

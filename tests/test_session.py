@@ -278,6 +278,20 @@ def test_spike_trains_and_labels_with_an_index_of_ids():
         assert made.regions.tolist() == ["LP", "DG", "", "CA1"]
     listed = Session.from_spike_trains([*trains.values()], events, regions=made.regions)
     assert repr(listed) == repr(made) and np.array_equal(listed.counts, made.counts)
+    named = Session.from_spike_trains(
+        [*trains.values()], events, clusters=[*trains], regions=LABELS, bin_size=0.1
+    )
+    assert named.neurons["cluster"].tolist() == [*trains] and named.bin_size == 0.1
+    assert named.regions.tolist() == made.regions.tolist()
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'clusters'"):
+        Session.from_spike_trains(trains, events, clusters=[*trains])
+
+
+def test_a_trace_does_not_replace_a_behaviour():
+    times, events = np.arange(0, 60, 0.01), np.arange(2.0, 58.0, 4.0)
+    traces, behaviour = {"speed": (times, times)}, {"speed": events}
+    with pytest.raises(SessionError, match="'speed' is in traces and in behaviour; rename one"):
+        Session.from_spike_times(times, np.zeros(6000), events, traces=traces, behaviour=behaviour)
 
 
 def test_warnings_of_events_that_are_too_close_or_outside():

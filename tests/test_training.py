@@ -369,6 +369,7 @@ def test_a_recipe_decides_the_model_and_holds_the_papers_numbers(small):
     assert (paper.ratios, paper.regions_by_size, paper.input_dropout) == ({}, False, {})
     assert model_config(paper) == MtMConfig.published() and model_config(paper).depth == 5
     assert model_config(recipe("mtm")) == MtMConfig.from_depth(2)
+    assert model_config(recipe("mtm"), 0).depth == 0  # direct paths around no layer
     model = fit(small[0], config="paper", **QUICK).model
     assert (model.init, model.config) == ("paper", MtMConfig.published(1))
 
@@ -382,7 +383,9 @@ def test_a_recipe_decides_the_model_and_holds_the_papers_numbers(small):
         ({"ratios": {"neuron": 30}, **ON}, "mask ratio must be above 0 and at most 1"),
         ({"ratios": {"neurons": 0.3}}, "unknown masking scheme 'neurons'"),
         ({"input_dropout": {"causal": 1}}, "input_dropout must be at least 0 and below 1, got 1.0"),
-        ({"regions_by_size": "no"}, "regions_by_size must be True or False, got 'no'"),
+        ({"regions_by_size": "no"}, "regions_by_size must be bool, got 'no'"),
+        ({"epochs": 2.5}, "epochs must be int, got 2.5"),
+        ({"ratios": 0.3}, "ratios must be a dict of schemes, got 0.3"),
         ({"tune": "maps"}, "tune must be one of all, session-layers, session-layers-then-all"),
         ({"tune": "session-layers"}, "tune='session-layers' needs a trained model"),
     ],
