@@ -21,7 +21,7 @@ CHOICES = {
 POSITIVE = {"epochs", "batch_size", "batches_per_step", "validations", "patience"}
 POSITIVE |= {"lr", "clip"}
 SHARES = ("ratios", "input_dropout")  # settings for each scheme
-KINDS: dict[Any, Any] = {"bool": bool, "int": int, "float": (int, float), "int | None": (int, type(None))}
+KINDS: dict[Any, Any] = {"bool": bool, "int": int, "int | None": int | None, "float": int | float}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -277,11 +278,21 @@ class Report:
 def score_table(reports: Mapping[str, Report], column: str | None = None) -> str:
     """A text table: a row for each predictor, a column for each task; "-" where there is no score.
 
-    ``column`` is of the tables of scores; default: each task's own score.
+    ``column`` is of the tables of scores; default: each task's own score. Reports of other neurons
+    or trials than the first one's are named in a warning.
     """
     means = {name: report.means(column) for name, report in reports.items()}
     if not any(means.values()):
         raise ValueError(f"no report has a column {column!r}")
+    scored: dict[str, tuple[str, set[Any]]] = {}
+    for name, report in reports.items():
+        for task, scores in report.tasks.items():
+            rows = scores.table.reindex(columns=["session", "neuron", "spikes"])
+            mine = set(rows.dropna().itertuples(index=False))
+            first, theirs = scored.setdefault(task, (name, mine))
+            if mine != theirs:
+                doubt = f"{name!r} and {first!r} were scored on other neurons or other trials"
+                warnings.warn(f"{task}: {doubt}", stacklevel=2)
     return _text(pd.DataFrame.from_dict(means, orient="index"))
 
 
