@@ -290,7 +290,8 @@ def main() -> None:
         raise SystemExit(f"no recording is named {min(unknown)!r}")
     out = options.out / ("claims_simulated" if simulated else "claims")
     path = out.with_suffix(".json")
-    facts = json.loads(path.read_text()) if path.exists() else {"measured": {}, "scores": {}}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    facts = {"measured": {}, "scores": {}} | before
     for part, scores in measured(sessions, options).items():  # the other part stays as it was
         facts["measured"][part] = common.described(sessions, options)
         facts["scores"][part] = scores

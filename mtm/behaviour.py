@@ -143,7 +143,7 @@ def fit_behaviour(
 
 def _fit(decoder: Decoder, model: MtM, behaviour: str, epochs: int, seed: int) -> BehaviourFit:
     """Fine-tune this model to decode one behaviour."""
-    model.calibration.pop(decoder.session.name, None)  # it was of other weights
+    model.calibration.clear()  # it is of the weights before
     target = decoder.target(behaviour)
     kind, usable, classes, y, truth = target
     n_outputs = len(classes) or (y.shape[1] if kind == "trace" else 1)

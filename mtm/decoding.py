@@ -175,13 +175,10 @@ class Decoder:
         self.trials = np.concatenate(split)  # (K,) training, validation, then test trials
         self.n_train = len(split.train)
         self.is_test = np.isin(self.trials, split.test)
-        inside = [region == self.region or self.region is None for region in self.session.regions]
-        self.inside = np.array(inside)  # (N,)
+        self.inside = np.array([self.region in (None, x) for x in self.session.regions.tolist()])
         if not self.inside.any():
             known = f"no region {self.region!r}; known: {', '.join(self.session.region_names)}"
             raise SessionError(f"session {self.session.name!r} has {known}")
-        if unknown := set(self.kinds or {}) - set(self.session.behaviour):
-            raise SessionError(f"kinds: no behaviour {min(unknown)!r}")
         latent = prediction.has_latents(self.predictor) and self.prompt is None
         self.read = self.read or ("auto" if latent else "rates")
         self._latents: dict[str, np.ndarray] = {}  # "latents", "encoder" -> (K, T, R)

@@ -84,6 +84,8 @@ class MtMConfig:
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} must be one of {known}; got {value!r}")
+        if not self.depth >= 1:
+            raise ValueError(f"depth must be at least 1, got {self.depth}")
         unit = self.heads * (2 if self.positions == "rotary" else 1)  # rotation acts on pairs
         if self.width % unit:
             raise ValueError(f"width {self.width} must be a multiple of {unit} (heads, rotation)")

@@ -116,15 +116,12 @@ def require_unseen(predictor: PredictorLike, session: Session, trials: np.ndarra
     """Raise ValueError for trials that a predictor was trained on.
 
     They are found by their fingerprints (``predictor.seen``), whatever the session was called and
-    however it was split, as long as neurons and bins are those of training. Trials of too few
-    spikes for that are found by the name of the session and its split.
+    however it was split, as long as neurons and bins are those of training. Trials of fewer than
+    ten spikes have none, and are not refused.
     """
-    scored, seed = session.fingerprints(trials), _attribute(predictor, "split_seed", None)
+    scored = session.fingerprints(trials)
     for name, trained in _attribute(predictor, "seen", {}).items():
-        known = np.isin(scored, trained) & (scored != 0)
-        if name == session.name and seed is not None:
-            known |= (scored == 0) & np.isin(trials, session.split(seed).train)
-        if n_known := int(known.sum()):
+        if n_known := int((np.isin(scored, trained) & (scored != 0)).sum()):
             raise ValueError(
                 f"session {session.name!r}: the predictor was trained on {n_known} of the "
                 f"{len(trials)} trials to be scored (in session {name!r}); score the test trials "
@@ -329,11 +326,12 @@ def predict_held_out(
     *,
     split_seed: int | None = None,
     batch_size: int | None = None,
+    progress: bool = False,
 ) -> np.ndarray:
     """Predict the scored entries of a task, each while it is hidden.
 
     Args:
-        predictor, session, split_seed, batch_size: as in :func:`mtm.evaluate`.
+        predictor, session, split_seed, batch_size, progress: as in :func:`mtm.evaluate`.
         task: one of :data:`TASKS`.
         trials: (K',) indices. Default: the test trials.
         wanted: neurons to score, indices or (N,) bool. Default: all.
@@ -346,7 +344,7 @@ def predict_held_out(
         trials = choose_split(predictor, session, split_seed).test
     queries = queries_of(task, session, selected(wanted, session.n_neurons))
     asked = predictor, session, TASKS[task], np.asarray(trials), queries
-    return predict_queries(*asked, batch_size=batch_size)
+    return predict_queries(*asked, batch_size=batch_size, progress=progress)
 
 
 def oracle(session: Session) -> np.ndarray:

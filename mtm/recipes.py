@@ -22,6 +22,7 @@ POSITIVE = {"epochs", "batch_size", "batches_per_step", "validations", "patience
 POSITIVE |= {"lr", "clip"}
 SHARES = ("ratios", "input_dropout")  # settings for each scheme
 KINDS: dict[Any, Any] = {"bool": bool, "int": int, "int | None": int | None, "float": int | float}
+KINDS["float | None"] = int | float | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class TrainConfig:
             regions, inter-region masking alone shows each trial in few versions, which a model
             learns by heart.
         prompt: give each scheme of a new model a prompt token, if there are several schemes.
-        validations: number of validations, evenly spread over the epochs.
+        validations: number of validations, evenly spread over the epochs; 1 keeps the last weights.
         patience: stop after this many validations without improvement, or None.
         calibrate: at the end, scale what encoder and direct paths add to the mean log-rates as
             suits the validation trials best, see ``mtm.validation.calibrate``.

@@ -279,7 +279,7 @@ def score_table(reports: Mapping[str, Report], column: str | None = None) -> str
     """A text table: a row for each predictor, a column for each task; "-" where there is no score.
 
     ``column`` is of the tables of scores; default: each task's own score. Reports of other neurons
-    or trials than the first one's are named in a warning.
+    or trials than the first one's are named in a warning, for activity tasks.
     """
     means = {name: report.means(column) for name, report in reports.items()}
     if not any(means.values()):
@@ -291,7 +291,7 @@ def score_table(reports: Mapping[str, Report], column: str | None = None) -> str
             mine = set(rows.dropna().itertuples(index=False))
             first, theirs = scored.setdefault(task, (name, mine))
             if mine != theirs:
-                doubt = f"{name!r} and {first!r} were scored on other neurons or other trials"
+                doubt = f"{name!r} and {first!r} were scored on other neurons, trials or masks"
                 warnings.warn(f"{task}: {doubt}", stacklevel=2)
     return _text(pd.DataFrame.from_dict(means, orient="index"))
 
@@ -303,10 +303,12 @@ def _next_seeds(before: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         return table
     # The same in every run of a session, of behaviours the controls.
     fixed = "neuron", "spikes", "train_trials", "test_trials", "majority", "mean", "time_course"
-    rows = [column for column in fixed if column in table]
+    rows = [column for column in fixed if column in table and column in before]
     for name, theirs in same.groupby("session"):
         ours = table[table["session"] == name]
-        if not np.array_equal(*(x[x["seed"] == x["seed"].iloc[0]][rows] for x in (ours, theirs))):
+        a, b = (x[x["seed"] == x["seed"].iloc[0]][rows].to_numpy(float) for x in (ours, theirs))
+        # Scores in files have six decimals.
+        if a.shape != b.shape or not np.allclose(a, b, atol=1e-5, equal_nan=True):
             message = "these reports scored other neurons or other trials, not only other seeds"
             raise ValueError(f"session {name!r}: {message}")
     return table.assign(seed=table["seed"] + same["seed"].max() + 1)

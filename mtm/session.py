@@ -283,16 +283,17 @@ class Session:
     ) -> Self:  # fmt: skip
         """Bin one array of spike times (seconds) for each neuron, in a list or by cluster id.
 
-        With a list, ``clusters`` are the ids in its order. Others: as :meth:`from_spike_times`.
+        With a list, ``clusters`` are its ids. Others: as :meth:`from_spike_times`.
         """
         named: Any = trains
         with errors_of(f"session {name!r}, spikes:"):
             if not isinstance(trains, Mapping | pd.Series):
-                named = pd.Series(list(trains), fields.pop("clusters", None), dtype=object)
+                named = pd.Series(list(trains), fields.get("clusters"), dtype=object)
             times = [inputs.seconds("spike_times", train, bin_size) for _, train in named.items()]
-        ids, how = np.array(list(named.keys())), dict(fields, name=name, bin_size=bin_size)
+        ids = np.array(list(named.keys()))
         spikes = np.concatenate(times), np.repeat(ids, list(map(len, times)))
-        return cls.from_spike_times(*spikes, align_times, clusters=ids, **how)
+        how = {"clusters": ids, **fields, "name": name, "bin_size": bin_size}
+        return cls.from_spike_times(*spikes, align_times, **how)
 
     def save(self, path: str | Path) -> Path:
         """Write the session to one uncompressed ``.npz``, atomically; returns the path."""

@@ -290,7 +290,7 @@ def fit(
 
     Args:
         sessions: with different names, and the same bins and window.
-        model: one to fine-tune, which is copied and gets unknown sessions; or sizes of a new one.
+        model: to fine-tune; it is copied, and new sessions are added. Or the sizes of a new model.
         config: settings, or the name of a recipe: "mtm" (default) or "paper".
         depth: number of layers of a new model. Default: 2, or 5 with ``config="paper"``.
         device: default: a GPU if there is one.

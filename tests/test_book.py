@@ -1,5 +1,6 @@
 """The book's pages, their twins, and what the project says about itself agree with each other."""
 
+import itertools
 import json
 import pkgutil
 import re
@@ -155,12 +156,6 @@ def test_what_is_said_of_the_claims_was_measured():
         same = gains["MtM", "temporal, as MtM", task][0] - gains["MtM", "temporal", task][0]
         assert same > 0.05 if task in ("co-smoothing", "inter-region") else same < 0
         assert gains["MtM", f"{own} alone", task][0] > -0.005  # as good or better
-        for name in ("after 1", "after 3", "after all"):
-            found = gains[f"{name} of others", "this session alone", task]
-            assert found[1] != "holds" or found[0] < 0.02
-        assert gains["after all of others", "after 3 of others", task][0] < 0
-        verdict = gains["a quarter, after all of others", "a quarter of this session", task][1]
-        assert (verdict == "holds") == (task in ("forward-prediction", "intra-region"))
     future = gains["MtM", "temporal", "forward-prediction"][0]
     assert future == min(gains["MtM", "temporal", task][0] for task in OWN)
     for methods in scores["schemes"].values():  # it does not fall below the mean rate
@@ -168,11 +163,37 @@ def test_what_is_said_of_the_claims_was_measured():
         assert 0 < lonely < np.mean(methods["MtM"]["co-smoothing"])
 
 
+def test_what_is_said_of_other_animals_was_measured():
+    scores = results("claims")["scores"]["animals"]
+
+    def gains(share, name, task):
+        pair = f"{share}{name}", f"{share}this session alone"
+        return [one[pair[0]][task][0] - one[pair[1]][task][0] for one in scores.values()]
+
+    future = {"": 0.01, "half, ": 0.015, "a quarter, ": 0.02}  # bits per spike, about
+    for share, name in itertools.product(future, ("1", "3", "all")):
+        found = {task: gains(share, f"after {name} of others", task) for task in OWN}
+        mean = {task: np.mean(each) for task, each in found.items()}
+        assert min(found["forward-prediction"]) > 0 and len(found["forward-prediction"]) == 3
+        assert abs(mean["forward-prediction"] - future[share]) < 0.005
+        assert 0.004 < mean["intra-region"] < 0.011
+        for task in ("co-smoothing", "inter-region"):
+            assert mean[task] < (0.0055 if share == "" else 0.002)
+    for task in OWN:
+        fixed, own, all_of = (
+            np.mean(gains("a quarter, ", name, task))
+            for name in ("the encoder of others fixed", "only the own history of others",
+                         "after all of others")
+        )  # fmt: skip
+        if task == "forward-prediction":
+            assert 0.4 < fixed / all_of < 0.6 and 0.25 < own / all_of < 0.4
+        else:
+            assert fixed < 0 and abs(own) < 0.001
+
+
 def test_what_is_said_of_one_generalist_was_measured():
     """The end of the chapter on multi-task masking, against the results."""
     scores, judged = (results("claims_simulated")[key] for key in ("scores", "claims"))
-    for _, _, _, task, *_, verdict in judged["other animals help where trials are few"]:
-        assert (verdict == "holds") == (task in ("forward-prediction", "intra-region")), task
     for _, _, _, _, gain, *_ in judged["other animals help"]:
         assert 0 < gain < 0.02
 
@@ -181,7 +202,7 @@ def test_what_is_said_of_one_generalist_was_measured():
 
     for task, best in OWN.items():
         lead = mean("MtM", task) - mean(f"{best} alone", task)
-        assert -0.03 < lead < 0 if task == "co-smoothing" else lead > -0.005, task
+        assert -0.03 < lead < 0 if task == "co-smoothing" else abs(lead) < 0.01, task
         others = {name: mean(f"{name} alone", task) for name in OWN.values() if name != best}
         for name, score in others.items():
             keeps_up = (name, task) == ("neuron", "inter-region")

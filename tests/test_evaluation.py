@@ -1,7 +1,5 @@
 """evaluate(): scores of the activity tasks and behaviours, of one session and of many."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -123,17 +121,6 @@ def test_a_model_is_scored_on_the_split_it_was_trained_on(sessions):
         evaluate(model, session)
     tasks = ["forward-prediction", "choice"]
     assert list(evaluate(model, session, tasks=tasks, split_seed=0).tasks) == tasks
-
-
-def test_training_trials_with_few_spikes_are_refused_by_their_place():
-    counts = np.zeros((20, 5, 3), int)
-    counts[:, 0] = 1  # three spikes a trial: all have the same counts
-    session = Session(counts, name="sparse")
-    how = {"predict_log_rates": plus_one, "seen": {"sparse": np.array([])}, "split_seed": 0}
-    split, model = session.split(), SimpleNamespace(**how)
-    assert evaluate(model, session, trials=split.test).n_trials == 4
-    with pytest.raises(ValueError, match="trained on 1 of the 5 trials to be scored"):
-        evaluate(model, session, trials=np.append(split.test, split.train[0]))
 
 
 def test_training_trials_are_refused(sessions, trained):

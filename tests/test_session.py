@@ -283,8 +283,14 @@ def test_spike_trains_and_labels_with_an_index_of_ids():
     )
     assert named.neurons["cluster"].tolist() == [*trains] and named.bin_size == 0.1
     assert named.regions.tolist() == made.regions.tolist()
-    with pytest.raises(TypeError, match="multiple values for keyword argument 'clusters'"):
-        Session.from_spike_trains(trains, events, clusters=[*trains])
+    table = pd.DataFrame(
+        {"id": [*trains], "region": ["LP", "DG", "", "CA1"]}, index=[30, 31, 32, 2]
+    )
+    how = {"clusters": table["id"], "regions": table["region"]}
+    again = Session.from_spike_trains([*trains.values()], events, **how)
+    assert repr(again) == repr(made) and np.array_equal(again.counts, made.counts)
+    order = Session.from_spike_trains(trains, events, clusters=[10, 3, 5, 7], regions=LABELS)
+    np.testing.assert_array_equal(order.counts, session.counts)
 
 
 def test_a_trace_does_not_replace_a_behaviour():

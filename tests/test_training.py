@@ -369,7 +369,6 @@ def test_a_recipe_decides_the_model_and_holds_the_papers_numbers(small):
     assert (paper.ratios, paper.regions_by_size, paper.input_dropout) == ({}, False, {})
     assert model_config(paper) == MtMConfig.published() and model_config(paper).depth == 5
     assert model_config(recipe("mtm")) == MtMConfig.from_depth(2)
-    assert model_config(recipe("mtm"), 0).depth == 0  # direct paths around no layer
     model = fit(small[0], config="paper", **QUICK).model
     assert (model.init, model.config) == ("paper", MtMConfig.published(1))
 
@@ -385,6 +384,8 @@ def test_a_recipe_decides_the_model_and_holds_the_papers_numbers(small):
         ({"input_dropout": {"causal": 1}}, "input_dropout must be at least 0 and below 1, got 1.0"),
         ({"regions_by_size": "no"}, "regions_by_size must be bool, got 'no'"),
         ({"epochs": 2.5}, "epochs must be int, got 2.5"),
+        ({"clip": "1"}, "clip must be float . None, got '1'"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"ratios": 0.3}, "ratios must be a dict of schemes, got 0.3"),
         ({"tune": "maps"}, "tune must be one of all, session-layers, session-layers-then-all"),
         ({"tune": "session-layers"}, "tune='session-layers' needs a trained model"),
