@@ -185,6 +185,7 @@ def test_what_is_said_of_other_animals_was_measured():
             for name in ("the encoder of others fixed", "only the own history of others",
                          "after all of others")
         )  # fmt: skip
+        assert fixed < all_of
         if task == "forward-prediction":
             assert 0.4 < fixed / all_of < 0.6 and 0.25 < own / all_of < 0.4
         else:
