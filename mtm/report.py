@@ -308,7 +308,7 @@ def _next_seeds(before: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         ours = table[table["session"] == name]
         a, b = (x[x["seed"] == x["seed"].iloc[0]][rows].to_numpy(float) for x in (ours, theirs))
         # Scores in files have six decimals.
-        if a.shape != b.shape or not np.allclose(a, b, atol=1e-5, equal_nan=True):
+        if a.shape != b.shape or not np.allclose(a, b, 0, 1e-5, equal_nan=True):
             message = "these reports scored other neurons or other trials, not only other seeds"
             raise ValueError(f"session {name!r}: {message}")
     return table.assign(seed=table["seed"] + same["seed"].max() + 1)
