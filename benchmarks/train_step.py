@@ -4,11 +4,11 @@
 
 Batches of trials of 100 bins, or of 20 with one layer, sessions of 548, 601 and 652 neurons and the
 four schemes in turn. "ours" has direct paths, and stands beside the same model without them. A step
-is what `fit` does: gather the counts, draw a mask, forward, Poisson loss, backward, clip,
-AdamW. Beside it stand
+is what `fit` does: gather the counts, draw a mask, forward, Poisson loss, backward, clip, AdamW.
+Beside it stand
 
-- the floor: the time of its matrix products alone, in turn with the steps: forward, and both
-  gradients, attention without regard to causality;
+- the floor: the time of the matrix products of linear layers and attention alone, in turn with the
+  steps: forward, and both gradients, attention without regard to causality;
 - the ceiling: the rate of one large matrix product, and the share of it that the step reaches.
 
 Every model and batch is measured in a process of its own; the largest batches take hours on a CPU.

@@ -47,8 +47,9 @@ class SessionData:
             remedy = "drop duplicate trials, or pass given_split"
             raise SessionError(f"session {self.name!r}, split: {problem}; {remedy}")
         observed = [] if session.observed is None else [session.observed]
-        every = session.fingerprints(np.concatenate([split.train, split.val]), least=0)
-        parts = (every, session.region_codes, split.train, split.val, *observed)
+        marks = np.concatenate([fingerprints, held_out[: len(split.val)]])
+        quiet = session.counts[np.concatenate([split.train, split.val])[marks == 0]]
+        parts = (marks, quiet, session.region_codes, split.train, split.val, *observed)
         content = b"".join(part.tobytes() for part in parts)
         self.digest = hashlib.sha256(content).hexdigest()[:16]
 

@@ -204,15 +204,15 @@ class Session:
         mean = (self.counts[among].sum(axis=0) / n_known).astype(np.float32)
         return np.where(self.observed[trials][:, None], self.counts[trials], mean)
 
-    def fingerprints(self, trials: np.ndarray, least: int = 10) -> np.ndarray:
+    def fingerprints(self, trials: np.ndarray) -> np.ndarray:
         """Hash the spikes of each of these trials, (K',) int64, whatever the session's name.
 
-        0 = fewer than ``least`` spikes, which could be another trial's by chance.
+        0 = fewer than ten spikes, which could be another trial's by chance.
         """
         fingerprints = np.zeros(len(trials), dtype=np.int64)
         for i, trial in enumerate(trials):
             counts = np.ascontiguousarray(self.counts[trial], dtype="<u2")
-            if counts.sum(dtype=np.int64) >= least:
+            if counts.sum(dtype=np.int64) >= 10:
                 digest = hashlib.blake2b(counts.tobytes(), digest_size=8).digest()
                 fingerprints[i] = int.from_bytes(digest, "little", signed=True)
         return fingerprints
@@ -285,15 +285,15 @@ class Session:
 
         With a list, ``clusters`` are its ids. Others: as :meth:`from_spike_times`.
         """
-        named: Any = trains
+        clusters = fields.pop("clusters", None)
         with errors_of(f"session {name!r}, spikes:"):
-            if not isinstance(trains, Mapping | pd.Series):
-                named = pd.Series(list(trains), fields.get("clusters"), dtype=object)
+            keyed = isinstance(trains, Mapping | pd.Series)
+            named: Any = trains if keyed else pd.Series(list(trains), clusters, dtype=object)
             times = [inputs.seconds("spike_times", train, bin_size) for _, train in named.items()]
         ids = np.array(list(named.keys()))
         spikes = np.concatenate(times), np.repeat(ids, list(map(len, times)))
-        how = {"clusters": ids, **fields, "name": name, "bin_size": bin_size}
-        return cls.from_spike_times(*spikes, align_times, **how)
+        fields |= {"clusters": ids if clusters is None else clusters, "name": name}
+        return cls.from_spike_times(*spikes, align_times, bin_size=bin_size, **fields)
 
     def save(self, path: str | Path) -> Path:
         """Write the session to one uncompressed ``.npz``, atomically; returns the path."""

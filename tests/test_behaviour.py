@@ -40,6 +40,7 @@ def test_it_starts_at_the_linear_decoder_and_returns_the_best_epoch(trained, kno
     assert np.abs(np.array(losses) / scale**2 - found.val_loss[0]).min() < 1e-4
     values = torch.from_numpy(y[split.val] / scale).float()
     counts = torch.from_numpy(known.counts[split.val]).float()
+    assert not found.readout.model.calibration  # it was of the weights before
     output = found.readout(counts, torch.zeros(counts.shape, dtype=torch.bool))
     assert found.readout.loss(output, values).item() == pytest.approx(min(found.val_loss))
     guess = found.readout.predict(known.counts[split.test])

@@ -160,6 +160,9 @@ def test_what_is_said_of_the_claims_was_measured():
         same = gains["MtM", "temporal, as MtM", task][0] - gains["MtM", "temporal", task][0]
         assert same > 0.05 if task in ("co-smoothing", "inter-region") else same < 0
         assert gains["MtM", f"{own} alone", task][0] > -0.005  # as good or better
+    failed = [key for key, (_, verdict) in gains.items() if verdict == "fails"]
+    assert failed == [("MtM", "MtM, no prompt", "inter-region")]
+    assert round(gains[failed[0]][0], 3) == -0.002
     future = gains["MtM", "temporal", "forward-prediction"][0]
     assert future == min(gains["MtM", "temporal", task][0] for task in OWN)
     for methods in scores["schemes"].values():  # it does not fall below the mean rate

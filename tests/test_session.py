@@ -278,6 +278,8 @@ def test_spike_trains_and_labels_with_an_index_of_ids():
         assert made.regions.tolist() == ["LP", "DG", "", "CA1"]
     listed = Session.from_spike_trains([*trains.values()], events, regions=made.regions)
     assert repr(listed) == repr(made) and np.array_equal(listed.counts, made.counts)
+    same = Session.from_spike_trains(trains, events, clusters=None, regions=LABELS)
+    assert same.n_neurons == 4  # of which one is silent
     named = Session.from_spike_trains(
         [*trains.values()], events, clusters=[*trains], regions=LABELS, bin_size=0.1
     )
