@@ -57,7 +57,8 @@ class TrainConfig:
         validations: number of validations, evenly spread over the epochs; 1 keeps the last weights.
         patience: stop after this many validations without improvement, or None.
         calibrate: at the end, scale what encoder and direct paths add to the mean log-rates as
-            suits the validation trials best, see ``mtm.validation.calibrate``.
+            suits the validation trials best, see ``mtm.validation.calibrate``. Validations in
+            training try one common scale per session and scheme.
         seed: of initial weights, masks, dropout and the order of batches.
         split_seed: of ``Session.split``.
         init: preset of a new model, "mtm" or "paper": its initial weights and, unless a model is

@@ -27,6 +27,7 @@ from mtm.session import Session
 
 VALIDATION_BATCH = 64  # validation trials that share a mask, whatever the batch size of training
 PRIOR = 0.3  # prior standard deviation of factors of calibration, around 1
+SCALES = 0.4, 0.6, 0.8, 1.0, 1.2  # one for all that a model adds to mean log-rates, tried out
 VALIDATION_MASKS = 4  # masks per validation batch, for schemes that do not mask each region in turn
 
 
@@ -46,22 +47,28 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
     """Return bits per spike of each scheme on hidden entries of the validation trials.
 
     The null model is each neuron's mean in the training trials. Every call scores the same entries;
-    NaN where none of them has a spike. Several processes share the sessions.
+    NaN where none of them has a spike. With ``calibrate``, predictions are scaled as suits each
+    session and scheme best, as they will be in the end: else weights that are only too sure would
+    lose to those of an early epoch. Several processes share the sessions.
     """
     model.eval()
-    found = torch.zeros(len(config.schemes), len(data), 2, device=model.device)  # gain, spikes
+    scales = SCALES if config.calibrate else (1.0,)
+    shape = len(scales) + 1, len(config.schemes), len(data)
+    found = torch.zeros(shape, device=model.device)  # gain with each scale; spikes
     for i in range(distributed.rank(), len(data), distributed.processes()):
         for s, name in enumerate(config.schemes):
             # Summed on the device, without waiting for it.
             for counts, mask, encoded, direct in _predict_validation(model, data[i], name, config):
                 null = data[i].null.expand_as(counts)
-                found[s, i, 0] += masked_nll(null, counts, mask.target)
-                found[s, i, 0] -= masked_nll(encoded + direct, counts, mask.target)
-                found[s, i, 1] += (counts * mask.target).sum()
+                change, baseline = encoded + direct - null, masked_nll(null, counts, mask.target)
+                for gain, scale in zip(found, scales, strict=False):
+                    log_rates = null + scale * change
+                    gain[s, i] += baseline - masked_nll(log_rates, counts, mask.target)
+                found[-1, s, i] += (counts * mask.target).sum()
     found = distributed.all_reduce(found).cpu().double()
     if not bool(found.isfinite().all()):
         raise FloatingPointError(f"predictions became infinite or NaN; lower lr ({config.lr:g})")
-    gain, spikes = found.sum(dim=1).unbind(dim=1)
+    gain, spikes = found[:-1].amax(dim=0).sum(dim=1), found[-1].sum(dim=1)
     if not bool((spikes > 0).any()):
         remedy = "use more trials; a mask of your own must hide what it scores, and spikes and "
         remedy += "events must be on one clock, in seconds"

@@ -7,6 +7,8 @@ import uuid
 import h5py
 import numpy as np
 
+from mtm.data.synthetic import WINDOWS  # in task_aligned_intervals
+
 SUBJECT, LAB = "SYN_001", "simlab"
 REGIONS = {  # at the levels Allen, Beryl, Cosmos
     "allen": ["CA1", "VISp2/3", "LP", "SCig", "root"],
@@ -17,13 +19,6 @@ NORMALIZE = {  # mean and standard deviation of what is z-scored
     "whisker/whisker_motion_energy": (6.1, 4.3),
     "paws/left_paw_speed": (63.0, 33.0),
     "paws/right_paw_speed": (62.0, 32.0),
-}
-WINDOWS = {  # in task_aligned_intervals: event and offset of each window of 1 s
-    "choice": ("movement_onset_time", -1.0),
-    "reward": ("feedback_time", 0.0),
-    "stimulus_contrast": ("stim_on_time", -0.9),
-    "movement_window": ("movement_onset_time", 0.0),
-    "licking_window": ("feedback_time", 0.0),
 }
 
 

@@ -263,6 +263,18 @@ def test_validation_scores_the_same_entries_each_time_and_every_region(small, st
     assert regions == {tuple(small[0].regions == r) for r in small[0].region_names}
 
 
+def test_validation_scores_predictions_that_are_scaled_as_suits_each_scheme(start, small):
+    model, data = copy.deepcopy(start.model), prepared(small[:1])
+    mean, parts, each = data[0].null, model.parts, []
+    for scale in (*validation.SCALES, 1.0):
+        model.parts = lambda batch, by=scale: (mean + by * (sum(parts(batch)) - mean), 0.0)
+        each.append(validate(model, data, TrainConfig(calibrate=False)))
+    found = validate(model, data, TrainConfig())
+    for name, value in found.items():
+        assert value == pytest.approx(max(scores[name] for scores in each[:-1]), abs=1e-6)
+    assert found != each[-1]
+
+
 def test_factors_of_calibration_minimise_the_loss_where_full_newton_steps_diverge():
     rng = np.random.default_rng(0)
     y, start = rng.poisson(1, 2000), np.full(2000, -2.0)
