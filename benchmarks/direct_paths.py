@@ -2,7 +2,7 @@
 
     python benchmarks/direct_paths.py FOLDER [--recordings NAME ...]
 
-FOLDER is that of real_data.py. Out come results/direct_paths.json and .md. Takes an hour.
+FOLDER is that of real_data.py. Out come results/direct_paths.json and .md. Takes two hours.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import common
-from recipe import trained
+import torch
+from recipe import AGAIN, trained, variants
+
+from mtm.masks import Mask, neuron, register
+from mtm.recipes import RECIPES
+
+ANY = "neuron, any share"
+OURS = RECIPES["mtm"]
 
 PATHS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -25,10 +32,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no input dropout": {"input_dropout": {}},
     "neither of the two": {"regions_by_size": False, "input_dropout": {}},
 }
+SEARCH: dict[str, dict[str, Any]] = {
+    "16 latents": {"latents": 16},
+    "64 latents": {"latents": 64},
+    "two layers": {"depth": 2},
+    "half the epochs": {"epochs": OURS.epochs // 2},
+    "weight decay 0.3": {"weight_decay": 0.3},
+    "weight decay 3": {"weight_decay": 3.0},
+    "causal twice as often": {"schemes": (*OURS.schemes, AGAIN)},
+    "also neurons, 0.3 to 0.9": {"schemes": (*OURS.schemes, ANY)},
+}
 RECORDINGS = (
     "03_Cori_2016-12-18", "06_Forssmann_2017-11-04", "07_Forssmann_2017-11-05",
     "09_Hench_2017-06-16",
 )  # fmt: skip
+
+
+def any_share(counts: torch.Tensor, regions: torch.Tensor, _: float, generator: Any) -> Mask:
+    """Neuron masking of a share that is drawn, too, from 0.3 to 0.9."""
+    share = torch.rand((), generator=generator, device=counts.device)
+    return neuron(counts, regions, 0.3 + 0.6 * float(share), generator)
 
 
 def main() -> None:
@@ -36,8 +59,10 @@ def main() -> None:
     arguments = common.parser(__doc__, "direct_paths")
     arguments.set_defaults(seeds=[0], recordings=RECORDINGS)
     options = arguments.parse_args()
+    variants()  # registers AGAIN
+    register(ANY, any_share, prompt=False)
     sessions = common.recordings(options.folder, options.recordings)
-    methods = {name: trained(how) for name, how in {**PATHS, **SETTINGS}.items()}
+    methods = {name: trained(how) for name, how in {**PATHS, **SETTINGS, **SEARCH}.items()}
     common.run(sessions, methods, options.seeds, options.work, "val", common.FOUR)
     whole = common.table(sessions, methods, options.seeds, options.work)
     facts = common.described(sessions, options) | {"scores": whole}
@@ -45,7 +70,8 @@ def main() -> None:
     text = "# What the direct paths are worth\n\nValidation trials, bits per spike as in "
     text += "real_data.md. Made by `python benchmarks/direct_paths.py`.\n\n"
     means = common.averages(whole)
-    for title, names in (("Mean over recordings", PATHS), ("One setting changed", SETTINGS)):
+    parts = {"Mean over recordings": PATHS, "One setting changed": SETTINGS, "Others": SEARCH}
+    for title, names in parts.items():
         rows = ["ours", *(name for name in names if name != "ours")]
         some = {task: {n: row[n] for n in rows if n in row} for task, row in means.items()}
         text += common.markdown(title, some) + "\n"
