@@ -506,7 +506,7 @@ def poisson_regression(past: Past, penalty: float, steps: int = 40) -> Coefficie
 def fit_forward(data: Data, solve: Callable[[Past, float], Coefficients]) -> Regression:
     """Regressions for each number of bins ahead, with components and penalty of the middle one."""
     start, stop = forward_bins(data.n_bins)
-    horizons = range(1, 1 + max(1, min(stop - start, data.n_bins - 1)))
+    horizons = range(1, 1 + stop - start)
     directions = shared_directions(data.inputs["train"], max(COMPONENTS))
 
     def attempt(components: Tensor, train: Past, val: Past, penalty: float) -> tuple[Any, ...]:
@@ -549,6 +549,7 @@ class Baseline:
     ) -> None:
         require_alike(sessions)
         self.name, self.split_seed, self.bin_size = name, split_seed, sessions[0].bin_size
+        self.n_bins, self.window = sessions[0].n_bins, sessions[0].window
         # Fingerprints of training trials, which evaluation refuses to score:
         self.seen = {s.name: s.fingerprints(s.split(split_seed).train) for s in sessions}
         data = [Data(session, split_seed, dtype) for session in sessions]

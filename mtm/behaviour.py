@@ -19,9 +19,10 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from mtm.decoding import ENCODER_WIDTH, Decoded, Decoder, decodable, search, smoothed
+from mtm.inputs import SessionError
 from mtm.masks import Mask
 from mtm.model import MtM
-from mtm.prediction import unobserved
+from mtm.prediction import as_predictor, unobserved
 from mtm.session import Session
 from mtm.training import Fit
 
@@ -69,7 +70,7 @@ class BehaviourReadout(nn.Module):
         """Start at the linear decoder of counts (K, T, N) whose penalty cross-validates best."""
         self.eval()
         parts = map(self.features, counts.split(4 * BATCH), hidden.split(4 * BATCH))
-        x, y = torch.cat([*parts]).double().cpu().numpy(), values.cpu().numpy()
+        x, y = torch.cat([*parts]).cpu().double().numpy(), values.cpu().numpy()
         axes = PCA().fit(x)  # search in the dimensions that the trials span
         found = search(axes.transform(x), y, kind)
         decoder, [(name, penalty)] = found.best_estimator_, found.best_params_.items()
@@ -95,7 +96,7 @@ class BehaviourReadout(nn.Module):
         output = torch.cat([*map(self, given.split(4 * BATCH), hide.split(4 * BATCH))])
         if self.classes:
             return np.array(self.classes)[output.argmax(dim=1).cpu().numpy()]
-        values = self.scale * output.double().cpu().numpy()
+        values = self.scale * output.cpu().double().numpy()
         return values[:, 0] if values.shape[1] == 1 else values
 
 
@@ -133,7 +134,7 @@ def fit_behaviour(
         behaviour -> :class:`BehaviourFit`.
     """
     model = model.model if isinstance(model, Fit) else model
-    decoder = Decoder(model, session, kinds=kinds)
+    decoder = Decoder(as_predictor(model, session), session, kinds=kinds)
     names = decodable(session) if behaviours is None else behaviours
     names = [names] if isinstance(names, str) else names
     devices = [model.device] if model.device.type == "cuda" else []
@@ -152,11 +153,14 @@ def _fit(decoder: Decoder, model: MtM, behaviour: str, epochs: int, seed: int) -
     counts = torch.from_numpy(decoder.session.counts[trials].astype(np.float32)).to(model.device)
     absent = torch.from_numpy(unobserved(decoder.session, trials)).to(model.device)
     absent = absent.expand_as(counts)
-    values = torch.from_numpy(y).to(model.device)
+    values = torch.from_numpy(y)
     if not classes:
         readout.scale = float(y.std())
         values = (values / readout.scale).float().reshape(len(y), -1)
-    n_train = int(usable[: decoder.n_train].sum())
+    values, n_train = values.to(model.device), int(usable[: decoder.n_train].sum())
+    if n_train == len(y) or len(np.unique(y[:n_train])) < len(classes):
+        problem = "needs a training trial of each class, and a validation trial"
+        raise SessionError(f"session {decoder.session.name!r}, behaviour {behaviour!r}: {problem}")
     train, val = slice(n_train), slice(n_train, len(y))
     readout.init_from_decoder(counts[train], absent[train], values[train], kind)
     torch.manual_seed(seed)

@@ -51,7 +51,7 @@ EIDS = {
 }
 HELP = {  # of the arguments of all commands
     "build": "of the sessions to download: selected_units (default) or all_units",
-    "download": "download these: ids of sessions, or their beginnings",
+    "download": "download these (ids, or their beginnings) to OUT/downloads; it resumes",
     "align": "the event in each trial at which the window has its 0",
     "align_times": "file of event times (.npy, or .csv of trials), in each folder or for all",
     "atlas": "how finely regions are named: Allen, Beryl or Cosmos",
@@ -183,8 +183,8 @@ def _add(parser: Any, argument: inspect.Parameter, text: str, positional: bool =
     elif many := re.match(r"(?:list|tuple|Collection|Sequence)\[(\w+)", kind):
         n = {"window": 2, "recordings": "*"}.get(name, "+")
         flag |= {"nargs": n, "type": types.get(many[1], str)}
-    elif kind in ("int", "float") and kind != argument.annotation:
-        flag["type"] = _optional(types[kind])
+    elif kind in ("int", "float", "str") and kind != argument.annotation:
+        flag["type"] = _optional(types.get(kind, str))
     else:
         flag["type"] = types.get(kind, str)
     parser.add_argument(name if positional else f"--{name.replace('_', '-')}", help=text, **flag)
@@ -219,7 +219,7 @@ def run_prepare(
     """Align recordings to an event, bin them and write OUT/<name>.npz, in parallel.
 
     Files that are there already, made with the same options, stay as they are; recordings that
-    cannot be read are skipped and listed. Downloads go to OUT/downloads, and resume.
+    cannot be read are skipped and listed.
     """
     how: dict[str, Any] = {"workers": workers, "overwrite": overwrite}
     if origin == "ibl":
@@ -283,7 +283,7 @@ def run_train(
         print(data, flush=True)
         model = checkpoint.load(start) if start else model_config(config, **sizes)
         how: dict[str, Any] = {"folder": out, "restart": restart, "save_every": save_every}
-        result = fit(data, model, config=config, device=place or distributed.pick_device(), **how)
+        result = fit(data, model, config=config, device=place, **how)
         print(f"best validation, epoch {result.best['epoch']}, bits per spike on hidden entries:")
         for name, value in result.best["validation"].items():
             print(f"  {name:<14} {value:7.3f}")

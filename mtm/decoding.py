@@ -58,7 +58,7 @@ class Decoded:
     score: float  # on the test trials
     others: dict[str, float]
     features: str  # what was read: "rates", "latents", "latents and encoder", or "fine-tuned"
-    n_train: int  # trials the decoder was fitted on
+    n_train: int  # trials the decoder was fitted on; fine-tuning only stops by some of them
     n_test: int  # trials it was scored on
     n_left_out: int  # trials without a usable value
     confusion: pd.DataFrame | None = None  # test trials: true class (row) x decoded class (column)
@@ -139,8 +139,8 @@ def decode_by_region(
 
 def decodable(session: Session) -> list[str]:
     """Behaviours that are decoded by default: ``choice`` where known, and traces."""
-    traces = sorted(key for key, value in session.behaviour.items() if np.ndim(value) == 2)
-    return ["choice"] * ("choice" in session.behaviour) + traces
+    known = {key: np.ndim(value) for key, value in session.behaviour.items()}
+    return [*["choice"] * (known.get("choice") == 1), *sorted(k for k in known if known[k] == 2)]
 
 
 class Target(NamedTuple):
@@ -252,10 +252,10 @@ class Decoder:
         """Controls without a predictor: computed once, however many predictors are compared."""
         kind, usable, _, y, truth = target
         known, stimulus = self.session.behaviour, None
-        if behaviour == "choice" and "contrast" in known:  # contrast, its side, prior of the block
-            contrast = known["contrast"]
+        contrast = plain(known.get("contrast", ""))
+        if behaviour == "choice" and contrast.ndim == 1 and contrast.dtype.kind in "iuf":
             block = np.unique(known.get("block", 0 * contrast), return_inverse=True)[1]
-            columns = [contrast, np.sign(contrast), block]
+            columns = [contrast, np.sign(contrast), block]  # with side, and prior of the block
             stimulus = np.nan_to_num(np.stack(columns, axis=1).astype(np.float64))[self.trials]
         counts = self.session.counts[self.trials][:, :, self.inside]
         key = joblib.hash((counts, self.session.observed, self.is_test, target, stimulus))
@@ -306,7 +306,7 @@ class Decoder:
         if kind == "classes":
             classes, values = np.unique(values, return_inverse=True)
             names = classes.tolist()
-        y, truth = values[~is_test], values[is_test]
+        y, truth = (np.asarray(values[t], None if names else float) for t in (~is_test, is_test))
         if len(truth) == 0 or len(y) < 2 * FOLDS:
             n = f"{len(y)} usable training and {len(truth)} test trials"
             raise SessionError(f"{title}: {n}; at least {2 * FOLDS} and 1 are needed")

@@ -86,12 +86,15 @@ def _memory_map(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
         file.seek(archive.getinfo(f"{name}.npy").header_offset + 26)
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
         np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         start = file.tell()
     stop = start + dtype.itemsize * int(np.prod(shape))
     # By torch, which keeps no file open; systems allow few hundred open files.
     content = torch.from_file(str(path), shared=False, size=stop, dtype=torch.uint8).numpy()
-    return content[start:].view(dtype).reshape(shape).view(MemoryMapped)
+    array = content[start:].view(dtype)
+    # numpy saves an array in the order that it has in memory
+    array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+    return array.view(MemoryMapped)
 
 
 def optional(module: str, extra: str) -> ModuleType:

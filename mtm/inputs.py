@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 # slightly before it (0.1 + 0.2 is not 0.3).
 SNAP = 1e-6
 AXES = ("trial|presentation", "time|bin", "neuron|unit|cluster|cell")  # as xarray may name them
-LOWEST_RATE, LOWEST_SHARE = 0.1, 0.01  # below both, times are not seconds: see `check_times`
+LOWEST_RATE, LOWEST_SHARE = 0.1, 0.002  # below both, times are not seconds: see `check_times`
 
 
 class SessionError(ValueError):

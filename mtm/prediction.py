@@ -102,7 +102,10 @@ def choose_split(
     """
     trained = _attribute(predictor, "split_seed", split_seed or 0)
     seed = trained if split_seed is None else split_seed
-    if seed is None:
+    names, seen = (_attribute(predictor, name, ()) for name in ("session_names", "seen"))
+    # After fine-tuning, an imported model has seen more than what it is known to have seen.
+    unknown = seen and session.name in names and session.name not in seen
+    if seed is None or (split_seed is None and unknown):
         raise ValueError(
             "it is not known which trials this model was trained on; pass split_seed=0 for test "
             "trials some of which may be its training trials"

@@ -35,8 +35,8 @@ class TrainConfig:
         batches_per_step: batches per optimizer step, of different sessions where possible. With
             several processes (see ``mtm.distributed``), each computes a share of them.
         tune: parameters to train: "all", "session-layers" (the layers and tokens of the given
-            sessions; the shared layers stay fixed), or "session-layers-then-all", the first fifth
-            of the epochs.
+            sessions; the shared layers stay fixed, and with ndt2 also the random embeddings of
+            patches that are new), or "session-layers-then-all", the first fifth of the epochs.
         token: initial session token of a new session, see ``MtM.add_session``.
         lr: peak learning rate of torch's one-cycle schedule, which also cycles Adam's beta1.
         warmup: share of the steps in which the learning rate rises to its peak.
@@ -53,7 +53,8 @@ class TrainConfig:
             and does not score on their account. Schemes that are not named have none. With few
             regions, inter-region masking alone shows each trial in few versions, which a model
             learns by heart.
-        prompt: give each scheme of a new model a prompt token, if there are several schemes.
+        prompt: give the schemes of a new model, if there are several, a prompt token each; temporal
+            and random-token masking have none.
         validations: number of validations, evenly spread over the epochs; 1 keeps the last weights.
         patience: stop after this many validations without improvement, or None.
         calibrate: at the end, scale what encoder and direct paths add to the mean log-rates as
@@ -118,6 +119,8 @@ class TrainConfig:
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be at least 0 and below 1, got {self.warmup}")
         if self.tune == "session-layers-then-all" and self.epochs < 2:
             raise ValueError("tune='session-layers-then-all' needs 2 epochs or more")
 

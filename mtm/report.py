@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from mtm.files import atomic_write
+from mtm.session import has_region
 
 LABELS = ("session", "seed", "neuron", "region", "features")  # columns that identify a row
 COUNTS = ("spikes", "visible", "train_trials", "test_trials")
@@ -131,7 +132,7 @@ class TaskScores:
     def by_region(self, column: str | None = None) -> dict[str, Mean]:
         """Region -> mean over its neurons, of all sessions; a neuron's seeds are averaged first."""
         each = self._by_neuron(column, "region").groupby("region")
-        return {name: mean_of(values) for name, values in each}
+        return {name: mean_of(values) for name, values in each if has_region(name)}
 
     def by_neuron(self, session: str, column: str | None = None) -> np.ndarray:
         """(n,) the score of each scored neuron of a session, averaged over seeds."""
@@ -175,8 +176,8 @@ class Report:
                 joined.tasks[task] = TaskScores(table, scores.score)
             joined.sessions |= report.sessions
             for task, reason in report.left_out.items():
-                known = joined.left_out.setdefault(task, reason)
-                joined.left_out[task] = known if reason in known else f"{known}; {reason}"
+                known = joined.left_out[task].split("; ") if task in joined.left_out else []
+                joined.left_out[task] = "; ".join(dict.fromkeys([*known, reason]))
         return joined
 
     def means(self, column: str | None = None) -> dict[str, float]:

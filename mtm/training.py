@@ -153,7 +153,7 @@ class Trainer:
             warmup *= 1.01
         # Steps of the phase that a resumed run has taken already; -1 starts the schedule.
         last = self.run.step - start * self.per_epoch - 1
-        how: dict[str, Any] = dict(pct_start=warmup, div_factor=10.0, last_epoch=last)
+        how: dict[str, Any] = dict(pct_start=float(warmup), div_factor=10.0, last_epoch=last)
         return OneCycleLR(self.optimizer, config.lr, n_steps, **how)
 
     def step(self, batches: Step) -> None:

@@ -158,6 +158,9 @@ def test_without_regions_the_region_schemes_are_missing(small):
     with pytest.raises(ValueError, match="split of seed 0, not 1"):
         evaluate(both, bare, split_seed=1)
     assert list(evaluate(both, bare).tasks) == ["co-smoothing", "forward-prediction"]
+    bare.window = (bare.window[0] + 5, bare.window[1] + 5)
+    with pytest.raises(ValueError, match="the model was trained on .* from"):
+        evaluate(both, bare)
 
 
 @pytest.mark.parametrize("name", ["temporal NDT1", "random-token NDT2"])

@@ -1,5 +1,6 @@
 """Many recordings: prepared in processes and resumed; listed and chosen from without reading."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -61,11 +62,13 @@ def test_a_run_is_resumed_and_other_options_make_other_files(tmp_path):
         done = prepare(anything, [0], tmp_path, **ALONE, **options)
         assert done.outcomes[0].status == status, options
     assert b"s3cret" not in done.paths[0].read_bytes()
-    assert prepare(load, [1], tmp_path, **ALONE).outcomes[0].status == "written"  # another function
+    for made in (load, functools.partial(load, scale=2), functools.partial(load, scale=3)):
+        assert prepare(made, [1], tmp_path, **ALONE).outcomes[0].status == "written"
+    assert prepare(made, [1], tmp_path, **ALONE).outcomes[0].status == "there already"
 
 
 def from_folder(path):
-    with np.load(path / "x.npz") as file:
+    with np.load(Path(path) / "x.npz") as file:
         return Session(file["counts"], provenance={"sum": int(file["counts"].sum())})
 
 
@@ -75,7 +78,7 @@ def test_a_recording_that_changed_is_made_again(tmp_path):
     for value, status in ((1, "written"), (1, "there already"), (2, "written")):
         if status == "written":  # in place, and of the same size: the folder itself stays the same
             np.savez(folder / "x.npz", counts=np.full((20, 2, 3), value))
-        done = prepare(from_folder, [folder], out, **ALONE)
+        done = prepare(from_folder, [folder if value == 1 else str(folder)], out, **ALONE)
         assert done.outcomes[0].status == status
         made = Session.load(out / "recording.npz")
         assert made.provenance["sum"] == 120 * value
@@ -168,6 +171,9 @@ def test_counts_stay_on_disk(folder):
     assert on_disk(used.counts.numpy())
     mapped.counts[:] = 7  # a copy of one's own
     assert (folder / "s0.npz").read_bytes() == before
+    turned = Session(np.asfortranarray(whole.counts).astype(float), name="turned")
+    read = Sessions(turned.save(folder / "turned.npz"))[0].counts
+    assert on_disk(read) and np.array_equal(read, whole.counts)
 
 
 def test_what_cannot_be_listed(folder):

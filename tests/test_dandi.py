@@ -18,7 +18,7 @@ K, RATE = 30, 100.0
 ON = 5.0 + 3.0 * np.arange(K)
 CHOICE, LEFT = np.arange(K) % 3 - 1, np.arange(K) % 2 == 0
 BLOCK, CONTRAST = np.repeat([0.5, 0.8, 0.2], K // 3), np.resize([1.0, 0.25, 0.0], K)
-WORDS = np.array(["left", "no_go", "right"])
+WORDS, STOP = np.array(["left", "no_go", "right"]), np.array([100, 50])
 COLUMNS = {
     "now": {
         "gabor_stimulus_onset_time": ON,
@@ -48,11 +48,12 @@ def write(path, layout):
     for allen, beryl, cosmos in (("CA1", "CA1", "HPF"), ("VISp2/3", "VISp", "Isocortex")):
         more = {"beryl_location": beryl, "cosmos_location": cosmos} if layout == "now" else {}
         file.add_electrode(location=allen, group=group, **more)
-    for name in ("ibl_quality_score", "max_electrode") if layout == "now" else ():
+    for name in ("ibl_quality_score", "max_electrode", "probe_name") if layout == "now" else ():
         file.add_unit_column(name, "q")
     for n in range(4):
-        more = {"ibl_quality_score": 1.0, "max_electrode": n % 2} if layout == "now" else {}
-        spikes = np.sort(np.random.default_rng(n).uniform(0, 100, 900))
+        more = {"ibl_quality_score": 1.0, "max_electrode": n % 2, "probe_name": "ab"[n % 2]}
+        more, stop = (more, STOP[n % 2]) if layout == "now" else ({}, 100)
+        spikes = np.sort(np.random.default_rng(n).uniform(0, stop, 4000))
         file.add_unit(spike_times=spikes, electrodes=[n % 2], **more)
     columns = COLUMNS[layout] | {"probability_left": BLOCK}
     for name in columns:
@@ -78,6 +79,8 @@ def test_behaviours_have_the_names_of_our_readers(layout, tmp_path):
     session = dandi.load_session(path, window=(0.0, 1.0))
     assert session.counts.shape == (K, 50, 4) and session.name == EID
     assert session.regions.tolist() == ["CA1", "VISp2/3"] * 2
+    if layout == "now":  # a probe stops in the middle, and its neurons only seem silent
+        assert np.array_equal(session.observed[:, :2], ON[:, None] + 1 < STOP)
     read = session.behaviour
     assert np.array_equal(read["choice"], CHOICE) and np.array_equal(read["reward"], CHOICE == 1)
     assert np.array_equal(read["block"], BLOCK)

@@ -238,6 +238,10 @@ def test_a_choice_of_zero_is_no_response_and_other_codes_are_classes(session):
         s = Session(session.counts, name="s", behaviour={"choice": choice})
         found = decode(session.rates, s, "choice")["choice"]
         assert found.n_left_out == 0 and len(found.confusion) == len(np.unique(choice)), name
+    odd = {"choice": 2 * side - 1, "contrast": np.array(["low"] * 120)}
+    odd["licks"] = session.rates[..., 1] > np.median(session.rates[..., 1])
+    found = decode(session.rates, Session(session.counts, name="s", behaviour=odd))
+    assert found["licks"].kind == "trace" and "stimulus_only" not in found["choice"].others
     absent = np.array(["a", "b", "c"])[np.arange(120) % 3]
     absent[session.split().test[absent[session.split().test] == "c"]] = "a"
     s = Session(session.counts, name="s", behaviour={"choice": absent})

@@ -115,10 +115,10 @@ def test_a_model_is_scored_on_the_split_it_was_trained_on(sessions):
     assert one == two
     with pytest.raises(ValueError, match="trained on the split of seed 5, not 0"):
         evaluate(model, session, split_seed=0)
-    # As of an imported checkpoint, whose training trials nobody knows.
-    model.split_seed, model.seen = None, {}
-    with pytest.raises(ValueError, match="not known which trials.*pass split_seed=0"):
-        evaluate(model, session)
+    # As of an imported checkpoint, fine-tuned to another session or not: nobody knows what it saw.
+    for model.split_seed, model.seen in ((5, {"another": np.ones(1)}), (None, {})):
+        with pytest.raises(ValueError, match="not known which trials.*pass split_seed=0"):
+            evaluate(model, session)
     tasks = ["forward-prediction", "choice"]
     assert list(evaluate(model, session, tasks=tasks, split_seed=0).tasks) == tasks
 

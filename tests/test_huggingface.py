@@ -153,12 +153,7 @@ def test_counts_equal_brute_force(k, bins, n, entries):
 
 
 def test_folders_that_are_incomplete(tmp_path):
-    rows = make_rows()
-    write_dict(tmp_path / "disk", rows)
-    write_snapshot(tmp_path / "hub", rows, parts=2)
-    arrow = tmp_path / "disk/train/data-00000-of-00001.arrow"
-    arrow.write_bytes(arrow.read_bytes()[:-8])
+    write_snapshot(tmp_path / "hub", make_rows(), parts=2)
     (tmp_path / "hub/train-00001-of-00002.parquet").unlink()
-    for name, message in (("disk", "is cut short"), ("hub", "split 'train': 1 of its 2 files")):
-        with pytest.raises(SessionError, match=message):
-            huggingface.load_session(tmp_path / name)
+    with pytest.raises(SessionError, match="split 'train': 1 of its 2 files"):
+        huggingface.load_session(tmp_path / "hub")

@@ -356,13 +356,6 @@ def test_units_without_a_channel_have_no_region(variant):
     assert read.regions.tolist() == [*REGIONS[:6], "void", "void", *REGIONS[8:]]
 
 
-def test_connect_says_what_it_needs(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"index_alf.*username.*token.*/signup"):
-        ibl.connect(tmp_path)
-    with pytest.raises(ValueError, match="'me'.*is saved.*/me"):  # asks neither user nor network
-        ibl.connect(username="me", base_url="http://localhost:9")
-
-
 def test_search(tree, tmp_path):
     root = shutil.copytree(tree, tmp_path / "copy")
     other = make_session("other", "MOUSE-2")

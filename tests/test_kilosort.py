@@ -79,7 +79,7 @@ def test_events_from_files(folder, tmp_path):
     events = np.where(np.arange(30) == 4, np.nan, EVENTS)
     kept, good = np.delete(np.arange(30), 4), expected([3, 99], np.delete(EVENTS, 4))
     columns = {"trial": np.arange(30), "go": events, "move_time": events, "side": ["a", "b"] * 15}
-    pd.DataFrame(columns).to_csv(folder / "trials.csv", index=False)
+    pd.DataFrame(columns).to_csv(folder / "trials.csv")
     np.save(tmp_path / "events.npy", events[:, None])
     pair = {"choice": np.arange(30) % 2, "speed": np.ones((30, 20))}
     for given, options, names in (
@@ -101,6 +101,7 @@ def test_events_from_files(folder, tmp_path):
         ("spike_times.npy", {}, "spike_times.npy: missing; pass"),
         ("params.py", {}, "params.py: no sample_rate in it; pass sample_rate="),
         ("cluster_*.tsv", {"units": "good"}, "no cluster is left of 5; pass units="),
+        ("", {"events": np.ones((30, 2))}, r"one time for each trial, got shape \(30, 2\)"),
         ("", {"events": "two.csv"}, r"no such event; align to one of \['a', 'b'\]"),
     ],
 )

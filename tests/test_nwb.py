@@ -47,10 +47,10 @@ def add_units(file):
     file.add_electrode_column("fine", "finer location")
     for location in LOCATIONS:
         file.add_electrode(location=location, group=group, fine=location.lower())
-    for column in ("quality", "snr", "brain_area"):
+    for column in ("quality", "snr", "brain_area", "keep"):
         file.add_unit_column(column, "c")
     for n, train in enumerate(spikes()):
-        unit = {"quality": ["good", "mua"][n % 2], "snr": float(n)}
+        unit = {"quality": ["good", "mua"][n % 2], "snr": float(n), "keep": n < 2}
         unit |= {"brain_area": f" area {n // 3} ", "electrodes": ELECTRODES[n]}
         file.add_unit(id=UNITS[n], spike_times=train, electrode_group=group, **unit)
 
@@ -153,7 +153,7 @@ def test_counts_are_those_of_brute_force(path):
     assert facts["origin"] == "NWB" and facts["source"] == str(path) and facts["lab"] == "a lab"
     assert facts["regions"] == "electrodes/location" and facts["align"] == "start_time"
     neurons = {key: values.tolist() for key, values in session.neurons.items()}
-    assert set(neurons) == {"cluster", "quality", "snr", "brain_area"}
+    assert set(neurons) == {"cluster", "quality", "snr", "brain_area", "keep"}
     assert neurons["cluster"] == UNITS and neurons["quality"] == ["good", "mua"] * 3
     text = nwb.describe(path)
     assert "units: 6 rows; columns brain_area (text)" in text and "pair (many)" in text

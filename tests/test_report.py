@@ -109,6 +109,8 @@ def test_only_runs_of_the_same_trials_and_neurons_are_seeds():
     ):
         score_table({"a": one, "b": report("a", [1.0], [""])})
     choices = of_choice("a", 0.75), of_choice("a", 0.5)
+    reasons = [Report({}, {}, {"choice": f"{name}: not recorded"}) for name in ("11", "1", "11")]
+    assert Report.join(reasons).left_out == {"choice": "11: not recorded; 1: not recorded"}
     assert Report.join(choices).means() == {"choice": 0.625}
     choices[1].tasks["choice"].table["majority"] = 0.500001  # as a file rounds it
     assert Report.join(choices).means() == {"choice": 0.625}

@@ -331,6 +331,12 @@ def test_times_in_other_units_are_refused(spikes, events, rate):
         Session.from_spike_times(*given)
 
 
+def test_few_spikes_around_few_events_are_seconds():
+    times = np.random.default_rng(0).uniform(0, 7200, 30 * 360)  # 0.05 Hz
+    made = Session.from_spike_times(times, np.arange(len(times)) % 30, np.arange(20) * 300 + 60.0)
+    assert made.n_trials == 20
+
+
 @pytest.mark.parametrize("scale", [25, 1000])  # samples 0.25 s apart, or times in ms
 def test_a_trace_without_samples_is_told(scale):
     traces = {"pupil": (np.arange(0, 100, 0.01) * scale, np.ones(10_000))}

@@ -395,6 +395,7 @@ def test_a_recipe_decides_the_model_and_holds_the_papers_numbers(small):
         ({"ratios": {"neurons": 0.3}}, "unknown masking scheme 'neurons'"),
         ({"input_dropout": {"causal": 1}}, "input_dropout must be at least 0 and below 1, got 1.0"),
         ({"regions_by_size": "no"}, "regions_by_size must be bool, got 'no'"),
+        ({"warmup": 1}, "warmup must be at least 0 and below 1, got 1"),
         ({"epochs": 2.5}, "epochs must be int, got 2.5"),
         ({"clip": "1"}, "clip must be float . None, got '1'"),
         ({"depth": 0}, "depth must be at least 1, got 0"),

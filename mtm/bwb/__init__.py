@@ -4,6 +4,7 @@
 - `submission`: predict its tasks, check the predictions, score and pack them.
 """
 
+from mtm.bwb import submission
 from mtm.bwb.files import (
     BUILDS,
     Entry,
@@ -22,6 +23,7 @@ __all__ = [
     "fetch",
     "list_sessions",
     "load_session",
+    "submission",
     "ts2_windows",
     "write_session",
 ]

@@ -410,11 +410,10 @@ def check(
         label: which to check. Default: the only one.
         deterministic: accept one seed, as is declared with the upload.
     """
-    labels = sorted(path.name for path in Path(folder).glob("*") if path.is_dir())
-    label = labels[0] if label is None and len(labels) == 1 else label
-    if label not in labels:
-        return [f"{folder}: has predictions of {labels or 'no label'}; name the one to upload"]
-    root, findings = Path(folder) / label, []
+    try:
+        root, findings = _of_label(folder, label), []
+    except ValueError as error:
+        return [str(error)]
     recordings = {(each.build, each.name): each for each in map(BenchmarkSession, files)}
     found: dict[tuple[str, str], list[int]] = {}  # task and session -> seeds
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
@@ -429,7 +428,7 @@ def check(
         problems: Iterable[str] = ["no session file"]
         if recording := recordings.get((TASKS[task].build, rest[0])):
             problems = _problems(
-                path, recording, task, recording.metadata(label, task, int(seed[1]))
+                path, recording, task, recording.metadata(root.name, task, int(seed[1]))
             )
         findings += [f"{path}: {problem}; export it again or remove it" for problem in problems]
     seeds = sorted({seed for each in found.values() for seed in each})
@@ -490,6 +489,15 @@ def _problems(
             yield f"predictions are no log-rates ({problem}): {remedy}"
 
 
+def _of_label(folder: str | Path, label: str | None) -> Path:
+    """The folder of a label; None: the only one."""
+    labels = sorted(path.name for path in Path(folder).glob("*") if path.is_dir())
+    label = labels[0] if label is None and len(labels) == 1 else label
+    if label not in labels:
+        raise ValueError(f"{folder}: has predictions of {labels or 'no label'}; name one as label")
+    return Path(folder) / label
+
+
 def pack(
     folder: str | Path,
     label: str,
@@ -514,7 +522,7 @@ def pack(
 
 
 def score(
-    folder: str | Path, files: Iterable[str | Path], *, label: str = ""
+    folder: str | Path, files: Iterable[str | Path], *, label: str | None = None
 ) -> dict[tuple[str, str, int], dict[str, float]]:
     """Score predictions with the benchmark's scorer, against the session files (see `check`).
 
@@ -527,7 +535,7 @@ def score(
     except ImportError as error:
         install = f"pip install torchmetrics rich; pip install --no-deps ibl-bwb-eval=={SCORER}"
         raise ImportError(f"the benchmark's scorer is missing: {install}") from error
-    root = Path(folder) / label
+    root = _of_label(folder, label)
     tasks = [task for task in TASKS if any(root.rglob(f"{task}/*/seed_*.safetensors"))]
     with tempfile.TemporaryDirectory() as truth:
         for recording in map(BenchmarkSession, files):

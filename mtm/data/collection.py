@@ -242,8 +242,8 @@ def _names(recordings: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
 
 def _name(recording: Any, depth: int) -> str:
     """A path's last parts, without its ending; of an address what is public, not too long."""
-    if isinstance(recording, Path):
-        path = recording.absolute()
+    if isinstance(recording, str | Path) and os.path.exists(recording):
+        path = Path(recording).absolute()
         return "_".join([*path.parts[:-1], path.name if path.is_dir() else path.stem][-depth:])
     text = str(recording)
     return re.sub(r"\W+", "-", public(text))[-100:].strip("-") if "://" in text else text
@@ -288,11 +288,13 @@ def _origin(
     load: Callable[..., Session], recording: Any, options: dict[str, Any]
 ) -> dict[str, Any]:
     """What a file was made of and how, as JSON: if it is the same, it need not be made again."""
-    function = load.func if isinstance(load, functools.partial) else load
+    function, bound = load, {}
+    if isinstance(load, functools.partial):
+        function, bound = load.func, load.keywords
     made = {
         "load": f"{function.__module__}.{function.__qualname__}",
         "recording": _shown(recording),
-        "options": {key: _shown(value) for key, value in options.items() if key not in SECRETS},
+        "options": {k: _shown(value) for k, value in (bound | options).items() if k not in SECRETS},
     }
     # What JSON cannot hold: arrays and numpy's numbers have tolist.
     text = json.dumps(made, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))

@@ -14,6 +14,7 @@ import json
 import re
 import urllib.parse
 import urllib.request
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,8 @@ def load_session(
     for name, path in itertools.product(SERIES, series):
         if re.search(SERIES[name], path, re.IGNORECASE):
             found.setdefault(name, path)
+    for name in sorted(SERIES.keys() - found):
+        warnings.warn(f"{source}: no series of {name}", stacklevel=2)
     session = nwb.load_session(
         source,
         align if align in columns else BEFORE.get(align, align),

@@ -125,7 +125,8 @@ def load_session(
     fields = session.trials_to_use(events, _behaviour(trials), rejected, observed)
     fields |= {"window": window, "bin_size": bin_size, "traces": _traces(session)}
     fields["regions"] = None if atlas is None else clusters[atlas.lower()]
-    return session.to_session(times, neurons, clusters, **fields)
+    keep = clusters.pop("keep") if units else True
+    return session.to_session(times, neurons, clusters, keep, **fields)
 
 
 def search(one: Any, *, region: str | None = None, **terms: Any) -> list[str]:
@@ -160,7 +161,7 @@ def prepare(one: Any, eids: Iterable[Any], out: str | Path, **options: Any) -> P
     """Download and write many sessions, each as ``OUT/<eid>.npz``: :func:`mtm.prepare` for ONE.
 
     Each process connects for itself, with the log-in that ONE has saved. ``options`` are those of
-    :func:`mtm.prepare` and of `load_session`.
+    :func:`mtm.prepare` and of `load_session`. After a new spike sorting, pass ``overwrite=True``.
     """
     where: dict[str, Any] = {"cache_dir": str(one.cache_dir)}
     if not one.offline:

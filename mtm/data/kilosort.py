@@ -61,10 +61,10 @@ def load_session(
     files = Folder(folder, name, origin="Kilosort or phy", source=str(folder))
     times, clusters = _spikes(files, sample_rate)
     table = _clusters(files, np.unique(clusters))
-    table["keep"] = table["quality"] == units if units else table["quality"] != "noise"
+    keep = table["quality"] == units if units else table["quality"] != "noise"
     fields = _trials(files, align_times, align, behaviour)
     grid: dict[str, Any] = {"window": window, "bin_size": bin_size, "traces": traces}
-    return files.to_session(times, clusters, table, regions=regions, **grid, **fields)
+    return files.to_session(times, clusters, table, keep, regions=regions, **grid, **fields)
 
 
 def _spikes(files: Folder, rate: float | None) -> tuple[np.ndarray, np.ndarray]:
@@ -109,8 +109,12 @@ def _trials(
         with files.reading(str(path), "pass a .npy or .csv file with times in seconds"):
             array = path.suffix == ".npy"
             table = np.load(path, allow_pickle=False) if array else pd.read_csv(path)
+            table = table if array else table.drop(columns="Unnamed: 0", errors="ignore")  # index
     if not isinstance(table, pd.DataFrame):
-        table = pd.DataFrame({"align_times": plain(table).astype(float).ravel()})
+        times = plain(table).astype(float)
+        if times.size != len(times):
+            files.fail("align_times", f"need one time for each trial, got shape {times.shape}")
+        table = pd.DataFrame({"align_times": times.ravel()})
     if pd.to_numeric(table.columns, errors="coerce").notna().any():
         files.fail(f"{align_times}", "its first line is numbers; let it name the columns")
     align = table.columns[0] if align is None and len(table.columns) == 1 else align

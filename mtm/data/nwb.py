@@ -27,7 +27,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from mtm.data.recording import Recording, is_event, ordered_samples, public, within
+from mtm.data.recording import (
+    Recording,
+    is_event,
+    observed_by_probe,
+    ordered_samples,
+    public,
+    within,
+)
 from mtm.files import optional
 from mtm.inputs import plain
 from mtm.session import Session, has_region
@@ -323,6 +330,9 @@ def _trials(
         intervals, unit = units.ragged("obs_intervals")
         for i in np.unique(unit):
             observed[:, i] = within(intervals[unit == i], spans)
+    elif "probe_name" in units.scalars:
+        where = units.ragged("spike_times")
+        observed = observed_by_probe(*where, units.column("probe_name"), spans)
     fields = file.trials_to_use(times.astype(np.float64), columns, rejected, observed)
     if split is not None:
         fields["given_split"] = [part[fields["trial_ids"]] for part in members]

@@ -60,7 +60,7 @@ class Recording:
 
     def event(self, trials: pd.DataFrame, align: str | None) -> np.ndarray:
         """Time (K,) of an event in each trial, a column of the table of trials."""
-        if align not in (numbers := trials.select_dtypes(["number", "bool"])):
+        if align not in (numbers := trials.select_dtypes("number")):
             known = list(filter(is_event, numbers)) or list(numbers)
             self.fail(f"trials.{align}", f"no such event; align to one of {known}")
         return numbers[align].to_numpy(np.float64)
@@ -102,14 +102,19 @@ class Recording:
         return fields
 
     def to_session(
-        self, times: np.ndarray, clusters: np.ndarray, table: pd.DataFrame, **fields: Any
+        self,
+        times: np.ndarray,
+        clusters: np.ndarray,
+        table: pd.DataFrame,
+        keep: Any = True,
+        **fields: Any,
     ) -> Session:
         """Bin spikes, with their (S,) times in seconds and cluster ids; some have no time.
 
-        ``table`` has a row for each cluster, by id; those whose ``keep`` is False are left out.
+        ``table`` has a row for each cluster, by id; those where ``keep`` is False are left out.
         ``observed`` (K, N), if given, has all of its clusters.
         """
-        keep = table.pop("keep") if "keep" in table else pd.Series(True, table.index)
+        keep = pd.Series(keep, table.index)
         self.provenance["clusters"] = len(table)
         if not keep.any():
             self.fail("units", f"no cluster is left of {len(table)}; pass units=None")

@@ -88,8 +88,7 @@ def load_session(
     files = Folder(folder, "_".join(words).removesuffix("_001"), origin=ORIGIN, align=align)
     files.provenance["subject"] = files.name.partition("_")[0]
     trials, clusters = _trials(files), _clusters(files)
-    if units == "good":
-        clusters["keep"] = files.array("clusters._phy_annotation", len(clusters)) >= 2
+    keep = files.array("clusters._phy_annotation", len(clusters)) >= 2 if units else True
     event = files.event(trials, align)
     behaviour = _behaviour(trials, event, _reaction_times(files, trials))
     rejected = {"not included": trials["included"] != 1} if trial_filter else {}
@@ -97,7 +96,7 @@ def load_session(
     fields |= {"window": window, "bin_size": bin_size, "traces": _traces(files)}
     times = files.array("spikes.times")
     ids = files.array("spikes.clusters", len(times)).astype(np.int64)
-    return files.to_session(times, ids, clusters, regions=clusters["allen"], **fields)
+    return files.to_session(times, ids, clusters, keep, regions=clusters["allen"], **fields)
 
 
 def load_bundle(
