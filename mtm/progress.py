@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
+import weakref
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -60,6 +61,7 @@ class TensorBoard:
 
             # What a stopped run wrote after its last save is replaced.
             self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
+            weakref.finalize(self, self.writer.close)  # it has a thread
 
     def add(self, entry: dict[str, Any]) -> None:
         """Write the numbers of a history entry."""

@@ -98,7 +98,7 @@ def load_session(
             file.fail("units/spike_times", "no sorted spikes; choose a file with a units table")
         labels, file.provenance["regions"] = _regions(file, table, region)
         times, rows = table.ragged("spike_times")
-        neurons = {"cluster": table.id} | {key: table.column(key) for key in table.scalars}
+        neurons = {key: table.column(key) for key in table.scalars} | {"cluster": table.id}
         fields = _trials(file, table, trials, align, behaviour, window, split)
         fields["traces"] = {}
         for name in traces:

@@ -227,6 +227,8 @@ def write_bwb_session(session: Session, path: str | Path, build: str = "selected
     2.5 s, which holds those of the tasks. ``build`` is "selected_units" (above 1 Hz) or
     "all_units".
     """
+    if session.window[0] > -1 or session.window[1] < 2.5:
+        raise ValueError(f"window must hold -1 to 2.5 s, got {session.window}")
     stimulus, stop = layout(session)
     units = np.arange(session.n_neurons)
     if build == "selected_units":
