@@ -158,8 +158,9 @@ def _fit(decoder: Decoder, model: MtM, behaviour: str, epochs: int, seed: int) -
         readout.scale = float(y.std())
         values = (values / readout.scale).float().reshape(len(y), -1)
     values, n_train = values.to(model.device), int(usable[: decoder.n_train].sum())
-    if n_train == len(y) or len(np.unique(y[:n_train])) < len(classes):
-        problem = "needs a training trial of each class, and a validation trial"
+    few = classes and np.bincount(y[:n_train], minlength=len(classes)).min() < 2
+    if few or n_train == len(y):
+        problem = "needs two training trials of each class, and a validation trial"
         raise SessionError(f"session {decoder.session.name!r}, behaviour {behaviour!r}: {problem}")
     train, val = slice(n_train), slice(n_train, len(y))
     readout.init_from_decoder(counts[train], absent[train], values[train], kind)

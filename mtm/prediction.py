@@ -103,7 +103,7 @@ def choose_split(
     trained = _attribute(predictor, "split_seed", split_seed or 0)
     seed = trained if split_seed is None else split_seed
     names, seen = (_attribute(predictor, name, ()) for name in ("session_names", "seen"))
-    # After fine-tuning, an imported model has seen more than what it is known to have seen.
+    # Of sessions that were imported, or added by hand, nobody knows which trials it has seen.
     unknown = seen and session.name in names and session.name not in seen
     if seed is None or (split_seed is None and unknown):
         raise ValueError(

@@ -166,7 +166,7 @@ class Report:
     @classmethod
     def join(cls, reports: Sequence[Report]) -> Report:
         """Join reports of several sessions, or of one session with several seeds."""
-        joined = cls({}, {})
+        joined, reasons = cls({}, {}), dict[str, list[str]]()
         for report in reports:
             for task, scores in report.tasks.items():
                 table = scores.table
@@ -176,8 +176,8 @@ class Report:
                 joined.tasks[task] = TaskScores(table, scores.score)
             joined.sessions |= report.sessions
             for task, reason in report.left_out.items():
-                known = joined.left_out[task].split("; ") if task in joined.left_out else []
-                joined.left_out[task] = "; ".join(dict.fromkeys([*known, reason]))
+                reasons.setdefault(task, []).append(reason)
+        joined.left_out = {task: "; ".join(dict.fromkeys(each)) for task, each in reasons.items()}
         return joined
 
     def means(self, column: str | None = None) -> dict[str, float]:

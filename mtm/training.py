@@ -240,8 +240,8 @@ class Fit:
 
     An entry of the history has ``epoch``, ``step``, ``lr``, ``loss`` (mean over the batches since
     the last entry), ``losses`` (the same per scheme), ``validation`` (scheme -> bits per spike over
-    the training mean rates, pooled over the hidden entries of all sessions), their ``mean``,
-    ``seconds`` since the start, trials and tokens per second, and peak memory in GB.
+    the training mean rates, pooled over the hidden entries of all sessions, see
+    :func:`mtm.validation.validate`), their ``mean``, ``seconds`` since the start, and speed.
     """
 
     model: MtM  # with the weights of the best validation, on the device it was trained on

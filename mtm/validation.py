@@ -48,32 +48,37 @@ def validate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> di
 
     The null model is each neuron's mean in the training trials. Every call scores the same entries;
     NaN where none of them has a spike. With ``calibrate``, predictions are scaled as suits each
-    session and scheme best, as they will be in the end: else weights that are only too sure would
-    lose to those of an early epoch. Several processes share the sessions.
+    session and scheme best, much as they will be in the end: else weights that are only too sure
+    would lose to those of an early epoch. Several processes share the sessions.
     """
     model.eval()
-    scales = SCALES if config.calibrate else (1.0,)
-    shape = len(scales) + 1, len(config.schemes), len(data)
-    found = torch.zeros(shape, device=model.device)  # gain with each scale; spikes
+    found = torch.zeros(2, len(config.schemes), len(data), device=model.device)  # gain, spikes
     for i in range(distributed.rank(), len(data), distributed.processes()):
+        scales = SCALES if config.calibrate and can_be_calibrated(model, data[i].name) else (1.0,)
         for s, name in enumerate(config.schemes):
+            gain = torch.zeros(len(scales), device=model.device)
             # Summed on the device, without waiting for it.
             for counts, mask, encoded, direct in _predict_validation(model, data[i], name, config):
                 null = data[i].null.expand_as(counts)
-                change, baseline = encoded + direct - null, masked_nll(null, counts, mask.target)
-                for gain, scale in zip(found, scales, strict=False):
-                    log_rates = null + scale * change
-                    gain[s, i] += baseline - masked_nll(log_rates, counts, mask.target)
-                found[-1, s, i] += (counts * mask.target).sum()
+                change = encoded + direct - null
+                nll = [masked_nll(null + x * change, counts, mask.target) for x in (0.0, *scales)]
+                gain += nll[0] - torch.stack(nll[1:])
+                found[1, s, i] += (counts * mask.target).sum()
+            found[0, s, i] = gain.max()
     found = distributed.all_reduce(found).cpu().double()
     if not bool(found.isfinite().all()):
         raise FloatingPointError(f"predictions became infinite or NaN; lower lr ({config.lr:g})")
-    gain, spikes = found[:-1].amax(dim=0).sum(dim=1), found[-1].sum(dim=1)
+    gain, spikes = found.sum(dim=2)
     if not bool((spikes > 0).any()):
         remedy = "use more trials; a mask of your own must hide what it scores, and spikes and "
         remedy += "events must be on one clock, in seconds"
         raise SessionError(f"no hidden entry of the validation trials has a spike; {remedy}")
     return dict(zip(config.schemes, (gain / (spikes * LOG2)).tolist(), strict=True))
+
+
+def can_be_calibrated(model: MtM, session: str) -> bool:
+    """Return whether a model knows mean counts: not with raw counts and no direct paths."""
+    return hasattr(model.session_layers(session), "mean")
 
 
 @torch.no_grad()
@@ -86,9 +91,9 @@ def calibrate(model: MtM, data: Sequence[SessionData], config: TrainConfig) -> N
     et al. 2017).
     """
     for one in data:
-        layers = model.session_layers(one.name)
-        if not hasattr(layers, "mean"):  # with raw counts and no direct paths
+        if not can_be_calibrated(model, one.name):
             continue
+        layers = model.session_layers(one.name)
         mean, model.calibration[one.name] = layers.mean.log(), {}
         for name in config.schemes:
             found = []

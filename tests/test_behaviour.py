@@ -70,7 +70,7 @@ def test_classes_and_numbers_are_learned_without_the_test_trials(trained, known)
     words, fields = known.behaviour["pace"].copy(), {"name": known.name, "bin_size": known.bin_size}
     words[split.train[words[split.train] == "fast"]] = "slow"
     words[split.val[:4]] = "fast"
-    for window, message in ((known.window, "a training trial of each"), ((9, 11), "from 9 s")):
+    for window, message in ((known.window, "two training trials of each"), ((9, 11), "from 9 s")):
         s = Session(known.counts, behaviour={"pace": words}, window=window, **fields)
         with pytest.raises(SessionError, match=message):
             fit_behaviour(s, trained, "pace")

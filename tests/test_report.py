@@ -72,6 +72,7 @@ def test_regions_and_pooling_and_counts(joined):
     assert regions["CA1"] == mean_of([1.5, 4.5]) and regions["DG"] == mean_of([0, 2])
     assert scores.neurons.tolist() == [0, 1, 2, 0, 1]  # each once, whatever the seeds
     one = report("a", [1.0, 3.0, np.nan], ["", "", ""], spikes=[3, 1, 0]).tasks["co-smoothing"]
+    assert one.by_region() == {}  # no label, no region
     assert one.mean(pooled=True) == (1 * 3 + 3 * 1) / 4 and one.mean() == 2 and one.n_silent == 1
     summary = joined.to_dict()["co-smoothing"]
     assert [summary[k] for k in ("neurons", "silent_neurons", "dropped_neurons")] == [5, 1, 2]

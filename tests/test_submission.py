@@ -301,6 +301,9 @@ def test_the_check_compares_files(exported, simulated, tmp_path):
     with pytest.raises(ValueError, match=r"is not ready to be uploaded:\n- "):
         submission.pack(folder, "toy", tmp_path / "x.zip", simulated)
     assert not (tmp_path / "x.zip").exists()
+    shutil.copytree(toy, folder / "other")
+    with pytest.raises(ValueError, match="name one as label"):
+        submission.score(folder, simulated)
 
 
 def test_from_session_files_to_the_zip(tmp_path, capsys):

@@ -273,6 +273,8 @@ def test_validation_scores_predictions_that_are_scaled_as_suits_each_scheme(star
     for name, value in found.items():
         assert value == pytest.approx(max(scores[name] for scores in each[:-1]), abs=1e-6)
     assert found != each[-1]
+    raw = MtM(MtMConfig.published(1), 20, {small[0].name: 12}, bin_size=0.1)  # is not calibrated
+    assert validate(raw, data, TrainConfig()) == validate(raw, data, TrainConfig(calibrate=False))
 
 
 def test_factors_of_calibration_minimise_the_loss_where_full_newton_steps_diverge():

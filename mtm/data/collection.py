@@ -21,7 +21,7 @@ from mtm.data.recording import public
 from mtm.inputs import SessionError
 from mtm.session import Session, has_region, read_session_file
 
-SECRETS = ("password", "token")  # options that no file keeps
+SECRETS = ("password", "token", "connection")  # options that no file keeps
 
 
 class Entry(NamedTuple):
@@ -242,7 +242,7 @@ def _names(recordings: Mapping[str, Any] | Iterable[Any]) -> dict[str, Any]:
 
 def _name(recording: Any, depth: int) -> str:
     """A path's last parts, without its ending; of an address what is public, not too long."""
-    if isinstance(recording, str | Path) and os.path.exists(recording):
+    if isinstance(recording, Path) or (isinstance(recording, str) and os.path.exists(recording)):
         path = Path(recording).absolute()
         return "_".join([*path.parts[:-1], path.name if path.is_dir() else path.stem][-depth:])
     text = str(recording)
@@ -288,16 +288,21 @@ def _origin(
     load: Callable[..., Session], recording: Any, options: dict[str, Any]
 ) -> dict[str, Any]:
     """What a file was made of and how, as JSON: if it is the same, it need not be made again."""
-    function, bound = load, {}
-    if isinstance(load, functools.partial):
-        function, bound = load.func, load.keywords
+    call = load if isinstance(load, functools.partial) else functools.partial(load)
     made = {
-        "load": f"{function.__module__}.{function.__qualname__}",
+        "load": f"{call.func.__module__}.{call.func.__qualname__}",
         "recording": _shown(recording),
-        "options": {k: _shown(value) for k, value in (bound | options).items() if k not in SECRETS},
+        "arguments": _shown(call.args),
+        "options": {
+            k: _shown(value) for k, value in (call.keywords | options).items() if k not in SECRETS
+        },
     }
-    # What JSON cannot hold: arrays and numpy's numbers have tolist.
-    text = json.dumps(made, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+    # What JSON cannot hold: arrays and numpy's numbers have tolist; the words for other objects may
+    # hold their address in memory, which is another each time.
+    text = json.dumps(
+        made,
+        default=lambda x: x.tolist() if hasattr(x, "tolist") else re.sub(" at 0x.*", "", f"{x}"),
+    )
     return json.loads(text)
 
 
@@ -308,4 +313,6 @@ def _shown(value: Any) -> Any:
         facts = [f.stat() for f in [path, *path.rglob("*")] if f.is_file()]
         size, latest = sum(f.st_size for f in facts), max((f.st_mtime_ns for f in facts), default=0)
         return [path.name, size, latest]
+    if isinstance(value, Mapping):
+        return {str(key): _shown(each) for key, each in value.items()}
     return public(value) if isinstance(value, str) and "://" in value else value

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mtm.data import nwb
+from mtm.data.recording import public
 from mtm.inputs import SessionError
 from mtm.session import Session
 
@@ -93,7 +94,7 @@ def load_session(
         if re.search(SERIES[name], path, re.IGNORECASE):
             found.setdefault(name, path)
     for name in sorted(SERIES.keys() - found):
-        warnings.warn(f"{source}: no series of {name}", stacklevel=2)
+        warnings.warn(f"{public(str(source))}: no series of {name}", stacklevel=2)
     session = nwb.load_session(
         source,
         align if align in columns else BEFORE.get(align, align),

@@ -166,12 +166,12 @@ def prepare(one: Any, eids: Iterable[Any], out: str | Path, **options: Any) -> P
     where: dict[str, Any] = {"cache_dir": str(one.cache_dir)}
     if not one.offline:
         where |= {"username": one.alyx.user, "base_url": one.alyx.base_url}
-    load = functools.partial(_connect_and_load, where)
+    load = functools.partial(_connect_and_load, connection=where)
     return prepare_all(load, {str(eid): eid for eid in eids}, out, **options)
 
 
-def _connect_and_load(where: dict[str, Any], eid: Any, **options: Any) -> Session:
-    return load_session(connect(**where), eid, **options)
+def _connect_and_load(eid: Any, connection: dict[str, Any], **options: Any) -> Session:
+    return load_session(connect(**connection), eid, **options)
 
 
 def reaction_time_filter(trials: Mapping[str, Any]) -> np.ndarray:

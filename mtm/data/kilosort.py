@@ -112,7 +112,7 @@ def _trials(
             table = table if array else table.drop(columns="Unnamed: 0", errors="ignore")  # index
     if not isinstance(table, pd.DataFrame):
         times = plain(table).astype(float)
-        if times.size != len(times):
+        if times.size != max(times.shape, default=1):
             files.fail("align_times", f"need one time for each trial, got shape {times.shape}")
         table = pd.DataFrame({"align_times": times.ravel()})
     if pd.to_numeric(table.columns, errors="coerce").notna().any():

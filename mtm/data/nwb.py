@@ -85,9 +85,9 @@ def load_session(
 
     Returns:
         the session, named by the file's identifier or else the file. ``neurons`` has ``cluster``,
-        the unit's id, and every column of the units table with one number or text per unit, for
+        the unit's id, and every other column with one number or text per unit, for
         ``session.select(neurons=session.neurons["quality"] == "good")``. ``observed`` follows from
-        the units' ``obs_intervals``.
+        the units' ``obs_intervals`` or, with ``probe_name``, from probes that stop or pause.
 
     Raises:
         SessionError: naming session, dataset and remedy.
@@ -99,7 +99,7 @@ def load_session(
         labels, file.provenance["regions"] = _regions(file, table, region)
         times, rows = table.ragged("spike_times")
         neurons = {key: table.column(key) for key in table.scalars} | {"cluster": table.id}
-        fields = _trials(file, table, trials, align, behaviour, window, split)
+        fields = _trials(file, table, (times, rows), trials, align, behaviour, window, split)
         fields["traces"] = {}
         for name in traces:
             fields["traces"] |= _samples(file, name)
@@ -293,6 +293,7 @@ def _electrodes(
 def _trials(
     file: _NwbFile,
     units: _Table,
+    spikes: tuple[np.ndarray, np.ndarray],
     trials: str,
     align: Any,
     behaviour: Any,
@@ -331,8 +332,7 @@ def _trials(
         for i in np.unique(unit):
             observed[:, i] = within(intervals[unit == i], spans)
     elif "probe_name" in units.scalars:
-        where = units.ragged("spike_times")
-        observed = observed_by_probe(*where, units.column("probe_name"), spans)
+        observed = observed_by_probe(*spikes, units.column("probe_name"), spans)
     fields = file.trials_to_use(times.astype(np.float64), columns, rejected, observed)
     if split is not None:
         fields["given_split"] = [part[fields["trial_ids"]] for part in members]

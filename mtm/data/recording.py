@@ -183,7 +183,7 @@ def observed_by_probe(
         on = np.stack([edges[last[:-1] + 1], edges[last[1:]]], axis=1) + (-SILENCE, SILENCE)
         recorded = within(on, spans)
         # Where it recorded no trial, it is by another clock; binning reports it.
-        if recorded.any() and len(spike_times) > RATE * np.diff(on).sum():
+        if recorded.any() and len(spike_times) > RATE * np.ptp(spike_times):
             observed[:, probes == probe] = recorded[:, None]
     return observed
 
