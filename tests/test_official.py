@@ -14,7 +14,7 @@ from mtm import from_official
 from mtm.checkpoint import settings
 from mtm.masks import Mask
 from mtm.model import CheckpointError, MtMConfig
-from mtm.official import PAPER_EIDS, OfficialMtM
+from mtm.official import ABLATION_EID, HELD_OUT_EIDS, PAPER_EIDS, REPEATED_SITE_EIDS, OfficialMtM
 
 
 def theirs(tokens=True, ndt2=False):
@@ -184,3 +184,9 @@ def test_weights_that_do_not_fit_are_named():
         quietly(state, {"mine": 3}, heads=4)
     eids = ["mine", *PAPER_EIDS[1:]]
     assert quietly(state, {"mine": 3}, heads=4, eids=eids).session_names == ["mine"]
+
+
+def test_the_papers_sessions():
+    assert len(set(PAPER_EIDS)) == 40 and all(len(eid) == 36 for eid in PAPER_EIDS)
+    assert PAPER_EIDS[:5] == HELD_OUT_EIDS and ABLATION_EID in PAPER_EIDS
+    assert len(set(REPEATED_SITE_EIDS)) == 83 and set(PAPER_EIDS) <= set(REPEATED_SITE_EIDS)

@@ -65,15 +65,11 @@ def test_mask_pictures_show_the_mask(ax, sessions, name):
 
 
 def test_scatter_shows_every_scored_neuron_once(ax, sessions):
-    reports = [
-        Report.join([evaluate(p(s), s, tasks=["inter-region"]) for s in sessions])
-        for p in (mean_rates, oracle)
-    ]
+    task, predictors = "inter-region", (mean_rates, oracle)
+    reports = [Report.join([evaluate(p(s), s, tasks=[task]) for s in sessions]) for p in predictors]
     plots.score_scatter(*reports, "inter-region", ax=ax, names=("mean rate", "oracle"))
     shown = np.concatenate([points.get_offsets() for points in ax.collections])
-    expected = [
-        [v for s in sessions for v in r.tasks["inter-region"].by_neuron(s.name)] for r in reports
-    ]
+    expected = [[v for s in sessions for v in r.tasks[task].by_neuron(s.name)] for r in reports]
     np.testing.assert_allclose(np.sort(shown, axis=0), np.sort(np.transpose(expected), axis=0))
 
 
