@@ -42,11 +42,9 @@ def write_session(
     Args:
         regime: "eval" (splits ts1 and ts2, held-out units) or "pretrain".
         filtering: "selected_units" or "all_units" (no held-out units).
-        units, rate, duration: how many, at how many Hz, for how many seconds.
-        chunk, gap: of the splits, seconds; 300 and 20 in the benchmark.
+        units, rate, duration, chunk, gap: Hz and seconds; the last two of the splits.
         strings: of variable length, UTF-8; else of fixed length.
-        irregular: behaviour groups to store with timestamps.
-        leave_out: groups or datasets to remove at the end.
+        irregular, leave_out: behaviour groups to store with timestamps; what to remove at the end.
     """
     rng = np.random.default_rng(seed)
     made = {"id": _uuids(rng, 1).item()}

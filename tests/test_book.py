@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jupytext
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from markdown_it import MarkdownIt
@@ -106,17 +107,18 @@ def test_what_is_said_of_real_recordings_was_measured():
     for name, cells in rows.items():
         assert cells.split(" | ") == [f"{mean[task][name]:.3f}" for task in OWN], name
     assert len(set(results("recipe")["searched"]) & set(found["scores"])) == 2
-    choice = mean["choice"]
-    assert choice["raw counts"] < choice["MtM"] < choice["smoothed counts"]
-    wheel = mean["wheel-speed"]
-    assert abs(wheel["MtM"] - wheel["smoothed counts"]) < 0.003
-    found = results("behaviour")["mean"]
+    tuned, found = "MtM, fine-tuned", results("behaviour")["mean"]
+    for each in (mean, found):
+        assert each["choice"]["raw counts"] < each["choice"]["MtM"]
+        assert each["choice"]["MtM"] < each["choice"]["smoothed counts"]
+        assert abs(each["wheel-speed"]["MtM"] - each["wheel-speed"]["smoothed counts"]) < 0.003
     choice, wheel, whisker = (found[k] for k in ("choice", "wheel-speed", "whisker-motion-energy"))
-    tuned = "MtM, fine-tuned"
-    assert choice["raw counts"] < choice["MtM"] < choice["smoothed counts"]
     assert (round(choice["MtM"], 3), round(choice["smoothed counts"], 3)) == (0.798, 0.815)
     assert choice[tuned] < choice["raw counts"]
-    assert 0 <= wheel["MtM"] - wheel["smoothed counts"] < 0.003
+    each = pd.DataFrame(results("behaviour")["scores"]).groupby(["behaviour", "recording"])
+    lead = each[["MtM", tuned, "raw counts", "smoothed counts"]].mean().loc["choice"]
+    lead = lead.rsub(lead.pop("MtM"), axis=0)
+    assert lead.shape == (12, 3) and (lead.mean().abs() < 2.2 * lead.sem()).all()
     assert abs(wheel[tuned] - wheel["MtM"]) < 0.006
     assert 0.02 > whisker[tuned] - whisker["MtM"] > 0 < whisker["MtM"] - whisker["smoothed counts"]
 

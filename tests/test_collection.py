@@ -62,9 +62,9 @@ def test_a_run_is_resumed_and_other_options_make_other_files(tmp_path):
         done = prepare(anything, [0], tmp_path, **ALONE, **options)
         assert done.outcomes[0].status == status, options
     assert b"s3cret" not in done.paths[0].read_bytes()
-    for made in (load, functools.partial(load, scale=2), functools.partial(load, scale=3)):
-        assert prepare(made, [1], tmp_path, **ALONE).outcomes[0].status == "written"
-    assert prepare(made, [1], tmp_path, **ALONE).outcomes[0].status == "there already"
+    made = [load, *[functools.partial(load, scale=n) for n in (2, 3, 3)]]
+    statuses = [prepare(each, [1], tmp_path, **ALONE).outcomes[0].status for each in made]
+    assert statuses == ["written"] * 3 + ["there already"]
 
 
 def from_folder(path):

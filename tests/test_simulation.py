@@ -31,8 +31,7 @@ def test_counts_are_poisson_around_the_rates():
 
 
 def test_behaviour_is_a_task():
-    session = simulate(1, 600, 6, seed=1)[0]
-    b = session.behaviour
+    b = (session := simulate(1, 600, 6, seed=1)[0]).behaviour
     assert set(np.unique(b["choice"])) == {-1, 1} and set(np.unique(b["block"])) == {0.2, 0.5, 0.8}
     strong = np.abs(b["contrast"]) == 1
     rewarded = strong & (b["reward"] == 1)
