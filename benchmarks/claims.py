@@ -45,8 +45,7 @@ AFTER = {"after 1 of others": 1, "after 3 of others": 3, ALL: 99}  # sessions
 # Of the training trials, one of so many. All have the recipe's epochs: for a quarter, four times as
 # many were worse on validation trials of 01_Cori and 04_Forssmann.
 FEWER = {"half": 2, "a quarter": 4}
-# The last weights for few trials, as nearly always now. When this ran, `fit` still chose weights by
-# predictions that were not scaled, and took worse ones of early epochs.
+# For few trials the last weights: `fit` still chose them by predictions that were not scaled.
 LAST = {"a quarter": {"validations": 1}}
 OWN_HISTORY = "only the own history of others"  # a new model that starts with its mean
 KEPT = {  # how else a model of others can be used

@@ -18,7 +18,6 @@ from mtm.recipes import RECIPES
 
 ANY = "neuron, any share"
 OURS = RECIPES["mtm"]
-
 PATHS: dict[str, dict[str, Any]] = {
     "ours": {},
     "no direct paths": {"own_history": False, "latents": 0},
